@@ -1,0 +1,2698 @@
+#!/usr/bin/env python3
+"""Sign in with ChatGPT the way OpenAI's Codex CLI does, from one file and nothing but Python.
+
+    auth      sign in, obtain an API key, import the models for Code Puppy
+    status    say who is signed in, until when, with which models
+    models    list the account's models and import them again
+    env       print shell code that exports the API key
+    token     print an access token that is valid now
+    logout    revoke the sign-in and remove what it left
+
+How the data flows.  `auth` makes an authorization request (RFC 6749 §4.1, with PKCE, RFC 7636),
+shows its URL and waits on the loopback interface (RFC 8252 §7.3) for the authorization response;
+a pasted address and a device code (RFC 8628) are two more ways to the same code.  The code is
+exchanged for tokens, and the tokens are on disk before anything else is tried.  An ID token is
+then exchanged for an API key (RFC 8693) where the account has an organization, and the models
+that the key or the ChatGPT plan pays for are written where Code Puppy looks for them.
+
+Afterwards everything asks one place, `Session.fresh`, for tokens.  It refreshes them under a
+lock that every process shares, because OpenAI's refresh tokens are good for one use: of two
+programs that refresh at the same moment one would be signed out.
+
+The token file holds what its name says.  Whoever can read it can use the account; it is written
+readable by its owner alone, and no command but `env` and `token` prints from it.
+
+This is not OpenAI's software.  Licence: MIT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import sys
+import time
+
+TYPE_CHECKING = False  # importing `typing` would cost each start some milliseconds
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from socket import socket as Socket  # noqa: N812 - a class in spite of its name
+    from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple
+
+    Notify = Callable[[str, str], None]  # hears a kind (see Terminal.notify) and a text
+
+__version__ = "1.0.0"
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------
+
+CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
+    "issuer": "https://auth.openai.com",
+    # The Codex CLI's client. It is public (RFC 6749 §2.1): it names the program and proves
+    # nothing; what protects the sign-in is PKCE and the loopback redirect.
+    "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
+    "scope": "openid profile email offline_access",
+    # OpenAI compares redirect URIs to the letter; these two ports are registered, no other.
+    "redirect_host": "http://localhost",
+    "redirect_path": "auth/callback",
+    "required_port": 1455,
+    "fallback_port": 1457,
+    "callback_timeout": 120,  # seconds for the whole sign-in in the browser
+    "api_base_url": "https://api.openai.com",
+    "codex_base_url": "https://chatgpt.com/backend-api/codex",
+    "codex_client_version": "0.169.0",  # the Codex backend lists models by it
+    "home": None,  # $XDG_DATA_HOME/code_puppy, else ~/.code_puppy: Code Puppy's own rule
+    "prefix": "chatgpt-",
+    "default_context_length": 128000,  # tokens
+    "model_patterns": "gpt-*,o1-*,o3-*",
+    "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
+    "model_source": "auto",
+    "originator": "chatgpt_oauth",
+    "request_timeout": 30,  # seconds for one whole request, the name look-up included
+    "retry_window": 20,  # seconds in which another try of a refresh may start
+    "lock_timeout": 60,  # seconds to wait for another process's refresh or sign-in
+    "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
+}
+
+SOURCES = ("auto", "api", "codex")
+MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
+# What a setting must be: text like a pattern (its group 1, where it has one, is what counts),
+# or a number between two others; and how to say so.
+_URL = (
+    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::\d{{1,5}})?(?:/[\w.~%/-]*?)?)/*",
+    "an https address (http for this machine's own alone)",
+)
+_WORD = (r"[!-~]+", "visible ASCII characters without a space")
+_IDENTIFIER = (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")
+_PATTERNS = (r"[!-~]*", "shell patterns with commas between them")
+_SECONDS = (float, 0.001, 86400)
+_PORT = (int, 1, 65535)
+_RULES: Dict[str, Any] = {
+    "issuer": _URL,
+    "client_id": _WORD,
+    "scope": (r"[!-~][ -~]*", "words of ASCII characters"),
+    "redirect_host": (r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"),
+    "redirect_path": (r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
+    "required_port": _PORT,
+    "fallback_port": _PORT,
+    "callback_timeout": _SECONDS,
+    "api_base_url": _URL,
+    "codex_base_url": _URL,
+    "codex_client_version": (r"[\w.+-]{1,64}", "a version such as 0.169.0"),
+    "home": (r"(?!~)[^\0]+", "a folder (or HOME your own)"),
+    "prefix": (MODEL_ID, "the beginning of a model's name"),
+    "default_context_length": (int, 1, 10**9),
+    "model_patterns": (_PATTERNS[0].replace("*", "+"), _PATTERNS[1]),
+    "model_excludes": _PATTERNS,
+    "model_source": ("auto|api|codex", "auto, api or codex"),
+    "originator": _WORD,
+    "request_timeout": _SECONDS,
+    "retry_window": _SECONDS,
+    "lock_timeout": _SECONDS,
+    "api_key_env_var": _IDENTIFIER,
+}
+
+
+def checked(name: str, value: object, rule: Tuple[Any, ...]) -> Any:
+    """`value` as `rule` (one of _RULES) wants it. Raises UsageError naming `name`."""
+    text = str(value)
+    if isinstance(rule[0], str):
+        found = re.fullmatch(rule[0], text, re.ASCII)
+        if not found:
+            raise UsageError(f"{name} must be {rule[1]}")
+        return found[found.lastindex or 0]
+    kind, low, high = rule
+    number = r"[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
+    if not re.fullmatch(number, text) or not low <= float(text) <= high:
+        raise UsageError(f"{name} must be a number from {low} to {high}")
+    return kind(text)
+
+
+class Settings:
+    """What one run goes by: CHATGPT_OAUTH_CONFIG, with the environment's variables over it.
+
+    Every key of the configuration is an attribute; `environ` is the environment itself.
+    Raises UsageError, naming the setting, for a value that cannot be meant.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, key: str) -> Any: ...
+
+    def __init__(self, environ: Optional[Dict[str, str]] = None) -> None:
+        self.environ = dict(os.environ) if environ is None else environ
+        for key, rule in _RULES.items():
+            name = "CHATGPT_OAUTH_" + key.upper()
+            value = self.environ.get(name, CHATGPT_OAUTH_CONFIG.get(key))
+            if key == "home":
+                base = self.environ.get("XDG_DATA_HOME")
+                usual = os.path.join(base, "code_puppy") if base else "~/.code_puppy"
+                value = os.path.expanduser(usual if value is None else str(value))
+            elif name not in self.environ:
+                name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
+            value = checked(name, value, rule)
+            setattr(self, key, os.path.abspath(value) if key == "home" else value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """`text` with whatever could steer a terminal replaced, and cut at `limit` characters.
+
+    To str.isprintable(), control characters, escape sequences, bidirectional overrides and line
+    breaks all are not; each becomes a question mark.
+    """
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+class OAuthError(Exception):
+    """Something that stops a command: one line that says what, `hint` the next step or None.
+
+    `exit_code` is the command's. Neither text ever holds a token, key or code.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: Optional[str] = None) -> None:
+        super().__init__(printable(message))
+        self.hint = printable(hint) if hint else None
+
+
+class UsageError(OAuthError):
+    """The command line or a setting is wrong."""
+
+    exit_code = 2
+
+
+class NotSignedInError(OAuthError):
+    """There is no sign-in."""
+
+    exit_code = 3
+
+
+class SignInEndedError(OAuthError):
+    """The sign-in cannot be continued; `reason` is the server's error code, if it was one."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, reason: Optional[str] = None) -> None:
+        super().__init__(message, "sign in again: chatgpt_oauth.py auth")
+        self.reason = reason
+
+
+class UnavailableError(OAuthError):
+    """Network, proxy, certificate or lock trouble.
+
+    `untouched`: the request certainly had no effect. `retry_after`: the seconds that the server
+    asked to be left alone for, or None.
+    """
+
+    exit_code = 5
+    untouched = False
+    retry_after: Optional[float] = None
+
+
+class StorageError(OAuthError):
+    """A file cannot be read, is not what it should be, or cannot be written."""
+
+    exit_code = 6
+
+
+# ---------------------------------------------------------------------------------------------
+# Wire: what is said to OpenAI's servers, and what is taken from their answers
+# ---------------------------------------------------------------------------------------------
+
+AUTH_CLAIM = "https://api.openai.com/auth"
+MEBIBYTE = 1 << 20
+MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
+REVOCATION_TIMEOUT = 10.0  # seconds; leaving must not take long
+# The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
+ENDING_CODES = {
+    "refresh_token_reused": "its refresh token was used by another program",
+    "refresh_token_expired": "it has expired",
+    "refresh_token_invalidated": "it was revoked",
+    "token_expired": "it has expired",
+    "invalid_grant": "it has expired or was revoked",
+}
+_SECRET_FIELDS = {"code", "code_verifier", "refresh_token", "subject_token", "token"}
+_tls_contexts: List[Any] = []
+
+
+def is_b64token(value: object) -> bool:
+    """Whether `value` has the form of a bearer token (RFC 6750 §2.1): safe in headers, shells."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
+
+
+def base64url(data: bytes) -> str:
+    """`data` in base64url without padding (RFC 7636 appendix A)."""
+    import base64
+
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def decode_claims(jwt: Optional[str]) -> Dict[str, Any]:
+    """The claims of a JWT (RFC 7519 §3), or {} when it is none.
+
+    The signature is not verified: the tokens came straight from the token endpoint over TLS,
+    and the claims are used for display and for telling accounts apart, never as a proof.
+    """
+    import base64
+
+    parts = (jwt or "").split(".")
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "==")) if len(parts) == 3 else {}
+    except (ValueError, RecursionError):
+        claims = {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def text_or_none(value: object) -> Optional[str]:
+    """`value` if it is a string with something in it, else None."""
+    return value if isinstance(value, str) and value else None
+
+
+class Answer:
+    """A server's answer: its `status`, its `data` (parsed JSON or None), and its error.
+
+    `code` and `text` are the error's code and description, made printable, with the secrets
+    that were `sent` and whatever else looks like one taken out.
+    """
+
+    __slots__ = ("status", "data", "html", "retry_after", "code", "text")
+
+    def __init__(self, sent: Set[str], status: int, body: bytes, retry_after: object) -> None:
+        self.status = status
+        self.html = body.lstrip()[:1] == b"<"
+        self.retry_after = _delay(str(retry_after))
+        try:
+            self.data = json.loads(body)
+        except (ValueError, RecursionError):
+            self.data = None
+
+        def public(value: object) -> str:
+            text = value if isinstance(value, str) else ""
+            for secret in sent:
+                text = text.replace(secret, "[...]")
+            return printable(re.sub(r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
+
+        # {"error": {"code", "message"}}, RFC 6749's pair, or the Codex backend's {"detail"}
+        outer = self.data if isinstance(self.data, dict) else {}
+        error = outer.get("error")
+        inner = error if isinstance(error, dict) else {"code": error}
+        self.code = public(inner.get("code") or inner.get("type"))
+        self.text = public(
+            inner.get("message") or outer.get("error_description") or outer.get("detail")
+        )
+
+    def refusal(self, what: str) -> OAuthError:
+        """The error that tells a person why `what` came to nothing."""
+        said = f"{what} failed (HTTP {self.status})"
+        if self.html:
+            return UnavailableError(
+                f"{said}: a web page came instead of an answer; a proxy, a check for robots or a "
+                "block of your region stands in between",
+                "check HTTPS_PROXY and the network, then try again",
+            )
+        if self.status == 429 or self.status >= 500:
+            busy = "too many requests" if self.status == 429 else "the server is in trouble"
+            error = UnavailableError(f"{said}: {busy}", "try again in a while")
+            error.untouched, error.retry_after = self.status in (429, 503), self.retry_after
+            return error
+        if 300 <= self.status < 400:
+            return OAuthError(f"{said}: the server points elsewhere, which is not followed")
+        return OAuthError(": ".join(part for part in (said, self.code, self.text) if part))
+
+    def members(self, what: str) -> Dict[str, Any]:
+        """The JSON object of a successful answer. Raises OAuthError for any other answer."""
+        if not 200 <= self.status < 300 or self.html:
+            raise self.refusal(what)
+        if not isinstance(self.data, dict):
+            raise OAuthError(f"{what} failed: the answer is not the JSON it should be")
+        return self.data
+
+
+def _delay(header: str) -> Optional[float]:
+    """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or senseless."""
+    if header.isdigit():
+        return float(header[:9])
+    from email.utils import parsedate_to_datetime
+
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
+        return max(0.0, parsedate_to_datetime(header[:40]).timestamp() - time.time())
+    return None
+
+
+def prepare_wire() -> None:
+    """Load what the first request needs, so that no one waits for it then."""
+    import ssl  # hot commands must not pay for these
+    import urllib.request  # noqa: F401
+
+    if not _tls_contexts:
+        context = ssl.create_default_context()
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
+        _tls_contexts.append(context)
+
+
+def _exchange(request: Any, timeout: float, limit: int, seen: Dict[str, Any]) -> None:
+    """One HTTP exchange: into `seen` go the socket once the server is reached, then the outcome."""
+    import http.client
+    import urllib.request
+
+    options = {}
+    base: Any = http.client.HTTPConnection
+    if request.type == "https":
+        prepare_wire()
+        base, options = http.client.HTTPSConnection, {"context": _tls_contexts[0]}
+
+    class Connection(base):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            seen["socket"] = self.sock
+
+    class Handler(urllib.request.AbstractHTTPHandler):
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        def http_open(self, request: Any) -> Any:
+            return self.do_open(Connection, request, **options)
+
+        https_open = http_open
+
+    # Neither a redirect handler nor an error processor: a 307 would carry the code and the
+    # verifier, or the refresh token, to wherever it points.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(Handler())
+    if not is_loopback(request.full_url):
+        opener.add_handler(urllib.request.ProxyHandler())
+    try:
+        with opener.open(request, timeout=timeout) as response:
+            parts = [response.read1(65536)]
+            while parts[-1]:
+                parts.append(response.read1(65536))
+                limit -= len(parts[-1])
+                if limit < 0:
+                    raise OverflowError
+            body = b"".join(parts)
+            seen["answer"] = response.status, body, response.headers.get("Retry-After")
+    except Exception as error:
+        seen["error"] = getattr(error, "reason", error)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` leads to this machine by name or address."""
+    return re.match(rf"https?://{LOOPBACK}(?:[:/]|$)", url) is not None
+
+
+def request_json(
+    settings: Settings,
+    url: str,
+    what: str,
+    *,
+    form: Optional[Dict[str, str]] = None,
+    body: Optional[Dict[str, str]] = None,
+    bearer: str = "",
+    headers: Optional[Dict[str, str]] = None,
+    timeout: Optional[float] = None,
+    limit: int = MEBIBYTE,
+) -> Answer:
+    """GET `url`, or POST `form` (form-encoded) or `body` (JSON) to it.
+
+    `what` names the request in errors; `timeout` bounds the whole of it in seconds, from the
+    name look-up to the answer's last byte; `limit` is the most bytes that are read.
+    Returns an Answer whatever its status; raises UnavailableError when none came and
+    OAuthError when it was too large.
+    """
+    import threading
+    import urllib.parse
+    import urllib.request
+
+    timeout = timeout or settings.request_timeout
+    head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json"}
+    data = None
+    if form is not None:
+        data = urllib.parse.urlencode(form).encode()
+        head["Content-Type"] = "application/x-www-form-urlencoded"
+    elif body is not None:
+        data = json.dumps(body).encode()
+        head["Content-Type"] = "application/json"
+    if bearer:
+        head["Authorization"] = "Bearer " + bearer
+    request = urllib.request.Request(  # noqa: S310 - Settings admits http and https alone
+        url, data, {**head, **(headers or {})}
+    )
+    # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
+    # the exchange has a thread of its own and the clock is watched from here.
+    seen: Dict[str, Any] = {}
+    work = (request, timeout, limit, seen)
+    thread = threading.Thread(target=_exchange, args=work, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + timeout
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(min(0.5, max(0.0, deadline - time.monotonic())))
+    if "answer" not in seen:
+        raise _no_answer(request, what, timeout, seen)
+    sent = {
+        value for key, value in {**(form or {}), **(body or {})}.items() if key in _SECRET_FIELDS
+    }
+    return Answer(sent | {bearer} - {""}, *seen["answer"])
+
+
+def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) -> OAuthError:
+    """What to tell a person about a request without an answer, of which `seen` is known."""
+    import socket
+    import ssl
+    import urllib.request
+
+    error, host = seen.get("error"), request.host
+    if error is None and "socket" in seen:  # still under way: its thread ends with its socket
+        with contextlib.suppress(OSError):
+            seen["socket"].shutdown(socket.SHUT_RDWR)
+    if isinstance(error, OverflowError):
+        return OAuthError(f"{what} failed: the answer is larger than any true one")
+    hint = "check the network, then try again"
+    if not is_loopback(request.full_url) and "https" in urllib.request.getproxies():
+        hint = "check HTTPS_PROXY, through which this went, and the network; then try again"
+    if error is None or isinstance(error, (TimeoutError, socket.timeout)):
+        fault = f"no whole answer from {host} within {timeout:g} s"
+    elif isinstance(error, ssl.SSLError):
+        fault = (
+            f"no trusted connection to {host} ({getattr(error, 'verify_message', error.reason)})"
+        )
+        hint = "point SSL_CERT_FILE to the file of certificates that your network needs"
+    elif isinstance(error, socket.gaierror):
+        fault = f"the name {host} cannot be looked up"
+    elif isinstance(error, OSError):
+        fault = f"no connection to {host} ({printable(error.strerror or str(error), 100)})"
+    else:
+        fault = f"{host} broke off or does not speak HTTP ({type(error).__name__})"
+    unavailable = UnavailableError(f"{what} failed: {fault}", hint)
+    unavailable.untouched = "socket" not in seen
+    return unavailable
+
+
+def authorization_url(settings: Settings, redirect_uri: str, challenge: str, state: str) -> str:
+    """The authorization request as an address for the browser (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
+    import urllib.parse
+
+    parameters = {
+        "response_type": "code",
+        "client_id": settings.client_id,
+        "redirect_uri": redirect_uri,
+        "scope": settings.scope,
+        "code_challenge": challenge,
+        "code_challenge_method": "S256",
+        "state": state,
+        # OpenAI's own: organizations in the ID token, and its short consent page
+        "id_token_add_organizations": "true",
+        "codex_cli_simplified_flow": "true",
+        "originator": settings.originator,
+    }
+    query = urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote)
+    return f"{settings.issuer}/oauth/authorize?{query}"
+
+
+def _tokens_of(answer: Answer, what: str) -> Dict[str, Any]:
+    """The members of a token endpoint's answer (RFC 6749 §5.1), its tokens checked."""
+    members = answer.members(what)
+    for name in ("access_token", "refresh_token", "id_token"):
+        value = members.get(name)
+        if not is_b64token(value) and (value is not None or name == "access_token"):
+            raise OAuthError(f"{what} failed: the answer's {name} is not a token")
+    return members
+
+
+def exchange_code(
+    settings: Settings, code: str, verifier: str, redirect_uri: str
+) -> Dict[str, Any]:
+    """Redeem an authorization code (RFC 6749 §4.1.3, RFC 7636 §4.5); returns the tokens' answer."""
+    form = {
+        "grant_type": "authorization_code",
+        "client_id": settings.client_id,
+        "code": code,
+        "redirect_uri": redirect_uri,
+        "code_verifier": verifier,
+    }
+    url, what = settings.issuer + "/oauth/token", "exchanging the authorization code"
+    return _tokens_of(request_json(settings, url, what, form=form), what)
+
+
+def exchange_id_token(settings: Settings, id_token: str) -> str:
+    """Exchange an ID token for an API key (a token exchange, RFC 8693 §2.1, in OpenAI's dialect).
+
+    Raises OAuthError when the account has none to give.
+    """
+    form = {
+        "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+        "client_id": settings.client_id,
+        "requested_token": "openai-api-key",  # noqa: S105 - the kind, not a key
+        "subject_token": id_token,
+        "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
+    }
+    url, what = settings.issuer + "/oauth/token", "obtaining an API key"
+    return str(_tokens_of(request_json(settings, url, what, form=form), what)["access_token"])
+
+
+def refresh_grant(settings: Settings, tokens: Tokens) -> Dict[str, Any]:
+    """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the answer.
+
+    Raises SignInEndedError with one of ENDING_CODES as its reason; UnavailableError, whose
+    `untouched` is true only if the refresh token is certainly unspent; or OAuthError.
+    """
+    form = {
+        "grant_type": "refresh_token",
+        "client_id": tokens.client_id,
+        "refresh_token": tokens.refresh_token or "",
+    }
+    what = "refreshing the access token"
+    answer = request_json(settings, tokens.issuer + "/oauth/token", what, form=form)
+    if 400 <= answer.status < 500 and answer.code in ENDING_CODES:
+        raise SignInEndedError(
+            f"the sign-in has ended: {ENDING_CODES[answer.code]}", reason=answer.code
+        )
+    try:
+        return _tokens_of(answer, what)
+    except OAuthError as error:
+        if 400 <= answer.status < 500 and answer.data or isinstance(error, UnavailableError):
+            raise
+        raise UnavailableError(str(error)) from None
+
+
+def revoke(settings: Settings, tokens: Tokens) -> None:
+    """Revoke the refresh token, or without one the access token (RFC 7009 §2.1)."""
+    body = {"token": tokens.access_token, "token_type_hint": "access_token"}
+    if tokens.refresh_token:
+        body = {"token": tokens.refresh_token, "token_type_hint": "refresh_token"}
+        body["client_id"] = tokens.client_id
+    url, what = checked("the issuer", tokens.issuer, _URL) + "/oauth/revoke", "revoking the sign-in"
+    timeout = min(REVOCATION_TIMEOUT, settings.request_timeout)
+    answer = request_json(settings, url, what, body=body, timeout=timeout)
+    if not 200 <= answer.status < 300:
+        raise answer.refusal(what)
+
+
+def request_user_code(settings: Settings) -> Dict[str, Any]:
+    """Ask for a device code (RFC 8628 §3.1, in OpenAI's dialect).
+
+    Returns `device_auth_id`, `user_code` and `interval` (seconds between polls).
+    """
+    url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "requesting a device code"
+    answer = request_json(settings, url, what, body={"client_id": settings.client_id})
+    if answer.status == 404:
+        raise OAuthError(
+            "device codes are not allowed for this account",
+            "allow them in ChatGPT under Settings, Security (in a workspace its administrator "
+            "does), or sign in without --device",
+        )
+    members = answer.members(what)
+    device = text_or_none(members.get("device_auth_id"))
+    user_code = text_or_none(members.get("user_code") or members.get("usercode"))
+    if not device or not user_code:
+        raise OAuthError(f"{what} failed: the answer lacks the code")
+    interval = 5.0
+    with contextlib.suppress(UsageError):
+        interval = checked("interval", members.get("interval"), (float, 0, 900))
+    return {"device_auth_id": device, "user_code": user_code, "interval": max(1.0, interval)}
+
+
+def poll_device_token(settings: Settings, device: Dict[str, Any]) -> Answer:
+    """Ask once whether the person has entered the user code (RFC 8628 §3.4)."""
+    body = {"device_auth_id": device["device_auth_id"], "user_code": device["user_code"]}
+    url = settings.issuer + "/api/accounts/deviceauth/token"
+    return request_json(settings, url, "waiting for the device code", body=body)
+
+
+# ---------------------------------------------------------------------------------------------
+# Store: two files, and the lock under which they change
+# ---------------------------------------------------------------------------------------------
+
+REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
+RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
+OPAQUE_LIFETIME = 8 * 86400  # seconds after its refresh that a token without dates is renewed
+SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
+
+
+def timestamp(moment: float) -> str:
+    """`moment`, in seconds since 1970, as UTC in ISO 8601 with a Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def parse_timestamp(value: object) -> Optional[float]:
+    """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone), else None."""
+    from datetime import datetime, timezone
+
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    return None
+
+
+class Tokens:
+    """A sign-in as the token file holds it; `fields` keeps every key, known or not.
+
+    Raises ValueError, naming the key, when a token or key is no RFC 6750 b64token.
+    """
+
+    __slots__ = ("fields", "account_id", "issuer", "client_id", *SECRET_KEYS)
+
+    access_token: str
+    refresh_token: Optional[str]
+    id_token: Optional[str]
+    api_key: Optional[str]
+
+    def __init__(self, fields: Dict[str, Any]) -> None:
+        self.fields = fields
+        for name in SECRET_KEYS:
+            value = fields.get(name) or None
+            if value is not None and not is_b64token(value):
+                raise ValueError(f"{name} is not a token")
+            setattr(self, name, value)
+        # Code Puppy's own plugin stores the access token as `api_key`, and leaves it there when
+        # it refreshes: a JWT in that place is an old access token.
+        if self.api_key == self.access_token or decode_claims(self.api_key):
+            self.api_key = None
+        account = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
+        self.account_id = account if is_b64token(account) else None
+        self.issuer = (text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]).rstrip(
+            "/"
+        )
+        self.client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
+
+    def auth_claims(self) -> Dict[str, Any]:
+        """OpenAI's own claims, from the ID token or the access token."""
+        for token in (self.id_token, self.access_token):
+            claims = decode_claims(token).get(AUTH_CLAIM)
+            if isinstance(claims, dict):
+                return claims
+        return {}
+
+    def expires_at(self) -> Optional[float]:
+        """When the access token expires, in seconds since 1970; None when nothing tells."""
+        expiry = decode_claims(self.access_token).get("exp")
+        if isinstance(expiry, (int, float)) and 0 < expiry < 1e11:
+            return float(expiry)
+        expiry = parse_timestamp(self.fields.get("expires_at"))
+        refreshed = parse_timestamp(self.fields.get("last_refresh"))
+        return refreshed + OPAQUE_LIFETIME if expiry is None and refreshed is not None else expiry
+
+    def outlives(self, seconds: float, unknown: bool) -> bool:
+        """Whether the access token has more than `seconds` left; `unknown` when nothing tells."""
+        expiry = self.expires_at()
+        return unknown if expiry is None else expiry - time.time() > seconds
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the refresh token, in hexadecimal."""
+        import hashlib
+
+        return hashlib.sha256((self.refresh_token or "").encode()).hexdigest()
+
+    def same_account(self, other: Optional[Tokens]) -> bool:
+        """Whether both certainly belong to one account of one issuer."""
+        if other is None or self.issuer != other.issuer:
+            return False
+        if self.account_id and other.account_id:
+            return bool(self.account_id == other.account_id)
+        return self.access_token == other.access_token
+
+
+class Replacement:
+    """The private file that takes the place of `path` once it is committed; a context manager.
+
+    It is created readable by its owner alone, in the same folder, and never chmod-ed. With
+    `reserve` it has been written once before it is needed, so that a full disk shows itself
+    while there is nothing to lose. Raises StorageError.
+    """
+
+    def __init__(self, path: str, reserve: bytes = b"") -> None:
+        self.path = os.path.realpath(path)  # a symbolic link stays one
+        self.temporary = self.path + ".tmp"
+        self.descriptor = -1
+        with self._reporting():
+            # Whoever writes holds the lock, so a file of this name was left by a killed process.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temporary)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            self.descriptor = os.open(self.temporary, flags, 0o600)
+            if sys.platform != "win32" and os.geteuid() == 0 and os.path.exists(self.path):
+                # Root in a container must not take the file from the owner of a mounted home.
+                owner = os.stat(self.path)
+                os.fchown(self.descriptor, owner.st_uid, owner.st_gid)
+            if reserve:
+                self._write(reserve)
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.__exit__()
+            raise StorageError(
+                f"cannot write {self.path}: {error.strerror}",
+                "make room or permit it, then try again",
+            ) from None
+
+    def _write(self, data: bytes) -> None:
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self.descriptor, left) :]
+        os.ftruncate(self.descriptor, len(data))
+        os.fsync(self.descriptor)
+
+    def commit(self, value: Dict[str, Any]) -> None:
+        """Write `value` as JSON, durably, and put it in place of the file: all or nothing."""
+        with self._reporting():
+            self._write(encode(value))
+            os.close(self.descriptor)
+            self.descriptor = -1
+            _replace(self.temporary, self.path)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+            os.unlink(self.temporary)
+
+
+def encode(value: Dict[str, Any]) -> bytes:
+    """`value` as the JSON of our files."""
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def _replace(source: str, target: str) -> None:
+    """Rename durably. All that Windows needs otherwise stands here and in `_try_lock`."""
+    if sys.platform == "win32":
+        deadline = time.monotonic() + 5.0  # a reader or a virus scanner may hold the target open
+        while time.monotonic() < deadline:
+            with contextlib.suppress(PermissionError):
+                return os.replace(source, target)
+            time.sleep(0.05)
+    os.replace(source, target)
+    if sys.platform != "win32":
+        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
+            os.fsync(folder)
+        os.close(folder)
+    return None
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the exclusive lock if it is free; the system releases it when the file is closed."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+class Store:
+    """The token file and the models file in `home`. Every method may raise StorageError."""
+
+    __slots__ = ("home", "token_file", "models_file", "lock_timeout", "notify")
+
+    def __init__(self, settings: Settings, notify: Notify) -> None:
+        self.home = settings.home
+        self.token_file = os.path.join(self.home, "chatgpt_oauth.json")
+        self.models_file = os.path.join(self.home, "chatgpt_models.json")
+        self.lock_timeout = settings.lock_timeout
+        self.notify = notify
+
+    def load_tokens(self) -> Optional[Tokens]:
+        """The stored sign-in, None when there is none."""
+        fields = self._read(self.token_file, MEBIBYTE)
+        leftover = os.path.realpath(self.token_file) + ".tmp"
+        if os.path.lexists(leftover):
+            # Of a killed process, unless somebody is writing it now and so holds the lock.
+            with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
+                os.unlink(leftover)
+        if fields is None or not fields.get("access_token"):
+            return None
+        try:
+            return Tokens(fields)
+        except ValueError as error:
+            raise self._broken(self.token_file, str(error)) from None
+
+    def load_models(self) -> Dict[str, Any]:
+        """The entries of the models file by name, ours and others'."""
+        return self._read(self.models_file, MODELS_LIMIT) or {}
+
+    def _broken(self, path: str, fault: str) -> StorageError:
+        hint = "look at the file; a new sign-in keeps it as chatgpt_oauth.json.bad"
+        if path == self.models_file:
+            hint = "mend or remove the file, then run: chatgpt_oauth.py models"
+        return StorageError(f"{path} {fault}", hint)
+
+    def _read(self, path: str, limit: int) -> Optional[Dict[str, Any]]:
+        deadline = time.monotonic() + REREAD_SECONDS
+        while True:
+            try:
+                # O_NONBLOCK, for a FIFO would keep us waiting for a writer.
+                flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+                with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+                    self._admit(path, file.fileno(), limit)
+                    value = json.loads(file.read(limit))
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise self._broken(path, f"cannot be read: {error.strerror}") from None
+            except (ValueError, RecursionError):
+                if time.monotonic() > deadline:
+                    raise self._broken(path, "is not JSON") from None
+                time.sleep(0.05)
+                continue
+            if not isinstance(value, dict):
+                raise self._broken(path, "is not a JSON object")
+            return value
+
+    def _admit(self, path: str, descriptor: int, limit: int) -> None:
+        """Refuse what is no plain file of ours; take others' access to the tokens away."""
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise self._broken(path, "is not a regular file")
+        if facts.st_size > limit:
+            raise self._broken(path, f"is larger than {limit // MEBIBYTE} MiB")
+        if path != self.token_file or sys.platform == "win32":
+            return
+        if facts.st_uid != os.geteuid() != 0:
+            raise self._broken(path, f"belongs to another user (uid {facts.st_uid})")
+        if facts.st_mode & 0o077:
+            # Where a chmod is refused or changes nothing, as on some mounts, be silent.
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o600)
+                if not os.fstat(descriptor).st_mode & 0o077:
+                    self.notify("warning", f"others could read {path}; it is private now (0600)")
+
+    @contextlib.contextmanager
+    def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
+        """Hold the lock that whoever writes in `home` holds, waiting `timeout` seconds at most.
+
+        Raises UnavailableError when somebody else has it all that time.
+        """
+        deadline = time.monotonic() + (self.lock_timeout if timeout is None else timeout)
+        path = os.path.realpath(self.token_file) + ".lock"
+        descriptor = -1
+        try:
+            os.makedirs(self.home, mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            locked = _try_lock(descriptor)
+            while not locked and time.monotonic() < deadline:
+                time.sleep(0.01)
+                locked = _try_lock(descriptor)
+        except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise StorageError(
+                f"cannot lock {path}: {error.strerror}",
+                "make the folder writable, or name another one in CHATGPT_OAUTH_HOME",
+            ) from None
+        try:
+            if not locked:
+                raise UnavailableError(
+                    f"another process has held {path} for too long",
+                    "try again; if it stays so, end the process that has the file open",
+                )
+            yield
+        finally:
+            os.close(descriptor)
+
+    def save(self, path: str, value: Dict[str, Any]) -> None:
+        """Put `value` into the file at `path`. The caller holds the lock."""
+        with Replacement(path) as place:
+            place.commit(value)
+
+    def move_away(self, target: Optional[str]) -> None:
+        """Rename the token file to `target`, or with None remove it. The caller holds the lock."""
+        path = os.path.realpath(self.token_file)
+        try:
+            if target:
+                return os.replace(path, target)
+            for name in (self.token_file, path, path + ".tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+        except OSError as error:
+            raise StorageError(f"cannot remove {path}: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Session: the one place that decides to refresh
+# ---------------------------------------------------------------------------------------------
+
+REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
+
+
+def to_log(kind: str, text: str) -> None:
+    """Tell users of the module, through the logger `chatgpt_oauth`."""
+    import logging
+
+    # An address that must be visited is a warning too, or Python's default would hide it.
+    level = logging.WARNING if kind in ("warning", "verbatim") else logging.DEBUG
+    logging.getLogger("chatgpt_oauth").log(level, "%s", printable(text))
+
+
+class Session:
+    """The stored sign-in, kept fresh. `notify(kind, text)` hears what a person should know."""
+
+    __slots__ = ("settings", "store", "notify")
+
+    def __init__(
+        self, settings: Optional[Settings] = None, notify: Optional[Notify] = None
+    ) -> None:
+        self.settings = settings or Settings()
+        self.notify = notify or to_log
+        self.store = Store(self.settings, self.notify)
+
+    def tokens(self) -> Tokens:
+        """The stored tokens as they are. Raises NotSignedInError."""
+        tokens = self.store.load_tokens()
+        if tokens is None:
+            raise NotSignedInError("not signed in", "run: chatgpt_oauth.py auth")
+        return tokens
+
+    def fresh(self, force: bool = False) -> Tokens:
+        """Tokens whose access token is good for REFRESH_MARGIN seconds (`force`: a new one).
+
+        A failed refresh is a warning while the access token has not expired, unless forced.
+        """
+        tokens = self.tokens()
+        if not force and tokens.outlives(REFRESH_MARGIN, unknown=False):
+            return tokens
+        usable = tokens.outlives(0, unknown=True) and not force
+        try:
+            return self._refresh(tokens, force, patient=not usable)
+        except OAuthError as error:
+            if not usable:
+                raise
+            self.notify("warning", f"{error}; the access token still works for now")
+            return tokens
+
+    def obstacle(self, tokens: Tokens) -> Optional[OAuthError]:
+        """What will make the next refresh fail without asking anybody, else None."""
+        ended = tokens.fields.get("ended")
+        if isinstance(ended, dict) and ended.get("refresh_token_sha256") == tokens.fingerprint():
+            why = ENDING_CODES.get(str(ended.get("reason")), ENDING_CODES["invalid_grant"])
+            return SignInEndedError(f"the sign-in has ended: {why}")
+        if tokens.issuer != self.settings.issuer:
+            return SignInEndedError(f"the sign-in was made at another issuer, {tokens.issuer}")
+        if not tokens.refresh_token:
+            return SignInEndedError("the access token cannot be renewed: no refresh token came")
+        return None
+
+    def _refresh(self, seen: Tokens, force: bool, patient: bool) -> Tokens:
+        with self.store.lock():
+            tokens = self.tokens()
+            waited = tokens.access_token != seen.access_token
+            if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
+                return tokens  # somebody else fetched it while we waited
+            obstacle = self.obstacle(tokens)
+            if obstacle:
+                raise obstacle
+            # The refresh token is good for one use: have a place for its successor first, and
+            # let no signal come between the answer and the disk.
+            place = Replacement(self.store.token_file, encode(tokens.fields) + bytes(RESERVE))
+            with place, signals_deferred():
+                return self._renew(tokens, place, patient)
+
+    def _renew(self, spent: Tokens, place: Replacement, patient: bool) -> Tokens:
+        """Spend the refresh token and store what came, unless the file changed hands meanwhile."""
+        ending: Optional[SignInEndedError] = None
+        answer = {}
+        try:
+            answer = self._spend(spent, patient)
+        except SignInEndedError as error:
+            ending = error
+        current = self.tokens()
+        if current.refresh_token != spent.refresh_token:
+            if ending and not current.outlives(0, unknown=True):
+                raise ending
+            return current
+        fields = dict(current.fields)
+        if ending:
+            sha256 = spent.fingerprint()
+            place.commit(
+                {**fields, "ended": {"reason": ending.reason, "refresh_token_sha256": sha256}}
+            )
+            raise ending
+        if fields.get("api_key") == current.access_token:
+            fields["api_key"] = answer["access_token"]  # no API key: see Tokens
+        fields.pop("ended", None)
+        renewed = Tokens(merged(fields, answer))
+        account = renewed.auth_claims().get("chatgpt_account_id")
+        if spent.account_id and account and account != spent.account_id:
+            raise OAuthError("refreshing the access token failed: it is another account's")
+        place.commit(renewed.fields)
+        return renewed
+
+    def _spend(self, tokens: Tokens, patient: bool) -> Dict[str, Any]:
+        """Refresh, trying again (if `patient`) while the refresh token is certainly unspent."""
+        deadline = time.monotonic() + self.settings.retry_window
+        pause = 0.5
+        while True:
+            try:
+                return refresh_grant(self.settings, tokens)
+            except UnavailableError as error:
+                if not error.untouched:
+                    raise UnavailableError(
+                        f"{error}; the sign-in may have to be renewed",
+                        "try again; if that fails, sign in again: chatgpt_oauth.py auth",
+                    ) from None
+                wait = pause if error.retry_after is None else error.retry_after
+                if not patient or time.monotonic() + wait > deadline:
+                    raise
+            time.sleep(wait)
+            pause = min(pause * 2, 4.0)
+
+
+def merged(fields: Dict[str, Any], answer: Dict[str, Any]) -> Dict[str, Any]:
+    """`fields` with what a token endpoint answered; what it omits stays as it was."""
+    now = time.time()
+    came = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
+    lifetime = answer.get("expires_in")
+    if isinstance(lifetime, (int, float)) and 0 < lifetime < 1e9:
+        came["expires_at"] = timestamp(now + lifetime)
+    kept = {k: value for k, value in fields.items() if k != "expires_at"}  # of the old token
+    return {**kept, **came, "last_refresh": timestamp(now)}
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is done; a second one acts at once."""
+    import signal
+    import threading
+
+    held: List[int] = []
+    before: Dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def hold(number: int, frame: object) -> None:
+        held.append(number)
+        if len(held) > 1:
+            restore()
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        restore()
+        if len(held) == 1:
+            os.kill(os.getpid(), held[0])
+
+
+def get_access_token(*, refresh: bool = False) -> str:
+    """An access token that is valid now, renewed first when due (`refresh`: in any case).
+
+    Raises OAuthError: NotSignedInError, SignInEndedError, UnavailableError or StorageError.
+    """
+    return Session().fresh(refresh).access_token
+
+
+def get_api_key() -> Optional[str]:
+    """The stored API key, None when the account has none. Raises NotSignedInError, StorageError."""
+    return Session().tokens().api_key
+
+
+# ---------------------------------------------------------------------------------------------
+# Callback: the loopback listener; it yields an authorization response and knows no tokens
+# ---------------------------------------------------------------------------------------------
+
+MAX_CONNECTIONS = 64  # that have not sent a whole request yet
+HEAD_TIMEOUT = 10.0  # seconds for a request line and its headers
+HEAD_LIMIT = 65536  # bytes of them; the cookies of every other local site come along
+LINGER = 5.0  # seconds for the browser to fetch the success page
+STYLE = (
+    ":root{color-scheme:light dark}"
+    "body{margin:0;min-height:100vh;display:grid;place-items:center;background:Canvas;"
+    "color:CanvasText;font:1.0625rem/1.5 system-ui,sans-serif}"
+    "main{max-width:30rem;padding:2rem 1.5rem;overflow-wrap:anywhere}"
+    "h1{font-size:1.5rem;line-height:1.25;margin:0 0 .75rem}p{margin:0 0 .75rem}"
+    "b{display:grid;place-items:center;width:3rem;height:3rem;border-radius:50%;font-size:1.5rem;"
+    "margin:0 0 1.25rem;background:#0a7d5c;color:#fff}b.no{background:#b3261e}"
+)
+
+
+def render_page(title: str, *paragraphs: str, good: bool = False) -> bytes:
+    """A self-contained page; everything in it is escaped here."""
+    import html
+
+    mark = "<b>&#10003;</b>" if good else '<b class="no">!</b>'
+    text = "".join(f"<p>{html.escape(printable(line))}</p>" for line in paragraphs)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style>"
+        f"<main>{mark}<h1>{title}</h1>{text}</main></html>"
+    ).encode()
+
+
+class Attempt:
+    """One authorization request: its URL, and what its response is checked against."""
+
+    __slots__ = ("state", "verifier", "redirect_uri", "port", "path", "url")
+
+    def __init__(self, settings: Settings, port: int) -> None:
+        import hashlib
+        import secrets
+
+        # RFC 6749 §10.12: the state ties the response to this request. RFC 7636 §4.1 and §4.2.
+        self.state = base64url(secrets.token_bytes(32))
+        self.verifier = base64url(secrets.token_bytes(64))
+        challenge = base64url(hashlib.sha256(self.verifier.encode()).digest())
+        self.port = port
+        self.path = "/" + settings.redirect_path
+        self.redirect_uri = f"{settings.redirect_host}:{port}{self.path}"
+        self.url = authorization_url(settings, self.redirect_uri, challenge, self.state)
+
+    def response(self, query: str) -> Dict[str, str]:
+        """The authorization response (RFC 6749 §4.1.2) in `query`, the state compared first.
+
+        Raises ValueError for what is not the answer to this request.
+        """
+        import hmac
+        import urllib.parse
+
+        fields = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=50)
+        single = {name: values[0] for name, values in fields.items() if len(values) == 1}
+        state = single.get("state", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(state, self.state.encode()):
+            raise ValueError("it does not belong to this sign-in")
+        if "error" in single:
+            return {k: single.get(k, "") for k in ("error", "error_description")}
+        if re.fullmatch(r"[!-~]{1,4096}", single.get("code", "")):
+            return {"code": single["code"]}
+        raise ValueError("it holds no code")
+
+    def pasted(self, line: str) -> Dict[str, str]:
+        """The authorization response in a pasted address. Raises ValueError as `response` does."""
+        address, _, query = line.strip().partition("?")
+        if not query:
+            raise ValueError("a code alone cannot be checked; the page's whole address is needed")
+        address = address if "://" in address else "http://" + address
+        if not is_loopback(address) or not address.endswith(self.path):
+            raise ValueError(f"it is not an address that goes on {self.path}?code=...")
+        return self.response(query.partition("#")[0])
+
+
+def bind_loopback(port: int) -> List[Socket]:
+    """Listen on `port` of 127.0.0.1 and, where there is one, of ::1 (RFC 8252 §7.3 and §8.3).
+
+    Raises OSError when either is taken: the browser's `localhost` could reach the other program.
+    """
+    import errno
+    import socket
+
+    bound: List[Socket] = []
+    try:
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            try:
+                listening = socket.socket(family, socket.SOCK_STREAM)
+                bound.append(listening)
+                if sys.platform == "win32":
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+                else:  # past connections in TIME_WAIT must not count; a listener still does
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind((address, port))
+                listening.listen(128)
+            except OSError as error:
+                no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                if family == socket.AF_INET or not no_ipv6:
+                    raise
+    except OSError:
+        for listening in bound:
+            listening.close()
+        raise
+    return bound
+
+
+class Listener:
+    """Serves the redirect URI until one authorization response has come, and tells its verdict.
+
+    The response goes to the queue `events`; the browser that brought it waits for `settle`.
+    Nothing ends the waiting but a response that carries the attempt's state. One thread a
+    connection; closing is the caller's.
+    """
+
+    def __init__(self, sockets: List[Socket], attempt: Attempt, events: Any) -> None:
+        import threading
+
+        self.sockets, self.attempt, self.events = sockets, attempt, events
+        port = attempt.port
+        self.hosts = {f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"}
+        self.guard = threading.Lock()
+        self.incomplete: Dict[Socket, None] = {}  # in the order in which they came
+        self.claimed = self.closed = False
+        self.verdict: Tuple[int, bytes] = (400, render_page("The sign-in was broken off"))
+        self.settled, self.told, self.seen = (threading.Event() for _ in range(3))
+        for listening in sockets:
+            threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
+
+    def settle(self, error: Optional[OAuthError] = None) -> None:
+        """Tell the waiting browser: success, or what failed and what to do."""
+        self.verdict = (303, b"")
+        if error:
+            hint = (error.hint or "start the sign-in again").replace("chatgpt_oauth.py ", "")
+            page = render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}.")
+            self.verdict = (400, page)
+        self.settled.set()
+        if error and self.claimed:
+            self.told.wait(2.0)
+
+    def close(self) -> None:
+        """Free the port at once."""
+        import socket
+
+        self.closed = True
+        self.settled.set()
+        with self.guard:
+            for each in (*self.sockets, *self.incomplete):
+                # A thread that waits in accept() or recv() would keep a closed socket alive.
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+        for listening in self.sockets:
+            listening.close()
+
+    def _accept(self, listening: Socket) -> None:
+        import socket
+        import threading
+
+        while not self.closed:
+            try:
+                connection = listening.accept()[0]
+            except OSError:
+                time.sleep(0.01)  # closed, a client that went away, or no free descriptor
+                continue
+            with self.guard:
+                if len(self.incomplete) >= MAX_CONNECTIONS:
+                    oldest = next(iter(self.incomplete))
+                    del self.incomplete[oldest]
+                    with contextlib.suppress(OSError):
+                        oldest.shutdown(socket.SHUT_RDWR)
+                self.incomplete[connection] = None
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            _handler_class()(connection, None, self)
+
+    def read_head(self, connection: Socket) -> bytes:
+        """The request line and headers, b"" when they do not come in time or are too long."""
+        head = b""
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        try:
+            while b"\n\r\n" not in head and b"\n\n" not in head:
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                part = connection.recv(16384)
+                head += part
+                if not part or len(head) > HEAD_LIMIT:
+                    return b""
+            return head
+        finally:
+            with self.guard:
+                self.incomplete.pop(connection, None)
+
+    def respond(self, target: str, hosts: List[str]) -> Tuple[int, bytes]:
+        """Status and page for a GET of `target`, blocking while a true response is redeemed."""
+        path, _, query = target.partition("?")
+        fault = "There is nothing here."
+        if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
+            return 400, _stray_page("This address is not served here.")
+        if path == "/success" and self.verdict[0] == 303:
+            text = "You can close this tab and go back to where you started the sign-in."
+            return 200, render_page("You are signed in", text, good=True)
+        if path != self.attempt.path:
+            return 404, _stray_page(fault)
+        try:
+            response = self.attempt.response(query)
+            with self.guard:
+                if self.claimed or self.settled.is_set():
+                    raise ValueError("that has come already")
+                self.claimed = True
+        except ValueError as error:
+            return 400, _stray_page(f"This is not the answer to the sign-in: {error}.")
+        self.events.put(("response", response))
+        self.settled.wait()
+        return self.verdict
+
+
+def _stray_page(text: str) -> bytes:
+    return render_page("Not the sign-in", text, "If you are signing in, go on in the other tab.")
+
+
+def _handler_class() -> Any:
+    import hashlib
+    import io
+    from base64 import b64encode
+    from http.server import BaseHTTPRequestHandler
+
+    style = b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
+
+    class Handler(BaseHTTPRequestHandler):
+        """One connection, one request, one answer; `server` is the Listener."""
+
+        protocol_version = "HTTP/1.1"
+        server: Any
+
+        def setup(self) -> None:
+            super().setup()
+            self.rfile = io.BytesIO(self.server.read_head(self.connection))
+
+        def handle(self) -> None:
+            self.handle_one_request()
+
+        def do_GET(self) -> None:  # noqa: N802 - http.server looks for this name
+            listener = self.server
+            status, page = listener.respond(self.path, self.headers.get_all("Host") or [])
+            self._answer(status, page)
+            if status == 200:
+                listener.seen.set()
+            if page is listener.verdict[1]:
+                listener.told.set()
+
+        def send_error(self, code: int, *_: Any) -> None:
+            self._answer(405 if code == 501 else code, _stray_page("This is not understood."))
+
+        def version_string(self) -> str:
+            return "chatgpt_oauth"
+
+        def log_message(self, *_: Any) -> None:
+            """Print nothing of what comes in."""
+
+        def _answer(self, status: int, page: bytes) -> None:
+            headers = {
+                "Content-Type": "text/html; charset=utf-8",
+                "Content-Length": str(len(page)),
+                "Cache-Control": "no-store",
+                "Referrer-Policy": "no-referrer",
+                "Content-Security-Policy": policy,
+                "X-Content-Type-Options": "nosniff",
+                "Connection": "close",
+                **({"Location": "/success"} if status == 303 else {}),
+                **({"Allow": "GET"} if status == 405 else {}),
+            }
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(page)
+
+    return Handler
+
+
+# ---------------------------------------------------------------------------------------------
+# Models: what the account can use, and Code Puppy's entries for it
+# ---------------------------------------------------------------------------------------------
+
+OAUTH_SOURCE = "chatgpt-oauth-plugin"
+PAYERS = {"api": "your API account (platform.openai.com)", "codex": "your ChatGPT plan"}
+NO_API_KEY = "the account has no API key"
+ORGANIZATION_HINT = (
+    "create an organization and a project at https://platform.openai.com, then run: "
+    "chatgpt_oauth.py auth"
+)
+
+
+class Choice:
+    """Which models are wanted: patterns to include and exclude, and the source that lists them."""
+
+    __slots__ = ("include", "exclude", "source")
+
+    def __init__(self, settings: Settings, options: Optional[Namespace] = None) -> None:
+        everything = getattr(options, "all", False)
+        include = ["*"] if everything else getattr(options, "include", None)
+        excludes = "" if include else settings.model_excludes
+        self.include = include or settings.model_patterns.split(",")
+        self.exclude = excludes.split(",") + (getattr(options, "exclude", None) or [])
+        self.source = getattr(options, "source", None) or settings.model_source
+
+    def wants(self, name: str) -> bool:
+        """Whether the whole id `name` matches, case-sensitively."""
+        from fnmatch import fnmatchcase
+
+        wanted, unwanted = (
+            any(fnmatchcase(name, glob) for glob in globs) for globs in (self.include, self.exclude)
+        )
+        return wanted and not unwanted
+
+
+def list_api_models(settings: Settings, api_key: str) -> Answer:
+    """Ask what the API key may use."""
+    url, what = settings.api_base_url + "/v1/models", "listing the API's models"
+    return request_json(settings, url, what, bearer=api_key, limit=MODELS_LIMIT)
+
+
+def list_codex_models(settings: Settings, tokens: Tokens) -> Answer:
+    """Ask for the Codex backend's catalogue."""
+    url = f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}"
+    headers = {"originator": settings.originator}
+    if tokens.account_id:
+        headers["chatgpt-account-id"] = tokens.account_id
+    bearer, what = tokens.access_token, "listing the ChatGPT plan's models"
+    return request_json(settings, url, what, bearer=bearer, headers=headers, limit=MODELS_LIMIT)
+
+
+def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
+    """The source that `source` comes to, and its models with their context lengths in tokens.
+
+    Raises OAuthError, too where an API key is asked of an account without one.
+    """
+    settings, tokens = session.settings, session.tokens()
+    source = ("api" if tokens.api_key else "codex") if source == "auto" else source
+    if source == "api" and not tokens.api_key:
+        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
+    if source == "api":
+        answer, key, name = list_api_models(settings, tokens.api_key or ""), "data", "id"
+    else:
+        answer, key, name = list_codex_models(settings, session.fresh()), "models", "slug"
+    what = "listing the models"
+    listed = answer.members(what).get(key)
+    if not isinstance(listed, list):
+        raise OAuthError(f"{what} failed: the answer is not the list it should be")
+    shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
+    models = {str(entry.get(name)): _context_length(settings, entry) for entry in shown}
+    usable = {name: models[name] for name in sorted(models) if re.fullmatch(MODEL_ID, name)}
+    if len(usable) < len(models):
+        odd = len(models) - len(usable)
+        session.notify("warning", f"{odd} of the models have names that cannot be used")
+    return source, usable
+
+
+def _context_length(settings: Settings, entry: Dict[str, Any]) -> int:
+    """The window to budget with; the API's list has none, the Codex backend's the whole one."""
+    window, percent = entry.get("context_window"), entry.get("effective_context_window_percent")
+    if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
+        percent = 95
+    known = isinstance(window, (int, float)) and 2 <= window < 1e10
+    return int(window * percent / 100) if known and window else settings.default_context_length
+
+
+def is_ours(settings: Settings, name: str, entry: object) -> bool:
+    """Whether an entry of the models file was written by this program."""
+    marked = isinstance(entry, dict) and entry.get("oauth_source") == OAUTH_SOURCE
+    return marked and name.startswith(settings.prefix)
+
+
+def registered_models(session: Session) -> List[str]:
+    """The names of our entries in the models file."""
+    entries = session.store.load_models().items()
+    return [name for name, entry in entries if is_ours(session.settings, name, entry)]
+
+
+def register_models(session: Session, entries: Dict[str, Dict[str, Any]]) -> List[str]:
+    """Put `entries` in the place of ours in the models file; returns the names that got there.
+
+    The caller holds the lock. Somebody else's entry of the same name stays.
+    """
+    settings, store = session.settings, session.store
+    before = store.load_models()
+    others = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
+    for name in others.keys() & entries.keys():
+        session.notify("warning", f"{name} is an entry of somebody else's and stays so")
+    after = {**others, **{k: entry for k, entry in entries.items() if k not in others}}
+    if after != before:
+        store.save(store.models_file, after)
+    return [name for name in entries if name not in others]
+
+
+def model_entry(settings: Settings, source: str, model: str, length: int) -> Dict[str, Any]:
+    """Code Puppy's entry for `model` (its model_factory.py; type `openai` would ignore the URL)."""
+    entry = {
+        "type": "custom_openai",
+        "name": model,
+        "custom_endpoint": {
+            "url": settings.api_base_url + "/v1",
+            "api_key": "$" + settings.api_key_env_var,
+        },
+        "context_length": length,
+        "oauth_source": OAUTH_SOURCE,
+    }
+    if source == "codex":
+        entry["type"] = "chatgpt_oauth"
+        entry["custom_endpoint"] = {"url": settings.codex_base_url}
+        entry["supported_settings"] = ["reasoning_effort", "summary", "verbosity"]
+    return entry
+
+
+def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[str, List[str]]:
+    """List the models, take those that `choice` wants, and (`keep`) register them.
+
+    Returns the source, and the names with the prefix. Raises OAuthError.
+    """
+    settings = session.settings
+    source, models = list_models(session, choice.source)
+    entries = {
+        settings.prefix + name: model_entry(settings, source, name, length)
+        for name, length in models.items()
+        if choice.wants(name)
+    }
+    names = list(entries)
+    if keep:
+        with session.store.lock():
+            names = register_models(session, entries)
+        counts = f"{len(names)} of {len(models)} models imported"
+        session.notify("done", f"{counts}; {PAYERS[source]} pays for their use")
+    return source, names
+
+
+def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
+    """The ids of the account's models, unfiltered.
+
+    `source` is "api" (what the API key pays for), "codex" (what the ChatGPT plan pays for) or
+    "auto" ("api" when there is a key). Raises OAuthError.
+    """
+    return list(list_models(Session(), checked("source", source, _RULES["model_source"]))[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sign-in: browser, paste and device code, each ending in `complete_sign_in`
+# ---------------------------------------------------------------------------------------------
+
+DEVICE_CODE_LIFETIME = 900.0  # seconds
+RETRY_OFFER = 60.0  # seconds to press Enter after the time was up
+
+
+def complete_sign_in(
+    session: Session,
+    choice: Choice,
+    code: str,
+    verifier: str,
+    redirect_uri: str,
+    on_saved: Callable[[], None] = lambda: None,
+) -> None:
+    """Redeem the code, store the tokens, and call `on_saved`; then API key, models, summary.
+
+    What fails after the tokens were stored is a warning. Of the account that was signed in
+    before, the same one keeps its API key for now and another one is revoked.
+    """
+    settings, store = session.settings, session.store
+    answer = exchange_code(settings, code, verifier, redirect_uri)
+    fields = merged({"issuer": settings.issuer, "client_id": settings.client_id}, answer)
+    tokens = Tokens(fields)
+    if tokens.account_id:
+        fields["account_id"] = tokens.account_id
+    old = None
+    with store.lock():
+        try:
+            old = store.load_tokens()
+        except StorageError as error:
+            aside = os.path.realpath(store.token_file) + ".bad"
+            store.move_away(aside)
+            session.notify("warning", f"{error}; kept as {aside}")
+        if old and tokens.same_account(old):
+            known = {*SECRET_KEYS, "ended", "expires_at"}
+            fields = {**{k: v for k, v in old.fields.items() if k not in known}, **fields}
+            fields.update({"api_key": old.api_key} if old.api_key else {})
+        store.save(store.token_file, fields)
+    on_saved()
+    session.notify("done", f"Signed in as {identity(tokens)['email'] or 'somebody unnamed'}")
+    for step in (obtain_api_key, import_models):
+        try:
+            step(session, choice)
+        except OAuthError as error:
+            session.notify("warning", str(error))
+            if error.hint:
+                session.notify("info", f"  {error.hint}")
+    if old and old.refresh_token and old.account_id != tokens.account_id:
+        # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
+        # the server end the whole of it.
+        revoke_quietly(session, old)
+    session.notify("info", f"The sign-in is kept in {store.token_file}")
+    env = 'eval "$(chatgpt_oauth.py env)"' if session.tokens().api_key else "chatgpt_oauth.py token"
+    session.notify("info", f"Next: {env}")
+
+
+def revoke_quietly(session: Session, tokens: Tokens) -> None:
+    """Revoke as best as we can: a failure is a warning."""
+    try:
+        revoke(session.settings, tokens)
+    except OAuthError as error:
+        session.notify("warning", f"the sign-in may still be valid at OpenAI: {error}")
+
+
+def obtain_api_key(session: Session, _: object = None) -> None:
+    """Keep the stored API key while the API accepts it, else exchange the ID token for one.
+
+    Raises OAuthError when there is none to be had.
+    """
+    settings, store, tokens = session.settings, session.store, session.tokens()
+    if tokens.api_key:
+        accepted = True
+        with contextlib.suppress(OAuthError):  # what is not refused stays
+            accepted = list_api_models(settings, tokens.api_key).status != 401
+        if accepted:
+            return session.notify("done", "API key available (the one you had)")
+    api_key, failure = "", None
+    try:
+        api_key = exchange_id_token(settings, tokens.id_token or "")
+        session.notify("done", "API key available")
+    except OAuthError as error:
+        failure = OAuthError(f"no API key: {error}", f"{ORGANIZATION_HINT} (or go without)")
+    with store.lock():
+        current = store.load_tokens()
+        if current and tokens.same_account(current):
+            fields = {k: value for k, value in current.fields.items() if k != "api_key"}
+            store.save(store.token_file, {**fields, **({"api_key": api_key} if api_key else {})})
+    if failure:
+        raise failure
+    return None
+
+
+def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
+    """`email`, `plan` and `organization_id` from the claims, None where unknown."""
+    auth = tokens.auth_claims()
+    organization, listed = auth.get("organization_id"), auth.get("organizations")
+    if not organization and isinstance(listed, list):
+        known = [entry for entry in listed if isinstance(entry, dict)]
+        known.sort(key=lambda entry: entry.get("is_default") is not True)
+        organization = known[0].get("id") if known else None
+    return {
+        "email": text_or_none(decode_claims(tokens.id_token).get("email")),
+        "plan": text_or_none(auth.get("chatgpt_plan_type")),
+        "organization_id": text_or_none(organization),
+    }
+
+
+class Lines:
+    """Lines of standard input as events, read by a thread (Windows knows no other way to wait).
+
+    `usable` says whether anything can come, `terminal` whether a person types there.
+    """
+
+    def __init__(self, events: Any) -> None:
+        import threading
+
+        self.events = events
+        self.usable = self.terminal = False
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            self.descriptor = sys.stdin.fileno()
+            self.terminal = os.isatty(self.descriptor)
+            # /dev/null has nothing to say; a background job that reads its terminal is stopped.
+            self.usable = self.terminal or not stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
+            if self.terminal and sys.platform != "win32":
+                self.usable = self.terminal = os.tcgetpgrp(self.descriptor) == os.getpgrp()
+        if self.usable:
+            self.waker = os.pipe()
+            self.thread = threading.Thread(target=self._read, daemon=True)
+            self.thread.start()
+
+    def _read(self) -> None:
+        import select
+
+        pending = b""
+        while True:
+            wanted = [self.descriptor, self.waker[0]]
+            if sys.platform != "win32" and self.waker[0] in select.select(wanted, [], [])[0]:
+                return
+            part = b""
+            with contextlib.suppress(OSError):
+                part = os.read(self.descriptor, 65536)
+            if not part:
+                self.events.put(("eof", ""))
+                return
+            *lines, pending = (pending + part).split(b"\n")
+            pending = pending[-65536:]
+            for line in lines:
+                self.events.put(("line", line.decode("utf-8", "replace")))
+
+    def close(self) -> None:
+        """Leave standard input to whoever reads it next."""
+        if self.usable and sys.platform != "win32":
+            os.close(self.waker[1])
+            self.thread.join()
+            os.close(self.waker[0])
+
+
+class BrowserSignIn:
+    """The authorization code flow over the loopback redirect or a pasted address.
+
+    `open_browser` gets the URL and returns why it opened nothing, or None. `timeout` is in
+    seconds. `attempt` is the latest authorization request.
+    """
+
+    def __init__(
+        self, session: Session, choice: Choice, open_browser: Callable[[str], Optional[str]]
+    ) -> None:
+        self.session, self.choice, self.open_browser = session, choice, open_browser
+        self.attempt: Optional[Attempt] = None
+
+    def run(self, timeout: float, reading: bool = True) -> None:
+        """Sign in, or raise OAuthError; `reading` allows pasting into standard input."""
+        import queue
+
+        events: Any = queue.SimpleQueue()
+        lines = Lines(events) if reading else None
+        try:
+            while not self._try(timeout, events, lines):
+                told = f"no sign-in within {timeout:g} seconds"
+                why = 'a page that waited too long says "Route Error (400 Invalid Session)"'
+                self.session.notify("warning", f"{told}; {why}")
+                if not (lines and lines.terminal) or not self._asked_again(events):
+                    more = "try again, or with more time: chatgpt_oauth.py auth --timeout 240"
+                    raise OAuthError(told, more)
+        finally:
+            if lines:
+                lines.close()
+
+    def _asked_again(self, events: Any) -> bool:
+        import queue
+
+        self.session.notify("info", f"Press Enter within {RETRY_OFFER:g} s for a new address.")
+        deadline = time.monotonic() + RETRY_OFFER
+        while time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                return bool(events.get(timeout=0.5)[0] == "line")
+        return False
+
+    def _try(self, timeout: float, events: Any, lines: Optional[Lines]) -> bool:
+        """Whether somebody signed in before the time was up."""
+        settings, notify = self.session.settings, self.session.notify
+        port, sockets, fault = open_port(settings)
+        if fault and not (lines and lines.usable):
+            raise OAuthError(fault, "sign in without a port: chatgpt_oauth.py auth --device")
+        self.attempt = Attempt(settings, port)
+        listener = Listener(sockets, self.attempt, events)
+        try:
+            if fault:
+                notify("warning", f"{fault}. This shows which program has it: {who_listens(port)}")
+            notify("info", f"Sign in at this address within {timeout:g} seconds:")
+            notify("verbatim", self.attempt.url)
+            deadline = time.monotonic() + timeout
+            obstacle = self.open_browser(self.attempt.url)
+            if obstacle or fault:
+                self._show_ways(obstacle, port, lines)
+            elif lines and lines.terminal:
+                notify("info", "If the browser ends on an error page, paste its address here.")
+            prepare_wire()
+            response = self._await(events, deadline, bool(sockets))
+            if response:
+                self.redeem(self.attempt, response, listener)
+            return response is not None
+        finally:
+            listener.close()
+
+    def _await(self, events: Any, deadline: float, listening: bool) -> Optional[Dict[str, str]]:
+        """The response that comes first, by browser or by paste; None when the time is up."""
+        import queue
+
+        while time.monotonic() < deadline:
+            left = deadline - time.monotonic()
+            self.session.notify("countdown", str(int(left + 0.999)))
+            try:
+                kind, value = events.get(timeout=max(0.0, min(left, 1.0)))
+            except queue.Empty:
+                continue
+            if kind == "response":
+                return dict(value)
+            if kind == "line" and self.attempt:
+                try:
+                    return self.attempt.pasted(value)
+                except ValueError as error:
+                    self.session.notify("info", f"That does not sign you in: {error}.")
+            elif not listening:
+                hint = "sign in without either: chatgpt_oauth.py auth --device"
+                raise OAuthError("no port is free to listen on and nothing can be pasted", hint)
+        return None
+
+    def redeem(
+        self, attempt: Attempt, response: Dict[str, str], listener: Optional[Listener]
+    ) -> None:
+        """Finish with an authorization response, telling the browser what became of it."""
+        saved = 0.0
+
+        def on_saved() -> None:
+            nonlocal saved
+            saved = time.monotonic()
+            if listener:
+                listener.settle()
+
+        try:
+            if "code" not in response:
+                raise denial(response)
+            code, redirect_uri = response["code"], attempt.redirect_uri
+            complete_sign_in(
+                self.session, self.choice, code, attempt.verifier, redirect_uri, on_saved
+            )
+        except OAuthError as error:
+            if listener and not saved:
+                listener.settle(error)
+            raise
+        if listener and listener.claimed:
+            listener.seen.wait(max(0.0, saved + LINGER - time.monotonic()))
+
+    def _show_ways(self, obstacle: Optional[str], port: int, lines: Optional[Lines]) -> None:
+        """How to go on where the browser is elsewhere."""
+        notify = self.session.notify
+        notify(
+            "info", f"No browser is opened: {obstacle}. Ways to go on:" if obstacle else "Either:"
+        )
+        if lines and lines.usable:
+            notify("info", "- Open the address in any browser. It ends on a page that cannot be")
+            notify("info", "  reached: paste that page's address here.")
+        notify("info", "- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device")
+        notify("info", "- Or lead the port from your own machine to this one, and open it there:")
+        notify("info", f"  ssh -L {port}:localhost:{port} THIS-MACHINE")
+
+
+def denial(response: Dict[str, str]) -> OAuthError:
+    """What an error response (RFC 6749 §4.1.2.1) means to a person."""
+    description = response["error_description"]
+    if "missing_codex_entitlement" in description:
+        return OAuthError(
+            "this workspace may not use Codex",
+            "ask the workspace's administrator to enable Codex, or choose another workspace",
+        )
+    said = printable(": ".join(filter(None, (response["error"], description))), 200)
+    return OAuthError(f"the sign-in was refused ({said})", "try again: chatgpt_oauth.py auth")
+
+
+def open_port(settings: Settings) -> Tuple[int, List[Socket], str]:
+    """A registered port with its listening sockets; or none of them, and why."""
+    ports, reason = (settings.required_port, settings.fallback_port), ""
+    for port in ports:
+        try:
+            return port, bind_loopback(port), ""
+        except OSError as error:
+            reason = reason or error.strerror or "error"
+    return ports[0], [], f"neither port {ports[0]} nor {ports[1]} can be listened on ({reason})"
+
+
+def who_listens(port: int) -> str:
+    """The system's own command that tells which program listens on `port`."""
+    if sys.platform == "win32":
+        return f"netstat -ano | findstr :{port}"
+    macos = f"lsof -nP -iTCP:{port} -sTCP:LISTEN"
+    return macos if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
+
+
+def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[float]) -> None:
+    """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
+    settings, notify = session.settings, session.notify
+    device = request_user_code(settings)
+    notify("info", "Open this page in any browser and sign in:")
+    notify("verbatim", settings.issuer + "/codex/device")
+    notify("info", "Then enter this code, which is good for 15 minutes:")
+    notify("verbatim", device["user_code"])
+    notify("info", "Such codes are a phishing target: enter this one only because you have just")
+    notify("info", "started this sign-in yourself, and never one that somebody sent you.")
+    deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
+    members = await_device_token(session, device, deadline)
+    code = text_or_none(members.get("authorization_code"))
+    verifier = text_or_none(members.get("code_verifier"))
+    if not code or not verifier:
+        raise OAuthError("the device code failed: the answer lacks the authorization code")
+    complete_sign_in(session, choice, code, verifier, settings.issuer + "/deviceauth/callback")
+
+
+def await_device_token(session: Session, device: Dict[str, Any], deadline: float) -> Dict[str, Any]:
+    """Poll until the code was entered or refused, or time.monotonic() reaches `deadline`."""
+    retry = "get a new code: chatgpt_oauth.py auth --device"
+    expired = OAuthError("the code was not entered in time", retry)
+    interval = wait = device["interval"]
+    while True:
+        again = time.monotonic() + wait
+        while time.monotonic() < again:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise expired
+            session.notify("countdown", str(int(left + 0.999)))
+            time.sleep(max(0.0, min(1.0, left, again - time.monotonic())))
+        wait = interval
+        try:
+            answer = poll_device_token(session.settings, device)
+        except UnavailableError as error:
+            session.notify("warning", f"{error}; still trying")
+            continue
+        if 200 <= answer.status < 300:
+            return answer.members("waiting for the device code")
+        if answer.code == "slow_down":
+            interval = wait = interval + 5.0  # RFC 8628 §3.5
+        elif answer.code == "expired_token":
+            raise expired
+        elif answer.code == "access_denied":
+            raise OAuthError("the sign-in was refused in the browser", retry)
+        elif answer.status in (403, 404, 429) or answer.status >= 500:
+            wait = max(interval, min(answer.retry_after or 0.0, 60.0))
+        elif answer.code != "authorization_pending":
+            raise answer.refusal("waiting for the device code")
+
+
+def end_sign_in(session: Session, revoking: bool) -> bool:
+    """Revoke the sign-in (best effort), remove its file and our entries; False: nothing was there.
+
+    A broken token file is removed too; a broken models file raises, after that.
+    """
+    store = session.store
+    there = os.path.lexists(store.token_file)
+    with contextlib.suppress(StorageError):
+        if not there and not registered_models(session):
+            return False
+    with store.lock():
+        tokens = None
+        try:
+            tokens = store.load_tokens()
+        except StorageError as error:
+            session.notify("warning", f"{error}; it is removed all the same")
+        if tokens and revoking:
+            revoke_quietly(session, tokens)
+        store.move_away(None)
+        register_models(session, {})
+    if tokens and tokens.api_key:
+        where = "https://platform.openai.com"
+        session.notify("info", f"The API key stays valid until you delete it at {where}")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Shells: how each sets, unsets and separates
+# ---------------------------------------------------------------------------------------------
+
+# Only b64tokens and identifiers get here, so these quotes cannot be broken out of. The fourth
+# is a line for the shell's profile.
+SHELLS = {
+    "sh": ("export {0}='{1}'", "unset {0}", ";\n", 'eval "$(chatgpt_oauth.py env)"'),
+    "fish": ("set -gx {0} '{1}'", "set -e {0}", ";\n", "chatgpt_oauth.py env | source"),
+    "csh": ("setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `chatgpt_oauth.py env`"),
+    "powershell": (
+        "$env:{0} = '{1}'",
+        "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
+        ";\n",
+        "chatgpt_oauth.py env --shell powershell | Out-String | iex",
+    ),
+    "cmd": (
+        'set "{0}={1}"',
+        'set "{0}="',
+        "\n",
+        "for /f \"delims=\" %i in ('chatgpt_oauth.py env --shell cmd') do @%i",
+    ),
+    "dotenv": ("{0}={1}", "{0}=", "\n", ""),
+    "json": ("", "", "", ""),
+}
+SHELL_ALIASES = dict.fromkeys(("bash", "zsh", "ksh", "dash"), "sh")
+SHELL_ALIASES.update(tcsh="csh", pwsh="powershell")
+
+
+def find_shell(settings: Settings, name: str) -> str:
+    """The table's name for the shell `name`; "auto" goes by $SHELL. Raises UsageError."""
+    if name == "auto":
+        usual = os.path.basename(settings.environ.get("SHELL") or "sh")
+        name = "powershell" if sys.platform == "win32" else usual
+    shell = SHELL_ALIASES.get(name, name)
+    if shell not in SHELLS:
+        raise UsageError(f"the shell {name} is not known", f"use --shell with {', '.join(SHELLS)}")
+    return shell
+
+
+def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
+    """Code that sets the `variables` in `shell`; those that are None are unset."""
+    if shell == "json":
+        return json.dumps(variables)
+    setting, unsetting, between, _ = SHELLS[shell]
+    return between.join(
+        (unsetting if value is None else setting).format(name, value)
+        for name, value in variables.items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Terminal: the one object that talks to a person
+# ---------------------------------------------------------------------------------------------
+
+TERMINAL_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
+COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
+
+
+def program_name() -> str:
+    """How this program was started, for people who shall start it again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name != "__main__":
+        return f"python3 -m {spec.name}"
+    name = sys.argv[0] if sys.argv[0] not in ("", "-", "-c") else "chatgpt_oauth.py"
+    return f'python3 "{name}"' if " " in name else f"python3 {name}"
+
+
+class Terminal:
+    """Tells a person on standard error what happens."""
+
+    def __init__(self, environ: Dict[str, str]) -> None:
+        self.live = sys.stderr.isatty() and environ.get("TERM") != "dumb"
+        self.colour = self.live and not environ.get("NO_COLOR")
+        self.pasting = sys.stdin is not None and sys.stdin.isatty()
+        self.left = 0
+        self.counting = False
+        self.tick = ""
+        with contextlib.suppress(UnicodeEncodeError):
+            "\u2713".encode(sys.stderr.encoding or "ascii")
+            self.tick = "\u2713 " if self.live else ""
+
+    def notify(self, kind: str, text: str) -> None:
+        """Say `text`: info, done, warning, error, verbatim (whole and alone) or countdown."""
+        if kind == "countdown":
+            return self._count(int(text))
+        lead, colour = {
+            "done": (self.tick, "32"),
+            "warning": ("warning: ", "33"),
+            "error": ("error: ", "31"),
+        }.get(kind, ("", ""))
+        if self.colour and lead:
+            lead = f"\033[{colour}m{lead}\033[0m"
+        clear = "\r\033[K" if self.counting else ""
+        self.counting = False
+        text = printable(text.replace("chatgpt_oauth.py ", program_name() + " "), 5000)
+        text = f"\n{text}\n" if kind == "verbatim" else text
+        print(clear + lead + text, file=sys.stderr, flush=True)
+        return None
+
+    def _count(self, left: int) -> None:
+        """The seconds left: in place, or where a line may be being pasted, now and then."""
+        if self.live and not self.pasting:
+            print(f"\r{left} s left ", end="", file=sys.stderr, flush=True)
+            self.counting = True
+        elif self.live and passes_mark(self.left, left):
+            print(f"{left} s left", file=sys.stderr, flush=True)
+        self.left = left
+
+
+def passes_mark(before: int, left: int) -> bool:
+    """Whether a countdown that went from `before` to `left` is worth a line."""
+    return any(left <= mark < before for mark in COUNTDOWN_MARKS)
+
+
+def browser_opener(session: Session, wanted: bool = True) -> Callable[[str], Optional[str]]:
+    """A function that opens a URL in the person's browser, or returns why it did not."""
+
+    def open_browser(url: str) -> Optional[str]:
+        import subprocess
+        import threading
+
+        settings = session.settings
+        command, obstacle = browser_command(settings.environ) if wanted else ([], "as you wished")
+        if not command:
+            return obstacle
+        # The browser sees none of our keys, whatever they are exported as, and no TERM, without
+        # which `webbrowser` starts no terminal browser.
+        secrets = set()
+        with contextlib.suppress(OAuthError):
+            secrets = {getattr(session.tokens(), key) for key in SECRET_KEYS}
+        environ = {
+            name: value
+            for name, value in settings.environ.items()
+            if not name.startswith("CHATGPT_OAUTH_") and value not in secrets
+        }
+        for name in ("TERM", settings.api_key_env_var):
+            environ.pop(name, None)
+        nowhere: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        try:
+            process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
+                [*command, url], env=environ, start_new_session=True, **nowhere
+            )
+        except OSError as error:
+            return f"it could not be started ({error.strerror})"
+        threading.Thread(target=process.wait, daemon=True).start()
+        return None
+
+    return open_browser
+
+
+def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
+    """What opens a URL here; or nothing, and why."""
+    named = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
+    if {os.path.basename(part.split()[0]) for part in named} & TERMINAL_BROWSERS:
+        return [], "BROWSER names a terminal browser, which cannot show OpenAI's page"
+    if not named and ("WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ):
+        import shutil
+
+        for command in (["wslview"], ["rundll32.exe", "url.dll,FileProtocolHandler"]):
+            if shutil.which(command[0], path=environ.get("PATH")):
+                return command, ""
+        return [], "this is WSL, and Windows' own programs are not in PATH"
+    if not named and ("SSH_CONNECTION" in environ or "SSH_TTY" in environ):
+        return [], "this is an SSH session"
+    display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
+    if not (named or display or sys.platform in ("win32", "darwin", "cygwin")):
+        inside = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
+        return [], "this is a container" if inside else "there is no display"
+    return ([sys.executable, "-m", "webbrowser"], "") if sys.executable else ([], "no Python found")
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands: settings in, exit code out
+# ---------------------------------------------------------------------------------------------
+
+
+def describe(session: Session) -> Tuple[Dict[str, Any], int]:
+    """What `status --json` prints, and its exit code. Offline; holds no secret."""
+    settings, store = session.settings, session.store
+    trouble: Optional[OAuthError] = None
+    tokens = names = None
+    try:
+        tokens = session.tokens()
+        trouble = session.obstacle(tokens)
+    except OAuthError as error:
+        trouble = error
+    usable = tokens is not None and (trouble is None or tokens.outlives(0, unknown=True))
+    code = trouble.exit_code if trouble and not usable else 0
+    try:
+        names = registered_models(session)
+    except StorageError as error:
+        trouble, code = trouble or error, code or error.exit_code
+    who = tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
+    expiry = who.expires_at()
+    refreshed = parse_timestamp(who.fields.get("last_refresh"))
+    usual = ("api" if who.api_key else "codex") if tokens else "auto"
+    facts = {
+        "authenticated": usable,
+        **dict(identity(who), account_id=who.account_id),
+        "has_api_key": bool(who.api_key),
+        "has_refresh_token": bool(who.refresh_token),
+        "access_token_expires_at": None if expiry is None else timestamp(expiry),
+        "last_refresh": None if refreshed is None else timestamp(refreshed),
+        "models": names,
+        "token_file": store.token_file,
+        "models_file": store.models_file,
+        "model_source": usual if settings.model_source == "auto" else settings.model_source,
+        "issuer": who.issuer,
+        "client_id": who.client_id,
+        "problem": None,
+    }
+    if trouble:
+        facts["problem"] = f"{trouble}; {trouble.hint}" if trouble.hint else str(trouble)
+    return facts, code
+
+
+def status_lines(facts: Dict[str, Any]) -> List[str]:
+    """`facts`, as `describe` gives them, for people; the first two as the setup guide has them."""
+    good, expiry = facts["authenticated"], facts["access_token_expires_at"]
+    lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
+    if good:
+        no_key = f"No API key: {NO_API_KEY}; {ORGANIZATION_HINT}"
+        lines.append("API key available" if facts["has_api_key"] else no_key)
+        lines.append(f"Account: {facts['email'] or 'unknown'}")
+        lines.append(f"Plan: {facts['plan'] or 'unknown'}")
+        life = f"expires {relative(expiry)}" if expiry else "nothing tells when it expires"
+        renewed = ", renewed when needed" if not facts["problem"] else ""
+        lines.append(f"Access token: {life}{renewed}")
+    names = facts["models"] or []
+    lines.append(f"Models: {', '.join(names) or 'none imported'}")
+    lines.append(f"Token file: {facts['token_file']}")
+    lines.append(f"Models file: {facts['models_file']}")
+    return lines + ([f"Problem: {facts['problem']}"] if facts["problem"] else [])
+
+
+def relative(when: str) -> str:
+    """A time as `timestamp` writes it, as people say it, and itself."""
+    seconds = int((parse_timestamp(when) or 0.0) - time.time())
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
+    count = abs(seconds) // size
+    words = f"{count} {unit}{'' if count == 1 else 's'}"
+    return f"in {words} ({when})" if seconds >= 0 else f"{words} ago ({when})"
+
+
+def sign_in(
+    *, device: bool = False, open_browser: bool = True, timeout: Optional[float] = None
+) -> Dict[str, Any]:
+    """Sign in, obtain the API key, import the models; returns what `status --json` prints.
+
+    `device`: with a device code; `open_browser`: False only shows the address (as a logged
+    warning); `timeout`: in seconds, default `callback_timeout`. Raises OAuthError.
+    """
+    session = Session()
+    choice = Choice(session.settings)
+    if device:
+        sign_in_with_device(session, choice, timeout)
+    else:
+        opener = browser_opener(session, open_browser)
+        limit = timeout or session.settings.callback_timeout
+        BrowserSignIn(session, choice, opener).run(limit, reading=False)
+    return describe(session)[0]
+
+
+def sign_out(*, revoke: bool = True) -> None:
+    """Revoke the sign-in (best effort), remove its file and our models. Raises OAuthError."""
+    end_sign_in(Session(), revoke)
+
+
+def command_auth(session: Session, options: Namespace) -> int:
+    """Sign in."""
+    choice = Choice(session.settings, options)
+    if options.device:
+        sign_in_with_device(session, choice, options.timeout)
+    else:
+        opener = browser_opener(session, not options.no_browser)
+        limit = options.timeout or session.settings.callback_timeout
+        BrowserSignIn(session, choice, opener).run(limit)
+    return 0
+
+
+def command_status(session: Session, options: Namespace) -> int:
+    """Say who is signed in."""
+    facts, code = describe(session)
+    shown = "\n".join(map(printable, status_lines(facts)))
+    shown = json.dumps(facts, indent=2) if options.json else shown
+    print(shown.replace("chatgpt_oauth.py ", program_name() + " "))
+    return code
+
+
+def command_models(session: Session, options: Namespace) -> int:
+    """List, filter and import the account's models."""
+    choice = Choice(session.settings, options)
+    source, names = import_models(session, choice, keep=not options.dry_run)
+    if options.json:
+        print(json.dumps({"model_source": source, "models": names}, indent=2))
+    elif names:
+        print("\n".join(names))
+    return 0
+
+
+def command_env(session: Session, options: Namespace) -> int:
+    """Print shell code that exports the API key."""
+    shell = find_shell(session.settings, options.shell)
+    usual = session.settings.api_key_env_var
+    name = checked("--name", options.name or usual, _IDENTIFIER)
+    variables: Dict[str, Optional[str]] = {name: None}
+    if options.access_token:
+        name = options.name or "CHATGPT_OAUTH_ACCESS_TOKEN"
+        variables = {name: None, "CHATGPT_OAUTH_ACCOUNT_ID": None}
+    if not options.unset:
+        try:
+            tokens = session.fresh() if options.access_token else session.tokens()
+        except NotSignedInError as error:  # each new shell of somebody signed out says it: one line
+            raise NotSignedInError(f"{error}; {error.hint}") from None
+        variables[name] = tokens.access_token if options.access_token else tokens.api_key
+        if options.access_token:
+            variables["CHATGPT_OAUTH_ACCOUNT_ID"] = tokens.account_id
+        if not variables[name]:
+            plan = "without one: chatgpt_oauth.py env --access-token"
+            raise OAuthError(NO_API_KEY, f"{ORGANIZATION_HINT}; or {plan}")
+    print(shell_code(shell, variables))
+    return 0
+
+
+def command_token(session: Session, options: Namespace) -> int:
+    """Print an access token that is valid now, or the API key."""
+    if options.api_key and options.refresh:
+        raise UsageError("--refresh does not go with --api-key", "leave one of them out")
+    if options.api_key:
+        value = session.tokens().api_key
+        if not value:
+            raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
+    else:
+        value = session.fresh(options.refresh).access_token
+    print(value)
+    return 0
+
+
+def command_logout(session: Session, options: Namespace) -> int:
+    """Revoke the sign-in and remove what it left."""
+    if end_sign_in(session, not options.local):
+        session.notify("done", "Signed out: the token file and our model entries are gone")
+    else:
+        session.notify("info", "Not signed in; there is nothing to do.")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Code Puppy: the same commands through its plugin interface (code_puppy/callbacks.py)
+# ---------------------------------------------------------------------------------------------
+
+BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
+PUPPY_COMMANDS = {
+    "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, or a pasted address)",
+    "chatgpt-status": "Say who is signed in with ChatGPT, and with which models",
+    "chatgpt-logout": "Sign out of ChatGPT and remove its models",
+}
+
+
+class Puppy:
+    """Stands between Code Puppy and the commands; nothing is printed, nothing raised."""
+
+    def __init__(self) -> None:
+        self.inherited: Dict[str, List[Any]] = {"custom_command": [], "custom_command_help": []}
+        self.attempt: Optional[Attempt] = None  # the last one, for an address pasted later
+        self.exported: Optional[str] = None
+        self.left = 0
+
+    def notify(self, kind: str, text: str) -> None:
+        """Say `text` through the host's emitters (kinds as in Terminal.notify)."""
+        from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
+
+        if kind == "countdown":
+            before, self.left = self.left, int(text)
+            if not passes_mark(before, self.left):
+                return
+            text += " s left"
+        text = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", text)
+        text = printable(text.replace("chatgpt_oauth.py ", f"python3 {__file__} "), 5000)
+        if kind == "verbatim":  # the emitters would break it into lines
+            print(f"\n{text}\n", flush=True)
+            return
+        name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
+        from rich.text import Text  # type: ignore[import-not-found, unused-ignore]
+
+        getattr(messaging, "emit_" + name)(Text(text))  # plain strings would be read as markup
+
+    def on_help(self) -> List[Tuple[str, str]]:
+        """Our commands, and those of the built-in plugin that are not ours."""
+        entries = [entry for old in self.inherited["custom_command_help"] for entry in old() or []]
+        return [*PUPPY_COMMANDS.items(), *(e for e in entries if e[0] not in PUPPY_COMMANDS)]
+
+    def on_command(self, command: str, name: str) -> Any:
+        """Carry out one of our commands; hand on what is not ours."""
+        if name not in PUPPY_COMMANDS:
+            answers = (old(command=command, name=name) for old in self.inherited["custom_command"])
+            return next((answer for answer in answers if answer is not None), None)
+        import io
+        import signal
+        import threading
+
+        before = None
+        if threading.current_thread() is threading.main_thread():
+            # The host swallows Ctrl-C; while we wait it means what it says.
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        said = io.StringIO()
+        try:
+            self._run(name[len("chatgpt-") :], command.split()[1:], said)
+        except OAuthError as error:
+            self.notify("error", str(error))
+            if error.hint:
+                self.notify("info", f"hint: {error.hint}")
+        except KeyboardInterrupt:
+            self.notify("warning", "Interrupted.")
+        except SystemExit:  # --help
+            self.notify("info", said.getvalue())
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+        return True
+
+    def _run(self, name: str, arguments: List[str], said: Any) -> None:
+        pasted = [argument for argument in arguments if "?" in argument]
+        with contextlib.redirect_stdout(said):
+            options = parse(name, [a for a in arguments if a not in pasted], "/chatgpt-" + name)
+        session = Session(notify=self.notify)
+        if name == "auth":
+            self._sign_in(session, options, pasted)
+            self.export()
+        elif name == "status":
+            for line in status_lines(describe(session)[0]):
+                self.notify("info", line)
+            self._warn_of_stale_key(session)
+        else:
+            command_logout(session, options)
+            variable = session.settings.api_key_env_var
+            if self.exported and os.environ.get(variable) == self.exported:
+                del os.environ[variable]
+
+    def _sign_in(self, session: Session, options: Namespace, pasted: List[str]) -> None:
+        if options.device:
+            command_auth(session, options)
+            return
+        quiet = None
+        with contextlib.suppress(ImportError):  # a release without it has no such wish
+            from code_puppy.tools import common  # type: ignore[import-not-found, unused-ignore]
+
+            quiet = getattr(common, "should_suppress_browser", None)
+        wanted = not options.no_browser and not (quiet and quiet())
+        opener = browser_opener(session, wanted)
+        flow = BrowserSignIn(session, Choice(session.settings, options), opener)
+        if pasted:
+            if not self.attempt:
+                raise UsageError("no sign-in was begun here", "run: chatgpt_oauth.py auth")
+            try:
+                response = self.attempt.pasted(pasted[0])
+            except ValueError as error:
+                raise UsageError(f"that does not sign you in: {error}") from None
+            attempt, self.attempt = self.attempt, None
+            flow.redeem(attempt, response, None)
+            return
+        try:
+            terminal = sys.stdin is not None and sys.stdin.isatty()
+            limit = options.timeout or session.settings.callback_timeout
+            flow.run(limit, reading=terminal)
+        finally:
+            self.attempt = flow.attempt
+
+    def export(self) -> None:
+        """Give the host the API key, which it looks for in the environment."""
+        session = Session(notify=self.notify)
+        tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var
+        if tokens and tokens.api_key and os.environ.get(variable) in (None, "", self.exported):
+            self.exported = os.environ[variable] = tokens.api_key
+
+    def _warn_of_stale_key(self, session: Session) -> None:
+        from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
+
+        tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
+        stored = config.get_value(variable)
+        if stored and (tokens is None or stored != tokens.api_key):
+            self.notify("warning", f"Code Puppy's own setting {variable} overrides the API key")
+
+    def take_over(self) -> None:
+        """Take the built-in plugin's commands, and let it fetch its tokens through us."""
+        from code_puppy import callbacks  # type: ignore[import-not-found, unused-ignore]
+
+        for phase, inherited in self.inherited.items():
+            for callback in callbacks.get_callbacks(phase):
+                theirs = getattr(callback, "__module__", "").startswith(BUILTIN)
+                if theirs and getattr(callback, "__self__", None) is not self:
+                    callbacks.unregister_callback(phase, callback)
+                    inherited.append(callback)
+
+        def token(**options: bool) -> Optional[str]:
+            try:
+                return get_access_token(**options)
+            except OAuthError as error:
+                self.notify("warning", str(error))
+                return None
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith(BUILTIN) and hasattr(module, "get_valid_access_token"):
+                vars(module)["get_valid_access_token"] = token
+            if name.startswith(BUILTIN) and hasattr(module, "refresh_access_token"):
+                vars(module)["refresh_access_token"] = lambda: token(refresh=True)
+
+
+def register_callbacks() -> None:
+    """Put the three commands into the running Code Puppy, in place of the built-in plugin's."""
+    from code_puppy import callbacks  # type: ignore[import-not-found, unused-ignore]
+
+    puppy = Puppy()
+    steps = (
+        lambda: callbacks.register_callback("custom_command", puppy.on_command),
+        lambda: callbacks.register_callback("custom_command_help", puppy.on_help),
+        lambda: callbacks.register_callback("startup", puppy.take_over),
+        puppy.take_over,
+        puppy.export,
+    )
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # what a release lacks is done without
+            to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
+
+
+def is_plugin() -> bool:
+    """Whether Code Puppy is loading this file as a plugin."""
+    if __name__ == "__main__" or "code_puppy" not in sys.modules:
+        return False
+    loading = getattr(sys.modules.get("code_puppy.callbacks"), "get_loading_context", None)
+    named = __name__.endswith("register_callbacks") or __name__.startswith("code_puppy.plugins.")
+    return named or bool(loading and loading())
+
+
+# ---------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------
+
+
+def _flag(name: str, what: str, **details: Any) -> Tuple[str, Dict[str, Any]]:
+    return name, {"help": what, **(details or {"action": "store_true"})}
+
+
+_JSON = _flag("--json", "print JSON")
+_FILTERS = (
+    _flag("--include", "import these, not the default patterns", action="append", metavar="GLOB"),
+    _flag("--exclude", "leave these out", action="append", metavar="GLOB"),
+    _flag("--source", "who pays: api (the API account) or codex (the plan)", choices=SOURCES),
+)
+# command: what runs it, what it does, an example, its options
+COMMANDS: Dict[str, Tuple[Callable[[Session, Namespace], int], str, str, Tuple[Any, ...]]] = {
+    "auth": (
+        command_auth,
+        "sign in, obtain an API key, import the models",
+        "chatgpt_oauth.py auth --device",
+        (
+            _flag("--device", "sign in with a code, from any browser anywhere"),
+            _flag("--no-browser", "show the address, open nothing"),
+            _flag("--timeout", "time for the whole sign-in", metavar="SECONDS"),
+            *_FILTERS,
+        ),
+    ),
+    "status": (
+        command_status,
+        "say who is signed in, until when, with which models",
+        "chatgpt_oauth.py status --json",
+        (_JSON,),
+    ),
+    "models": (
+        command_models,
+        "list the account's models and import them again",
+        "chatgpt_oauth.py models --include 'gpt-5*' --dry-run",
+        (
+            *_FILTERS,
+            _flag("--all", "every model, whatever its name"),
+            _flag("--dry-run", "print only, change nothing"),
+            _JSON,
+        ),
+    ),
+    "env": (
+        command_env,
+        "print shell code that exports the API key",
+        "",
+        (
+            _flag(
+                "--shell",
+                "sh (bash, zsh, ksh, dash), fish, csh (tcsh), powershell, cmd, dotenv, json, or "
+                "auto (the default): by $SHELL",
+                default="auto",
+                metavar="NAME",
+            ),
+            _flag("--name", "the variable (default: CHATGPT_OAUTH_API_KEY)", metavar="VAR"),
+            _flag("--access-token", "the access token and the account id instead"),
+            _flag("--unset", "code that unsets the variables"),
+        ),
+    ),
+    "token": (
+        command_token,
+        "print an access token that is valid now",
+        'curl -H "Authorization: Bearer $(chatgpt_oauth.py token)" https://...',
+        (
+            _flag("--refresh", "a new one in any case"),
+            _flag("--api-key", "the API key instead"),
+        ),
+    ),
+    "logout": (
+        command_logout,
+        "revoke the sign-in and remove what it left",
+        "chatgpt_oauth.py logout --local",
+        (_flag("--local", "do not tell OpenAI"),),
+    ),
+}
+
+
+def parse(name: str, arguments: List[str], prog: str) -> Namespace:
+    """The options of the command `name`. Raises UsageError; -h ends in SystemExit."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message, f"{self.prog} --help")
+
+    _, what, example, options = COMMANDS[name]
+    if name == "env":
+        lines = [f"  {shell:11} {row[3]}" for shell, row in SHELLS.items() if row[3]]
+        example = "\n".join(("a line for the profile of each shell:", *lines))
+    else:
+        example = f"example:\n  {example}"
+    parser = Parser(
+        prog=prog,
+        description=f"{what.capitalize()}.",
+        epilog=example.replace("chatgpt_oauth.py ", program_name() + " "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flag, details in options:
+        parser.add_argument(flag, **details)
+    parsed = parser.parse_args(arguments)
+    if getattr(parsed, "timeout", None):
+        parsed.timeout = checked("--timeout", parsed.timeout, _SECONDS)
+    return parsed
+
+
+def usage(whole: bool) -> str:
+    """The help; `whole` adds what `-h` says beyond the short one."""
+    program = program_name()
+    lines = [f"usage: {program} COMMAND [options]", ""]
+    lines += [f"  {name:8}{row[1]}" for name, row in COMMANDS.items()]
+    lines += ["", "The usual path:", f"  {program} auth", f"  {program} status"]
+    lines += [f'  eval "$({program} env)"', "", f"{program} COMMAND -h says what a command can do."]
+    if whole:
+        lines += [f"{program} --version prints the version.", ""]
+        lines += ["Every setting of CHATGPT_OAUTH_CONFIG, at the top of the file, is a variable:"]
+        lines += [f"  CHATGPT_OAUTH_CALLBACK_TIMEOUT=240 {program} auth"]
+    return "\n".join(lines)
+
+
+def run(arguments: List[str], notify: Notify) -> int:
+    """Do what the command line says; returns the exit code. Raises OAuthError."""
+    name = arguments[0] if arguments else ""
+    if name in ("", "-h", "--help"):
+        print(usage(bool(name)), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name == "--version":
+        print(f"chatgpt_oauth {__version__}")
+        return 0
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, COMMANDS, 1) or ["--help"]
+        hint = "did you mean" if near[0] in COMMANDS else "see"
+        raise UsageError(f"there is no command {name}", f"{hint}: chatgpt_oauth.py {near[0]}")
+    options = parse(name, arguments[1:], f"{program_name()} {name}")
+    return COMMANDS[name][0](Session(notify=notify), options)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line `argv` (default: the process's own); returns the exit code."""
+    terminal = Terminal(dict(os.environ))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
+        sys.stdout.flush()
+        return code
+    except OAuthError as error:
+        terminal.notify("error", str(error))
+        if error.hint:
+            terminal.notify("info", f"hint: {error.hint}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        terminal.notify("info", "Interrupted.")
+        return 130
+    except SystemExit as error:  # of argparse, after --help
+        return int(error.code or 0)
+    except OSError as error:  # standard output is closed or full
+        terminal.notify("error", f"cannot write the result: {error.strerror}")
+        return StorageError.exit_code
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stderr.flush()
+    # Not sys.exit(): no waiting for a connection's thread, no taking apart of what ends anyway.
+    os._exit(exit_code)
+if is_plugin():
+    register_callbacks()
