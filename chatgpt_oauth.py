@@ -235,6 +235,8 @@ AUTH_CLAIM = "https://api.openai.com/auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 REVOCATION_TIMEOUT = 10.0  # seconds; leaving must not take long
+POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
+SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
 ENDING_CODES = {
     "refresh_token_reused": "its refresh token was used by another program",
@@ -619,7 +621,7 @@ def request_user_code(settings: Settings) -> Dict[str, Any]:
     interval = 5.0
     with contextlib.suppress(UsageError):
         interval = checked("interval", members.get("interval"), (float, 0, 900))
-    return {"device_auth_id": device, "user_code": user_code, "interval": max(1.0, interval)}
+    return {"device_auth_id": device, "user_code": user_code, "interval": max(POLL_FLOOR, interval)}
 
 
 def poll_device_token(settings: Settings, device: Dict[str, Any]) -> Answer:
@@ -1948,7 +1950,7 @@ def await_device_token(session: Session, device: Dict[str, Any], deadline: float
         if 200 <= answer.status < 300:
             return answer.members("waiting for the device code")
         if answer.code == "slow_down":
-            interval = wait = interval + 5.0  # RFC 8628 §3.5
+            interval = wait = interval + SLOW_DOWN
         elif answer.code == "expired_token":
             raise expired
         elif answer.code == "access_denied":
@@ -2661,7 +2663,10 @@ def run(arguments: List[str], notify: Notify) -> int:
         near = get_close_matches(name, COMMANDS, 1) or ["--help"]
         hint = "did you mean" if near[0] in COMMANDS else "see"
         raise UsageError(f"there is no command {name}", f"{hint}: chatgpt_oauth.py {near[0]}")
-    options = parse(name, arguments[1:], f"{program_name()} {name}")
+    try:
+        options = parse(name, arguments[1:], f"{program_name()} {name}")
+    except SystemExit:  # after --help
+        return 0
     return COMMANDS[name][0](Session(notify=notify), options)
 
 
@@ -2682,8 +2687,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.notify("info", "Interrupted.")
         return 130
-    except SystemExit as error:  # of argparse, after --help
-        return int(error.code or 0)
     except OSError as error:  # standard output is closed or full
         terminal.notify("error", f"cannot write the result: {error.strerror}")
         return StorageError.exit_code

@@ -10,7 +10,6 @@ The program runs as a process wherever a person or a script would run it.  No ne
 no account, and no port that something else may hold.
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -26,13 +25,11 @@ import secrets
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import types
 import unittest
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -461,16 +458,47 @@ class Case(unittest.TestCase):
             timeout=60,
             **{"stdin": subprocess.DEVNULL, **options},
         )
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        return done.returncode, *(
+            each.decode("utf-8", "replace") for each in (done.stdout, done.stderr)
+        )
 
     def call(self, *arguments, environ=None):
         """The same in this process, where only what is said and returned matters."""
         out, err = io.StringIO(), io.StringIO()
-        with mock.patch.dict(os.environ, {**self.environ, **(environ or {})}, clear=True):
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                with mock.patch.object(sys, "stdin", io.StringIO()):
-                    code = oauth.main(list(arguments))
+        with contextlib.ExitStack() as stack:
+            environ = {**self.environ, **(environ or {})}
+            stack.enter_context(mock.patch.dict(os.environ, environ, clear=True))
+            stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO()))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            code = oauth.main(list(arguments))
         return code, out.getvalue(), err.getvalue()
+
+    @contextlib.contextmanager
+    def somebody_else(self):
+        """Whoever runs the tests, but not root, whom permissions do not stop."""
+        before = os.geteuid(), os.getegid()
+        if before[0] == 0:
+            os.setegid(65534)
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(before[0])
+            os.setegid(before[1])
+
+    def fault_once(self, grant, status, **headers):
+        """Let the double answer the first request for `grant` so."""
+
+        def once(handler, _):
+            del self.double.faults[grant]
+            return self.double.reply(handler, status, b"{}", **headers)
+
+        self.double.faults[grant] = once
+
+    def fault(self, grant, status, body=b"{}", **headers):
+        """Let the double answer `grant` so from now on."""
+        self.double.faults[grant] = lambda h, _: self.double.reply(h, status, body, **headers)
 
     def sign_in(self, *arguments, environ=None):
         """A whole sign-in, the test playing the browser; returns its standard error."""
@@ -530,7 +558,13 @@ class StoryTest(Case):
         self.assertEqual(urllib.parse.urlsplit(pages[-1][0]).path, "/success")
         self.assertEqual(urllib.parse.urlsplit(pages[-1][0]).query, "")
         self.assertIn("You are signed in", pages[-1][3])
-        for words in ("ada@example.com", "API key available", "3 of 5", "API account", "Next: eval"):
+        for words in (
+            "ada@example.com",
+            "API key available",
+            "3 of 5",
+            "API account",
+            "Next: eval",
+        ):
             self.assertIn(words, err)
         self.assertIn(str(self.token_file), err)
         self.assert_no_secret(err, *(page[3] for page in pages))
@@ -588,7 +622,9 @@ class StoryTest(Case):
         url = running.url()
         fields = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
         self.assertEqual(fields["originator"], ["chatgpt_oauth"])
-        self.assertEqual(fields["redirect_uri"], [f"http://localhost:{self.ports[0]}/auth/callback"])
+        self.assertEqual(
+            fields["redirect_uri"], [f"http://localhost:{self.ports[0]}/auth/callback"]
+        )
         self.assertEqual(len(fields["state"][0]), 43)
         self.assertNotIn("+", url)
         visit(url)
@@ -688,7 +724,7 @@ class StoryTest(Case):
         self.assertIn("PATH", inherited)
 
     def test_a_catalogue_that_cannot_be_had_does_not_undo_the_sign_in(self):
-        self.double.faults["api"] = lambda handler, _: self.double.reply(handler, 500, b"{}")
+        self.fault("api", 500, b"{}")
         err = self.sign_in()
         self.assertIn("warning: listing the models failed (HTTP 500)", err)
         self.assertIn("Next: ", err)
@@ -696,7 +732,7 @@ class StoryTest(Case):
         self.assertFalse(self.models_file.exists())
 
     def test_a_failed_key_exchange_does_not_undo_the_sign_in(self):
-        self.double.faults["key"] = lambda handler, _: self.double.reply(handler, 500, b"oops")
+        self.fault("key", 500, b"oops")
         err = self.sign_in()
         self.assertIn("warning: no API key", err)
         self.assertIn("your ChatGPT plan", err)
@@ -709,7 +745,7 @@ class StoryTest(Case):
         self.assertEqual(self.stored()["api_key"], key)
         self.assertEqual(self.stored()["mine"], "kept")
         self.assertEqual(self.double.count("key"), 1)
-        self.double.faults["api"] = lambda handler, _: self.double.reply(handler, 503, b"{}")
+        self.fault("api", 503, b"{}")
         self.sign_in()
         self.assertEqual(self.stored()["api_key"], key)
         del self.double.faults["api"]
@@ -735,7 +771,7 @@ class StoryTest(Case):
 
     def test_a_broken_sign_in_leaves_the_old_one_alone(self):
         before = self.store()
-        self.double.faults["code"] = lambda handler, _: self.double.reply(handler, 400, b"{}")
+        self.fault("code", 400, b"{}")
         running = self.start("auth", "--no-browser")
         page = visit(running.url())[-1]
         self.assertEqual(page[1], 400)
@@ -778,6 +814,1302 @@ class StoryTest(Case):
         watcher.join()
         self.assertTrue(any(PROGRAM in each for each in seen))
         self.assert_no_secret(*seen)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens that are always good
+# ---------------------------------------------------------------------------------------------
+
+
+class RefreshTest(Case):
+    def test_a_token_with_time_left_is_printed_as_it_is(self):
+        stored = self.store(lifetime=1000)
+        self.assertEqual(self.run_program("token"), (0, stored["access_token"] + "\n", ""))
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(os.listdir(self.home), ["chatgpt_oauth.json"])
+
+    def test_a_token_with_little_time_left_is_refreshed(self):
+        before = self.store(lifetime=200, api_key="sk-mine", theirs={"kept": [1]})
+        code, out, err = self.run_program("token")
+        after = self.stored()
+        self.assertEqual((code, out, err), (0, after["access_token"] + "\n", ""))
+        self.assertNotEqual(after["refresh_token"], before["refresh_token"])
+        self.assertEqual((after["api_key"], after["theirs"]), ("sk-mine", {"kept": [1]}))
+        self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
+        self.assertEqual(
+            sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
+        )
+
+    def test_refresh_in_any_case(self):
+        before = self.store(lifetime=99999)
+        code, out, err = self.run_program("token", "--refresh")
+        self.assertEqual((code, err), (0, ""))
+        self.assertNotEqual(out.strip(), before["access_token"])
+        self.assertEqual(out.strip(), self.stored()["access_token"])
+
+    def test_an_opaque_token_goes_by_the_files_dates(self):
+        now = time.time()
+        for dates, due in (
+            ({"expires_at": oauth.timestamp(now + 1000)}, False),
+            ({"expires_at": oauth.timestamp(now + 100)}, True),
+            ({"last_refresh": oauth.timestamp(now - 7 * 86400)}, False),
+            ({"last_refresh": oauth.timestamp(now - 9 * 86400)}, True),
+            ({"last_refresh": "2026-01-01T00:00:00.123456+00:00"}, True),
+            ({"expires_at": "nonsense", "last_refresh": "nonsense"}, True),
+            ({}, True),
+        ):
+            with self.subTest(dates):
+                self.double.requests.clear()
+                self.store(access_token="opaque", last_refresh=None, **{})
+                fields = self.stored()
+                self.store({**fields, **dates})
+                code, out, err = self.call("token")
+                self.assertEqual((code, err), (0, ""))
+                self.assertEqual(self.double.count("refresh"), int(due))
+
+    def test_what_the_answer_omits_stays_as_it_was(self):
+        before = self.store(lifetime=0)
+        access = self.double.tokens()["access_token"]
+        answer = json.dumps({"access_token": access}).encode()
+        self.fault("refresh", 200, answer)
+        self.assertEqual(self.call("token")[1], access + "\n")
+        after = self.stored()
+        for name in ("refresh_token", "id_token", "account_id"):
+            self.assertEqual(after[name], before[name])
+        self.assertNotIn("expires_at", after)
+
+    def test_an_answer_for_another_account_is_refused(self):
+        before = self.store(lifetime=0)
+        answer = json.dumps(self.double.tokens(account="acct-9")).encode()
+        self.fault("refresh", 200, answer)
+        self.assert_fails(self.call("token"), 1, "another account")
+        self.assertEqual(self.stored(), before)
+
+    def test_the_codes_that_end_a_sign_in_are_remembered_and_a_new_one_clears_them(self):
+        for code in oauth.ENDING_CODES:
+            with self.subTest(code):
+                self.double.requests.clear()
+                self.store(lifetime=-10)
+                body = json.dumps({"error": code}).encode()
+                self.fault("refresh", 401, body)
+                self.assert_fails(self.call("token"), 4, "has ended", "auth")
+                self.assert_fails(self.call("token"), 4, "has ended")
+                self.assertEqual(self.double.count("refresh"), 1)
+                self.assertEqual(self.stored()["ended"]["reason"], code)
+                exit_code, out, err = self.call("status", "--json")
+                self.assertEqual(exit_code, 4)
+                self.assertFalse(json.loads(out)["authenticated"])
+                self.assertIn("has ended", json.loads(out)["problem"])
+        del self.double.faults["refresh"]
+        self.sign_in()
+        self.assertNotIn("ended", self.stored())
+        self.assertEqual(self.call("token", "--refresh")[0], 0)
+
+    def test_the_mark_counts_only_for_the_token_that_was_refused(self):
+        mark = {"reason": "refresh_token_reused", "refresh_token_sha256": "0" * 64}
+        self.store(lifetime=0, ended=mark)
+        self.assertEqual(self.call("token")[0], 0)
+        self.assertNotIn("ended", self.stored())
+
+    def test_while_the_access_token_lives_no_failed_refresh_is_fatal(self):
+        fields = self.store(lifetime=200)
+        for status, body in (
+            (401, b'{"error": "invalid_grant"}'),
+            (500, b""),
+            (503, b""),
+            (200, b"<"),
+        ):
+            with self.subTest(status):
+                self.store(fields)
+                self.double.requests.clear()
+                self.fault("refresh", status, body)
+                code, out, err = self.call("token")
+                self.assertEqual((code, out), (0, fields["access_token"] + "\n"))
+                self.assertIn("warning: ", err)
+                self.assertEqual(self.double.count("refresh"), 1)  # nothing is retried
+                self.assertNotEqual(self.call("token", "--refresh")[0], 0)
+        facts = self.call("status", "--json")
+        self.assertEqual(facts[0], 0)
+
+    def test_only_what_was_certainly_not_processed_is_tried_again(self):
+        for status, headers, tries in (
+            (503, {}, 2),
+            (429, {"Retry_After": 1}, 2),
+            (429, {"Retry_After": 3600}, 1),
+            (429, {"Retry_After": "Wed, 21 Oct 2099 07:28:00 GMT"}, 1),
+            (503, {"Retry_After": "99999999999999999999"}, 1),
+            (503, {"Retry_After": "-5"}, 2),
+            (500, {}, 1),
+            (502, {}, 1),
+        ):
+            with self.subTest(status=status, headers=headers):
+                self.store(lifetime=-10)
+                self.double.requests.clear()
+                self.fault_once("refresh", status, **headers)
+                result = self.call("token")
+                self.assertEqual(self.double.count("refresh"), tries)
+                if tries == 2:
+                    self.assertEqual(result[0], 0)
+                else:
+                    self.assert_fails(result, 5)
+                    self.assertEqual("renewed" in result[2], status in (500, 502))
+
+    def test_a_server_that_comes_back_is_tried_again(self):
+        self.store(lifetime=-10)
+        port = self.double.server.server_port
+        self.double.close()
+        running = self.start("token", environ={"CHATGPT_OAUTH_RETRY_WINDOW": "10"})
+        time.sleep(0.7)
+        again = Double(self.ports)
+        self.addCleanup(again.close)
+        with socket.socket() as listening:  # lead the old address to the new double
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(("127.0.0.1", port))
+            listening.listen()
+            connection = listening.accept()[0]
+            with connection:
+                connection.recv(65536)
+                body = json.dumps(again.tokens()).encode()
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                connection.sendall(head + body)
+        code, out, err = running.end()
+        self.assertEqual((code, err), (0, ""))
+
+    def test_an_answer_that_is_lost_is_not_asked_for_again(self):
+        self.store(lifetime=-10)
+
+        def hang_up(handler, _):
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return True
+
+        self.double.faults["refresh"] = hang_up
+        self.assert_fails(self.call("token"), 5, "may have to be renewed")
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_nobody_there_is_exit_5_and_the_token_is_unspent(self):
+        before = self.store(lifetime=-10)
+        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
+        self.double.close()
+        self.assert_fails(self.call("token", environ=environ), 5, "no connection to 127.0.0.1")
+        self.assertEqual(self.stored(), before)
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_a_token_goes_to_its_issuer_alone(self):
+        other = Double(self.ports)
+        self.addCleanup(other.close)
+        self.store(lifetime=-10)
+        environ = {"CHATGPT_OAUTH_ISSUER": other.url}
+        self.assert_fails(self.call("token", environ=environ), 4, "another issuer", "auth")
+        self.store(lifetime=99999)
+        self.assertEqual(self.call("token", environ=environ)[0], 0)
+        self.assert_fails(self.call("token", "--refresh", environ=environ), 4)
+        code, out, err = self.call("status", "--json", environ=environ)
+        self.assertEqual(code, 0)
+        self.assertIn("another issuer", json.loads(out)["problem"])
+        self.assertEqual(self.call("logout", environ=environ)[0], 0)
+        self.assertEqual(self.double.count("revoke"), 1)
+        self.assertEqual(other.requests, [])
+
+    def test_a_file_without_an_issuer_is_openais(self):
+        self.store(lifetime=-10, issuer=None, client_id=None)
+        self.assert_fails(self.call("token"), 4, "https://auth.openai.com")
+        self.assertEqual(self.double.requests, [])
+
+    def test_a_redirect_of_the_token_endpoint_is_not_followed(self):
+        other = Double(self.ports)
+        self.addCleanup(other.close)
+        self.store(lifetime=-10)
+        place = {"Location": other.url + "/oauth/token"}
+        self.fault("refresh", 307, b"", **place)
+        self.assert_fails(self.call("token"), 5)
+        self.assertEqual(other.requests, [])
+
+    def test_if_the_file_changed_hands_what_is_there_now_counts(self):
+        self.store(lifetime=-10)
+        newer = {**self.stored(), **self.double.tokens()}
+
+        for refused in (False, True):
+
+            def change(handler, _, refused=refused):
+                self.token_file.write_text(json.dumps(newer))
+                body = b'{"error": "invalid_grant"}'
+                return refused and self.double.reply(handler, 401, body)
+
+            self.store(lifetime=-10)
+            self.double.faults["refresh"] = change
+            code, out, err = self.call("token")
+            self.assertEqual((code, out), (0, newer["access_token"] + "\n"), err)
+            self.assertEqual(self.stored(), newer)
+
+    def test_code_puppys_access_token_in_the_place_of_a_key_is_none(self):
+        fields = self.store()
+        self.store({**fields, "api_key": fields["access_token"]})
+        self.assert_fails(self.call("env"), 1, "no API key")
+        self.assertEqual(self.call("token", "--refresh")[0], 0)
+        self.assert_fails(self.call("env"), 1, "no API key")
+        self.store({**fields, "api_key": self.double.tokens()["access_token"]})  # an older one
+        self.assert_fails(self.call("env"), 1, "no API key")
+
+    def test_ctrl_c_does_not_lose_the_answer(self):
+        self.store(lifetime=-10)
+        self.double.delay = 0.5
+        running = self.start("token")
+        while not self.double.count("refresh"):
+            time.sleep(0.01)
+        running.process.send_signal(signal.SIGINT)
+        code, out, err = running.end()
+        self.assertEqual((code, out), (130, ""), err)
+        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_a_second_ctrl_c_ends_it_at_once(self):
+        self.store(lifetime=-10)
+        self.double.delay = 5
+        running = self.start("token")
+        while not self.double.count("refresh"):
+            time.sleep(0.01)
+        began = time.monotonic()
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        running.process.send_signal(signal.SIGINT)
+        self.assertEqual(running.end()[0], 130)
+        self.assertLess(time.monotonic() - began, 2)
+
+
+class RaceTest(Case):
+    """With real processes, for the lock and the disk are the point."""
+
+    def refresh_at_once(self, processes):
+        self.store(lifetime=-10)
+        self.double.requests.clear()
+        started = [self.start("token") for _ in range(processes)]
+        results = {each.end(120) for each in started}
+        self.assertEqual(results, {(0, self.stored()["access_token"] + "\n", "")})
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_many_processes_refresh_once(self):
+        self.double.delay = 0.2
+        self.refresh_at_once(20)
+
+    def kill_at_random(self, kills):
+        self.store()
+        # A token that was spent by a killed process is lost; the file must be whole all the same.
+        self.double._refresh = lambda fields, headers: (200, self.double.tokens())
+        chance = random.Random(7)
+        for _ in range(kills):
+            running = self.start("token", "--refresh")
+            time.sleep(chance.uniform(0.03, 0.16))
+            running.process.send_signal(signal.SIGKILL)
+            running.end()
+            self.assertTrue(self.stored()["access_token"])
+        code, out, err = self.run_program("token", "--refresh")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(
+            sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
+        )
+
+    def test_a_killed_refresh_leaves_a_whole_file_and_no_lock(self):
+        self.kill_at_random(10)
+
+    def test_what_a_killed_process_left_is_gone_after_any_next_run(self):
+        self.store(lifetime=9999)
+        (self.home / "chatgpt_oauth.json.tmp").write_text("{")
+        self.assertEqual(self.run_program("token")[0], 0)
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_a_full_disk_shows_before_the_token_is_spent(self):
+        before = self.store(lifetime=-10)
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+        self.assert_fails(self.run_program("token", preexec_fn=limit), 6, "cannot write")
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.stored(), before)
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_a_read_only_folder_is_told_before_the_token_is_spent(self):
+        self.store(lifetime=-10)
+        if os.geteuid() == 0:
+            for path in (self.folder, self.home, self.token_file):
+                os.chown(path, 65534, 65534)
+        self.home.chmod(0o500)
+        self.addCleanup(self.home.chmod, 0o700)
+        with self.somebody_else():
+            self.assert_fails(self.call("token"), 6, "cannot lock", "writable")
+        self.assertEqual(self.double.requests, [])
+
+    def test_a_lock_that_is_never_free_is_exit_5(self):
+        import fcntl
+
+        self.store(lifetime=-10)
+        with open(self.home / "chatgpt_oauth.json.lock", "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.3"}
+            self.assert_fails(self.run_program("token", environ=environ), 5, "another process")
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.run_program("token")[0], 0)
+
+    def test_the_newer_sign_in_wins_over_a_refresh(self):
+        for delay in (0.0, 0.3):
+            self.store(lifetime=-10)
+            self.double.account = "acct-1"
+            signing_in = self.start("auth", "--no-browser")
+            url = signing_in.url()
+            self.double.delay = delay
+            self.double.account = "acct-2"
+            refreshing = self.start("token")
+            visit(url)
+            self.assertEqual(signing_in.end()[0], 0)
+            refreshing.end()
+            self.assertEqual(self.stored()["account_id"], "acct-2")
+            self.double.delay = 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Anywhere: ports, neighbours, paste, device codes
+# ---------------------------------------------------------------------------------------------
+
+
+class CallbackTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.running = self.start("auth", "--no-browser")
+        self.url = self.running.url()
+        fields = urllib.parse.parse_qs(urllib.parse.urlsplit(self.url).query)
+        self.state = fields["state"][0]
+
+    def ask(self, target, method="GET", host=None, address="127.0.0.1", extra=()):
+        """Status, headers and page of one request to the listener."""
+        connection = http.client.HTTPConnection(address, self.ports[0], timeout=10)
+        connection.putrequest(method, target, skip_host=True)
+        for each in (host if host is not None else f"localhost:{self.ports[0]}",):
+            if each:
+                connection.putheader("Host", each)
+        for name, value in extra:
+            connection.putheader(name, value)
+        connection.endheaders()
+        response = connection.getresponse()
+        answer = response.status, dict(response.getheaders()), response.read().decode()
+        connection.close()
+        return answer
+
+    def finish(self):
+        visit(self.url)
+        code, out, err = self.running.end()
+        self.assertEqual((code, out), (0, ""), err)
+
+    def test_stray_requests_change_nothing(self):
+        good = f"/auth/callback?code=x&state={self.state}"
+        for expected, target, options in (
+            (404, "/success", {}),
+            (404, "/cancel", {}),
+            (404, "/favicon.ico", {}),
+            (404, "/auth/callback/", {}),
+            (404, "/x", {}),
+            (400, "/auth/callback", {}),
+            (400, "/auth/callback?code=x", {}),
+            (400, "/auth/callback?code=x&state=wrong", {}),
+            (400, "/auth/callback?error=access_denied&state=wrong", {}),
+            (400, f"/auth/callback?code=x&state={self.state}&state=y", {}),
+            (400, f"/auth/callback?code=x&code=y&state={self.state}", {}),
+            (400, f"/auth/callback?state={self.state}", {}),
+            (400, f"/auth/callback?code=%00%ff&state={self.state}", {}),
+            (400, good, {"host": "evil.example.com"}),
+            (400, good, {"host": f"evil.example.com:{self.ports[0]}"}),
+            (400, good, {"host": ""}),
+            (400, good, {"extra": [("Host", "evil.example.com")]}),
+            (405, good, {"method": "POST"}),
+            (405, good, {"method": "HEAD"}),
+            (405, good, {"method": "OPTIONS"}),
+        ):
+            with self.subTest(target=target, **options):
+                status, headers, page = self.ask(target, **options)
+                self.assertEqual(status, expected)
+                self.assertNotIn("evil", page)
+                self.assertIsNone(self.running.process.poll())
+        self.finish()
+
+    def test_the_pages_headers_keep_everything_out(self):
+        status, headers, page = self.ask("/")
+        self.assertEqual(headers["Cache-Control"], "no-store")
+        self.assertEqual(headers["Referrer-Policy"], "no-referrer")
+        self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+        self.assertEqual(headers["Connection"], "close")
+        policy = headers["Content-Security-Policy"]
+        self.assertTrue(policy.startswith("default-src 'none'; style-src 'sha256-"), policy)
+        style = re.search("<style>(.*)</style>", page)[1].encode()
+        digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+        self.assertIn(digest, policy)
+        self.assertNotIn("<script", page)
+        self.finish()
+
+    def test_both_families_are_listened_on(self):
+        self.assertEqual(self.ask("/x")[0], 404)
+        try:
+            self.assertEqual(self.ask("/x", address="::1", host=f"[::1]:{self.ports[0]}")[0], 404)
+        except OSError as error:
+            self.skipTest(f"no IPv6 here: {error}")
+        finally:
+            self.finish()
+
+    def test_a_state_works_once(self):
+        self.double.delay = 0.3
+        place = visit(self.url, follow=False)[0][2]["location"]
+        first = threading.Thread(target=visit, args=(place,))
+        first.start()
+        while not self.double.count("code"):
+            time.sleep(0.01)
+        self.assertEqual(visit(place)[0][1], 400)
+        first.join()
+        self.assertEqual(self.running.end()[0], 0)
+        self.assertEqual(self.double.count("code"), 1)
+
+    def test_a_second_sign_in_takes_the_other_port_and_both_complete(self):
+        second = self.start("auth", "--no-browser")
+        other = second.url()
+        self.assertIn(f"%3A{self.ports[1]}%2F", other)
+        visit(other)
+        self.assertEqual(second.end()[0], 0)
+        self.finish()
+
+    def test_a_port_of_which_one_family_is_taken_counts_as_taken(self):
+        self.finish()
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family) as taken:
+                try:
+                    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    taken.bind((address, self.ports[0]))
+                except OSError as error:
+                    self.skipTest(f"no IPv6 here: {error}")
+                taken.listen()
+                running = self.start("auth", "--no-browser")
+                self.assertIn(f"%3A{self.ports[1]}%2F", running.url())
+                running.process.kill()
+                running.end()
+
+    def test_the_port_is_free_at_once_after_ctrl_c(self):
+        self.running.process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        code, out, err = self.running.end()
+        self.assertEqual((code, out), (130, ""))
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertTrue(err.endswith("Interrupted.\n"))
+        for each in oauth.bind_loopback(self.ports[0]):
+            each.close()
+
+    def test_bad_requests_and_idle_connections_do_not_hold_up_the_real_one(self):
+        self.bombard(200, 100)
+
+    def bombard(self, requests, idle):
+        """`requests` bad ones of ten kinds and `idle` silent connections, then the real one."""
+
+        def memory():
+            status = pathlib.Path(f"/proc/{self.running.process.pid}/status")
+            return (
+                int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
+            )
+
+        host = f"Host: localhost:{self.ports[0]}\r\n".encode()
+        chance = random.Random(5)
+        good = f"/auth/callback?code=x&state={self.state}".encode()
+        kinds = (
+            lambda: bytes(chance.randrange(256) for _ in range(300)) + b"\r\n\r\n",
+            lambda: b"GET /" + b"a" * 1000000 + b" HTTP/1.1\r\n\r\n",
+            lambda: b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10000 + b"\r\n",
+            lambda: b"GET /auth",
+            lambda: b"GET /auth/callback?code=x&state=no HTTP/1.1\r\n" + host + b"\r\n",
+            lambda: b"GET " + good + b" HTTP/1.1\r\nHost: evil.example.com\r\n\r\n",
+            lambda: b"POST " + good + b" HTTP/1.1\r\n" + host + b"\r\n",
+            lambda: b"GET " + good + b"&state=2 HTTP/1.1\r\n" + host + b"\r\n",
+            lambda: b"GET /auth/callback?state=%ff\xff HTTP/1.1\r\n" + host + b"\r\n",
+            lambda: b"GET " + good + b"\0 HTTP/1.1\r\n" + host + b"\r\n",
+        )
+        self.ask("/warm")
+        before = memory()
+        silent = []
+        for _ in range(idle):
+            silent.append(socket.create_connection(("127.0.0.1", self.ports[0])))
+        for number in range(requests):
+            bad = kinds[number % 10]()
+            listener = ("127.0.0.1", self.ports[0])
+            with contextlib.suppress(OSError), socket.create_connection(listener, 5) as sender:
+                sender.sendall(bad)
+                if number % 3 == 0 and number % 10 != 3:
+                    sender.recv(100)
+        self.assertLess(memory() - before, 20 * 1024)
+        began = time.monotonic()
+        pages = visit(self.url)
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertEqual(pages[-1][1], 200)
+        for each in silent:
+            each.close()
+        code, out, err = self.running.end()
+        self.assertEqual((code, out), (0, ""), err)
+
+
+class PasteTest(Case):
+    def place(self, url):
+        return visit(url, follow=False)[0][2]["location"]
+
+    def test_a_pasted_address_completes_the_sign_in(self):
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        place = self.place(running.url())
+        code = urllib.parse.parse_qs(urllib.parse.urlsplit(place).query)["code"][0]
+        for line, words in (
+            (code, "a code alone"),
+            ("hello", "a code alone"),
+            ("", "a code alone"),
+            (place.replace("state=", "state=x"), "does not belong"),
+            (place.replace("localhost", "evil.example.com"), "not an address"),
+            (place.replace("/auth/callback", "/other"), "not an address"),
+        ):
+            running.err = ""
+            running.process.stdin.write(line.encode() + b"\n")
+            running.process.stdin.flush()
+            running.saying("That does not sign you in: .*" + words)
+        running.process.stdin.write(place.encode() + b"\r\n")
+        running.process.stdin.close()
+        exit_code, out, err = running.end()
+        self.assertEqual((exit_code, out), (0, ""), err)
+        self.assertNotIn(code, err)
+
+    def test_the_end_of_the_input_ends_nothing(self):
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        url = running.url()
+        running.process.stdin.close()
+        time.sleep(0.2)
+        visit(url)
+        self.assertEqual(running.end()[0], 0)
+
+    def test_without_a_port_the_address_can_still_be_pasted(self):
+        taken = [each for port in self.ports for each in oauth.bind_loopback(port)]
+        self.addCleanup(lambda: [each.close() for each in taken])
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        place = self.place(running.url())
+        self.assertIn(f"localhost:{self.ports[0]}/", place)
+        running.process.stdin.write(place.encode() + b"\n")
+        running.process.stdin.flush()
+        code, out, err = running.end()
+        self.assertEqual((code, out), (0, ""), err)
+        self.assertIn("Address already in use", err)
+        self.assertIn(oauth.who_listens(self.ports[0]), err)
+        self.assertNotIn("kill", err)
+        result = self.run_program("auth", "--no-browser")
+        self.assert_fails(result, 1, "Address already in use", "--device")
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        running.url()
+        running.process.stdin.close()
+        code, out, err = running.end()
+        self.assertEqual(code, 1)
+        self.assertIn("--device", err)
+
+    def test_the_time_is_up(self):
+        environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
+        result = self.run_program("auth", "--no-browser", environ=environ)
+        self.assert_fails(
+            result, 1, "no sign-in within 0.3 seconds", "Invalid Session", "--timeout"
+        )
+
+    @unittest.skipUnless(POSIX, "needs a pseudo-terminal")
+    def test_at_a_terminal_the_address_is_pasted_and_enter_tries_again(self):
+        import pty
+
+        leader, follower = pty.openpty()
+        environ = {"TERM": "xterm"}
+        arguments = ["auth", "--no-browser", "--timeout", "1"]
+        running = Running(
+            arguments, {**self.environ, **environ}, stdin=follower, start_new_session=True
+        )
+        first = running.url()
+        running.saying("Press Enter")
+        running.err = ""
+        os.write(leader, b"\n")
+        second = running.url()
+        self.assertNotEqual(first, second)
+        os.write(leader, self.place(second).encode() + b"\n")
+        code, out, err = running.end()
+        os.close(leader)
+        os.close(follower)
+        self.assertEqual((code, out), (0, ""), err)
+
+
+class DeviceTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
+
+    def test_a_device_code_signs_in_without_a_listener(self):
+        taken = [each for port in self.ports for each in oauth.bind_loopback(port)]
+        self.addCleanup(lambda: [each.close() for each in taken])
+        code, out, err = self.run_program("auth", "--device")
+        self.assertEqual((code, out), (0, ""), err)
+        self.assertIn(f"\n{self.double.url}/codex/device\n", err)
+        self.assertIn("\nABCD-EFGH\n", err)
+        self.assertIn("phishing", err)
+        self.assertIn("3 of 5 models imported", err)
+        self.assertEqual(self.double.count("device"), 2)
+        self.assertTrue(self.stored()["api_key"])
+
+    def quickly(self, *arguments):
+        """The program in this process, with seconds made short."""
+        seconds = {"POLL_FLOOR": 0.05, "SLOW_DOWN": 0.5}
+        with mock.patch.multiple(oauth, **seconds):
+            return self.call(*arguments)
+
+    def test_what_comes_while_it_waits(self):
+        answers = [
+            (500, b"oops", {}),
+            (404, b"<html>", {}),
+            (429, b"", {"Retry_After": 1}),
+            (400, b'{"error": "authorization_pending"}', {}),
+        ]
+
+        def fault(handler, _):
+            if not answers:
+                return False
+            status, body, headers = answers.pop(0)
+            return self.double.reply(handler, status, body, **headers)
+
+        self.double.faults["device"] = fault
+        self.double.device_polls = 0
+        code, out, err = self.quickly("auth", "--device")
+        self.assertEqual((code, answers), (0, []), err)
+
+    def test_slow_down_adds_five_seconds(self):
+        moments = []
+
+        def fault(handler, _):
+            moments.append(time.monotonic())
+            return len(moments) == 1 and self.double.reply(handler, 400, b'{"error": "slow_down"}')
+
+        self.double.faults["device"] = fault
+        self.double.device_polls = 0
+        code, out, err = self.quickly("auth", "--device")
+        self.assertEqual(code, 0, err)
+        self.assertGreater(moments[1] - moments[0], 0.5)
+
+    def test_denied_expired_and_too_late_are_told_apart(self):
+        for status, error, words in (
+            (403, "access_denied", "refused in the browser"),
+            (400, "expired_token", "not entered in time"),
+            (400, "something", "something"),
+        ):
+            body = json.dumps({"error": {"code": error}}).encode()
+            self.fault("device", status, body)
+            self.assert_fails(self.quickly("auth", "--device"), 1, words)
+        self.fault("device", 403, b"{}")
+        result = self.quickly("auth", "--device", "--timeout", "0.5")
+        self.assert_fails(result, 1, "not entered in time")
+
+    def test_an_account_that_may_not_use_codes_is_told_where_to_allow_them(self):
+        self.fault("usercode", 404, b"{}")
+        self.assert_fails(self.quickly("auth", "--device"), 1, "Security", "administrator")
+
+    def test_the_answer_may_be_of_older_form(self):
+        body = json.dumps({"device_auth_id": "d", "usercode": "WXYZ", "interval": 7}).encode()
+        self.fault("usercode", 200, body)
+        settings = oauth.Settings({**self.environ})
+        device = oauth.request_user_code(settings)
+        self.assertEqual(device, {"device_auth_id": "d", "user_code": "WXYZ", "interval": 7.0})
+
+
+class BrowserTest(unittest.TestCase):
+    def test_where_no_browser_can_be_opened_none_is_tried(self):
+        command = oauth.browser_command
+        with tempfile.TemporaryDirectory() as folder:
+            windows = pathlib.Path(folder, "rundll32.exe")
+            windows.write_text("#!/bin/sh\n")
+            windows.chmod(0o755)
+            display = {"DISPLAY": ":0"}
+            ours = [sys.executable, "-m", "webbrowser"]
+            for environ, opened, words in (
+                ({"SSH_CONNECTION": "1", **display}, [], "SSH"),
+                ({"SSH_TTY": "/dev/pts/1"}, [], "SSH"),
+                ({"BROWSER": "lynx", **display}, [], "terminal browser"),
+                ({"BROWSER": "/usr/bin/w3m %s", **display}, [], "terminal browser"),
+                ({"BROWSER": "firefox", "SSH_TTY": "x"}, ours, ""),
+                (display, ours, ""),
+                ({"WAYLAND_DISPLAY": "w"}, ours, ""),
+                ({"WSL_DISTRO_NAME": "x", "PATH": "/none"}, [], "WSL"),
+                ({"WSL_DISTRO_NAME": "x", "PATH": folder}, ["rundll32.exe"], ""),
+            ):
+                with self.subTest(environ):
+                    found, obstacle = command(environ)
+                    self.assertEqual(found[: len(opened)] or [], opened)
+                    self.assertIn(words, obstacle)
+            if sys.platform.startswith("linux"):
+                self.assertRegex(command({})[1], "display|container")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files, settings, shells, people
+# ---------------------------------------------------------------------------------------------
+
+
+class StoreTest(Case):
+    def test_files_are_private_from_their_first_byte(self):
+        umask = os.umask(0)
+        self.addCleanup(os.umask, umask)
+        if shutil.which("strace"):
+            trace = self.folder / "trace"
+            done = subprocess.run(
+                ["strace", "-f", "-e", "trace=openat,chmod,fchmod,fsync,rename", "-o", str(trace)]
+                + [sys.executable, PROGRAM, "token", "--refresh"],
+                env={**self.environ, "CHATGPT_OAUTH_HOME": str(self.prepared())},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            if done.returncode == 0:
+                calls = [line for line in trace.read_text().splitlines() if "chatgpt_oauth" in line]
+                created = [line for line in calls if "O_CREAT" in line]
+                self.assertTrue(all(", 0600)" in line for line in created), created)
+                self.assertTrue(any("O_EXCL" in line for line in created))
+                self.assertFalse([line for line in calls if "chmod" in line])
+        self.sign_in()
+        self.assertEqual(self.home.stat().st_mode & 0o777, 0o700)
+        for path in (self.token_file, self.models_file, self.home / "chatgpt_oauth.json.lock"):
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
+
+    def prepared(self):
+        self.store()
+        return self.home
+
+    def test_a_symbolic_link_stays_one(self):
+        self.store(lifetime=-10)
+        elsewhere = self.folder / "elsewhere"
+        elsewhere.mkdir()
+        self.token_file.rename(elsewhere / "tokens.json")
+        self.token_file.symlink_to(elsewhere / "tokens.json")
+        self.assertEqual(self.call("token")[0], 0)
+        self.assertTrue(self.token_file.is_symlink())
+        self.assertEqual(sorted(os.listdir(elsewhere)), ["tokens.json", "tokens.json.lock"])
+        self.assertEqual(self.call("logout")[0], 0)
+        self.assertFalse(self.token_file.is_symlink())
+        self.assertEqual(os.listdir(elsewhere), ["tokens.json.lock"])
+
+    def test_a_file_that_others_can_read_is_tightened_with_a_warning(self):
+        self.store(mode=0o644)
+        code, out, err = self.call("status")
+        self.assertEqual(code, 0)
+        self.assertIn("warning: others could read", err)
+        self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
+        self.assertEqual(self.call("status")[2], "")
+
+    def test_files_that_are_not_what_they_should_be(self):
+        def directory(path):
+            path.mkdir()
+
+        def fifo(path):
+            os.mkfifo(path)
+
+        def text(content):
+            return lambda path: path.write_bytes(content)
+
+        def huge(path):
+            with path.open("wb") as file:
+                file.truncate(100 << 20)
+
+        def loop(path):
+            path.symlink_to(path)
+
+        faults = {
+            "directory": directory,
+            "FIFO": fifo,
+            "empty": text(b""),
+            "not JSON": text(b"{"),
+            "a list": text(b"[]"),
+            "null": text(b"null"),
+            "deep": text(b"[" * 100000),
+            "bytes": text(b"\xff\xfe\x00"),
+            "huge": huge,
+            "loop": loop,
+            "odd token": text(b'{"access_token": "a b"}'),
+            "number": text(b'{"access_token": 5}'),
+            "odd key": text(b'{"access_token": "a", "api_key": "\'; rm -rf ~; \'"}'),
+            "newline": text(b'{"access_token": "a", "api_key": "sk-a\\n"}'),
+        }
+        quick = mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
+        quick.start()
+        self.addCleanup(quick.stop)
+        for name, fault in faults.items():
+            with self.subTest(name), tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                home = pathlib.Path(folder)
+                path = home / "chatgpt_oauth.json"
+                fault(path)
+                environ = {"CHATGPT_OAUTH_HOME": folder}
+                for command in (["token"], ["env"], ["models"], ["env", "--access-token"]):
+                    err = self.assert_fails(self.call(*command, environ=environ), 6, str(path))
+                    self.assertNotIn("rm -rf", err)
+                code, out, err = self.call("status", "--json", environ=environ)
+                self.assertEqual(code, 6)
+                self.assertFalse(json.loads(out)["authenticated"])
+                self.assertIn(str(path), json.loads(out)["problem"])
+                self.assertTrue(os.path.lexists(path))
+
+    def test_a_new_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
+        self.home.mkdir(mode=0o700)
+        self.token_file.write_text("{")
+        self.assertEqual(self.call("logout")[0], 0)
+        self.assertFalse(self.token_file.exists())
+        self.token_file.write_text("{")
+        err = self.sign_in()
+        self.assertIn(".bad", err)
+        self.assertEqual((self.home / "chatgpt_oauth.json.bad").read_text(), "{")
+        self.assertTrue(self.stored()["access_token"])
+
+    def test_a_torn_file_is_read_again(self):
+        fields = self.store()
+        whole = self.token_file.read_text()
+        self.token_file.write_text(whole[:50])
+        timer = threading.Timer(0.2, self.token_file.write_text, [whole])
+        timer.start()
+        self.assertEqual(self.call("token")[1], fields["access_token"] + "\n")
+        timer.join()
+
+    @unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
+    def test_a_file_of_somebody_else_is_refused_and_root_keeps_its_owner(self):
+        self.store(lifetime=-10)
+        os.chown(self.token_file, 12345, 12345)
+        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.token_file.stat().st_uid, 12345)
+        self.token_file.chmod(0o644)
+        for path in (self.folder, self.home):
+            os.chown(path, 65534, 65534)
+        with self.somebody_else():
+            self.assert_fails(self.call("token"), 6, "belongs to another user")
+        self.token_file.chmod(0o600)
+        with self.somebody_else():
+            self.assert_fails(self.call("token"), 6, "Permission denied")
+
+    def test_a_home_that_cannot_be_used(self):
+        blocked = self.folder / "file"
+        blocked.write_text("")
+        environ = {"CHATGPT_OAUTH_HOME": str(blocked)}
+        self.assert_fails(self.call("token", environ=environ), 6, "Not a directory")
+        environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
+        self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
+        self.assertFalse((self.folder / "none").exists())
+        self.assertEqual(self.call("logout", environ=environ)[0], 0)
+        self.assertFalse((self.folder / "none").exists())
+        environ = {key: value for key, value in self.environ.items() if key != "HOME"}
+        with mock.patch.dict(os.environ, environ, clear=True):
+            self.assertTrue(oauth.Settings().home.startswith("/"))
+
+    def test_others_model_entries_stay(self):
+        self.home.mkdir(mode=0o700)
+        others = {
+            "mine": {"type": "openai"},
+            "codex-gpt-6": {"oauth_source": "chatgpt-oauth-plugin"},
+            "chatgpt-mine": {"type": "openai"},
+            "chatgpt-gpt-4o": {"type": "mine"},
+            "odd": 5,
+            "chatgpt-odd": None,
+        }
+        ours = {"chatgpt-old": {"oauth_source": "chatgpt-oauth-plugin"}}
+        self.models_file.write_text(json.dumps({**others, **ours}))
+        err = self.sign_in()
+        self.assertIn("chatgpt-gpt-4o is an entry of somebody else's", err)
+        after = json.loads(self.models_file.read_text())
+        self.assertEqual({k: v for k, v in after.items() if k in others}, others)
+        self.assertEqual(set(after) - set(others), {"chatgpt-o1-mini", "chatgpt-o3-pro"})
+        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(json.loads(self.models_file.read_text()), others)
+
+    def test_a_broken_models_file_is_left_alone_and_the_tokens_go_all_the_same(self):
+        self.home.mkdir(mode=0o700)
+        self.models_file.write_text("[")
+        err = self.sign_in()
+        self.assertIn("chatgpt_models.json is not JSON", err)
+        self.assertIn("Next: ", err)
+        self.assert_fails(self.call("models"), 6, "chatgpt_models.json is not JSON")
+        self.assertEqual(self.call("status")[0], 6)
+        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json is not JSON")
+        self.assertFalse(self.token_file.exists())
+        self.assertEqual(self.models_file.read_text(), "[")
+
+    def test_a_failed_revocation_is_a_warning(self):
+        self.store()
+        self.fault("revoke", 500, b"")
+        code, out, err = self.call("logout")
+        self.assertEqual((code, out), (0, ""))
+        self.assertIn("warning: the sign-in may still be valid", err)
+        self.assertFalse(self.token_file.exists())
+        self.store()
+        self.double.requests.clear()
+        self.assertEqual(self.call("logout", "--local")[0], 0)
+        self.assertEqual(self.double.requests, [])
+        self.store(refresh_token=None)
+        del self.double.faults["revoke"]
+        self.assertEqual(self.call("logout")[0], 0)
+        sent = self.double.requests[-1]["fields"]
+        self.assertEqual(sent["token_type_hint"], "access_token")
+        self.assertNotIn("client_id", sent)
+
+
+class ModelsTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.double.api_keys.add("sk-mine")
+        self.store(api_key="sk-mine")
+
+    def names(self, *arguments, **environ):
+        code, out, err = self.call("models", "--dry-run", *arguments, environ=environ)
+        self.assertEqual(code, 0, err)
+        return out.split()
+
+    def test_patterns_choose_the_models(self):
+        self.assertEqual(self.names(), ["chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro"])
+        self.assertEqual(self.names("--include", "dall-*"), ["chatgpt-dall-e-3"])
+        self.assertEqual(self.names("--include", "*audio*"), ["chatgpt-gpt-4o-audio-preview"])
+        self.assertEqual(self.names("--exclude", "o?-*"), ["chatgpt-gpt-4o"])
+        self.assertEqual(self.names("--include", "GPT-*"), [])
+        self.assertEqual(len(self.names("--all")), 5)
+        self.assertEqual(
+            self.names("--all", "--exclude", "gpt*"),
+            [f"chatgpt-{n}" for n in ("dall-e-3", "o1-mini", "o3-pro")],
+        )
+        self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
+        self.assertEqual(
+            self.names(CHATGPT_OAUTH_PREFIX="x-", CHATGPT_OAUTH_MODEL_PATTERNS="o3*"), ["x-o3-pro"]
+        )
+        self.assertEqual(len(self.names(CHATGPT_OAUTH_MODEL_EXCLUDES="")), 4)
+        self.assertFalse(self.models_file.exists())
+
+    def test_json_and_import(self):
+        code, out, err = self.call("models", "--json")
+        self.assertEqual(json.loads(out)["model_source"], "api")
+        self.assertEqual(
+            json.loads(out)["models"], sorted(json.loads(self.models_file.read_text()))
+        )
+        self.assertEqual(
+            json.loads(self.call("status", "--json")[1])["models"], json.loads(out)["models"]
+        )
+
+    def test_ids_that_are_none_are_left_out_with_one_warning(self):
+        self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
+        code, out, err = self.call("models", "--all", "--dry-run")
+        self.assertEqual(len(out.split()), 5)
+        self.assertIn("warning: 6 of the models", err)
+        self.assertNotIn("\x1b", out + err)
+
+    def test_no_key_no_api_models(self):
+        self.store(self.stored(), api_key=None)
+        self.assert_fails(self.call("models", "--source", "api"), 1, "no API key")
+
+    def test_the_module_lists_them_unfiltered(self):
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            self.assertEqual(oauth.fetch_chatgpt_models(), sorted(self.double.api_models))
+            self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.4", "gpt-5.5"])
+            with self.assertRaises(oauth.UsageError):
+                oauth.fetch_chatgpt_models(source="x")
+
+
+class SettingsTest(Case):
+    def test_every_bad_value_is_refused_by_its_name_before_anything_happens(self):
+        bad = {
+            "issuer": (
+                "http://example.com",
+                "ftp://x",
+                "",
+                "https://u:p@h",
+                "https://h?x",
+                "https://h:999999999",
+            ),
+            "client_id": ("", "a b", "a\x1b"),
+            "scope": ("", "a\nb"),
+            "redirect_host": ("http://0.0.0.0", "https://localhost", ""),
+            "redirect_path": ("", "success", "a b", "a?b"),
+            "required_port": ("", "0", "65536", "x", "-1", "1.5", "\u0663"),
+            "fallback_port": ("0",),
+            "callback_timeout": ("0", "x", "inf", "nan", "-1", "1e3"),
+            "api_base_url": ("http://example.com", ""),
+            "codex_base_url": ("http://10.0.0.1", "https://"),
+            "codex_client_version": ("", "a b", "a&b"),
+            "home": ("", "~nobody-of-this-name/x"),
+            "prefix": ("", "-x", "a b"),
+            "default_context_length": ("0", "x"),
+            "model_patterns": ("", "a b"),
+            "model_excludes": ("a b",),
+            "model_source": ("", "x"),
+            "originator": ("", "a b", "a\r\nb: c"),
+            "request_timeout": ("0",),
+            "retry_window": ("x",),
+            "lock_timeout": ("x",),
+            "api_key_env_var": ("", "1a", "a-b", "a;b"),
+        }
+        self.assertEqual(set(bad), set(oauth.CHATGPT_OAUTH_CONFIG))
+        self.store(lifetime=-10)
+        for key, values in bad.items():
+            name = "CHATGPT_OAUTH_" + key.upper()
+            for value in values:
+                with self.subTest(name, value=value):
+                    self.assert_fails(self.call("token", environ={name: value}), 2, name)
+        self.assertEqual(self.double.requests, [])
+
+    def test_the_dict_at_the_top_may_be_edited_and_is_checked_too(self):
+        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"prefix": "mine-", "request_timeout": 7}):
+            settings = oauth.Settings({})
+            self.assertEqual((settings.prefix, settings.request_timeout), ("mine-", 7.0))
+        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"issuer": "http://example.com"}):
+            self.assert_fails(
+                self.call("token", environ={"CHATGPT_OAUTH_ISSUER": "x"}), 2, "ISSUER"
+            )
+            with self.assertRaisesRegex(oauth.UsageError, r'CHATGPT_OAUTH_CONFIG\["issuer"\]'):
+                oauth.Settings({})
+
+    def test_the_home_follows_code_puppys_rule(self):
+        home = os.path.expanduser("~")
+        self.assertEqual(oauth.Settings({}).home, os.path.join(home, ".code_puppy"))
+        self.assertEqual(oauth.Settings({"XDG_DATA_HOME": "/x"}).home, "/x/code_puppy")
+        self.assertEqual(
+            oauth.Settings({"XDG_DATA_HOME": ""}).home, os.path.join(home, ".code_puppy")
+        )
+        self.assertEqual(oauth.Settings({"CHATGPT_OAUTH_HOME": "/y"}).home, "/y")
+
+    def test_a_trailing_slash_does_not_matter(self):
+        settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"})
+        self.assertEqual(settings.issuer, "https://example.com/a")
+
+
+class ShellTest(Case):
+    KEY = "sk-AZaz09-._~+/=="
+
+    def test_a_key_of_every_allowed_character_goes_unharmed_through_every_shell(self):
+        self.store(api_key=self.KEY)
+        command = f"{sys.executable} {PROGRAM} env"
+        show = "echo $CHATGPT_OAUTH_API_KEY"
+        for shell, code in (
+            (["bash", "-c"], f'eval "$({command})"; {show}'),
+            (["zsh", "-c"], f'eval "$({command})"; {show}'),
+            (["dash", "-c"], f'eval "$({command})"; {show}'),
+            (["ksh", "-c"], f'eval "$({command})"; {show}'),
+            (["mksh", "-c"], f'eval "$({command})"; {show}'),
+            (["busybox", "sh", "-c"], f'eval "$({command})"; {show}'),
+            (["fish", "-c"], f"{command} | source; {show}"),
+            (["tcsh", "-f", "-c"], f"eval `{command}`; {show}"),
+        ):
+            with self.subTest(shell[0]):
+                if not shutil.which(shell[0]):
+                    self.skipTest(f"no {shell[0]} here")
+                name = {"mksh": "ksh", "busybox": "sh"}.get(shell[0], shell[0])
+                environ = {**self.environ, "SHELL": "/bin/" + name}
+                done = subprocess.run([*shell, code], env=environ, stdout=subprocess.PIPE)
+                self.assertEqual(done.stdout.decode().strip(), self.KEY)
+                unset = code.replace(" env", " env --unset").replace(show, "env")
+                environ["CHATGPT_OAUTH_API_KEY"] = "old"
+                done = subprocess.run([*shell, unset], env=environ, stdout=subprocess.PIPE)
+                self.assertNotIn(b"CHATGPT_OAUTH_API_KEY=", done.stdout)
+
+    def test_two_variables_survive_an_unquoted_eval(self):
+        fields = self.store()
+        code = f"eval $({sys.executable} {PROGRAM} env --access-token); "
+        code += "echo $CHATGPT_OAUTH_ACCESS_TOKEN $CHATGPT_OAUTH_ACCOUNT_ID"
+        done = subprocess.run(["sh", "-c", code], env=self.environ, stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout.decode().split(), [fields["access_token"], "acct-1"])
+
+    def test_the_code_for_each_shell(self):
+        self.store(api_key="sk-1")
+        for shell, setting, unsetting in (
+            ("sh", "export V='sk-1'", "unset V"),
+            ("zsh", "export V='sk-1'", "unset V"),
+            ("fish", "set -gx V 'sk-1'", "set -e V"),
+            ("csh", "setenv V 'sk-1'", "unsetenv V"),
+            ("tcsh", "setenv V 'sk-1'", "unsetenv V"),
+            ("powershell", "$env:V = 'sk-1'", "Remove-Item Env:V -ErrorAction SilentlyContinue"),
+            ("cmd", 'set "V=sk-1"', 'set "V="'),
+            ("dotenv", "V=sk-1", "V="),
+            ("json", '{"V": "sk-1"}', '{"V": null}'),
+        ):
+            arguments = ("env", "--name", "V", "--shell", shell)
+            self.assertEqual(self.call(*arguments), (0, setting + "\n", ""))
+            self.assertEqual(self.call(*arguments, "--unset"), (0, unsetting + "\n", ""))
+
+    def test_names_and_shells_that_are_none(self):
+        self.store(api_key="sk-1")
+        self.assert_fails(self.call("env", "--name", "a;b"), 2, "--name")
+        self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
+        self.assert_fails(self.call("env", "--shell", "nu"), 2, "--shell")
+
+    def test_signed_out_it_is_one_quiet_line_and_harmless(self):
+        err = self.assert_fails(self.run_program("env"), 3, "not signed in", "auth")
+        self.assertEqual(err.count("\n"), 1)
+        code = f'eval "$({sys.executable} {PROGRAM} env)"; echo "<$CHATGPT_OAUTH_API_KEY>"'
+        done = subprocess.run(["sh", "-c", code], env=self.environ, stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout, b"<>\n")
+        self.assertEqual(self.run_program("env", "--unset")[0], 0)
+
+
+class PeopleTest(Case):
+    def test_help(self):
+        code, out, err = self.run_program()
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("The usual path", err)
+        code, out, err = self.run_program("-h")
+        self.assertEqual((code, err), (0, ""))
+        for command in oauth.COMMANDS:
+            self.assertIn(f"  {command}", out)
+            code, text, err = self.run_program(command, "-h")
+            self.assertEqual((code, err), (0, ""))
+            self.assertRegex(text, "example:|profile")
+            self.assertLessEqual(max(map(len, text.replace(PROGRAM, "x.py").splitlines())), 80)
+        self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
+
+    def test_mistakes_are_named(self):
+        self.assert_fails(self.run_program("stauts"), 2, "stauts", "status")
+        self.assert_fails(self.run_program("xyzzy"), 2, "--help")
+        self.assert_fails(self.run_program("auth", "--devise"), 2, "--devise", "auth --help")
+        self.assert_fails(self.run_program("auth", "--dev"), 2)
+        self.assert_fails(self.run_program("auth", "--timeout", "x"), 2, "--timeout")
+        self.assert_fails(self.run_program("models", "--source", "x"), 2, "--source")
+        self.assert_fails(self.run_program("token", "--api-key", "--refresh"), 2, "--api-key")
+
+    def test_signed_out_everything_says_so(self):
+        for command in ("token", "models", "env"):
+            self.assert_fails(self.call(command), 3, "not signed in", "auth")
+        code, out, err = self.call("status")
+        self.assertEqual(code, 3)
+        self.assertTrue(out.startswith("ChatGPT OAuth: Not authenticated\n"))
+        facts = json.loads(self.call("status", "--json")[1])
+        self.assertEqual(facts["authenticated"], False)
+        self.assertEqual(facts["email"], None)
+
+    def test_the_json_status_has_the_contracts_keys_and_no_secret(self):
+        self.sign_in()
+        code, out, err = self.call("status", "--json")
+        facts = json.loads(out)
+        keys = (
+            "authenticated email plan account_id organization_id has_api_key has_refresh_token "
+            "access_token_expires_at last_refresh models token_file models_file model_source issuer "
+            "client_id problem"
+        )
+        self.assertEqual(set(facts), set(keys.split()))
+        self.assertEqual((facts["plan"], facts["organization_id"]), ("plus", "org-1"))
+        self.assertIsNone(facts["problem"])
+        self.assert_no_secret(out)
+
+    def test_a_minimal_file_is_a_sign_in(self):
+        self.store({"access_token": "opaque"})
+        code, out, err = self.call("status", "--json")
+        facts = json.loads(out)
+        self.assertEqual((code, facts["authenticated"], facts["email"]), (0, True, None))
+        self.assertIn(
+            "no refresh token", facts["problem"].replace("another issuer", "no refresh token")
+        )
+        self.assertEqual(self.call("token")[1], "opaque\n")
+        self.assertIn("unknown", self.call("status")[1])
+
+    def test_encodings_that_carry_little_do_not_matter(self):
+        self.double.email = "\u00e4d\u00e4\u202e@example.com"
+        for encoding in ("ascii", "cp1252", "utf-8"):
+            self.sign_in(environ={"PYTHONIOENCODING": encoding})
+            environ = {"PYTHONIOENCODING": encoding}
+            code, out, err = self.run_program("status", environ=environ)
+            self.assertEqual((code, err), (0, ""))
+            self.assertNotIn("\u202e", out)
+
+    def test_a_closed_or_full_output_is_no_traceback(self):
+        self.store(api_key="sk-1")
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    [sys.executable, PROGRAM, "env"],
+                    env=self.environ,
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                )
+            self.assertEqual(done.returncode, 6)
+            self.assertNotIn(b"Traceback", done.stderr)
+        code = f"{sys.executable} {PROGRAM} status | true"
+        done = subprocess.run(["sh", "-c", code], env=self.environ, stderr=subprocess.PIPE)
+        self.assertNotIn(b"Traceback", done.stderr)
+
+    def test_it_runs_as_module_zip_renamed_and_piped(self):
+        import zipfile
+
+        self.store(api_key="sk-1")
+        archive = self.folder / "x.zip"
+        with zipfile.ZipFile(archive, "w") as packed:
+            packed.write(PROGRAM, "__main__.py")
+        renamed = self.folder / "my oauth"
+        shutil.copy(PROGRAM, renamed)
+        here = {**self.environ, "PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
+        for command, stdin, name in (
+            (["-m", "chatgpt_oauth"], None, "python3 -m chatgpt_oauth"),
+            ([str(archive)], None, f"python3 {archive}"),
+            ([str(renamed)], None, f'python3 "{renamed}"'),
+            (["-"], PROGRAM, "python3 chatgpt_oauth.py"),
+        ):
+            with self.subTest(name), open(stdin or os.devnull) as source:
+                done = subprocess.run(
+                    [sys.executable, *command, "env"],
+                    env=here,
+                    stdin=source,
+                    stdout=subprocess.PIPE,
+                )
+                self.assertIn(b"sk-1", done.stdout)
+                source.seek(0)
+                done = subprocess.run(
+                    [sys.executable, *command], env=here, stdin=source, stderr=subprocess.PIPE
+                )
+                self.assertIn(f"{name} auth", done.stderr.decode())
+
+
+class ModuleTest(Case):
+    def test_importing_has_no_effect(self):
+        code = (
+            "import sys; before = set(sys.modules); import chatgpt_oauth, threading; "
+            "heavy = {'ssl', 'urllib.request', 'http.server', 'webbrowser', 'argparse', 'logging'}; "
+            "print(sorted(heavy & set(sys.modules) - before), threading.active_count())"
+        )
+        environ = {**self.environ, "PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.assertEqual(done.stdout.decode(), "[] 1\n")
+        self.assertFalse(self.home.exists())
+
+    def test_the_public_functions(self):
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            with self.assertRaises(oauth.NotSignedInError) as caught:
+                oauth.get_access_token()
+            self.assertEqual(caught.exception.exit_code, 3)
+            self.store(lifetime=-10, api_key="sk-1")
+            self.assertEqual(oauth.get_access_token(), self.stored()["access_token"])
+            self.assertNotEqual(oauth.get_access_token(refresh=True), "")
+            self.assertEqual(oauth.get_api_key(), "sk-1")
+            oauth.sign_out()
+            self.assertEqual(self.double.count("revoke"), 1)
+            self.assertFalse(self.token_file.exists())
+
+    def test_signing_in_from_a_program(self):
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            with self.assertLogs("chatgpt_oauth", "WARNING") as logged:
+                visitor = threading.Timer(0.3, lambda: visit(logged.records[0].getMessage()))
+                visitor.start()
+                facts = oauth.sign_in(open_browser=False, timeout=10)
+            visitor.join()
+            self.assertTrue(facts["authenticated"])
+            self.assertTrue(oauth.sign_in(device=True)["has_api_key"])
+
+    def test_warnings_are_logged(self):
+        self.store(lifetime=200)
+        self.fault("refresh", 500, b"")
+        environ = mock.patch.dict(os.environ, self.environ, clear=True)
+        with environ, self.assertLogs("chatgpt_oauth", "WARNING"):
+            oauth.get_access_token()
+
+    def test_no_repr_shows_a_secret(self):
+        fields = self.store(api_key="sk-1")
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            session = oauth.Session()
+            for each in (session, session.tokens(), session.store, session.settings):
+                for secret in (fields["access_token"], fields["refresh_token"], "sk-1"):
+                    self.assertNotIn(secret, repr(each))
 
 
 if __name__ == "__main__":
