@@ -181,10 +181,14 @@ class OAuthError(Exception):
     """
 
     exit_code = 1
+    reason: Optional[str] = None  # the server's error code that ended the sign-in
+    untouched = False  # whether the request that failed certainly had no effect
+    retry_after: Optional[float] = None  # seconds for which the server asks to be left alone
 
-    def __init__(self, message: str, hint: Optional[str] = None) -> None:
+    def __init__(self, message: str, hint: Optional[str] = None, **details: Any) -> None:
         super().__init__(printable(message))
         self.hint = printable(hint) if hint else None
+        vars(self).update(details)
 
 
 class UsageError(OAuthError):
@@ -200,25 +204,15 @@ class NotSignedInError(OAuthError):
 
 
 class SignInEndedError(OAuthError):
-    """The sign-in cannot be continued; `reason` is the server's error code, if it was one."""
+    """The sign-in cannot be continued; only a new one helps."""
 
     exit_code = 4
 
-    def __init__(self, message: str, reason: Optional[str] = None) -> None:
-        super().__init__(message, "sign in again: chatgpt_oauth.py auth")
-        self.reason = reason
-
 
 class UnavailableError(OAuthError):
-    """Network, proxy, certificate or lock trouble.
-
-    `untouched`: the request certainly had no effect. `retry_after`: the seconds that the server
-    asked to be left alone for, or None.
-    """
+    """Network, proxy, certificate or lock trouble; nothing is lost."""
 
     exit_code = 5
-    untouched = False
-    retry_after: Optional[float] = None
 
 
 class StorageError(OAuthError):
@@ -231,6 +225,8 @@ class StorageError(OAuthError):
 # Wire: what is said to OpenAI's servers, and what is taken from their answers
 # ---------------------------------------------------------------------------------------------
 
+LATER = "try again in a while"
+AGAIN = "sign in again: chatgpt_oauth.py auth"
 AUTH_CLAIM = "https://api.openai.com/auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
@@ -326,9 +322,10 @@ class Answer:
             )
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "the server is in trouble"
-            error = UnavailableError(f"{said}: {busy}", "try again in a while")
-            error.untouched, error.retry_after = self.status in (429, 503), self.retry_after
-            return error
+            untouched = self.status in (429, 503)
+            return UnavailableError(
+                f"{said}: {busy}", LATER, untouched=untouched, retry_after=self.retry_after
+            )
         if 300 <= self.status < 400:
             return OAuthError(f"{said}: the server points elsewhere, which is not followed")
         return OAuthError(": ".join(part for part in (said, self.code, self.text) if part))
@@ -495,9 +492,7 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) ->
         fault = f"no connection to {host} ({printable(error.strerror or str(error), 100)})"
     else:
         fault = f"{host} broke off or does not speak HTTP ({type(error).__name__})"
-    unavailable = UnavailableError(f"{what} failed: {fault}", hint)
-    unavailable.untouched = "socket" not in seen
-    return unavailable
+    return UnavailableError(f"{what} failed: {fault}", hint, untouched="socket" not in seen)
 
 
 def authorization_url(settings: Settings, redirect_uri: str, challenge: str, state: str) -> str:
@@ -562,6 +557,12 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
     return str(_tokens_of(request_json(settings, url, what, form=form), what)["access_token"])
 
 
+def ended(reason: str) -> SignInEndedError:
+    """The error of a sign-in whose refresh token was refused for `reason`."""
+    why = ENDING_CODES.get(reason, ENDING_CODES["invalid_grant"])
+    return SignInEndedError(f"the sign-in has ended: {why}", AGAIN, reason=reason)
+
+
 def refresh_grant(settings: Settings, tokens: Tokens) -> Dict[str, Any]:
     """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the answer.
 
@@ -576,9 +577,7 @@ def refresh_grant(settings: Settings, tokens: Tokens) -> Dict[str, Any]:
     what = "refreshing the access token"
     answer = request_json(settings, tokens.issuer + "/oauth/token", what, form=form)
     if 400 <= answer.status < 500 and answer.code in ENDING_CODES:
-        raise SignInEndedError(
-            f"the sign-in has ended: {ENDING_CODES[answer.code]}", reason=answer.code
-        )
+        raise ended(answer.code)
     try:
         return _tokens_of(answer, what)
     except OAuthError as error:
@@ -724,66 +723,46 @@ class Tokens:
         return self.access_token == other.access_token
 
 
-class Replacement:
-    """The private file that takes the place of `path` once it is committed; a context manager.
+@contextlib.contextmanager
+def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Dict[str, Any]], None]]:
+    """A function that puts its argument, as JSON, durably in place of the file: all or nothing.
 
-    It is created readable by its owner alone, in the same folder, and never chmod-ed. With
-    `reserve` it has been written once before it is needed, so that a full disk shows itself
-    while there is nothing to lose. Raises StorageError.
+    The new file is readable by its owner alone from the first byte, in the same folder, and
+    never chmod-ed. With `reserve` it has been written once before it is needed, so that a full
+    disk shows itself while there is nothing to lose. The caller holds the lock, so a temporary
+    file that is there already was left by a killed process. Raises StorageError.
     """
-
-    def __init__(self, path: str, reserve: bytes = b"") -> None:
-        self.path = os.path.realpath(path)  # a symbolic link stays one
-        self.temporary = self.path + ".tmp"
-        self.descriptor = -1
-        with self._reporting():
-            # Whoever writes holds the lock, so a file of this name was left by a killed process.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.temporary)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            self.descriptor = os.open(self.temporary, flags, 0o600)
-            if sys.platform != "win32" and os.geteuid() == 0 and os.path.exists(self.path):
+    path = os.path.realpath(path)  # a symbolic link stays one
+    temporary = path + ".tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(temporary, flags, 0o600), "r+b") as file:
+            if sys.platform != "win32" and os.geteuid() == 0 and os.path.exists(path):
                 # Root in a container must not take the file from the owner of a mounted home.
-                owner = os.stat(self.path)
-                os.fchown(self.descriptor, owner.st_uid, owner.st_gid)
-            if reserve:
-                self._write(reserve)
+                os.fchown(file.fileno(), os.stat(path).st_uid, os.stat(path).st_gid)
 
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.__exit__()
-            raise StorageError(
-                f"cannot write {self.path}: {error.strerror}",
-                "make room or permit it, then try again",
-            ) from None
+            def write(data: bytes) -> None:
+                file.seek(0)
+                file.write(data)
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
 
-    def _write(self, data: bytes) -> None:
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self.descriptor, left) :]
-        os.ftruncate(self.descriptor, len(data))
-        os.fsync(self.descriptor)
+            def commit(value: Dict[str, Any]) -> None:
+                write(encode(value))
+                file.close()
+                _replace(temporary, path)
 
-    def commit(self, value: Dict[str, Any]) -> None:
-        """Write `value` as JSON, durably, and put it in place of the file: all or nothing."""
-        with self._reporting():
-            self._write(encode(value))
-            os.close(self.descriptor)
-            self.descriptor = -1
-            _replace(self.temporary, self.path)
-
-    def __enter__(self) -> Replacement:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-            os.unlink(self.temporary)
+            write(reserve)
+            yield commit
+    except OSError as error:
+        hint = "make room or permit it, then try again"
+        raise StorageError(f"cannot write {path}: {error.strerror}", hint) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def encode(value: Dict[str, Any]) -> bytes:
@@ -936,8 +915,8 @@ class Store:
 
     def save(self, path: str, value: Dict[str, Any]) -> None:
         """Put `value` into the file at `path`. The caller holds the lock."""
-        with Replacement(path) as place:
-            place.commit(value)
+        with replacing(path) as commit:
+            commit(value)
 
     def move_away(self, target: Optional[str]) -> None:
         """Rename the token file to `target`, or with None remove it. The caller holds the lock."""
@@ -1006,14 +985,15 @@ class Session:
 
     def obstacle(self, tokens: Tokens) -> Optional[OAuthError]:
         """What will make the next refresh fail without asking anybody, else None."""
-        ended = tokens.fields.get("ended")
-        if isinstance(ended, dict) and ended.get("refresh_token_sha256") == tokens.fingerprint():
-            why = ENDING_CODES.get(str(ended.get("reason")), ENDING_CODES["invalid_grant"])
-            return SignInEndedError(f"the sign-in has ended: {why}")
+        mark = tokens.fields.get("ended")
+        if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
+            return ended(str(mark.get("reason")))
         if tokens.issuer != self.settings.issuer:
-            return SignInEndedError(f"the sign-in was made at another issuer, {tokens.issuer}")
+            where = f"the sign-in was made at another issuer, {tokens.issuer}"
+            return SignInEndedError(where, AGAIN)
         if not tokens.refresh_token:
-            return SignInEndedError("the access token cannot be renewed: no refresh token came")
+            why = "the access token cannot be renewed: no refresh token came"
+            return SignInEndedError(why, AGAIN)
         return None
 
     def _refresh(self, seen: Tokens, force: bool, patient: bool) -> Tokens:
@@ -1027,11 +1007,11 @@ class Session:
                 raise obstacle
             # The refresh token is good for one use: have a place for its successor first, and
             # let no signal come between the answer and the disk.
-            place = Replacement(self.store.token_file, encode(tokens.fields) + bytes(RESERVE))
-            with place, signals_deferred():
-                return self._renew(tokens, place, patient)
+            reserve = encode(tokens.fields) + bytes(RESERVE)
+            with replacing(self.store.token_file, reserve) as commit, signals_deferred():
+                return self._renew(tokens, commit, patient)
 
-    def _renew(self, spent: Tokens, place: Replacement, patient: bool) -> Tokens:
+    def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
         """Spend the refresh token and store what came, unless the file changed hands meanwhile."""
         ending: Optional[SignInEndedError] = None
         answer = {}
@@ -1046,10 +1026,8 @@ class Session:
             return current
         fields = dict(current.fields)
         if ending:
-            sha256 = spent.fingerprint()
-            place.commit(
-                {**fields, "ended": {"reason": ending.reason, "refresh_token_sha256": sha256}}
-            )
+            mark = {"reason": ending.reason, "refresh_token_sha256": spent.fingerprint()}
+            commit({**fields, "ended": mark})
             raise ending
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = answer["access_token"]  # no API key: see Tokens
@@ -1058,7 +1036,7 @@ class Session:
         account = renewed.auth_claims().get("chatgpt_account_id")
         if spent.account_id and account and account != spent.account_id:
             raise OAuthError("refreshing the access token failed: it is another account's")
-        place.commit(renewed.fields)
+        commit(renewed.fields)
         return renewed
 
     def _spend(self, tokens: Tokens, patient: bool) -> Dict[str, Any]:
@@ -1098,29 +1076,23 @@ def signals_deferred() -> Iterator[None]:
     import signal
     import threading
 
-    held: List[int] = []
     before: Dict[int, Any] = {}
+    held: List[int] = []
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def hold(number: int, frame: object) -> None:
+    def hold(number: int, _: object) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
         held.append(number)
-        if len(held) > 1:
-            restore()
-            os.kill(os.getpid(), number)
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, hold)
     try:
         yield
     finally:
-        restore()
-        if len(held) == 1:
+        hold(0, None)
+        if held[0]:
             os.kill(os.getpid(), held[0])
 
 
