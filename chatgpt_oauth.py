@@ -482,9 +482,8 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) ->
     if error is None or isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no whole answer from {host} within {timeout:g} s"
     elif isinstance(error, ssl.SSLError):
-        fault = (
-            f"no trusted connection to {host} ({getattr(error, 'verify_message', error.reason)})"
-        )
+        why = getattr(error, "verify_message", "") or type(error).__name__
+        fault = f"no trusted connection to {host} ({why})"
         hint = "point SSL_CERT_FILE to the file of certificates that your network needs"
     elif isinstance(error, socket.gaierror):
         fault = f"the name {host} cannot be looked up"
@@ -1830,6 +1829,7 @@ class BrowserSignIn:
                 self.session, self.choice, code, attempt.verifier, redirect_uri, on_saved
             )
         except OAuthError as error:
+            error.hint = error.hint or "try again: chatgpt_oauth.py auth"
             if listener and not saved:
                 listener.settle(error)
             raise
@@ -2440,7 +2440,7 @@ class Puppy:
         from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
 
         tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
-        stored = config.get_value(variable)
+        stored = getattr(config, "get_value", lambda _: None)(variable)
         if stored and (tokens is None or stored != tokens.api_key):
             self.notify("warning", f"Code Puppy's own setting {variable} overrides the API key")
 
@@ -2593,7 +2593,7 @@ def parse(name: str, arguments: List[str], prog: str) -> Namespace:
         example = f"example:\n  {example}"
     parser = Parser(
         prog=prog,
-        description=f"{what.capitalize()}.",
+        description=f"{what[0].upper()}{what[1:]}.",
         epilog=example.replace("chatgpt_oauth.py ", program_name() + " "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -10,10 +10,12 @@ The program runs as a process wherever a person or a script would run it.  No ne
 no account, and no port that something else may hold.
 """
 
+import argparse
 import base64
 import contextlib
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -419,6 +422,20 @@ class Running:
         return code, out, self.err.rstrip("\0")
 
 
+class Saying(io.StringIO):
+    """Standard error that hands an authorization URL to `browser`, in a thread, when it comes."""
+
+    def __init__(self, browser=None):
+        super().__init__()
+        self.browser = browser
+
+    def write(self, text):
+        found = re.search(r"^http\S+/oauth/authorize\?\S+$", text, re.M)
+        if found and self.browser:
+            threading.Thread(target=self.browser, args=(found[0],), daemon=True).start()
+        return super().write(text)
+
+
 class Case(unittest.TestCase):
     """A double, a home and two ports for each test."""
 
@@ -462,9 +479,12 @@ class Case(unittest.TestCase):
             each.decode("utf-8", "replace") for each in (done.stdout, done.stderr)
         )
 
-    def call(self, *arguments, environ=None):
-        """The same in this process, where only what is said and returned matters."""
-        out, err = io.StringIO(), io.StringIO()
+    def call(self, *arguments, environ=None, browser=None):
+        """The same in this process, where only what is said and returned matters.
+
+        `browser` is called with the authorization URL as soon as it is shown.
+        """
+        out, err = io.StringIO(), Saying(browser)
         with contextlib.ExitStack() as stack:
             environ = {**self.environ, **(environ or {})}
             stack.enter_context(mock.patch.dict(os.environ, environ, clear=True))
@@ -690,15 +710,18 @@ class StoryTest(Case):
         self.assertEqual(running.end()[0], 0)
         self.assertEqual(seen, [True])
 
-    def test_the_program_waits_for_the_success_page_five_seconds_at_most(self):
-        running = self.start("auth", "--no-browser")
-        visit(visit(running.url(), follow=False)[0][2]["location"], follow=False)
-        began = time.monotonic()
-        running.saying("Next: ")
-        self.assertLess(time.monotonic() - began, 3)
-        self.assertEqual(running.end()[0], 0)
-        self.assertLess(4, time.monotonic() - began)
-        self.assertLess(time.monotonic() - began, 7)
+    def test_the_program_waits_for_the_success_page_but_not_for_long(self):
+        self.assertEqual(oauth.LINGER, 5.0)
+
+        def leave(url):
+            visit(visit(url, follow=False)[0][2]["location"], follow=False)
+
+        with mock.patch.object(oauth, "LINGER", 1.0):
+            began = time.monotonic()
+            code, out, err = self.call("auth", "--no-browser", browser=leave)
+        self.assertEqual((code, out), (0, ""), err)
+        self.assertIn("Next: ", err)
+        self.assertTrue(1 < time.monotonic() - began < 2)
 
     def test_the_browser_opens_by_itself_and_sees_no_secret(self):
         self.store(api_key="sk-before")
@@ -1597,6 +1620,7 @@ class StoreTest(Case):
         self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
         self.assertEqual(self.call("status")[2], "")
 
+    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
     def test_files_that_are_not_what_they_should_be(self):
         def directory(path):
             path.mkdir()
@@ -1630,9 +1654,6 @@ class StoreTest(Case):
             "odd key": text(b'{"access_token": "a", "api_key": "\'; rm -rf ~; \'"}'),
             "newline": text(b'{"access_token": "a", "api_key": "sk-a\\n"}'),
         }
-        quick = mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
-        quick.start()
-        self.addCleanup(quick.stop)
         for name, fault in faults.items():
             with self.subTest(name), tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 home = pathlib.Path(folder)
@@ -1648,13 +1669,14 @@ class StoreTest(Case):
                 self.assertIn(str(path), json.loads(out)["problem"])
                 self.assertTrue(os.path.lexists(path))
 
+    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
     def test_a_new_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
         self.home.mkdir(mode=0o700)
         self.token_file.write_text("{")
         self.assertEqual(self.call("logout")[0], 0)
         self.assertFalse(self.token_file.exists())
         self.token_file.write_text("{")
-        err = self.sign_in()
+        err = self.call("auth", "--no-browser", browser=visit)[2]
         self.assertIn(".bad", err)
         self.assertEqual((self.home / "chatgpt_oauth.json.bad").read_text(), "{")
         self.assertTrue(self.stored()["access_token"])
@@ -1717,10 +1739,11 @@ class StoreTest(Case):
         self.assertEqual(self.call("logout")[0], 0)
         self.assertEqual(json.loads(self.models_file.read_text()), others)
 
+    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
     def test_a_broken_models_file_is_left_alone_and_the_tokens_go_all_the_same(self):
         self.home.mkdir(mode=0o700)
         self.models_file.write_text("[")
-        err = self.sign_in()
+        err = self.call("auth", "--no-browser", browser=visit)[2]
         self.assertIn("chatgpt_models.json is not JSON", err)
         self.assertIn("Next: ", err)
         self.assert_fails(self.call("models"), 6, "chatgpt_models.json is not JSON")
@@ -2094,7 +2117,8 @@ class ModuleTest(Case):
                 facts = oauth.sign_in(open_browser=False, timeout=10)
             visitor.join()
             self.assertTrue(facts["authenticated"])
-            self.assertTrue(oauth.sign_in(device=True)["has_api_key"])
+            with mock.patch.object(oauth, "POLL_FLOOR", 0.05):
+                self.assertTrue(oauth.sign_in(device=True)["has_api_key"])
 
     def test_warnings_are_logged(self):
         self.store(lifetime=200)
@@ -2112,5 +2136,793 @@ class ModuleTest(Case):
                     self.assertNotIn(secret, repr(each))
 
 
+# ---------------------------------------------------------------------------------------------
+# Hostile answers
+# ---------------------------------------------------------------------------------------------
+
+
+def raw(*parts, pause=0.0):
+    """A fault that sends bytes as they are and hangs up, with `pause` seconds after each part."""
+
+    def fault(handler, _):
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            for part in parts:
+                handler.connection.sendall(part)
+                time.sleep(pause)
+            handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    return fault
+
+
+def answering(status, body=b"{}", **headers):
+    return lambda handler, _: Double.reply(handler, status, body, **headers)
+
+
+def echo(handler, fields):
+    """An error that says all that was sent, as one that lies would."""
+    said = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
+    body = json.dumps({"error": {"code": said, "message": "\x1b[31m\u202e" + said}}).encode()
+    return Double.reply(handler, 401, body)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+NO_TOKENS = dict.fromkeys(("access_token", "refresh_token", "id_token", "data", "models"), 5)
+ANSWERS = {
+    "empty": answering(200, b""),
+    "no content": answering(204, b""),
+    "a web page": answering(200, b"<!doctype html><title>Hello</title>"),
+    "a region block": answering(403, b"<html>Just a moment...</html>", Content_Type="text/html"),
+    "a list": answering(200, b"[]"),
+    "null": answering(200, b"null"),
+    "a number": answering(200, b"5"),
+    "a string": answering(200, b'"x"'),
+    "an empty object": answering(200, b"{}"),
+    "wrong types": answering(200, json.dumps(NO_TOKENS).encode()),
+    "lists of wrong types": answering(200, b'{"data": [1, null, {"id": 5}], "models": [[], {}]}'),
+    "not a number": answering(200, b'{"access_token": NaN, "expires_in": Infinity}'),
+    "tokens with spaces": answering(200, b'{"access_token": "a b", "authorization_code": "a b"}'),
+    "tokens with a newline": answering(200, b'{"access_token": "a\\nb"}'),
+    "tokens for a shell": answering(200, b'{"access_token": "a\';reboot;\'"}'),
+    "deep lists": answering(200, b"[" * 100000),
+    "deep objects": answering(200, b'{"a":' * 100000),
+    "a huge number": answering(200, b'{"access_token": ' + b"9" * 5000 + b"}"),
+    "too much": answering(200, b'"' + b"x" * (9 << 20) + b'"'),
+    "invalid UTF-8": answering(200, b'{"access_token": "\xff\xfe"}'),
+    "cut off": raw(OK + b"Content-Length: 1000\r\n\r\n{"),
+    "a broken chunk": raw(OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    "a redirect": answering(302, b"", Location="http://127.0.0.1:9/"),
+    "a redirect that keeps the body": answering(307, b"", Location="http://127.0.0.1:9/"),
+    "too many requests": answering(429, b"{}", Retry_After="99999999999999999999999"),
+    "an absurd delay": answering(503, b"{}", Retry_After="-1e999"),
+    "an error of the server": answering(500, b"oops"),
+    "a proxy that wants a password": answering(407, b"{}"),
+    "slow by a byte": raw(OK + b"Content-Length: 100\r\n\r\n", *[b"{"] * 50, pause=0.02),
+    "headers slow by a byte": raw(OK, *[b"a"] * 50, pause=0.02),
+    "silence": raw(b"", pause=0.6),
+    "hung up": raw(b""),
+    "no HTTP": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "a huge header": raw(OK + b"A: " + b"b" * 100000 + b"\r\n\r\n"),
+    "a strange status": raw(b"HTTP/1.1 999 \x1b[31mX\r\nContent-Length: 0\r\n\r\n"),
+    "what was sent": echo,
+}
+
+
+class HostileTest(unittest.TestCase):
+    def tell(self, double, folder, endpoint):
+        """What is said when `endpoint` misbehaves, by the command that asks it."""
+        environ = {
+            **double.environment(),
+            "HOME": folder,
+            "CHATGPT_OAUTH_HOME": folder,
+            "CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.25",
+            "CHATGPT_OAUTH_RETRY_WINDOW": "0.01",
+        }
+        said = []
+        session = oauth.Session(oauth.Settings(environ), lambda kind, text: said.append(text))
+        choice = oauth.Choice(session.settings)
+        fields = double.tokens(-10 if endpoint == "refresh" else None)
+        fields.update(issuer=double.url, account_id="acct-1", api_key="sk-" + "k" * 40)
+        double.api_keys.add(fields["api_key"])
+        path = pathlib.Path(folder, "chatgpt_oauth.json")
+        if endpoint not in ("usercode", "device", "code", "key"):
+            path.write_text(json.dumps(fields))
+            path.chmod(0o600)
+        code = 0
+        try:
+            if endpoint == "refresh":
+                session.fresh()
+            elif endpoint == "revoke":
+                oauth.end_sign_in(session, True)
+            elif endpoint in ("api", "codex"):
+                choice.source = endpoint
+                oauth.import_models(session, choice)
+            else:
+                oauth.sign_in_with_device(session, choice, 0.3)
+        except oauth.OAuthError as error:
+            code = error.exit_code
+            said += [str(error), error.hint or ""]
+        if path.exists():
+            json.loads(path.read_text())
+        self.assertFalse(os.path.exists(f"{path}.tmp"))
+        return code, said
+
+    def check(self, answer, seconds):
+        with tempfile.TemporaryDirectory() as folder:
+            for endpoint in (
+                "code",
+                "key",
+                "refresh",
+                "revoke",
+                "api",
+                "codex",
+                "usercode",
+                "device",
+            ):
+                double = Double()
+                try:
+                    double.faults[endpoint] = ANSWERS[answer]
+                    began = time.monotonic()
+                    place = pathlib.Path(folder, endpoint)
+                    place.mkdir()
+                    code, said = self.tell(double, str(place), endpoint)
+                    seconds.append(time.monotonic() - began)
+                    case = (answer, endpoint, code, said)
+                    self.assertTrue(all(text.isprintable() for text in said), case)
+                    fatal = endpoint in ("code", "refresh", "api", "codex", "usercode", "device")
+                    if answer not in ("lists of wrong types", "no content"):  # success somewhere
+                        self.assertEqual(code in (1, 4, 5), fatal, case)
+                    for secret in double.secrets():
+                        self.assertNotIn(secret, "\n".join(said), case)
+                finally:
+                    double.close()
+
+    def test_every_odd_answer_of_every_endpoint_is_told_in_time(self):
+        from concurrent.futures import ThreadPoolExecutor
+
+        seconds = []
+        with mock.patch.object(oauth, "POLL_FLOOR", 0.01), ThreadPoolExecutor(12) as pool:
+            for result in [pool.submit(self.check, answer, seconds) for answer in ANSWERS]:
+                result.result()
+        self.assertGreaterEqual(len(ANSWERS), 25)
+        self.assertLess(max(seconds), 5)
+
+    def test_a_web_page_names_the_proxy_and_the_region(self):
+        answer = oauth.Answer(set(), 403, b"<html>", None)
+        self.assertIn("region", str(answer.refusal("it")))
+
+    def test_an_untrusted_certificate_names_the_variable_to_set(self):
+        import ssl
+
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        request = types.SimpleNamespace(host="example.com", full_url="https://example.com/")
+        told = oauth._no_answer(request, "it", 1, {"error": error})
+        self.assertEqual(told.exit_code, 5)
+        self.assertIn("SSL_CERT_FILE", told.hint)
+
+    def test_a_proxy_that_is_not_there_is_named_and_loopback_needs_none(self):
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            proxy = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
+        environ = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "NO_PROXY": ""}
+        with mock.patch.dict(os.environ, environ):
+            settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com"})
+            with self.assertRaises(oauth.UnavailableError) as caught:
+                oauth.request_user_code(settings)
+            self.assertIn("HTTPS_PROXY", caught.exception.hint)
+            self.assertNotIn("secret", str(caught.exception) + caught.exception.hint)
+            double = Double()
+            self.addCleanup(double.close)
+            settings = oauth.Settings(double.environment())
+            self.assertTrue(oauth.request_user_code(settings)["user_code"])
+
+
+@contextlib.contextmanager
+def told(what):
+    """Put `what` before the message of an assertion that fails."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+class Fuzzer(Case):
+    """Random answers at random endpoints, random callback requests, random token files."""
+
+    ODD = (
+        None,
+        True,
+        5,
+        -1,
+        1e308,
+        "",
+        "x",
+        "a b",
+        "\x1b[31m",
+        "\u202e",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        "9" * 4000,
+    )
+    COMMANDS = (
+        ["token"],
+        ["token", "--refresh"],
+        ["status"],
+        ["status", "--json"],
+        ["env"],
+        ["env", "--access-token"],
+        ["models"],
+        ["models", "--source", "codex", "--json"],
+        ["logout"],
+        ["auth", "--device", "--timeout", "0.05"],
+        ["auth", "--no-browser", "--timeout", "1"],
+    )
+
+    def runTest(self):
+        """One case at a time is run from outside."""
+
+    def bend(self, chance, value):
+        """`value`, a JSON object, with some of it replaced."""
+        bent = dict(value)
+        for name in list(bent):
+            if chance.random() < 0.25:
+                bent[name] = chance.choice(self.ODD)
+            elif chance.random() < 0.1:
+                del bent[name]
+            elif isinstance(bent[name], dict):
+                bent[name] = self.bend(chance, bent[name])
+        return bent
+
+    def answer(self, chance):
+        """A fault with a random status, body and headers."""
+
+        def fault(handler, fields):
+            kind = chance.randrange(6)
+            status = chance.choice((200, 200, 200, 400, 401, 403, 404, 429, 500, 503, 302))
+            if kind == 0:
+                return echo(handler, fields)
+            if kind == 1:
+                body = bytes(chance.randrange(256) for _ in range(chance.randrange(200)))
+            elif kind == 2:
+                body = json.dumps(chance.choice(self.ODD)).encode()
+            elif kind == 3:
+                codes = [*oauth.ENDING_CODES, "slow_down", "access_denied", "x"]
+                body = json.dumps({"error": chance.choice(codes)}).encode()
+            else:
+                known = {
+                    **self.double.tokens(chance.choice((-10, 100, 9999))),
+                    "data": [{"id": "gpt-" + str(chance.choice(self.ODD))}],
+                    "models": [{"slug": chance.choice(self.ODD), "context_window": 10}],
+                    "device_auth_id": "d",
+                    "user_code": "c",
+                    "interval": 0,
+                }
+                body = json.dumps(self.bend(chance, known)).encode()
+                body = body[: chance.randrange(len(body))] if chance.random() < 0.1 else body
+            return Double.reply(handler, status, body, Retry_After=chance.choice((0, "x", "1e9")))
+
+        return fault
+
+    def neighbour(self, chance, url):
+        """A browser that asks nonsense, and then perhaps what it should."""
+        place = urllib.parse.urlsplit(visit(url, follow=False)[0][2].get("location", ""))
+        good = f"GET {place.path}?{place.query} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode()
+        for _ in range(chance.randrange(4)):
+            bad = bytearray(good)
+            for _ in range(chance.randrange(1, 6)):
+                where = chance.randrange(len(bad))
+                bad[where : where + chance.randrange(3)] = bytes([chance.randrange(256)])
+            with contextlib.suppress(OSError), socket.create_connection(
+                (place.hostname, place.port), 1
+            ) as s:
+                s.sendall(bytes(bad))
+                s.settimeout(0.02)
+                s.recv(1000)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            visit(place.geturl())
+
+    def case(self, seed):
+        chance = random.Random(seed)
+        self.double.faults.clear()
+        self.double.requests.clear()
+        for path in self.home.glob("*") if self.home.exists() else ():
+            path.unlink()
+        fields = self.store(lifetime=chance.choice((-10, 100, 9999)), api_key="sk-" + "f" * 40)
+        kind = chance.randrange(4)
+        if kind == 0:
+            self.token_file.write_text(json.dumps(self.bend(chance, fields)))
+        elif kind == 1:
+            text = json.dumps(fields).encode()
+            self.token_file.write_bytes(
+                text[: chance.randrange(len(text))] + bytes([chance.randrange(256)])
+            )
+        elif kind == 2:
+            self.token_file.unlink()
+        torn = kind == 1
+        for endpoint in ("code", "key", "refresh", "revoke", "api", "codex", "usercode", "device"):
+            if chance.random() < 0.4:
+                self.double.faults[endpoint] = self.answer(chance)
+        command = chance.choice(self.COMMANDS)
+        code, out, err = self.call(*command, browser=lambda url: self.neighbour(chance, url))
+        with told(f"seed {seed}, {command}"):
+            self.assertIn(code, (0, 1, 2, 3, 4, 5, 6))
+            self.assertNotIn("Traceback", err)
+            self.assertTrue(
+                all(line.isprintable() for line in (out + err).splitlines()), (out, err)
+            )
+            self.assert_no_secret(err)
+            self.assertNotIn("sk-" + "f" * 40, err)
+            if command[0] not in ("token", "env"):
+                self.assert_no_secret(out)
+            if code and command[0] != "status":
+                self.assertEqual(out, "")
+                self.assertRegex(err, r"(?m)^error: ")
+            if self.token_file.exists() and not (torn and code):
+                json.loads(self.token_file.read_text())
+            self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def go(self, seconds, seed):
+        """Cases from `seed` on for so many seconds; returns how many that were."""
+        self.setUp()
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
+        shorter = {"POLL_FLOOR": 0.01, "REREAD_SECONDS": 0.0, "SLOW_DOWN": 0.01, "LINGER": 0.1}
+        count, began = 0, time.monotonic()
+        try:
+            with mock.patch.multiple(oauth, **shorter):
+                while time.monotonic() - began < seconds:
+                    self.case(seed + count)
+                    count += 1
+        finally:
+            self.doCleanups()
+        return count
+
+
+class FuzzTest(unittest.TestCase):
+    def test_whatever_comes_the_contract_holds(self):
+        self.assertGreater(Fuzzer().go(2, seed=1), 10)
+
+
+# ---------------------------------------------------------------------------------------------
+# Code Puppy
+# ---------------------------------------------------------------------------------------------
+
+
+class PuppyTest(Case):
+    """The adapter, against a small stand-in for the host's modules."""
+
+    def host(self, phases=("custom_command", "custom_command_help", "startup"), builtin=True):
+        """Modules as Code Puppy has them; returns its callbacks by phase, and what is emitted."""
+        registered, said = {phase: [] for phase in phases}, []
+
+        def register_callback(phase, function):
+            if phase not in registered:
+                raise ValueError(f"Unsupported phase: {phase}")
+            registered[phase].append(function)
+
+        callbacks = types.ModuleType("code_puppy.callbacks")
+        callbacks.register_callback = register_callback
+        callbacks.unregister_callback = lambda phase, function: registered[phase].remove(function)
+        callbacks.get_callbacks = lambda phase: list(registered.get(phase, []))
+        messaging = types.ModuleType("code_puppy.messaging")
+        for kind in ("info", "success", "warning", "error"):
+            emit = lambda text, kind=kind: said.append((kind, str(text)))  # noqa: E731
+            setattr(messaging, "emit_" + kind, emit)
+        config = types.ModuleType("code_puppy.config")
+        config.get_value = lambda name: None
+        text = types.ModuleType("rich.text")
+        text.Text = str
+        modules = {
+            "code_puppy": types.ModuleType("code_puppy"),
+            "code_puppy.callbacks": callbacks,
+            "code_puppy.messaging": messaging,
+            "code_puppy.config": config,
+            "rich": types.ModuleType("rich"),
+            "rich.text": text,
+        }
+        modules["code_puppy"].messaging = messaging
+        modules["code_puppy"].callbacks = callbacks
+        modules["code_puppy"].config = config
+        if builtin:
+            name = "code_puppy_core_plugins.chatgpt_oauth.register_callbacks"
+            plugin = types.ModuleType(name)
+            code = (
+                "def on_command(command, name):\n    return 'builtin ' + name if 'codex' in name else None\n"
+                "def on_help():\n    return [('chatgpt-auth', 'old'), ('codex-status', 'old')]\n"
+                "def get_valid_access_token():\n    return 'old'\n"
+                "def refresh_access_token():\n    return 'old'\n"
+            )
+            exec(code, vars(plugin))
+            modules[name] = plugin
+            registered["custom_command"].append(plugin.on_command)
+            registered["custom_command_help"].append(plugin.on_help)
+        patched = mock.patch.dict(sys.modules, modules)
+        patched.start()
+        self.addCleanup(patched.stop)
+        environ = mock.patch.dict(os.environ, self.environ, clear=True)
+        environ.start()
+        self.addCleanup(environ.stop)
+        self.modules, self.registered, self.said = modules, registered, said
+
+    def load(self, name="chatgpt_oauth_file.register_callbacks"):
+        spec = importlib.util.spec_from_file_location(name, PROGRAM)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def command(self, text):
+        """Dispatch as the host does; returns the first answer, and what was printed."""
+        name = text[1:].split()[0]
+        out = Saying(visit)
+        self.said.clear()
+        with contextlib.redirect_stdout(out), mock.patch.object(sys, "stdin", io.StringIO()):
+            answers = [each(command=text, name=name) for each in self.registered["custom_command"]]
+        return next((a for a in answers if a is not None), None), out.getvalue()
+
+    def texts(self):
+        return "\n".join(text for _, text in self.said)
+
+    def test_a_plain_import_registers_nothing(self):
+        self.host()
+        for name in ("chatgpt_oauth", "some.chatgpt_oauth", "__main__x"):
+            self.load(name)
+        self.assertEqual(len(self.registered["custom_command"]), 1)
+        with mock.patch.dict(sys.modules):
+            for name in list(sys.modules):
+                if name.startswith("code_puppy"):
+                    del sys.modules[name]
+            self.load()
+        self.assertEqual(len(self.registered["custom_command"]), 1)
+
+    def test_it_registers_when_the_host_loads_it(self):
+        for name in ("x.register_callbacks", "code_puppy.plugins.chatgpt_oauth_file"):
+            self.host()
+            self.load(name)
+            self.assertEqual(len(self.registered["custom_command"]), 1)
+            self.assertEqual(len(self.registered["startup"]), 1)
+        self.host()
+        self.modules["code_puppy.callbacks"].get_loading_context = lambda: "mine"
+        self.load("mine")
+        self.assertEqual(len(self.registered["startup"]), 1)
+
+    def test_the_builtin_plugins_commands_are_taken_over_and_the_others_handed_on(self):
+        self.host()
+        self.load()
+        self.assertEqual(len(self.registered["custom_command"]), 1)
+        names = [name for name, _ in self.registered["custom_command_help"][0]()]
+        self.assertEqual(
+            names, ["chatgpt-auth", "chatgpt-status", "chatgpt-logout", "codex-status"]
+        )
+        self.assertEqual(self.command("/codex-status")[0], "builtin codex-status")
+        self.assertIsNone(self.command("/other")[0])
+
+    def test_a_builtin_that_comes_later_is_taken_over_at_startup(self):
+        self.host()
+        late = {p: self.registered[p].pop() for p in ("custom_command", "custom_command_help")}
+        self.load()
+        for phase, callback in late.items():
+            self.registered[phase].append(callback)
+        self.registered["startup"][0]()
+        self.assertEqual(len(self.registered["custom_command"]), 1)
+        self.assertEqual(self.command("/codex-status")[0], "builtin codex-status")
+
+    def test_the_builtin_fetches_its_tokens_through_us(self):
+        self.host()
+        self.store(lifetime=-10)
+        self.load()
+        plugin = self.modules["code_puppy_core_plugins.chatgpt_oauth.register_callbacks"]
+        self.assertEqual(plugin.get_valid_access_token(), self.stored()["access_token"])
+        self.assertEqual(plugin.refresh_access_token(), self.stored()["access_token"])
+        self.assertEqual(self.double.count("refresh"), 2)
+        self.token_file.unlink()
+        self.assertIsNone(plugin.get_valid_access_token())
+        self.assertIn("not signed in", self.texts())
+
+    def test_signing_in_and_out(self):
+        self.host()
+        self.load()
+        self.assertEqual(self.command("/chatgpt-status"), (True, ""))
+        self.assertIn("ChatGPT OAuth: Not authenticated", self.texts())
+        self.assertIn("/chatgpt-auth", self.texts())
+        answer, printed = self.command("/chatgpt-auth")
+        self.assertTrue(answer)
+        self.assertRegex(printed.strip(), r"^http\S+$")  # the address alone, whole
+        self.assertIn(("success", "Signed in as ada@example.com"), self.said)
+        self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], self.stored()["api_key"])
+        self.assert_no_secret(self.texts(), printed)
+        self.command("/chatgpt-status")
+        self.assertIn("API key available", self.texts())
+        self.modules["code_puppy.config"].get_value = lambda name: "sk-stale"
+        self.command("/chatgpt-status")
+        self.assertIn("chatgpt_oauth_api_key overrides", self.texts())
+        self.command("/chatgpt-logout")
+        self.assertNotIn("CHATGPT_OAUTH_API_KEY", os.environ)
+        self.assertFalse(self.token_file.exists())
+
+    def test_a_key_that_the_person_has_set_stays(self):
+        self.host()
+        self.store(api_key="sk-1")
+        os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
+        self.load()
+        self.command("/chatgpt-logout")
+        self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], "sk-mine")
+
+    def test_the_stored_key_is_there_at_start(self):
+        self.host()
+        self.store(api_key="sk-1")
+        self.load()
+        self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], "sk-1")
+
+    def test_arguments_are_honoured(self):
+        self.host()
+        module = self.load()
+        with mock.patch.object(module, "POLL_FLOOR", 0.01):
+            self.command("/chatgpt-auth --device")
+        self.assertIn("Signed in", self.texts())
+        self.command("/chatgpt-auth --nonsense")
+        self.assertIn(("error", "unrecognized arguments: --nonsense"), self.said)
+        self.assertEqual(self.command("/chatgpt-auth -h"), (True, ""))
+        self.assertIn("--device", self.texts())
+
+    def test_an_address_may_be_pasted_after_an_attempt_that_was_broken_off(self):
+        self.host()
+        self.load()
+        self.command("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
+        self.assertIn("no sign-in was begun", self.texts())
+        shown = []
+        with mock.patch.object(sys.modules[__name__], "visit", shown.append):
+            self.command("/chatgpt-auth --timeout 0.1")
+        self.assertIn("no sign-in within 0.1 seconds", self.texts())
+        self.command("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
+        self.assertIn("does not belong to this sign-in", self.texts())
+        place = visit(shown[0], follow=False)[0][2]["location"]
+        self.command(f"/chatgpt-auth {place}")
+        self.assertIn("Signed in", self.texts())
+
+    def test_ctrl_c_comes_back_to_the_prompt(self):
+        self.host()
+        self.load()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with mock.patch.object(sys.modules[__name__], "visit", lambda url: None):
+            self.assertEqual(self.command("/chatgpt-auth")[0], True)
+        timer.join()
+        self.assertIn(("warning", "Interrupted."), self.said)
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
+
+    def test_a_release_that_lacks_things_is_no_failure(self):
+        self.host(phases=("custom_command", "custom_command_help"), builtin=False)
+        del self.modules["code_puppy.callbacks"].unregister_callback
+        del self.modules["code_puppy.config"].get_value
+        self.load()
+        self.assertEqual(self.command("/chatgpt-status")[0], True)
+        self.assertIn("Not authenticated", self.texts())
+
+
+# ---------------------------------------------------------------------------------------------
+# Demo, stress, fuzz, bench
+# ---------------------------------------------------------------------------------------------
+
+
+def run_case(case, method, *arguments):
+    """Run `method` of a test case outside the suite, with its set-up and clean-up."""
+    test = case()
+    test.setUp()
+    try:
+        return getattr(test, method)(*arguments)
+    finally:
+        test.doCleanups()
+
+
+def demo():
+    """The whole story against the double, in a temporary home."""
+    ports = free_ports(2)
+    double = Double(ports)
+    with tempfile.TemporaryDirectory() as home:
+        keep = ("PATH", "TERM", "LANG", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "NO_COLOR")
+        environ = {name: os.environ[name] for name in keep if name in os.environ}
+        environ.update(double.environment(), HOME=home, SHELL="/bin/sh")
+        environ.update(
+            CHATGPT_OAUTH_REQUIRED_PORT=str(ports[0]), CHATGPT_OAUTH_FALLBACK_PORT=str(ports[1])
+        )
+        print(
+            f"A double of OpenAI's servers listens on {double.url}; no account is touched.",
+            flush=True,
+        )
+        arguments = ["auth"]
+        if not oauth.browser_command(environ)[0]:
+            environ["BROWSER"] = f"{sys.executable} {HERE} visit %s"
+            print("There is no browser here, so this demo plays one.", flush=True)
+        for arguments, told in (
+            (["auth"], "Signing in: the browser opens, the double agrees at once."),
+            (["status"], "Who is signed in?"),
+            (["models", "--dry-run"], "Which models can the account use?"),
+            (["env"], "The key, for a shell (it is the double's, and worth nothing):"),
+            (["logout"], "Signing out again:"),
+        ):
+            print(f"\n# {told}\n$ python3 chatgpt_oauth.py {' '.join(arguments)}", flush=True)
+            code = subprocess.call([sys.executable, PROGRAM, *arguments], env=environ)
+            if code:
+                return code
+    double.close()
+    return 0
+
+
+def stress():
+    """The long rounds: many processes, many kills, many neighbours."""
+    for number in range(10):
+        run_case(RaceTest, "refresh_at_once", 100)
+        print(
+            f"round {number + 1}: 100 processes, one refresh, 100 times the same token", flush=True
+        )
+    run_case(RaceTest, "kill_at_random", 200)
+    print("200 kills: the file whole each time, no lock and no temporary file left", flush=True)
+    run_case(CallbackTest, "bombard", 1000, 100)
+    print("1,000 bad requests of ten kinds and 100 idle connections: the real one came through")
+    return 0
+
+
+def fuzz(seconds, seed):
+    """Random cases for so many seconds; the seed of a failure is printed."""
+    count = Fuzzer().go(seconds, seed)
+    print(f"{count} cases from seed {seed} on in {seconds:g} s, none failed")
+    return 0
+
+
+def bench(rounds):
+    """What the commands cost, as medians of interleaved runs and ratios to what they are held to."""
+    import platform
+    import statistics
+
+    with tempfile.TemporaryDirectory() as folder:
+        ports = free_ports(2)
+        double = Double(ports)
+        home = pathlib.Path(folder, ".code_puppy")
+        home.mkdir(mode=0o700)
+        path = home / "chatgpt_oauth.json"
+        fields = {**double.tokens(), "api_key": "sk-bench", "issuer": double.url}
+        fields.pop("expires_in")
+        path.write_text(json.dumps(fields))
+        path.chmod(0o600)
+        compiled = pathlib.Path(folder, "compiled")
+        compiled.mkdir()
+        shutil.copy(PROGRAM, compiled)
+        environ = {
+            "HOME": folder,
+            "PATH": os.environ["PATH"],
+            "SHELL": "/bin/sh",
+            **double.environment(),
+        }
+        environ.update(PYTHONPATH=str(compiled), CHATGPT_OAUTH_REQUIRED_PORT=str(ports[0]))
+        environ.update(CHATGPT_OAUTH_FALLBACK_PORT=str(ports[1]))
+
+        def cost(command):
+            began = time.perf_counter()
+            subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True)
+            return time.perf_counter() - began
+
+        python = [sys.executable]
+        script, module = [*python, PROGRAM], [*python, "-m", "chatgpt_oauth"]
+        base = [*python, "-c", "import argparse, json"]
+        commands = {
+            "base": base,
+            "jq": ["jq", "-r", ".api_key", str(path)],
+            **{name: [*script, name] for name in ("env", "token", "status")},
+            **{"-m " + name: [*module, name] for name in ("env", "token", "status")},
+            "import": [*python, "-c", "import chatgpt_oauth"],
+        }
+        if not shutil.which("jq"):
+            del commands["jq"]
+        samples = {name: [] for name in commands}
+        for command in commands.values():
+            cost(command)
+        for _ in range(rounds):
+            for name, command in commands.items():
+                samples[name].append(cost(command))
+        middle = {name: statistics.median(values) for name, values in samples.items()}
+
+        shown, ended, peak = [], [], []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            running = Running(["auth", "--no-browser"], environ)
+            url = running.url()
+            shown.append(time.perf_counter() - began)
+            place = visit(url, follow=False)[0][2]["location"]
+            began = time.perf_counter()
+            visit(place)
+            running.process.wait()
+            ended.append(time.perf_counter() - began)
+            running.end()
+
+        def peak_of(command):
+            code = (
+                "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+                "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+            )
+            done = subprocess.run(
+                [*python, "-c", code, *command], env=environ, stdout=subprocess.PIPE
+            )
+            return int(done.stdout) / 1024
+
+        peak = [peak_of([*script, "env"])]
+        browser = f"{sys.executable} {HERE} visit %s"
+        environ["BROWSER"] = browser
+        peak.append(peak_of([*script, "auth"]))
+
+        def crowd(lifetime):
+            double.delay = 0.0
+            now = json.loads(path.read_text())
+            path.write_text(json.dumps({**now, **double.tokens(lifetime)}))
+            began = time.perf_counter()
+            running = [
+                subprocess.Popen([*script, "token"], env=environ, stdout=subprocess.DEVNULL)
+                for _ in range(100)
+            ]
+            for each in running:
+                each.wait()
+            return time.perf_counter() - began
+
+        crowds = [(crowd(9999), crowd(-10)) for _ in range(3)]
+        rows = [
+            (f"{name} / import argparse, json", middle[name] / middle["base"], 1.4)
+            for name in ("env", "token", "status")
+        ]
+        rows += [
+            (f"{name} / the same", middle[name] / middle["base"], 1.3)
+            for name in ("-m env", "-m token", "-m status")
+        ]
+        if "jq" in middle:
+            rows.append(("env / jq -r .api_key", middle["env"] / middle["jq"], 1.3))
+        rows += [
+            ("import chatgpt_oauth / the same", middle["import"] / middle["base"], 1.1),
+            ("auth to its URL / the same", statistics.median(shown) / middle["base"], 2.5),
+            ("auth, callback to exit, ms", statistics.median(ended) * 1000, 60),
+            ("peak of env, MiB", peak[0], 18),
+            ("peak of a sign-in, MiB", peak[1], 30),
+            ("100 token, one refresh / none", statistics.median(b / a for a, b in crowds), 1.3),
+        ]
+        print(
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+        )
+        print(f"import argparse, json: {middle['base'] * 1000:.1f} ms, median of {rounds}\n")
+        for name, figure, goal in rows:
+            print(f"{name:34} {figure:8.2f}  goal {goal:g}{'' if figure <= goal else '   missed'}")
+        double.close()
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tests of chatgpt_oauth.py beyond the suite.")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("demo", help="the whole story against a double, without an account")
+    commands.add_parser("stress", help="the long rounds of the refresh and callback tests")
+    fuzzing = commands.add_parser("fuzz", help="random answers, requests and files")
+    fuzzing.add_argument("--seconds", type=float, default=60)
+    fuzzing.add_argument("--seed", type=int, default=None)
+    benching = commands.add_parser("bench", help="what the commands cost")
+    benching.add_argument("--rounds", type=int, default=25)
+    visiting = commands.add_parser("visit", help="play the browser")
+    visiting.add_argument("url")
+    options = parser.parse_args()
+    if options.command == "demo":
+        return demo()
+    if options.command == "stress":
+        return stress()
+    if options.command == "fuzz":
+        seed = secrets.randbelow(10**9) if options.seed is None else options.seed
+        return fuzz(options.seconds, seed)
+    if options.command == "bench":
+        return bench(options.rounds)
+    if options.command == "visit":
+        return 0 if visit(options.url)[-1][1] == 200 else 1
+    return unittest.main(argv=sys.argv[:1])
+
+
 if __name__ == "__main__":
-    unittest.main()
+    sys.exit(main())
