@@ -341,7 +341,7 @@ class Answer:
 
 def _delay(header: str) -> Optional[float]:
     """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or senseless."""
-    if header.isdigit():
+    if header.isdecimal():
         return float(header[:9])
     from email.utils import parsedate_to_datetime
 
@@ -715,11 +715,10 @@ class Tokens:
 
     def same_account(self, other: Optional[Tokens]) -> bool:
         """Whether both certainly belong to one account of one issuer."""
-        if other is None or self.issuer != other.issuer:
-            return False
-        if self.account_id and other.account_id:
-            return bool(self.account_id == other.account_id)
-        return self.access_token == other.access_token
+        return other is not None and self._owner() == other._owner()
+
+    def _owner(self) -> Tuple[str, str]:
+        return self.issuer, self.account_id or self.access_token
 
 
 @contextlib.contextmanager
@@ -1838,16 +1837,17 @@ class BrowserSignIn:
 
     def _show_ways(self, obstacle: Optional[str], port: int, lines: Optional[Lines]) -> None:
         """How to go on where the browser is elsewhere."""
-        notify = self.session.notify
-        notify(
-            "info", f"No browser is opened: {obstacle}. Ways to go on:" if obstacle else "Either:"
-        )
+        ways = [f"No browser is opened here: {obstacle}."] if obstacle else []
         if lines and lines.usable:
-            notify("info", "- Open the address in any browser. It ends on a page that cannot be")
-            notify("info", "  reached: paste that page's address here.")
-        notify("info", "- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device")
-        notify("info", "- Or lead the port from your own machine to this one, and open it there:")
-        notify("info", f"  ssh -L {port}:localhost:{port} THIS-MACHINE")
+            ways.append("- Open the address in any browser. It ends on a page that cannot be")
+            ways.append("  reached: paste that page's address here.")
+        for line in (
+            *ways,
+            "- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device",
+            "- Or lead the port from your own machine to this one, and open the address there:",
+            f"  ssh -L {port}:localhost:{port} THIS-MACHINE",
+        ):
+            self.session.notify("info", line)
 
 
 def denial(response: Dict[str, str]) -> OAuthError:
@@ -1883,14 +1883,17 @@ def who_listens(port: int) -> str:
 
 def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[float]) -> None:
     """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
-    settings, notify = session.settings, session.notify
+    settings = session.settings
     device = request_user_code(settings)
-    notify("info", "Open this page in any browser and sign in:")
-    notify("verbatim", settings.issuer + "/codex/device")
-    notify("info", "Then enter this code, which is good for 15 minutes:")
-    notify("verbatim", device["user_code"])
-    notify("info", "Such codes are a phishing target: enter this one only because you have just")
-    notify("info", "started this sign-in yourself, and never one that somebody sent you.")
+    for kind, line in (
+        ("info", "Open this page in any browser and sign in:"),
+        ("verbatim", settings.issuer + "/codex/device"),
+        ("info", "Then enter this code, which is good for 15 minutes:"),
+        ("verbatim", device["user_code"]),
+        ("info", "Such codes are a phishing target: enter this one only because you have just"),
+        ("info", "started this sign-in yourself, and never one that somebody sent you."),
+    ):
+        session.notify(kind, line)
     deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
     members = await_device_token(session, device, deadline)
     code = text_or_none(members.get("authorization_code"))
@@ -2502,122 +2505,126 @@ def is_plugin() -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def _flag(name: str, what: str, **details: Any) -> Tuple[str, Dict[str, Any]]:
-    return name, {"help": what, **(details or {"action": "store_true"})}
-
-
-_JSON = _flag("--json", "print JSON")
-_FILTERS = (
-    _flag("--include", "import these, not the default patterns", action="append", metavar="GLOB"),
-    _flag("--exclude", "leave these out", action="append", metavar="GLOB"),
-    _flag("--source", "who pays: api (the API account) or codex (the plan)", choices=SOURCES),
-)
-# command: what runs it, what it does, an example, its options
-COMMANDS: Dict[str, Tuple[Callable[[Session, Namespace], int], str, str, Tuple[Any, ...]]] = {
+_FLAG: Dict[str, Any] = {"action": "store_true"}
+_GLOBS: Dict[str, Any] = {"action": "append", "metavar": "GLOB"}
+OPTIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "--device": ("sign in with a code, from any browser anywhere", _FLAG),
+    "--no-browser": ("show the address, open nothing", _FLAG),
+    "--timeout": ("time for the whole sign-in", {"metavar": "SECONDS"}),
+    "--include": ("import these models, not the default patterns", _GLOBS),
+    "--exclude": ("leave these models out", _GLOBS),
+    "--source": ("who pays: api (the API account) or codex (the plan)", {"choices": SOURCES}),
+    "--all": ("every model, whatever its name", _FLAG),
+    "--dry-run": ("print only, change nothing", _FLAG),
+    "--json": ("print JSON", _FLAG),
+    "--shell": (
+        "sh (bash, zsh, ksh, dash), fish, csh (tcsh), powershell, cmd, dotenv, json, or auto "
+        "(the default): by $SHELL",
+        {"metavar": "NAME", "default": "auto"},
+    ),
+    "--name": ("the variable (default: CHATGPT_OAUTH_API_KEY)", {"metavar": "VAR"}),
+    "--access-token": ("the access token and the account id instead", _FLAG),
+    "--unset": ("code that unsets the variables", _FLAG),
+    "--refresh": ("a new one in any case", _FLAG),
+    "--api-key": ("the API key instead", _FLAG),
+    "--local": ("do not tell OpenAI", _FLAG),
+}
+# command: what runs it, what it does, an example (with its -h), its options
+COMMANDS: Dict[str, Tuple[Callable[[Session, Namespace], int], str, str, str]] = {
     "auth": (
         command_auth,
         "sign in, obtain an API key, import the models",
         "chatgpt_oauth.py auth --device",
-        (
-            _flag("--device", "sign in with a code, from any browser anywhere"),
-            _flag("--no-browser", "show the address, open nothing"),
-            _flag("--timeout", "time for the whole sign-in", metavar="SECONDS"),
-            *_FILTERS,
-        ),
+        "--device --no-browser --timeout --include --exclude --source",
     ),
     "status": (
         command_status,
         "say who is signed in, until when, with which models",
         "chatgpt_oauth.py status --json",
-        (_JSON,),
+        "--json",
     ),
     "models": (
         command_models,
         "list the account's models and import them again",
         "chatgpt_oauth.py models --include 'gpt-5*' --dry-run",
-        (
-            *_FILTERS,
-            _flag("--all", "every model, whatever its name"),
-            _flag("--dry-run", "print only, change nothing"),
-            _JSON,
-        ),
+        "--include --exclude --all --source --dry-run --json",
     ),
     "env": (
         command_env,
         "print shell code that exports the API key",
         "",
-        (
-            _flag(
-                "--shell",
-                "sh (bash, zsh, ksh, dash), fish, csh (tcsh), powershell, cmd, dotenv, json, or "
-                "auto (the default): by $SHELL",
-                default="auto",
-                metavar="NAME",
-            ),
-            _flag("--name", "the variable (default: CHATGPT_OAUTH_API_KEY)", metavar="VAR"),
-            _flag("--access-token", "the access token and the account id instead"),
-            _flag("--unset", "code that unsets the variables"),
-        ),
+        "--shell --name --access-token --unset",
     ),
     "token": (
         command_token,
         "print an access token that is valid now",
         'curl -H "Authorization: Bearer $(chatgpt_oauth.py token)" https://...',
-        (
-            _flag("--refresh", "a new one in any case"),
-            _flag("--api-key", "the API key instead"),
-        ),
+        "--refresh --api-key",
     ),
     "logout": (
         command_logout,
         "revoke the sign-in and remove what it left",
         "chatgpt_oauth.py logout --local",
-        (_flag("--local", "do not tell OpenAI"),),
+        "--local",
     ),
 }
 
 
-def parse(name: str, arguments: List[str], prog: str) -> Namespace:
+def parse(name: str, arguments: List[str], prog: str) -> Any:
     """The options of the command `name`. Raises UsageError; -h ends in SystemExit."""
+    _, what, example, flags = COMMANDS[name]
+    options = {flag: OPTIONS[flag] for flag in flags.split()}
+    if not arguments:  # as scripts and shell profiles call: argparse would cost them its import
+        import types
+
+        names = {flag[2:].replace("-", "_"): details for flag, (_, details) in options.items()}
+        plain = {n: False if d is _FLAG else d.get("default") for n, d in names.items()}
+        return types.SimpleNamespace(**plain)
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message, f"{self.prog} --help")
 
-    _, what, example, options = COMMANDS[name]
+    lines = ["example:", f"  {example}"]
     if name == "env":
-        lines = [f"  {shell:11} {row[3]}" for shell, row in SHELLS.items() if row[3]]
-        example = "\n".join(("a line for the profile of each shell:", *lines))
-    else:
-        example = f"example:\n  {example}"
+        lines = ["a line for the profile of each shell:"]
+        lines += [f"  {shell:11} {row[3]}" for shell, row in SHELLS.items() if row[3]]
     parser = Parser(
         prog=prog,
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog=example.replace("chatgpt_oauth.py ", program_name() + " "),
+        epilog="\n".join(lines).replace("chatgpt_oauth.py ", program_name() + " "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for flag, details in options:
-        parser.add_argument(flag, **details)
+    for flag, (explained, details) in options.items():
+        parser.add_argument(flag, help=explained, **details)
     parsed = parser.parse_args(arguments)
     if getattr(parsed, "timeout", None):
         parsed.timeout = checked("--timeout", parsed.timeout, _SECONDS)
     return parsed
 
 
+USAGE = (
+    """
+The usual path:
+  chatgpt_oauth.py auth
+  chatgpt_oauth.py status
+  eval "$(chatgpt_oauth.py env)"
+
+chatgpt_oauth.py COMMAND -h says what a command can do.""",
+    """chatgpt_oauth.py --version prints the version.
+
+Every setting of CHATGPT_OAUTH_CONFIG, at the top of the file, is a variable:
+  CHATGPT_OAUTH_CALLBACK_TIMEOUT=240 chatgpt_oauth.py auth""",
+)
+
+
 def usage(whole: bool) -> str:
     """The help; `whole` adds what `-h` says beyond the short one."""
-    program = program_name()
-    lines = [f"usage: {program} COMMAND [options]", ""]
-    lines += [f"  {name:8}{row[1]}" for name, row in COMMANDS.items()]
-    lines += ["", "The usual path:", f"  {program} auth", f"  {program} status"]
-    lines += [f'  eval "$({program} env)"', "", f"{program} COMMAND -h says what a command can do."]
-    if whole:
-        lines += [f"{program} --version prints the version.", ""]
-        lines += ["Every setting of CHATGPT_OAUTH_CONFIG, at the top of the file, is a variable:"]
-        lines += [f"  CHATGPT_OAUTH_CALLBACK_TIMEOUT=240 {program} auth"]
-    return "\n".join(lines)
+    lines = [f"  {name:8}{row[1]}" for name, row in COMMANDS.items()]
+    text = "\n".join(("usage: chatgpt_oauth.py COMMAND [options]", "", *lines, *USAGE[: 1 + whole]))
+    return text.replace("chatgpt_oauth.py ", program_name() + " ")
 
 
 def run(arguments: List[str], notify: Notify) -> int:
