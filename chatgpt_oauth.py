@@ -28,6 +28,7 @@ This is not OpenAI's software.  Licence: MIT.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -83,8 +84,9 @@ MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
 # What a setting must be: text like a pattern (its group 1, where it has one, is what counts),
 # or a number between two others; and how to say so.
+_PORT_NUMBER = r"(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _URL = (
-    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::\d{{1,5}})?(?:/[\w.~%/-]*?)?)/*",
+    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_PORT_NUMBER})?(?:/[\w.~%/-]*?)?)/*",
     "an https address (http for this machine's own alone)",
 )
 _WORD = (r"[!-~]+", "visible ASCII characters without a space")
@@ -227,7 +229,6 @@ class StorageError(OAuthError):
 
 LATER = "try again in a while"
 AGAIN = "sign in again: chatgpt_oauth.py auth"
-AUTH_CLAIM = "https://api.openai.com/auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 REVOCATION_TIMEOUT = 10.0  # seconds; leaving must not take long
@@ -270,6 +271,12 @@ def decode_claims(jwt: Optional[str]) -> Dict[str, Any]:
         claims = json.loads(base64.urlsafe_b64decode(parts[1] + "==")) if len(parts) == 3 else {}
     except (ValueError, RecursionError):
         claims = {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def auth_claims(token: Optional[str]) -> Dict[str, Any]:
+    """OpenAI's own claims in a token, or {}."""
+    claims = decode_claims(token).get("https://api.openai.com/auth")
     return claims if isinstance(claims, dict) else {}
 
 
@@ -345,7 +352,7 @@ def _delay(header: str) -> Optional[float]:
         return float(header[:9])
     from email.utils import parsedate_to_datetime
 
-    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
         return max(0.0, parsedate_to_datetime(header[:40]).timestamp() - time.time())
     return None
 
@@ -375,7 +382,8 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Dict[str, Any]) ->
     class Connection(base):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
-            seen["socket"] = self.sock
+            if seen.setdefault("socket", self.sock) is not self.sock:
+                raise TimeoutError  # nobody waits any more: a token must not be spent in vain
 
     class Handler(urllib.request.AbstractHTTPHandler):
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -471,9 +479,10 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) ->
     import urllib.request
 
     error, host = seen.get("error"), request.host
-    if error is None and "socket" in seen:  # still under way: its thread ends with its socket
+    reached = seen.setdefault("socket", None)  # from here on nothing is sent that was not
+    if error is None and reached:  # still under way: its thread ends with its socket
         with contextlib.suppress(OSError):
-            seen["socket"].shutdown(socket.SHUT_RDWR)
+            reached.shutdown(socket.SHUT_RDWR)
     if isinstance(error, OverflowError):
         return OAuthError(f"{what} failed: the answer is larger than any true one")
     hint = "check the network, then try again"
@@ -491,7 +500,7 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) ->
         fault = f"no connection to {host} ({printable(error.strerror or str(error), 100)})"
     else:
         fault = f"{host} broke off or does not speak HTTP ({type(error).__name__})"
-    return UnavailableError(f"{what} failed: {fault}", hint, untouched="socket" not in seen)
+    return UnavailableError(f"{what} failed: {fault}", hint, untouched=not reached)
 
 
 def authorization_url(settings: Settings, redirect_uri: str, challenge: str, state: str) -> str:
@@ -553,7 +562,10 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     url, what = settings.issuer + "/oauth/token", "obtaining an API key"
-    return str(_tokens_of(request_json(settings, url, what, form=form), what)["access_token"])
+    key = str(_tokens_of(request_json(settings, url, what, form=form), what)["access_token"])
+    if decode_claims(key):
+        raise OAuthError(f"{what} failed: an access token came instead")
+    return key
 
 
 def ended(reason: str) -> SignInEndedError:
@@ -683,15 +695,13 @@ class Tokens:
         self.issuer = (text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]).rstrip(
             "/"
         )
-        self.client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
+        self.client_id = printable(
+            text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
+        )
 
     def auth_claims(self) -> Dict[str, Any]:
         """OpenAI's own claims, from the ID token or the access token."""
-        for token in (self.id_token, self.access_token):
-            claims = decode_claims(token).get(AUTH_CLAIM)
-            if isinstance(claims, dict):
-                return claims
-        return {}
+        return auth_claims(self.id_token) or auth_claims(self.access_token)
 
     def expires_at(self) -> Optional[float]:
         """When the access token expires, in seconds since 1970; None when nothing tells."""
@@ -737,23 +747,21 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Dict[str, A
             os.unlink(temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(temporary, flags, 0o600), "r+b") as file:
-            if sys.platform != "win32" and os.geteuid() == 0 and os.path.exists(path):
-                # Root in a container must not take the file from the owner of a mounted home.
-                os.fchown(file.fileno(), os.stat(path).st_uid, os.stat(path).st_gid)
-
-            def write(data: bytes) -> None:
-                file.seek(0)
-                file.write(data)
-                file.truncate()
-                file.flush()
-                os.fsync(file.fileno())
+            _belongs_to(file.fileno(), path, os.path.dirname(path))
 
             def commit(value: Dict[str, Any]) -> None:
-                write(encode(value))
+                _overwrite(file, encode(value))
                 file.close()
-                _replace(temporary, path)
+                try:
+                    _replace(temporary, path)
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                    # A container's mount of the file itself: it can only be written in place.
+                    with os.fdopen(os.open(path, os.O_RDWR), "r+b") as mounted:
+                        _overwrite(mounted, encode(value))
 
-            write(reserve)
+            _overwrite(file, reserve)
             yield commit
     except OSError as error:
         hint = "make room or permit it, then try again"
@@ -765,7 +773,28 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Dict[str, A
 
 def encode(value: Dict[str, Any]) -> bytes:
     """`value` as the JSON of our files."""
-    return json.dumps(value, indent=2).encode() + b"\n"
+    try:
+        return json.dumps(value, indent=2).encode() + b"\n"
+    except RecursionError:
+        raise StorageError("somebody's part of the file is nested too deep to be kept") from None
+
+
+def _overwrite(file: Any, data: bytes) -> None:
+    file.seek(0)
+    file.write(data)
+    file.truncate()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _belongs_to(descriptor: int, *paths: str) -> None:
+    """Give a new file of root's to the owner of the first path there is.
+
+    Root in a container must not lock out the owner of the home that is mounted there.
+    """
+    if sys.platform != "win32" and os.geteuid() == 0:
+        owner = os.stat(next(path for path in paths if os.path.exists(path)))
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _replace(source: str, target: str) -> None:
@@ -812,6 +841,11 @@ class Store:
         self.models_file = os.path.join(self.home, "chatgpt_models.json")
         self.lock_timeout = settings.lock_timeout
         self.notify = notify
+
+    def prepare(self) -> None:
+        """Make sure that tokens can be stored, before anybody goes to fetch them."""
+        with self.lock(), replacing(self.token_file, bytes(RESERVE)):
+            pass
 
     def load_tokens(self) -> Optional[Tokens]:
         """The stored sign-in, None when there is none."""
@@ -890,6 +924,7 @@ class Store:
         try:
             os.makedirs(self.home, mode=0o700, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            _belongs_to(descriptor, os.path.dirname(path))
             locked = _try_lock(descriptor)
             while not locked and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -976,7 +1011,7 @@ class Session:
         try:
             return self._refresh(tokens, force, patient=not usable)
         except OAuthError as error:
-            if not usable:
+            if not usable or isinstance(error, NotSignedInError):
                 raise
             self.notify("warning", f"{error}; the access token still works for now")
             return tokens
@@ -1017,7 +1052,10 @@ class Session:
             answer = self._spend(spent, patient)
         except SignInEndedError as error:
             ending = error
-        current = self.tokens()
+        try:
+            current = self.tokens()
+        except StorageError:
+            current = spent  # torn by somebody who writes in place; what we got must not be lost
         if current.refresh_token != spent.refresh_token:
             if ending and not current.outlives(0, unknown=True):
                 raise ending
@@ -1031,9 +1069,10 @@ class Session:
             fields["api_key"] = answer["access_token"]  # no API key: see Tokens
         fields.pop("ended", None)
         renewed = Tokens(merged(fields, answer))
-        account = renewed.auth_claims().get("chatgpt_account_id")
-        if spent.account_id and account and account != spent.account_id:
-            raise OAuthError("refreshing the access token failed: it is another account's")
+        for token in (answer["access_token"], answer.get("id_token")):
+            account = auth_claims(token).get("chatgpt_account_id")
+            if account and spent.account_id and account != spent.account_id:
+                raise OAuthError("refreshing the access token failed: it is another account's")
         commit(renewed.fields)
         return renewed
 
@@ -1091,7 +1130,7 @@ def signals_deferred() -> Iterator[None]:
     finally:
         hold(0, None)
         if held[0]:
-            os.kill(os.getpid(), held[0])
+            signal.raise_signal(held[0])
 
 
 def get_access_token(*, refresh: bool = False) -> str:
@@ -1113,7 +1152,7 @@ def get_api_key() -> Optional[str]:
 
 MAX_CONNECTIONS = 64  # that have not sent a whole request yet
 HEAD_TIMEOUT = 10.0  # seconds for a request line and its headers
-HEAD_LIMIT = 65536  # bytes of them; the cookies of every other local site come along
+HEAD_LIMIT = 65536  # bytes of them that are looked at; other local sites' cookies come last
 LINGER = 5.0  # seconds for the browser to fetch the success page
 STYLE = (
     ":root{color-scheme:light dark}"
@@ -1193,7 +1232,6 @@ def bind_loopback(port: int) -> List[Socket]:
 
     Raises OSError when either is taken: the browser's `localhost` could reach the other program.
     """
-    import errno
     import socket
 
     bound: List[Socket] = []
@@ -1290,16 +1328,17 @@ class Listener:
             _handler_class()(connection, None, self)
 
     def read_head(self, connection: Socket) -> bytes:
-        """The request line and headers, b"" when they do not come in time or are too long."""
-        head = b""
+        """The beginning of a request, b"" when its head does not come to an end in time."""
+        head = tail = b""
         deadline = time.monotonic() + HEAD_TIMEOUT
         try:
-            while b"\n\r\n" not in head and b"\n\n" not in head:
+            while b"\n\r\n" not in tail and b"\n\n" not in tail:
                 connection.settimeout(max(0.001, deadline - time.monotonic()))
                 part = connection.recv(16384)
-                head += part
-                if not part or len(head) > HEAD_LIMIT:
+                if not part:
                     return b""
+                tail = tail[-2:] + part
+                head = (head + part)[:HEAD_LIMIT]
             return head
         finally:
             with self.guard:
@@ -1464,12 +1503,12 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     if not isinstance(listed, list):
         raise OAuthError(f"{what} failed: the answer is not the list it should be")
     shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
-    models = {str(entry.get(name)): _context_length(settings, entry) for entry in shown}
-    usable = {name: models[name] for name in sorted(models) if re.fullmatch(MODEL_ID, name)}
-    if len(usable) < len(models):
-        odd = len(models) - len(usable)
+    good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
+    if len(good) < len(shown):
+        odd = len(shown) - len(good)
         session.notify("warning", f"{odd} of the models have names that cannot be used")
-    return source, usable
+    good.sort(key=lambda entry: str(entry[name]))
+    return source, {entry[name]: _context_length(settings, entry) for entry in good}
 
 
 def _context_length(settings: Settings, entry: Dict[str, Any]) -> int:
@@ -1533,7 +1572,7 @@ def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[
 
     Returns the source, and the names with the prefix. Raises OAuthError.
     """
-    settings = session.settings
+    settings, tokens = session.settings, session.tokens()
     source, models = list_models(session, choice.source)
     entries = {
         settings.prefix + name: model_entry(settings, source, name, length)
@@ -1543,6 +1582,8 @@ def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[
     names = list(entries)
     if keep:
         with session.store.lock():
+            if not session.tokens().same_account(tokens):
+                raise OAuthError("somebody else has signed in meanwhile", "run it again")
             names = register_models(session, entries)
         counts = f"{len(names)} of {len(models)} models imported"
         session.notify("done", f"{counts}; {PAYERS[source]} pays for their use")
@@ -1734,6 +1775,7 @@ class BrowserSignIn:
         """Sign in, or raise OAuthError; `reading` allows pasting into standard input."""
         import queue
 
+        self.session.store.prepare()
         events: Any = queue.SimpleQueue()
         lines = Lines(events) if reading else None
         try:
@@ -1774,7 +1816,7 @@ class BrowserSignIn:
             deadline = time.monotonic() + timeout
             obstacle = self.open_browser(self.attempt.url)
             if obstacle or fault:
-                self._show_ways(obstacle, port, lines)
+                self._show_ways(obstacle, port if sockets else 0, lines)
             elif lines and lines.terminal:
                 notify("info", "If the browser ends on an error page, paste its address here.")
             prepare_wire()
@@ -1836,17 +1878,16 @@ class BrowserSignIn:
             listener.seen.wait(max(0.0, saved + LINGER - time.monotonic()))
 
     def _show_ways(self, obstacle: Optional[str], port: int, lines: Optional[Lines]) -> None:
-        """How to go on where the browser is elsewhere."""
+        """How to go on where the browser is elsewhere; `port` is 0 where we do not listen."""
         ways = [f"No browser is opened here: {obstacle}."] if obstacle else []
         if lines and lines.usable:
             ways.append("- Open the address in any browser. It ends on a page that cannot be")
             ways.append("  reached: paste that page's address here.")
-        for line in (
-            *ways,
-            "- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device",
-            "- Or lead the port from your own machine to this one, and open the address there:",
-            f"  ssh -L {port}:localhost:{port} THIS-MACHINE",
-        ):
+        ways.append("- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device")
+        if port:
+            ways.append("- Or lead the port from your own machine to this one, and open it there:")
+            ways.append(f"  ssh -L {port}:localhost:{port} THIS-MACHINE")
+        for line in ways:
             self.session.notify("info", line)
 
 
@@ -1884,6 +1925,7 @@ def who_listens(port: int) -> str:
 def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[float]) -> None:
     """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
     settings = session.settings
+    session.store.prepare()
     device = request_user_code(settings)
     for kind, line in (
         ("info", "Open this page in any browser and sign in:"),
@@ -1896,9 +1938,8 @@ def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[floa
         session.notify(kind, line)
     deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
     members = await_device_token(session, device, deadline)
-    code = text_or_none(members.get("authorization_code"))
-    verifier = text_or_none(members.get("code_verifier"))
-    if not code or not verifier:
+    code, verifier = (str(members.get(k)) for k in ("authorization_code", "code_verifier"))
+    if not is_b64token(code) or not is_b64token(verifier):
         raise OAuthError("the device code failed: the answer lacks the authorization code")
     complete_sign_in(session, choice, code, verifier, settings.issuer + "/deviceauth/callback")
 
@@ -1908,6 +1949,7 @@ def await_device_token(session: Session, device: Dict[str, Any], deadline: float
     retry = "get a new code: chatgpt_oauth.py auth --device"
     expired = OAuthError("the code was not entered in time", retry)
     interval = wait = device["interval"]
+    told = ""
     while True:
         again = time.monotonic() + wait
         while time.monotonic() < again:
@@ -1919,8 +1961,13 @@ def await_device_token(session: Session, device: Dict[str, Any], deadline: float
         wait = interval
         try:
             answer = poll_device_token(session.settings, device)
+            trouble = answer.refusal("waiting for the device code") if answer.html else None
         except UnavailableError as error:
-            session.notify("warning", f"{error}; still trying")
+            answer, trouble = None, error
+        if trouble and str(trouble) != told:
+            told = str(trouble)
+            session.notify("warning", f"{told}; still trying")
+        if trouble or not answer:
             continue
         if 200 <= answer.status < 300:
             return answer.members("waiting for the device code")
@@ -2059,7 +2106,8 @@ class Terminal:
         self.counting = False
         text = printable(text.replace("chatgpt_oauth.py ", program_name() + " "), 5000)
         text = f"\n{text}\n" if kind == "verbatim" else text
-        print(clear + lead + text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody is left to be told
+            print(clear + lead + text, file=sys.stderr, flush=True)
         return None
 
     def _count(self, left: int) -> None:
@@ -2131,7 +2179,11 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
     if not (named or display or sys.platform in ("win32", "darwin", "cygwin")):
         inside = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
         return [], "this is a container" if inside else "there is no display"
-    return ([sys.executable, "-m", "webbrowser"], "") if sys.executable else ([], "no Python found")
+    return (
+        ([sys.executable, "-I", "-m", "webbrowser"], "")
+        if sys.executable
+        else ([], "no Python found")
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2184,7 +2236,7 @@ def status_lines(facts: Dict[str, Any]) -> List[str]:
     good, expiry = facts["authenticated"], facts["access_token_expires_at"]
     lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
     if good:
-        no_key = f"No API key: {NO_API_KEY}; {ORGANIZATION_HINT}"
+        no_key = f"No API key: {ORGANIZATION_HINT}".replace("chatgpt_oauth.py", program_name())
         lines.append("API key available" if facts["has_api_key"] else no_key)
         lines.append(f"Account: {facts['email'] or 'unknown'}")
         lines.append(f"Plan: {facts['plan'] or 'unknown'}")
@@ -2247,9 +2299,10 @@ def command_auth(session: Session, options: Namespace) -> int:
 def command_status(session: Session, options: Namespace) -> int:
     """Say who is signed in."""
     facts, code = describe(session)
-    shown = "\n".join(map(printable, status_lines(facts)))
-    shown = json.dumps(facts, indent=2) if options.json else shown
-    print(shown.replace("chatgpt_oauth.py ", program_name() + " "))
+    if facts["problem"]:
+        facts["problem"] = facts["problem"].replace("chatgpt_oauth.py ", program_name() + " ")
+    lines = [json.dumps(facts, indent=2)] if options.json else map(printable, status_lines(facts))
+    print("\n".join(lines))
     return code
 
 
@@ -2600,7 +2653,7 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
     for flag, (explained, details) in options.items():
         parser.add_argument(flag, help=explained, **details)
     parsed = parser.parse_args(arguments)
-    if getattr(parsed, "timeout", None):
+    if getattr(parsed, "timeout", None) is not None:
         parsed.timeout = checked("--timeout", parsed.timeout, _SECONDS)
     return parsed
 
@@ -2651,6 +2704,9 @@ def run(arguments: List[str], notify: Notify) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     terminal = Terminal(dict(os.environ))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -2666,14 +2722,20 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.notify("info", "Interrupted.")
         return 130
-    except OSError as error:  # standard output is closed or full
-        terminal.notify("error", f"cannot write the result: {error.strerror}")
-        return StorageError.exit_code
+    except Exception as error:
+        if isinstance(error, OSError):  # standard output is closed or full
+            terminal.notify("error", f"cannot write the result: {error.strerror}")
+            return StorageError.exit_code
+        where = error.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        line = where.tb_lineno if where else 0  # the text could hold a secret
+        terminal.notify("error", f"this should not happen: {type(error).__name__}, line {line}")
+        return OAuthError.exit_code
 
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stderr.flush()
     # Not sys.exit(): no waiting for a connection's thread, no taking apart of what ends anyway.
     os._exit(exit_code)
 if is_plugin():

@@ -13,6 +13,7 @@ no account, and no port that something else may hold.
 import argparse
 import base64
 import contextlib
+import errno
 import hashlib
 import http.client
 import importlib.util
@@ -746,6 +747,29 @@ class StoryTest(Case):
         self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
         self.assertIn("PATH", inherited)
 
+    def test_the_browser_is_started_without_code_from_the_folder(self):
+        trap = self.folder / "webbrowser.py"
+        trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
+        environ = {"BROWSER": f"{sys.executable} {HERE} visit %s"}
+        code, out, err = self.run_program("auth", environ=environ, cwd=str(self.folder))
+        self.assertEqual(code, 0, err)
+        self.assertFalse((self.folder / "sprung").exists())
+
+    def test_a_home_that_cannot_be_written_is_told_before_the_browser(self):
+        (self.folder / "file").write_text("")
+        environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "file")}
+        for way in ("--no-browser", "--device"):
+            result = self.run_program("auth", way, environ=environ)
+            err = self.assert_fails(result, 6, "cannot lock", "CHATGPT_OAUTH_HOME")
+            self.assertNotIn("http", err)
+        self.assertEqual(self.double.requests, [])
+
+    def test_an_access_token_in_the_place_of_a_key_is_none(self):
+        self.fault("key", 200, json.dumps({"access_token": encode_jwt({"a": 1})}).encode())
+        err = self.sign_in()
+        self.assertIn("warning: no API key", err)
+        self.assertNotIn("api_key", self.stored())
+
     def test_a_catalogue_that_cannot_be_had_does_not_undo_the_sign_in(self):
         self.fault("api", 500, b"{}")
         err = self.sign_in()
@@ -908,6 +932,59 @@ class RefreshTest(Case):
         self.assert_fails(self.call("token"), 1, "another account")
         self.assertEqual(self.stored(), before)
 
+    def test_another_account_shows_in_the_access_token_alone_too(self):
+        before = self.store(lifetime=0)
+        access = self.double.tokens(account="acct-9")["access_token"]
+        self.fault("refresh", 200, json.dumps({"access_token": access}).encode())
+        self.assert_fails(self.call("token"), 1, "another account")
+        self.assertEqual(self.stored(), before)
+
+    def test_a_request_that_came_too_late_is_never_sent(self):
+        self.store(lifetime=-10)
+        look_up = socket.getaddrinfo
+
+        def slow(*arguments, **options):
+            time.sleep(0.5)
+            return look_up(*arguments, **options)
+
+        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2", "CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
+        with mock.patch.object(socket, "getaddrinfo", slow):
+            self.assert_fails(self.call("token", environ=environ), 5, "no whole answer")
+            time.sleep(0.6)
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.call("token")[0], 0)
+
+    def test_a_file_that_is_a_mount_is_written_in_place(self):
+        before = self.store(lifetime=-10)
+        busy = OSError(errno.EBUSY, "Device or resource busy")
+        with mock.patch.object(oauth.os, "replace", side_effect=busy):
+            code, out, err = self.call("token")
+        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+        self.assertNotEqual(self.stored()["refresh_token"], before["refresh_token"])
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_a_file_that_is_torn_meanwhile_does_not_lose_the_answer(self):
+        self.store(lifetime=-10)
+
+        def tear(handler, _):
+            self.token_file.write_text("{")
+
+        self.double.faults["refresh"] = tear
+        with mock.patch.object(oauth, "REREAD_SECONDS", 0.01):
+            code, out, err = self.call("token")
+        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+
+    def test_a_sign_out_meanwhile_counts(self):
+        import fcntl
+
+        self.store(lifetime=200)
+        with open(self.home / "chatgpt_oauth.json.lock", "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            running = self.start("token")
+            time.sleep(0.3)
+            self.token_file.unlink()
+        self.assert_fails(running.end(), 3, "not signed in")
+
     def test_the_codes_that_end_a_sign_in_are_remembered_and_a_new_one_clears_them(self):
         for code in oauth.ENDING_CODES:
             with self.subTest(code):
@@ -962,6 +1039,7 @@ class RefreshTest(Case):
             (429, {"Retry_After": "Wed, 21 Oct 2099 07:28:00 GMT"}, 1),
             (503, {"Retry_After": "99999999999999999999"}, 1),
             (503, {"Retry_After": "-5"}, 2),
+            (503, {"Retry_After": "\xb2"}, 2),
             (500, {}, 1),
             (502, {}, 1),
         ):
@@ -1268,6 +1346,14 @@ class CallbackTest(Case):
         self.assertNotIn("<script", page)
         self.finish()
 
+    def test_the_cookies_of_other_local_sites_do_not_matter(self):
+        place = visit(self.url, follow=False)[0][2]["location"]
+        target = place[place.index("/auth") :]
+        cookies = [("Cookie", "x" * 60000)] + [("Cookie", "y" * 4000)] * 50
+        self.assertEqual(self.ask(target, extra=cookies)[0], 303)
+        self.assertEqual(self.ask("/success", extra=cookies)[0], 200)
+        self.assertEqual(self.running.end()[0], 0)
+
     def test_both_families_are_listened_on(self):
         self.assertEqual(self.ask("/x")[0], 404)
         try:
@@ -1419,6 +1505,7 @@ class PasteTest(Case):
         self.assertIn("Address already in use", err)
         self.assertIn(oauth.who_listens(self.ports[0]), err)
         self.assertNotIn("kill", err)
+        self.assertNotIn("ssh -L", err)  # it would lead the code to the other program
         result = self.run_program("auth", "--no-browser")
         self.assert_fails(result, 1, "Address already in use", "--device")
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
@@ -1499,6 +1586,7 @@ class DeviceTest(Case):
         self.double.device_polls = 0
         code, out, err = self.quickly("auth", "--device")
         self.assertEqual((code, answers), (0, []), err)
+        self.assertEqual(err.count("warning: "), 1)  # of the web page
 
     def test_slow_down_adds_five_seconds(self):
         moments = []
@@ -1526,6 +1614,11 @@ class DeviceTest(Case):
         result = self.quickly("auth", "--device", "--timeout", "0.5")
         self.assert_fails(result, 1, "not entered in time")
 
+    def test_an_authorization_code_that_is_none_is_refused(self):
+        body = b'{"authorization_code": "\\ud800", "code_verifier": "x"}'
+        self.fault("device", 200, body)
+        self.assert_fails(self.quickly("auth", "--device"), 1, "lacks the authorization code")
+
     def test_an_account_that_may_not_use_codes_is_told_where_to_allow_them(self):
         self.fault("usercode", 404, b"{}")
         self.assert_fails(self.quickly("auth", "--device"), 1, "Security", "administrator")
@@ -1546,7 +1639,7 @@ class BrowserTest(unittest.TestCase):
             windows.write_text("#!/bin/sh\n")
             windows.chmod(0o755)
             display = {"DISPLAY": ":0"}
-            ours = [sys.executable, "-m", "webbrowser"]
+            ours = [sys.executable, "-I", "-m", "webbrowser"]
             for environ, opened, words in (
                 ({"SSH_CONNECTION": "1", **display}, [], "SSH"),
                 ({"SSH_TTY": "/dev/pts/1"}, [], "SSH"),
@@ -1696,6 +1789,10 @@ class StoreTest(Case):
         os.chown(self.token_file, 12345, 12345)
         self.assertEqual(self.call("token")[0], 0)
         self.assertEqual(self.token_file.stat().st_uid, 12345)
+        (self.home / "chatgpt_oauth.json.lock").unlink()
+        os.chown(self.home, 12345, 12345)
+        self.assertEqual(self.call("token", "--refresh")[0], 0)
+        self.assertEqual((self.home / "chatgpt_oauth.json.lock").stat().st_uid, 12345)
         self.token_file.chmod(0o644)
         for path in (self.folder, self.home):
             os.chown(path, 65534, 65534)
@@ -1751,6 +1848,14 @@ class StoreTest(Case):
         self.assert_fails(self.call("logout"), 6, "chatgpt_models.json is not JSON")
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
+
+    def test_what_is_nested_too_deep_to_be_kept_is_told(self):
+        self.store(lifetime=-10)
+        text = json.dumps(self.stored())[:-1] + ', "theirs": ' + "[" * 1200 + "]" * 1200 + "}"
+        self.token_file.write_text(text)
+        code, out, err = self.call("token")
+        self.assertIn(code, (0, 6), err)
+        self.assertEqual(self.double.count("refresh"), int(code == 0))
 
     def test_a_failed_revocation_is_a_warning(self):
         self.store()
@@ -1817,6 +1922,20 @@ class ModelsTest(Case):
         self.assertIn("warning: 6 of the models", err)
         self.assertNotIn("\x1b", out + err)
 
+    def test_ids_that_are_no_strings_are_left_out(self):
+        self.double.api_models += [None, True, 5]
+        code, out, err = self.call("models", "--all", "--dry-run")
+        self.assertEqual(len(out.split()), 5)
+        self.assertIn("warning: 3 of the models", err)
+
+    def test_who_signs_out_meanwhile_gets_no_models(self):
+        def sign_out(handler, _):
+            self.token_file.unlink()
+
+        self.double.faults["api"] = sign_out
+        self.assert_fails(self.call("models"), 3, "not signed in")
+        self.assertFalse(self.models_file.exists())
+
     def test_no_key_no_api_models(self):
         self.store(self.stored(), api_key=None)
         self.assert_fails(self.call("models", "--source", "api"), 1, "no API key")
@@ -1838,7 +1957,7 @@ class SettingsTest(Case):
                 "",
                 "https://u:p@h",
                 "https://h?x",
-                "https://h:999999999",
+                "https://h:65536",
             ),
             "client_id": ("", "a b", "a\x1b"),
             "scope": ("", "a\nb"),
@@ -1984,7 +2103,8 @@ class PeopleTest(Case):
         self.assert_fails(self.run_program("xyzzy"), 2, "--help")
         self.assert_fails(self.run_program("auth", "--devise"), 2, "--devise", "auth --help")
         self.assert_fails(self.run_program("auth", "--dev"), 2)
-        self.assert_fails(self.run_program("auth", "--timeout", "x"), 2, "--timeout")
+        for odd in ("x", "", "0", "inf"):
+            self.assert_fails(self.run_program("auth", "--timeout", odd), 2, "--timeout")
         self.assert_fails(self.run_program("models", "--source", "x"), 2, "--source")
         self.assert_fails(self.run_program("token", "--api-key", "--refresh"), 2, "--api-key")
 
@@ -2032,8 +2152,31 @@ class PeopleTest(Case):
             self.assertEqual((code, err), (0, ""))
             self.assertNotIn("\u202e", out)
 
+    def test_a_program_path_with_a_space_leaves_the_json_whole(self):
+        place = self.folder / "my folder" / "c.py"
+        place.parent.mkdir()
+        shutil.copy(PROGRAM, place)
+        done = subprocess.run(
+            [sys.executable, str(place), "status", "--json"],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+        )
+        self.assertIn(f'python3 "{place}" auth', json.loads(done.stdout)["problem"])
+
     def test_a_closed_or_full_output_is_no_traceback(self):
-        self.store(api_key="sk-1")
+        fields = self.store(api_key="sk-1")
+        for code, expected in (
+            ("token 2>&-", fields["access_token"] + "\n"),
+            ("token 2>/dev/full", fields["access_token"] + "\n"),
+            ("token >&-", ""),
+            ("token >&- 2>&-", ""),
+        ):
+            command = f"{sys.executable} {PROGRAM} {code}; echo $?"
+            done = subprocess.run(["sh", "-c", command], env=self.environ, stdout=subprocess.PIPE)
+            self.assertEqual(done.stdout.decode(), expected + "0\n", code)
+        command = f"HOME=/none {sys.executable} {PROGRAM} token 2>/dev/full; echo $?"
+        done = subprocess.run(["sh", "-c", command], env=self.environ, stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout, b"3\n")
         if os.path.exists("/dev/full"):
             with open("/dev/full", "w") as full:
                 done = subprocess.run(
