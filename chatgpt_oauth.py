@@ -833,7 +833,7 @@ def _try_lock(descriptor: int) -> bool:
 class Store:
     """The token file and the models file in `home`. Every method may raise StorageError."""
 
-    __slots__ = ("home", "token_file", "models_file", "lock_timeout", "notify")
+    __slots__ = ("home", "token_file", "models_file", "lock_timeout", "notify", "locked")
 
     def __init__(self, settings: Settings, notify: Notify) -> None:
         self.home = settings.home
@@ -841,6 +841,7 @@ class Store:
         self.models_file = os.path.join(self.home, "chatgpt_models.json")
         self.lock_timeout = settings.lock_timeout
         self.notify = notify
+        self.locked = False
 
     def prepare(self) -> None:
         """Make sure that tokens can be stored, before anybody goes to fetch them."""
@@ -851,8 +852,8 @@ class Store:
         """The stored sign-in, None when there is none."""
         fields = self._read(self.token_file, MEBIBYTE)
         leftover = os.path.realpath(self.token_file) + ".tmp"
-        if os.path.lexists(leftover):
-            # Of a killed process, unless somebody is writing it now and so holds the lock.
+        if not self.locked and os.path.lexists(leftover):
+            # Of a killed process, unless somebody else is writing it now and so holds the lock.
             with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
                 os.unlink(leftover)
         if fields is None or not fields.get("access_token"):
@@ -920,31 +921,27 @@ class Store:
         """
         deadline = time.monotonic() + (self.lock_timeout if timeout is None else timeout)
         path = os.path.realpath(self.token_file) + ".lock"
-        descriptor = -1
-        try:
-            os.makedirs(self.home, mode=0o700, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            _belongs_to(descriptor, os.path.dirname(path))
-            locked = _try_lock(descriptor)
-            while not locked and time.monotonic() < deadline:
-                time.sleep(0.01)
-                locked = _try_lock(descriptor)
-        except OSError as error:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise StorageError(
-                f"cannot lock {path}: {error.strerror}",
-                "make the folder writable, or name another one in CHATGPT_OAUTH_HOME",
-            ) from None
-        try:
-            if not locked:
-                raise UnavailableError(
-                    f"another process has held {path} for too long",
-                    "try again; if it stays so, end the process that has the file open",
-                )
-            yield
-        finally:
-            os.close(descriptor)
+        with contextlib.ExitStack() as stack:
+            try:
+                os.makedirs(self.home, mode=0o700, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+                stack.callback(os.close, descriptor)
+                _belongs_to(descriptor, os.path.dirname(path))
+                while not _try_lock(descriptor):
+                    if time.monotonic() >= deadline:
+                        raise UnavailableError(
+                            f"another process has held {path} for too long",
+                            "try again; if it stays so, end the process that has the file open",
+                        )
+                    time.sleep(0.01)
+            except OSError as error:
+                hint = "make the folder writable, or name another one in CHATGPT_OAUTH_HOME"
+                raise StorageError(f"cannot lock {path}: {error.strerror}", hint) from None
+            self.locked = True
+            try:
+                yield
+            finally:
+                self.locked = False
 
     def save(self, path: str, value: Dict[str, Any]) -> None:
         """Put `value` into the file at `path`. The caller holds the lock."""
@@ -1038,51 +1035,19 @@ class Session:
             obstacle = self.obstacle(tokens)
             if obstacle:
                 raise obstacle
-            # The refresh token is good for one use: have a place for its successor first, and
-            # let no signal come between the answer and the disk.
+            # The refresh token is good for one use: have a place for its successor first.
             reserve = encode(tokens.fields) + bytes(RESERVE)
-            with replacing(self.store.token_file, reserve) as commit, signals_deferred():
+            with replacing(self.store.token_file, reserve) as commit:
                 return self._renew(tokens, commit, patient)
 
     def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
-        """Spend the refresh token and store what came, unless the file changed hands meanwhile."""
-        ending: Optional[SignInEndedError] = None
-        answer = {}
-        try:
-            answer = self._spend(spent, patient)
-        except SignInEndedError as error:
-            ending = error
-        try:
-            current = self.tokens()
-        except StorageError:
-            current = spent  # torn by somebody who writes in place; what we got must not be lost
-        if current.refresh_token != spent.refresh_token:
-            if ending and not current.outlives(0, unknown=True):
-                raise ending
-            return current
-        fields = dict(current.fields)
-        if ending:
-            mark = {"reason": ending.reason, "refresh_token_sha256": spent.fingerprint()}
-            commit({**fields, "ended": mark})
-            raise ending
-        if fields.get("api_key") == current.access_token:
-            fields["api_key"] = answer["access_token"]  # no API key: see Tokens
-        fields.pop("ended", None)
-        renewed = Tokens(merged(fields, answer))
-        for token in (answer["access_token"], answer.get("id_token")):
-            account = auth_claims(token).get("chatgpt_account_id")
-            if account and spent.account_id and account != spent.account_id:
-                raise OAuthError("refreshing the access token failed: it is another account's")
-        commit(renewed.fields)
-        return renewed
-
-    def _spend(self, tokens: Tokens, patient: bool) -> Dict[str, Any]:
-        """Refresh, trying again (if `patient`) while the refresh token is certainly unspent."""
+        """Refresh, and try again (if `patient`) while the refresh token is certainly unspent."""
         deadline = time.monotonic() + self.settings.retry_window
         pause = 0.5
         while True:
             try:
-                return refresh_grant(self.settings, tokens)
+                with signals_deferred():  # none may come between the answer and the disk
+                    return self._spend(spent, commit)
             except UnavailableError as error:
                 if not error.untouched:
                     raise UnavailableError(
@@ -1094,6 +1059,37 @@ class Session:
                     raise
             time.sleep(wait)
             pause = min(pause * 2, 4.0)
+
+    def _spend(self, spent: Tokens, commit: Callable[..., None]) -> Tokens:
+        """One try: store what came, unless the file changed hands meanwhile."""
+        answer: Dict[str, Any] = {}
+        ending: Optional[OAuthError] = None
+        try:
+            answer = refresh_grant(self.settings, spent)
+        except SignInEndedError as error:
+            ending = error
+        try:
+            current = self.tokens()
+        except StorageError:
+            current = spent  # torn by somebody who writes in place; what we got must not be lost
+        if current.refresh_token != spent.refresh_token:
+            if current.outlives(0, unknown=True):
+                return current
+            raise ending or OAuthError("the sign-in was changed meanwhile", "try again")
+        if ending:
+            mark = {"reason": ending.reason, "refresh_token_sha256": spent.fingerprint()}
+            commit({**current.fields, "ended": mark})
+            raise ending
+        for token in (answer["access_token"], answer.get("id_token")):
+            account = auth_claims(token).get("chatgpt_account_id")
+            if account and spent.account_id and account != spent.account_id:
+                raise OAuthError("refreshing the access token failed: it is another account's")
+        fields = {k: value for k, value in current.fields.items() if k != "ended"}
+        if fields.get("api_key") == current.access_token:
+            fields["api_key"] = answer["access_token"]  # no API key: see Tokens
+        renewed = Tokens(merged(fields, answer))
+        commit(renewed.fields)
+        return renewed
 
 
 def merged(fields: Dict[str, Any], answer: Dict[str, Any]) -> Dict[str, Any]:

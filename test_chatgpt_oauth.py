@@ -1164,6 +1164,18 @@ class RefreshTest(Case):
         self.assertEqual(self.call("token")[0], 0)
         self.assertEqual(self.double.count("refresh"), 1)
 
+    def test_ctrl_c_ends_the_waiting_between_two_tries(self):
+        self.store(lifetime=-10)
+        self.fault("refresh", 503)
+        running = self.start("token", environ={"CHATGPT_OAUTH_RETRY_WINDOW": "30"})
+        while not self.double.count("refresh"):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        began = time.monotonic()
+        running.process.send_signal(signal.SIGINT)
+        self.assertEqual(running.end()[0], 130)
+        self.assertLess(time.monotonic() - began, 1)
+
     def test_a_second_ctrl_c_ends_it_at_once(self):
         self.store(lifetime=-10)
         self.double.delay = 5
