@@ -2638,7 +2638,7 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
     lines = ["example:", f"  {example}"]
     if name == "env":
         lines = ["a line for the profile of each shell:"]
-        lines += [f"  {shell:11} {row[3]}" for shell, row in SHELLS.items() if row[3]]
+        lines += [f"  {shell}:\n    {row[3]}" for shell, row in SHELLS.items() if row[3]]
     parser = Parser(
         prog=prog,
         description=f"{what[0].upper()}{what[1:]}.",
@@ -2732,6 +2732,8 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == "__main__":
     exit_code = main()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     # Not sys.exit(): no waiting for a connection's thread, no taking apart of what ends anyway.
     os._exit(exit_code)
 if is_plugin():
