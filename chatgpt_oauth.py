@@ -1644,7 +1644,8 @@ def complete_sign_in(
             session.notify("warning", str(error))
             if error.hint:
                 session.notify("info", f"  {error.hint}")
-    if old and old.refresh_token and old.account_id != tokens.account_id:
+    accounts = {tokens.account_id, old.account_id if old else None} - {None}
+    if old and old.refresh_token and len(accounts) == 2:
         # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
         # the server end the whole of it.
         revoke_quietly(session, old)
@@ -1776,12 +1777,13 @@ class BrowserSignIn:
         lines = Lines(events) if reading else None
         try:
             while not self._try(timeout, events, lines):
-                told = f"no sign-in within {timeout:g} seconds"
-                why = 'a page that waited too long says "Route Error (400 Invalid Session)"'
-                self.session.notify("warning", f"{told}; {why}")
-                if not (lines and lines.terminal) or not self._asked_again(events):
-                    more = "try again, or with more time: chatgpt_oauth.py auth --timeout 240"
-                    raise OAuthError(told, more)
+                if lines and lines.terminal and self._asked_again(events):
+                    continue
+                raise OAuthError(
+                    f"no sign-in within {timeout:g} seconds; OpenAI's page says by then "
+                    '"Route Error (400 Invalid Session)"',
+                    "try again at once, or with more time: chatgpt_oauth.py auth --timeout 240",
+                )
         finally:
             if lines:
                 lines.close()
@@ -1789,7 +1791,8 @@ class BrowserSignIn:
     def _asked_again(self, events: Any) -> bool:
         import queue
 
-        self.session.notify("info", f"Press Enter within {RETRY_OFFER:g} s for a new address.")
+        offer = f"press Enter within {RETRY_OFFER:g} s for a new address"
+        self.session.notify("warning", f"time is up; {offer}")
         deadline = time.monotonic() + RETRY_OFFER
         while time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
@@ -2012,9 +2015,14 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 # Only b64tokens and identifiers get here, so these quotes cannot be broken out of. The fourth
 # is a line for the shell's profile.
 SHELLS = {
-    "sh": ("export {0}='{1}'", "unset {0}", ";\n", 'eval "$(chatgpt_oauth.py env)"'),
-    "fish": ("set -gx {0} '{1}'", "set -e {0}", ";\n", "chatgpt_oauth.py env | source"),
-    "csh": ("setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `chatgpt_oauth.py env`"),
+    "sh": ("export {0}='{1}'", "unset {0}", ";\n", 'eval "$(chatgpt_oauth.py env --shell sh)"'),
+    "fish": (
+        "set -gx {0} '{1}'",
+        "set -e {0}",
+        ";\n",
+        "chatgpt_oauth.py env --shell fish | source",
+    ),
+    "csh": ("setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `chatgpt_oauth.py env --shell csh`"),
     "powershell": (
         "$env:{0} = '{1}'",
         "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
@@ -2101,7 +2109,8 @@ class Terminal:
         clear = "\r\033[K" if self.counting else ""
         self.counting = False
         text = printable(text.replace("chatgpt_oauth.py ", program_name() + " "), 5000)
-        text = f"\n{text}\n" if kind == "verbatim" else text
+        if kind == "verbatim":
+            text = f"\n{text}\n"
         with contextlib.suppress(OSError):  # nobody is left to be told
             print(clear + lead + text, file=sys.stderr, flush=True)
         return None
@@ -2129,7 +2138,9 @@ def browser_opener(session: Session, wanted: bool = True) -> Callable[[str], Opt
         import threading
 
         settings = session.settings
-        command, obstacle = browser_command(settings.environ) if wanted else ([], "as you wished")
+        command, obstacle = (
+            browser_command(settings.environ) if wanted else ([], "you asked for none")
+        )
         if not command:
             return obstacle
         # The browser sees none of our keys, whatever they are exported as, and no TERM, without
@@ -2633,7 +2644,7 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(message, f"{self.prog} --help")
+            raise UsageError(message, f"see: chatgpt_oauth.py {name} --help")
 
     lines = ["example:", f"  {example}"]
     if name == "env":

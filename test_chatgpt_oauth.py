@@ -1544,7 +1544,7 @@ class PasteTest(Case):
             arguments, {**self.environ, **environ}, stdin=follower, start_new_session=True
         )
         first = running.url()
-        running.saying("Press Enter")
+        running.saying("press Enter")
         running.err = ""
         os.write(leader, b"\n")
         second = running.url()
