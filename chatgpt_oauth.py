@@ -2375,6 +2375,7 @@ def command_logout(session: Session, options: Namespace) -> int:
 # Code Puppy: the same commands through its plugin interface (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
 
+PUPPY_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 PUPPY_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, or a pasted address)",
@@ -2392,24 +2393,32 @@ class Puppy:
         self.exported: Optional[str] = None
         self.left = 0
 
-    def notify(self, kind: str, text: str) -> None:
-        """Say `text` through the host's emitters (kinds as in Terminal.notify)."""
+    def notify(self, kind: str, *lines: str) -> None:
+        """Say `lines` through the host's emitters (kinds as in Terminal.notify)."""
         from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
 
+        text = "\n".join(printable(self._worded(line), 5000) for line in lines)
         if kind == "countdown":
             before, self.left = self.left, int(text)
             if not passes_mark(before, self.left):
                 return
             text += " s left"
-        text = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", text)
-        text = printable(text.replace("chatgpt_oauth.py ", f"python3 {__file__} "), 5000)
         if kind == "verbatim":  # the emitters would break it into lines
             print(f"\n{text}\n", flush=True)
             return
-        name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
         from rich.text import Text  # type: ignore[import-not-found, unused-ignore]
 
+        name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
         getattr(messaging, "emit_" + name)(Text(text))  # plain strings would be read as markup
+        time.sleep(PUPPY_PAUSE)
+
+    @staticmethod
+    def _worded(line: str) -> str:
+        """`line` with the host's commands in the place of the program's."""
+        if line.startswith("Next: "):  # a shell's next step
+            return "Next: /model and the name of one of them"
+        line = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", line)
+        return line.replace("chatgpt_oauth.py ", f"python3 {__file__} ")
 
     def on_help(self) -> List[Tuple[str, str]]:
         """Our commands, and those of the built-in plugin that are not ours."""
@@ -2422,16 +2431,12 @@ class Puppy:
             answers = (old(command=command, name=name) for old in self.inherited["custom_command"])
             return next((answer for answer in answers if answer is not None), None)
         import io
-        import signal
-        import threading
 
-        before = None
-        if threading.current_thread() is threading.main_thread():
-            # The host swallows Ctrl-C; while we wait it means what it says.
-            before = signal.signal(signal.SIGINT, signal.default_int_handler)
         said = io.StringIO()
         try:
-            self._run(name[len("chatgpt-") :], command.split()[1:], said)
+            with self._interruptible():
+                words = [word.strip("'\"") for word in command.split()[1:]]
+                self._run(name[len("chatgpt-") :], words, said)
         except OAuthError as error:
             self.notify("error", str(error))
             if error.hint:
@@ -2439,29 +2444,50 @@ class Puppy:
         except KeyboardInterrupt:
             self.notify("warning", "Interrupted.")
         except SystemExit:  # --help
-            self.notify("info", said.getvalue())
+            self.notify("info", *said.getvalue().splitlines())
+        return True
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _interruptible() -> Iterator[None]:
+        """Let Ctrl-C, which the host swallows, mean what it says while we wait."""
+        import signal
+        import threading
+
+        before = None
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
-        return True
 
     def _run(self, name: str, arguments: List[str], said: Any) -> None:
         pasted = [argument for argument in arguments if "?" in argument]
         with contextlib.redirect_stdout(said):
             options = parse(name, [a for a in arguments if a not in pasted], "/chatgpt-" + name)
         session = Session(notify=self.notify)
+        if name == "status":
+            facts = describe(session)[0]
+            whole = json.dumps(facts, indent=2).splitlines()
+            self.notify("info", *(whole if options.json else status_lines(facts)))
+            self._warn_of_stale_key(session)
+            return
         if name == "auth":
             self._sign_in(session, options, pasted)
             self.export()
-        elif name == "status":
-            for line in status_lines(describe(session)[0]):
-                self.notify("info", line)
-            self._warn_of_stale_key(session)
         else:
             command_logout(session, options)
             variable = session.settings.api_key_env_var
             if self.exported and os.environ.get(variable) == self.exported:
                 del os.environ[variable]
+        try:  # the agent at work goes on with the key that it began with; a new one is built anew
+            from code_puppy import agents  # type: ignore[import-not-found, unused-ignore]
+
+            agents.get_current_agent()._code_generation_agent = None
+        except Exception as error:
+            to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
 
     def _sign_in(self, session: Session, options: Namespace, pasted: List[str]) -> None:
         if options.device:
@@ -2653,7 +2679,7 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
     parser = Parser(
         prog=prog,
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog="\n".join(lines).replace("chatgpt_oauth.py ", program_name() + " "),
+        epilog="\n".join(lines).replace(f"chatgpt_oauth.py {name}", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -225,6 +225,9 @@ class Double:
         answer = getattr(self, "_" + str(grant), self._nothing)
         with self.guard:
             status, data = answer(fields, headers)
+        if isinstance(data, str):
+            self.reply(handler, status, data.encode(), Content_Type="text/event-stream")
+            return
         extra = {"Location": data.pop("location")} if status == 302 else {}
         self.reply(handler, status, json.dumps(data).encode(), **extra)
 
@@ -339,7 +342,16 @@ class Double:
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         answer = {"id": "x", "object": "chat.completion", "created": 1, "model": fields["model"]}
-        return 200, {**answer, "choices": [choice], "usage": usage}
+        if not fields.get("stream"):
+            return 200, {**answer, "choices": [choice], "usage": usage}
+        answer["object"] = "chat.completion.chunk"
+        pieces = [
+            {"choices": [{"index": 0, "delta": message, "finish_reason": None}]},
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": usage},
+        ]
+        events = [json.dumps({**answer, **piece}) for piece in pieces]
+        return 200, "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
 
 
 def visit(url, follow=True):
@@ -2682,6 +2694,10 @@ class PuppyTest(Case):
             "rich": types.ModuleType("rich"),
             "rich.text": text,
         }
+        self.agent = types.SimpleNamespace(_code_generation_agent="old")
+        agents = modules["code_puppy.agents"] = types.ModuleType("code_puppy.agents")
+        agents.get_current_agent = lambda: self.agent
+        modules["code_puppy"].agents = agents
         modules["code_puppy"].messaging = messaging
         modules["code_puppy"].callbacks = callbacks
         modules["code_puppy"].config = config
@@ -2711,6 +2727,7 @@ class PuppyTest(Case):
         spec = importlib.util.spec_from_file_location(name, PROGRAM)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        module.PUPPY_PAUSE = 0
         return module
 
     def command(self, text):
@@ -2791,6 +2808,8 @@ class PuppyTest(Case):
         self.assertTrue(answer)
         self.assertRegex(printed.strip(), r"^http\S+$")  # the address alone, whole
         self.assertIn(("success", "Signed in as ada@example.com"), self.said)
+        self.assertIn("Next: /model", self.texts())
+        self.assertIsNone(self.agent._code_generation_agent)
         self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], self.stored()["api_key"])
         self.assert_no_secret(self.texts(), printed)
         self.command("/chatgpt-status")
@@ -2825,7 +2844,11 @@ class PuppyTest(Case):
         self.command("/chatgpt-auth --nonsense")
         self.assertIn(("error", "unrecognized arguments: --nonsense"), self.said)
         self.assertEqual(self.command("/chatgpt-auth -h"), (True, ""))
-        self.assertIn("--device", self.texts())
+        self.assertIn("\nexample:\n  /chatgpt-auth --device", self.texts())
+        self.command("/chatgpt-status --json")
+        self.assertTrue(json.loads(self.texts())["authenticated"])
+        self.command("/chatgpt-auth --device --source 'nonsense'")
+        self.assertIn("invalid choice: 'nonsense'", self.texts())
 
     def test_an_address_may_be_pasted_after_an_attempt_that_was_broken_off(self):
         self.host()
@@ -2859,9 +2882,12 @@ class PuppyTest(Case):
         self.host(phases=("custom_command", "custom_command_help"), builtin=False)
         del self.modules["code_puppy.callbacks"].unregister_callback
         del self.modules["code_puppy.config"].get_value
+        del self.modules["code_puppy.agents"].get_current_agent
         self.load()
         self.assertEqual(self.command("/chatgpt-status")[0], True)
         self.assertIn("Not authenticated", self.texts())
+        self.assertEqual(self.command("/chatgpt-auth")[0], True)
+        self.assertIn("Signed in", self.texts())
 
 
 # ---------------------------------------------------------------------------------------------
