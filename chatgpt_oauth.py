@@ -27,6 +27,8 @@ This is not OpenAI's software.  Licence: MIT.
 
 from __future__ import annotations
 
+# What is heavier than these (HTTP, TLS, argparse, even base64) is imported where it is used: `env`,
+# `token` and `status` run at every start of a shell and must not pay for it.
 import contextlib
 import errno
 import json
@@ -106,7 +108,7 @@ _RULES: Dict[str, Any] = {
     "api_base_url": _URL,
     "codex_base_url": _URL,
     "codex_client_version": (r"[\w.+-]{1,64}", "a version such as 0.169.0"),
-    "home": (r"(?!~)[^\0]+", "a folder (or HOME your own)"),
+    "home": (r"(?!~)[^\0]+", "a folder's path, where none follows from HOME"),
     "prefix": (MODEL_ID, "the beginning of a model's name"),
     "default_context_length": (int, 1, 10**9),
     "model_patterns": (_PATTERNS[0].replace("*", "+"), _PATTERNS[1]),
@@ -142,6 +144,7 @@ class Settings:
     Raises UsageError, naming the setting, for a value that cannot be meant.
     """
 
+    home: str
     if TYPE_CHECKING:
 
         def __getattr__(self, key: str) -> Any: ...
@@ -157,8 +160,11 @@ class Settings:
                 value = os.path.expanduser(usual if value is None else str(value))
             elif name not in self.environ:
                 name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
-            value = checked(name, value, rule)
-            setattr(self, key, os.path.abspath(value) if key == "home" else value)
+            setattr(self, key, checked(name, value, rule))
+        try:
+            self.home = os.path.abspath(self.home)
+        except OSError:
+            raise UsageError("CHATGPT_OAUTH_HOME is relative to a folder that is gone") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -321,17 +327,17 @@ class Answer:
     def refusal(self, what: str) -> OAuthError:
         """The error that tells a person why `what` came to nothing."""
         said = f"{what} failed (HTTP {self.status})"
-        if self.html:
-            return UnavailableError(
-                f"{said}: a web page came instead of an answer; a proxy, a check for robots or a "
-                "block of your region stands in between",
-                "check HTTPS_PROXY and the network, then try again",
-            )
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "the server is in trouble"
             untouched = self.status in (429, 503)
             return UnavailableError(
                 f"{said}: {busy}", LATER, untouched=untouched, retry_after=self.retry_after
+            )
+        if self.html:
+            return UnavailableError(
+                f"{said}: a web page came instead of an answer; a proxy, a check for robots or a "
+                "block of your region stands in between",
+                "check HTTPS_PROXY and the network, then try again",
             )
         if 300 <= self.status < 400:
             return OAuthError(f"{said}: the server points elsewhere, which is not followed")
@@ -359,7 +365,7 @@ def _delay(header: str) -> Optional[float]:
 
 def prepare_wire() -> None:
     """Load what the first request needs, so that no one waits for it then."""
-    import ssl  # hot commands must not pay for these
+    import ssl
     import urllib.request  # noqa: F401
 
     if not _tls_contexts:
@@ -486,7 +492,8 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) ->
     if isinstance(error, OverflowError):
         return OAuthError(f"{what} failed: the answer is larger than any true one")
     hint = "check the network, then try again"
-    if not is_loopback(request.full_url) and "https" in urllib.request.getproxies():
+    proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    if proxied and not is_loopback(request.full_url):
         hint = "check HTTPS_PROXY, through which this went, and the network; then try again"
     if error is None or isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no whole answer from {host} within {timeout:g} s"
@@ -954,11 +961,12 @@ class Store:
         try:
             if target:
                 return os.replace(path, target)
-            for name in (self.token_file, path, path + ".tmp"):
+            for name in (self.token_file, path, path + ".tmp", path + ".bad"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
         except OSError as error:
-            raise StorageError(f"cannot remove {path}: {error.strerror}") from None
+            hint = "see what it is, and remove it yourself"
+            raise StorageError(f"cannot remove {path}: {error.strerror}", hint) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1271,7 +1279,7 @@ class Listener:
         self.incomplete: Dict[Socket, None] = {}  # in the order in which they came
         self.claimed = self.closed = False
         self.verdict: Tuple[int, bytes] = (400, render_page("The sign-in was broken off"))
-        self.settled, self.told, self.seen = (threading.Event() for _ in range(3))
+        self.settled, self.delivered = threading.Event(), threading.Event()
         for listening in sockets:
             threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
 
@@ -1279,12 +1287,12 @@ class Listener:
         """Tell the waiting browser: success, or what failed and what to do."""
         self.verdict = (303, b"")
         if error:
-            hint = (error.hint or "start the sign-in again").replace("chatgpt_oauth.py ", "")
+            hint = (error.hint or "try again").partition(": chatgpt_oauth.py")[0]
             page = render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}.")
             self.verdict = (400, page)
         self.settled.set()
         if error and self.claimed:
-            self.told.wait(2.0)
+            self.delivered.wait(2.0)
 
     def close(self) -> None:
         """Free the port at once."""
@@ -1394,10 +1402,8 @@ def _handler_class() -> Any:
             listener = self.server
             status, page = listener.respond(self.path, self.headers.get_all("Host") or [])
             self._answer(status, page)
-            if status == 200:
-                listener.seen.set()
-            if page is listener.verdict[1]:
-                listener.told.set()
+            if status == 200 or (page and page is listener.verdict[1]):
+                listener.delivered.set()
 
         def send_error(self, code: int, *_: Any) -> None:
             self._answer(405 if code == 501 else code, _stray_page("This is not understood."))
@@ -1495,6 +1501,10 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     else:
         answer, key, name = list_codex_models(settings, session.fresh()), "models", "slug"
     what = "listing the models"
+    if answer.status == 401:
+        error = answer.refusal(what)
+        error.hint = AGAIN
+        raise error
     listed = answer.members(what).get(key)
     if not isinstance(listed, list):
         raise OAuthError(f"{what} failed: the answer is not the list it should be")
@@ -1601,6 +1611,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 
 DEVICE_CODE_LIFETIME = 900.0  # seconds
 RETRY_OFFER = 60.0  # seconds to press Enter after the time was up
+COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
 
 
 def complete_sign_in(
@@ -1803,13 +1814,15 @@ class BrowserSignIn:
         """Whether somebody signed in before the time was up."""
         settings, notify = self.session.settings, self.session.notify
         port, sockets, fault = open_port(settings)
+        if fault:
+            fault += f". This shows which program has it: {who_listens(port)}"
         if fault and not (lines and lines.usable):
             raise OAuthError(fault, "sign in without a port: chatgpt_oauth.py auth --device")
         self.attempt = Attempt(settings, port)
         listener = Listener(sockets, self.attempt, events)
         try:
             if fault:
-                notify("warning", f"{fault}. This shows which program has it: {who_listens(port)}")
+                notify("warning", fault)
             notify("info", f"Sign in at this address within {timeout:g} seconds:")
             notify("verbatim", self.attempt.url)
             deadline = time.monotonic() + timeout
@@ -1819,20 +1832,31 @@ class BrowserSignIn:
             elif lines and lines.terminal:
                 notify("info", "If the browser ends on an error page, paste its address here.")
             prepare_wire()
-            response = self._await(events, deadline, bool(sockets))
+            pasting = lines is not None and lines.terminal
+            response = self._await(events, deadline, bool(sockets), pasting)
             if response:
                 self.redeem(self.attempt, response, listener)
             return response is not None
         finally:
             listener.close()
 
-    def _await(self, events: Any, deadline: float, listening: bool) -> Optional[Dict[str, str]]:
-        """The response that comes first, by browser or by paste; None when the time is up."""
+    def _await(
+        self, events: Any, deadline: float, listening: bool, pasting: bool
+    ) -> Optional[Dict[str, str]]:
+        """The response that comes first, by browser or by paste; None when the time is up.
+
+        The countdown must not write over what somebody is `pasting`.
+        """
         import queue
 
+        seconds = 0
         while time.monotonic() < deadline:
             left = deadline - time.monotonic()
-            self.session.notify("countdown", str(int(left + 0.999)))
+            before, seconds = seconds, int(left + 0.999)
+            if not pasting:
+                self.session.notify("countdown", str(seconds))
+            elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
+                self.session.notify("info", f"{seconds} s left")
             try:
                 kind, value = events.get(timeout=max(0.0, min(left, 1.0)))
             except queue.Empty:
@@ -1874,7 +1898,7 @@ class BrowserSignIn:
                 listener.settle(error)
             raise
         if listener and listener.claimed:
-            listener.seen.wait(max(0.0, saved + LINGER - time.monotonic()))
+            listener.delivered.wait(max(0.0, saved + LINGER - time.monotonic()))
 
     def _show_ways(self, obstacle: Optional[str], port: int, lines: Optional[Lines]) -> None:
         """How to go on where the browser is elsewhere; `port` is 0 where we do not listen."""
@@ -1997,11 +2021,13 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         try:
             tokens = store.load_tokens()
         except StorageError as error:
-            session.notify("warning", f"{error}; it is removed all the same")
+            session.notify("warning", f"{error}; it goes all the same")
         if tokens and revoking:
             revoke_quietly(session, tokens)
-        store.move_away(None)
-        register_models(session, {})
+        try:
+            store.move_away(None)
+        finally:
+            register_models(session, {})
     if tokens and tokens.api_key:
         where = "https://platform.openai.com"
         session.notify("info", f"The API key stays valid until you delete it at {where}")
@@ -2069,7 +2095,6 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 TERMINAL_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
-COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
 
 
 def program_name() -> str:
@@ -2087,8 +2112,6 @@ class Terminal:
     def __init__(self, environ: Dict[str, str]) -> None:
         self.live = sys.stderr.isatty() and environ.get("TERM") != "dumb"
         self.colour = self.live and not environ.get("NO_COLOR")
-        self.pasting = sys.stdin is not None and sys.stdin.isatty()
-        self.left = 0
         self.counting = False
         self.tick = ""
         with contextlib.suppress(UnicodeEncodeError):
@@ -2098,7 +2121,10 @@ class Terminal:
     def notify(self, kind: str, text: str) -> None:
         """Say `text`: info, done, warning, error, verbatim (whole and alone) or countdown."""
         if kind == "countdown":
-            return self._count(int(text))
+            if self.live:
+                print(f"\r{text} s left ", end="", file=sys.stderr, flush=True)
+                self.counting = True
+            return
         lead, colour = {
             "done": (self.tick, "32"),
             "warning": ("warning: ", "33"),
@@ -2113,21 +2139,6 @@ class Terminal:
             text = f"\n{text}\n"
         with contextlib.suppress(OSError):  # nobody is left to be told
             print(clear + lead + text, file=sys.stderr, flush=True)
-        return None
-
-    def _count(self, left: int) -> None:
-        """The seconds left: in place, or where a line may be being pasted, now and then."""
-        if self.live and not self.pasting:
-            print(f"\r{left} s left ", end="", file=sys.stderr, flush=True)
-            self.counting = True
-        elif self.live and passes_mark(self.left, left):
-            print(f"{left} s left", file=sys.stderr, flush=True)
-        self.left = left
-
-
-def passes_mark(before: int, left: int) -> bool:
-    """Whether a countdown that went from `before` to `left` is worth a line."""
-    return any(left <= mark < before for mark in COUNTDOWN_MARKS)
 
 
 def browser_opener(session: Session, wanted: bool = True) -> Callable[[str], Optional[str]]:
@@ -2242,29 +2253,30 @@ def status_lines(facts: Dict[str, Any]) -> List[str]:
     """`facts`, as `describe` gives them, for people; the first two as the setup guide has them."""
     good, expiry = facts["authenticated"], facts["access_token_expires_at"]
     lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
-    if good:
+    if good or expiry or facts["email"]:
         no_key = f"No API key: {ORGANIZATION_HINT}".replace("chatgpt_oauth.py", program_name())
         lines.append("API key available" if facts["has_api_key"] else no_key)
         lines.append(f"Account: {facts['email'] or 'unknown'}")
         lines.append(f"Plan: {facts['plan'] or 'unknown'}")
-        life = f"expires {relative(expiry)}" if expiry else "nothing tells when it expires"
+        life = life_left(expiry) if expiry else "nothing tells when it expires"
         renewed = ", renewed when needed" if not facts["problem"] else ""
         lines.append(f"Access token: {life}{renewed}")
-    names = facts["models"] or []
-    lines.append(f"Models: {', '.join(names) or 'none imported'}")
+    names = facts["models"]
+    shown = "unknown" if names is None else ", ".join(names) or "none imported"
+    lines.append(f"Models: {shown}")
     lines.append(f"Token file: {facts['token_file']}")
     lines.append(f"Models file: {facts['models_file']}")
     return lines + ([f"Problem: {facts['problem']}"] if facts["problem"] else [])
 
 
-def relative(when: str) -> str:
-    """A time as `timestamp` writes it, as people say it, and itself."""
+def life_left(when: str) -> str:
+    """An expiry as `timestamp` writes it, as people say it, and itself."""
     seconds = int((parse_timestamp(when) or 0.0) - time.time())
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
     count = abs(seconds) // size
     words = f"{count} {unit}{'' if count == 1 else 's'}"
-    return f"in {words} ({when})" if seconds >= 0 else f"{words} ago ({when})"
+    return f"expires in {words} ({when})" if seconds >= 0 else f"expired {words} ago ({when})"
 
 
 def sign_in(
@@ -2277,6 +2289,8 @@ def sign_in(
     """
     session = Session()
     choice = Choice(session.settings)
+    if timeout is not None:
+        timeout = checked("timeout", timeout, _SECONDS)
     if device:
         sign_in_with_device(session, choice, timeout)
     else:
@@ -2328,11 +2342,14 @@ def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key."""
     shell = find_shell(session.settings, options.shell)
     usual = session.settings.api_key_env_var
-    name = checked("--name", options.name or usual, _IDENTIFIER)
+    name, account = options.name, "CHATGPT_OAUTH_ACCOUNT_ID"
+    if name is None:
+        name = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
+    if checked("--name", name, _IDENTIFIER) == account:
+        raise UsageError(f"--name must not be {account}", "choose another name")
     variables: Dict[str, Optional[str]] = {name: None}
     if options.access_token:
-        name = options.name or "CHATGPT_OAUTH_ACCESS_TOKEN"
-        variables = {name: None, "CHATGPT_OAUTH_ACCOUNT_ID": None}
+        variables[account] = None
     if not options.unset:
         try:
             tokens = session.fresh() if options.access_token else session.tokens()
@@ -2340,7 +2357,7 @@ def command_env(session: Session, options: Namespace) -> int:
             raise NotSignedInError(f"{error}; {error.hint}") from None
         variables[name] = tokens.access_token if options.access_token else tokens.api_key
         if options.access_token:
-            variables["CHATGPT_OAUTH_ACCOUNT_ID"] = tokens.account_id
+            variables[account] = tokens.account_id
         if not variables[name]:
             plan = "without one: chatgpt_oauth.py env --access-token"
             raise OAuthError(NO_API_KEY, f"{ORGANIZATION_HINT}; or {plan}")
@@ -2391,18 +2408,14 @@ class Puppy:
         self.inherited: Dict[str, List[Any]] = {"custom_command": [], "custom_command_help": []}
         self.attempt: Optional[Attempt] = None  # the last one, for an address pasted later
         self.exported: Optional[str] = None
-        self.left = 0
 
     def notify(self, kind: str, *lines: str) -> None:
         """Say `lines` through the host's emitters (kinds as in Terminal.notify)."""
         from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
 
         text = "\n".join(printable(self._worded(line), 5000) for line in lines)
-        if kind == "countdown":
-            before, self.left = self.left, int(text)
-            if not passes_mark(before, self.left):
-                return
-            text += " s left"
+        if kind == "countdown":  # it would be a message a second
+            return
         if kind == "verbatim":  # the emitters would break it into lines
             print(f"\n{text}\n", flush=True)
             return

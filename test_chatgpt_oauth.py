@@ -525,7 +525,8 @@ class Case(unittest.TestCase):
 
         def once(handler, _):
             del self.double.faults[grant]
-            return self.double.reply(handler, status, b"{}", **headers)
+            body = b"<html>" if "Content_Type" in headers else b"{}"
+            return self.double.reply(handler, status, body, **headers)
 
         self.double.faults[grant] = once
 
@@ -1006,6 +1007,10 @@ class RefreshTest(Case):
                 self.assert_fails(self.call("token"), 4, "has ended")
                 self.assertEqual(self.double.count("refresh"), 1)
                 self.assertEqual(self.stored()["ended"]["reason"], code)
+                exit_code, out, err = self.call("status")
+                self.assertEqual(exit_code, 4)
+                for words in ("Not authenticated\n", "ada@example.com", "expired 10 seconds ago"):
+                    self.assertIn(words, out.replace(" 11 ", " 10 "))
                 exit_code, out, err = self.call("status", "--json")
                 self.assertEqual(exit_code, 4)
                 self.assertFalse(json.loads(out)["authenticated"])
@@ -1051,6 +1056,7 @@ class RefreshTest(Case):
             (503, {"Retry_After": "99999999999999999999"}, 1),
             (503, {"Retry_After": "-5"}, 2),
             (503, {"Retry_After": "\xb2"}, 2),
+            (503, {"Content_Type": "text/html"}, 2),
             (500, {}, 1),
             (502, {}, 1),
         ):
@@ -1530,13 +1536,39 @@ class PasteTest(Case):
         self.assertNotIn("kill", err)
         self.assertNotIn("ssh -L", err)  # it would lead the code to the other program
         result = self.run_program("auth", "--no-browser")
-        self.assert_fails(result, 1, "Address already in use", "--device")
+        listing = oauth.who_listens(self.ports[0])
+        self.assert_fails(result, 1, "Address already in use", "--device", listing)
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         running.url()
         running.process.stdin.close()
         code, out, err = running.end()
         self.assertEqual(code, 1)
         self.assertIn("--device", err)
+
+    @unittest.skipUnless(POSIX, "needs a pseudo-terminal")
+    def test_the_countdown_is_in_place_unless_something_may_be_pasted(self):
+        import pty
+
+        for arguments, counted in ((["auth", "--device"], True), (["auth", "--no-browser"], False)):
+            leader, follower = pty.openpty()
+            process = subprocess.Popen(
+                [sys.executable, PROGRAM, *arguments, "--timeout", "31"],
+                env={**self.environ, "TERM": "xterm"},
+                stdin=follower,
+                stdout=follower,
+                stderr=follower,
+                start_new_session=True,
+            )
+            os.close(follower)
+            self.double.device_polls = 99
+            seen, deadline = b"", time.monotonic() + 2.5
+            while time.monotonic() < deadline and b"30 s left" not in seen:
+                seen += os.read(leader, 65536)
+            process.kill()
+            process.wait()
+            os.close(leader)
+            self.assertEqual(b"\r31 s left" in seen, counted, seen)
+            self.assertIn(b"30 s left", seen)
 
     def test_the_time_is_up(self):
         environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
@@ -1796,6 +1828,16 @@ class StoreTest(Case):
         self.assertIn(".bad", err)
         self.assertEqual((self.home / "chatgpt_oauth.json.bad").read_text(), "{")
         self.assertTrue(self.stored()["access_token"])
+        self.assertEqual(self.call("logout")[0], 0)
+        left = ["chatgpt_models.json", "chatgpt_oauth.json.lock"]
+        self.assertEqual(sorted(os.listdir(self.home)), left)
+
+    def test_a_folder_in_the_files_place_keeps_no_model_entries(self):
+        self.sign_in()
+        self.token_file.unlink()
+        self.token_file.mkdir()
+        self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself")
+        self.assertEqual(json.loads(self.models_file.read_text()), {})
 
     def test_a_torn_file_is_read_again(self):
         fields = self.store()
@@ -1951,6 +1993,10 @@ class ModelsTest(Case):
         self.assertEqual(len(out.split()), 5)
         self.assertIn("warning: 3 of the models", err)
 
+    def test_a_key_that_is_refused_has_a_next_step(self):
+        self.double.api_keys.clear()
+        self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: sign in again")
+
     def test_who_signs_out_meanwhile_gets_no_models(self):
         def sign_out(handler, _):
             self.token_file.unlink()
@@ -1969,6 +2015,9 @@ class ModelsTest(Case):
             self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.4", "gpt-5.5"])
             with self.assertRaises(oauth.UsageError):
                 oauth.fetch_chatgpt_models(source="x")
+            for timeout in ("x", 0, -1, float("nan")):
+                with self.assertRaises(oauth.UsageError):
+                    oauth.sign_in(timeout=timeout)
 
 
 class SettingsTest(Case):
@@ -2033,6 +2082,15 @@ class SettingsTest(Case):
         )
         self.assertEqual(oauth.Settings({"CHATGPT_OAUTH_HOME": "/y"}).home, "/y")
 
+    def test_a_folder_that_is_gone_is_no_home(self):
+        code = "mkdir d; cd d; rmdir ../d; exec " + f"{sys.executable} {PROGRAM} status"
+        environ = {**self.environ, "CHATGPT_OAUTH_HOME": "x"}
+        done = subprocess.run(
+            ["sh", "-c", code], env=environ, cwd=str(self.folder), stderr=subprocess.PIPE
+        )
+        self.assertEqual(done.returncode, 2)
+        self.assertIn(b"CHATGPT_OAUTH_HOME", done.stderr)
+
     def test_a_trailing_slash_does_not_matter(self):
         settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"})
         self.assertEqual(settings.issuer, "https://example.com/a")
@@ -2093,7 +2151,10 @@ class ShellTest(Case):
 
     def test_names_and_shells_that_are_none(self):
         self.store(api_key="sk-1")
-        self.assert_fails(self.call("env", "--name", "a;b"), 2, "--name")
+        for name in ("a;b", "", "1a", "a b", "\u00e4"):
+            self.assert_fails(self.call("env", "--name", name), 2, "--name")
+        same = ("env", "--access-token", "--name", "CHATGPT_OAUTH_ACCOUNT_ID")
+        self.assert_fails(self.call(*same), 2, "--name")
         self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
         self.assert_fails(self.call("env", "--shell", "nu"), 2, "--shell")
 
