@@ -1239,25 +1239,25 @@ def bind_loopback(port: int) -> List[Socket]:
     import socket
 
     bound: List[Socket] = []
-    try:
-        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-            try:
-                listening = socket.socket(family, socket.SOCK_STREAM)
-                bound.append(listening)
-                if sys.platform == "win32":
-                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-                else:  # past connections in TIME_WAIT must not count; a listener still does
-                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listening.bind((address, port))
-                listening.listen(128)
-            except OSError as error:
-                no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-                if family == socket.AF_INET or not no_ipv6:
-                    raise
-    except OSError:
-        for listening in bound:
-            listening.close()
-        raise
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            listening = socket.socket(family, socket.SOCK_STREAM)
+            bound.append(listening)
+            if sys.platform == "win32":
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            else:  # past connections in TIME_WAIT must not count; a listener still does
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((address, port))
+            listening.listen(128)
+        except OSError as error:
+            no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+            if family == socket.AF_INET6 and no_ipv6:
+                for unbound in bound[1:]:
+                    unbound.close()
+                return bound[:1]
+            for each in bound:
+                each.close()
+            raise
     return bound
 
 
@@ -1343,6 +1343,7 @@ class Listener:
                     return b""
                 tail = tail[-2:] + part
                 head = (head + part)[:HEAD_LIMIT]
+            connection.settimeout(HEAD_TIMEOUT)
             return head
         finally:
             with self.guard:
@@ -1351,14 +1352,13 @@ class Listener:
     def respond(self, target: str, hosts: List[str]) -> Tuple[int, bytes]:
         """Status and page for a GET of `target`, blocking while a true response is redeemed."""
         path, _, query = target.partition("?")
-        fault = "There is nothing here."
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return 400, _stray_page("This address is not served here.")
         if path == "/success" and self.verdict[0] == 303:
             text = "You can close this tab and go back to where you started the sign-in."
             return 200, render_page("You are signed in", text, good=True)
         if path != self.attempt.path:
-            return 404, _stray_page(fault)
+            return 404, _stray_page("There is nothing here.")
         try:
             response = self.attempt.response(query)
             with self.guard:
@@ -2102,7 +2102,8 @@ def program_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__":
         return f"python3 -m {spec.name}"
-    name = sys.argv[0] if sys.argv[0] not in ("", "-", "-c") else "chatgpt_oauth.py"
+    name = (sys.argv or [""])[0]
+    name = "chatgpt_oauth.py" if name in ("", "-", "-c") else name
     return f'python3 "{name}"' if " " in name else f"python3 {name}"
 
 
@@ -2149,11 +2150,9 @@ def browser_opener(session: Session, wanted: bool = True) -> Callable[[str], Opt
         import threading
 
         settings = session.settings
-        command, obstacle = (
-            browser_command(settings.environ) if wanted else ([], "you asked for none")
-        )
-        if not command:
-            return obstacle
+        command, obstacle = browser_command(settings.environ)
+        if not command or not wanted:
+            return obstacle if wanted else "you asked for none"
         # The browser sees none of our keys, whatever they are exported as, and no TERM, without
         # which `webbrowser` starts no terminal browser.
         secrets = set()
@@ -2197,11 +2196,9 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
     if not (named or display or sys.platform in ("win32", "darwin", "cygwin")):
         inside = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
         return [], "this is a container" if inside else "there is no display"
-    return (
-        ([sys.executable, "-I", "-m", "webbrowser"], "")
-        if sys.executable
-        else ([], "no Python found")
-    )
+    if not sys.executable:
+        return [], "Python does not know its own program"
+    return [sys.executable, "-I", "-m", "webbrowser"], ""  # -I: no code of the current folder
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2341,11 +2338,10 @@ def command_models(session: Session, options: Namespace) -> int:
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key."""
     shell = find_shell(session.settings, options.shell)
-    usual = session.settings.api_key_env_var
-    name, account = options.name, "CHATGPT_OAUTH_ACCOUNT_ID"
-    if name is None:
-        name = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
-    if checked("--name", name, _IDENTIFIER) == account:
+    usual, account = session.settings.api_key_env_var, "CHATGPT_OAUTH_ACCOUNT_ID"
+    usual = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
+    name = checked("--name", usual if options.name is None else options.name, _IDENTIFIER)
+    if name == account:
         raise UsageError(f"--name must not be {account}", "choose another name")
     variables: Dict[str, Optional[str]] = {name: None}
     if options.access_token:
@@ -2402,7 +2398,7 @@ PUPPY_COMMANDS = {
 
 
 class Puppy:
-    """Stands between Code Puppy and the commands; nothing is printed, nothing raised."""
+    """Stands between Code Puppy and the commands: nothing comes out but messages."""
 
     def __init__(self) -> None:
         self.inherited: Dict[str, List[Any]] = {"custom_command": [], "custom_command_help": []}
@@ -2564,11 +2560,13 @@ class Puppy:
                 self.notify("warning", str(error))
                 return None
 
+        ours = {
+            "get_valid_access_token": token,
+            "refresh_access_token": lambda: token(refresh=True),
+        }
         for name, module in list(sys.modules.items()):
-            if name.startswith(BUILTIN) and hasattr(module, "get_valid_access_token"):
-                vars(module)["get_valid_access_token"] = token
-            if name.startswith(BUILTIN) and hasattr(module, "refresh_access_token"):
-                vars(module)["refresh_access_token"] = lambda: token(refresh=True)
+            if name.startswith(BUILTIN):
+                vars(module).update({k: f for k, f in ours.items() if hasattr(module, k)})
 
 
 def register_callbacks() -> None:
@@ -2602,7 +2600,6 @@ def is_plugin() -> bool:
 # ---------------------------------------------------------------------------------------------
 # main
 # ---------------------------------------------------------------------------------------------
-
 
 _FLAG: Dict[str, Any] = {"action": "store_true"}
 _GLOBS: Dict[str, Any] = {"action": "append", "metavar": "GLOB"}

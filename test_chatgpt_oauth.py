@@ -1686,6 +1686,27 @@ class DeviceTest(Case):
         self.assertEqual(device, {"device_auth_id": "d", "user_code": "WXYZ", "interval": 7.0})
 
 
+class PortTest(unittest.TestCase):
+    def test_a_machine_without_ipv6_listens_on_127_0_0_1_alone(self):
+        bind = socket.socket.bind
+        (port,) = free_ports(1)
+        for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EADDRINUSE):
+
+            def no_ipv6(listening, address, number=number):
+                if listening.family == socket.AF_INET6:
+                    raise OSError(number, "no")
+                bind(listening, address)
+
+            with mock.patch.object(socket.socket, "bind", no_ipv6):
+                if number == errno.EADDRINUSE:
+                    with self.assertRaises(OSError):
+                        oauth.bind_loopback(port)
+                    continue
+                bound = oauth.bind_loopback(port)
+            self.assertEqual([each.getsockname() for each in bound], [("127.0.0.1", port)])
+            bound[0].close()
+
+
 class BrowserTest(unittest.TestCase):
     def test_where_no_browser_can_be_opened_none_is_tried(self):
         command = oauth.browser_command
