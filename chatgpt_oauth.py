@@ -973,6 +973,7 @@ class Store:
 # Session: the one place that decides to refresh
 # ---------------------------------------------------------------------------------------------
 
+RETRY_PAUSE = 0.5  # seconds before the second try of a refresh; doubled for each further one
 REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
 
 
@@ -1051,7 +1052,7 @@ class Session:
     def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
         """Refresh, and try again (if `patient`) while the refresh token is certainly unspent."""
         deadline = time.monotonic() + self.settings.retry_window
-        pause = 0.5
+        pause = RETRY_PAUSE
         while True:
             try:
                 with signals_deferred():  # none may come between the answer and the disk

@@ -133,7 +133,7 @@ class Double:
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.redirect_uris.add(self.url + "/deviceauth/callback")
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
@@ -1047,6 +1047,7 @@ class RefreshTest(Case):
         facts = self.call("status", "--json")
         self.assertEqual(facts[0], 0)
 
+    @mock.patch.object(oauth, "RETRY_PAUSE", 0.05)
     def test_only_what_was_certainly_not_processed_is_tried_again(self):
         for status, headers, tries in (
             (503, {}, 2),
@@ -1608,13 +1609,14 @@ class DeviceTest(Case):
     def test_a_device_code_signs_in_without_a_listener(self):
         taken = [each for port in self.ports for each in oauth.bind_loopback(port)]
         self.addCleanup(lambda: [each.close() for each in taken])
+        self.double.device_polls = 0
         code, out, err = self.run_program("auth", "--device")
         self.assertEqual((code, out), (0, ""), err)
         self.assertIn(f"\n{self.double.url}/codex/device\n", err)
         self.assertIn("\nABCD-EFGH\n", err)
         self.assertIn("phishing", err)
         self.assertIn("3 of 5 models imported", err)
-        self.assertEqual(self.double.count("device"), 2)
+        self.assertEqual(self.double.count("device"), 1)
         self.assertTrue(self.stored()["api_key"])
 
     def quickly(self, *arguments):
@@ -1638,7 +1640,7 @@ class DeviceTest(Case):
             return self.double.reply(handler, status, body, **headers)
 
         self.double.faults["device"] = fault
-        self.double.device_polls = 0
+        self.double.device_polls = 1
         code, out, err = self.quickly("auth", "--device")
         self.assertEqual((code, answers), (0, []), err)
         self.assertEqual(err.count("warning: "), 1)  # of the web page
@@ -2453,7 +2455,7 @@ ANSWERS = {
     "a proxy that wants a password": answering(407, b"{}"),
     "slow by a byte": raw(OK + b"Content-Length: 100\r\n\r\n", *[b"{"] * 50, pause=0.02),
     "headers slow by a byte": raw(OK, *[b"a"] * 50, pause=0.02),
-    "silence": raw(b"", pause=0.6),
+    "silence": raw(b"", pause=0.5),
     "hung up": raw(b""),
     "no HTTP": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
     "a huge header": raw(OK + b"A: " + b"b" * 100000 + b"\r\n\r\n"),
@@ -2469,7 +2471,7 @@ class HostileTest(unittest.TestCase):
             **double.environment(),
             "HOME": folder,
             "CHATGPT_OAUTH_HOME": folder,
-            "CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.25",
+            "CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2",
             "CHATGPT_OAUTH_RETRY_WINDOW": "0.01",
         }
         said = []
@@ -2492,7 +2494,7 @@ class HostileTest(unittest.TestCase):
                 choice.source = endpoint
                 oauth.import_models(session, choice)
             else:
-                oauth.sign_in_with_device(session, choice, 0.3)
+                oauth.sign_in_with_device(session, choice, 0.15)
         except oauth.OAuthError as error:
             code = error.exit_code
             said += [str(error), error.hint or ""]
