@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from socket import socket as Socket  # noqa: N812 - a class in spite of its name
     from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple
 
+    Fields = Dict[str, Any]  # a JSON object
     Notify = Callable[[str, str], None]  # hears a kind (see Terminal.notify) and a text
 
 __version__ = "1.0.0"
@@ -96,7 +97,7 @@ _IDENTIFIER = (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")
 _PATTERNS = (r"[!-~]*", "shell patterns with commas between them")
 _SECONDS = (float, 0.001, 86400)
 _PORT = (int, 1, 65535)
-_RULES: Dict[str, Any] = {
+_RULES: Fields = {
     "issuer": _URL,
     "client_id": _WORD,
     "scope": (r"[!-~][ -~]*", "words of ASCII characters"),
@@ -264,7 +265,7 @@ def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def decode_claims(jwt: Optional[str]) -> Dict[str, Any]:
+def decode_claims(jwt: Optional[str]) -> Fields:
     """The claims of a JWT (RFC 7519 §3), or {} when it is none.
 
     The signature is not verified: the tokens came straight from the token endpoint over TLS,
@@ -280,7 +281,7 @@ def decode_claims(jwt: Optional[str]) -> Dict[str, Any]:
     return claims if isinstance(claims, dict) else {}
 
 
-def auth_claims(token: Optional[str]) -> Dict[str, Any]:
+def auth_claims(token: Optional[str]) -> Fields:
     """OpenAI's own claims in a token, or {}."""
     claims = decode_claims(token).get("https://api.openai.com/auth")
     return claims if isinstance(claims, dict) else {}
@@ -343,7 +344,7 @@ class Answer:
             return OAuthError(f"{said}: the server points elsewhere, which is not followed")
         return OAuthError(": ".join(part for part in (said, self.code, self.text) if part))
 
-    def members(self, what: str) -> Dict[str, Any]:
+    def members(self, what: str) -> Fields:
         """The JSON object of a successful answer. Raises OAuthError for any other answer."""
         if not 200 <= self.status < 300 or self.html:
             raise self.refusal(what)
@@ -374,7 +375,7 @@ def prepare_wire() -> None:
         _tls_contexts.append(context)
 
 
-def _exchange(request: Any, timeout: float, limit: int, seen: Dict[str, Any]) -> None:
+def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
     """One HTTP exchange: into `seen` go the socket once the server is reached, then the outcome."""
     import http.client
     import urllib.request
@@ -463,7 +464,7 @@ def request_json(
     )
     # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
     # the exchange has a thread of its own and the clock is watched from here.
-    seen: Dict[str, Any] = {}
+    seen: Fields = {}
     work = (request, timeout, limit, seen)
     thread = threading.Thread(target=_exchange, args=work, daemon=True)
     thread.start()
@@ -478,7 +479,7 @@ def request_json(
     return Answer(sent | {bearer} - {""}, *seen["answer"])
 
 
-def _no_answer(request: Any, what: str, timeout: float, seen: Dict[str, Any]) -> OAuthError:
+def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthError:
     """What to tell a person about a request without an answer, of which `seen` is known."""
     import socket
     import ssl
@@ -531,7 +532,7 @@ def authorization_url(settings: Settings, redirect_uri: str, challenge: str, sta
     return f"{settings.issuer}/oauth/authorize?{query}"
 
 
-def _tokens_of(answer: Answer, what: str) -> Dict[str, Any]:
+def _tokens_of(answer: Answer, what: str) -> Fields:
     """The members of a token endpoint's answer (RFC 6749 §5.1), its tokens checked."""
     members = answer.members(what)
     for name in ("access_token", "refresh_token", "id_token"):
@@ -541,9 +542,7 @@ def _tokens_of(answer: Answer, what: str) -> Dict[str, Any]:
     return members
 
 
-def exchange_code(
-    settings: Settings, code: str, verifier: str, redirect_uri: str
-) -> Dict[str, Any]:
+def exchange_code(settings: Settings, code: str, verifier: str, redirect_uri: str) -> Fields:
     """Redeem an authorization code (RFC 6749 §4.1.3, RFC 7636 §4.5); returns the tokens' answer."""
     form = {
         "grant_type": "authorization_code",
@@ -581,7 +580,7 @@ def ended(reason: str) -> SignInEndedError:
     return SignInEndedError(f"the sign-in has ended: {why}", AGAIN, reason=reason)
 
 
-def refresh_grant(settings: Settings, tokens: Tokens) -> Dict[str, Any]:
+def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
     """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the answer.
 
     Raises SignInEndedError with one of ENDING_CODES as its reason; UnavailableError, whose
@@ -617,7 +616,7 @@ def revoke(settings: Settings, tokens: Tokens) -> None:
         raise answer.refusal(what)
 
 
-def request_user_code(settings: Settings) -> Dict[str, Any]:
+def request_user_code(settings: Settings) -> Fields:
     """Ask for a device code (RFC 8628 §3.1, in OpenAI's dialect).
 
     Returns `device_auth_id`, `user_code` and `interval` (seconds between polls).
@@ -641,7 +640,7 @@ def request_user_code(settings: Settings) -> Dict[str, Any]:
     return {"device_auth_id": device, "user_code": user_code, "interval": max(POLL_FLOOR, interval)}
 
 
-def poll_device_token(settings: Settings, device: Dict[str, Any]) -> Answer:
+def poll_device_token(settings: Settings, device: Fields) -> Answer:
     """Ask once whether the person has entered the user code (RFC 8628 §3.4)."""
     body = {"device_auth_id": device["device_auth_id"], "user_code": device["user_code"]}
     url = settings.issuer + "/api/accounts/deviceauth/token"
@@ -686,7 +685,7 @@ class Tokens:
     id_token: Optional[str]
     api_key: Optional[str]
 
-    def __init__(self, fields: Dict[str, Any]) -> None:
+    def __init__(self, fields: Fields) -> None:
         self.fields = fields
         for name in SECRET_KEYS:
             value = fields.get(name) or None
@@ -706,7 +705,7 @@ class Tokens:
             text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
         )
 
-    def auth_claims(self) -> Dict[str, Any]:
+    def auth_claims(self) -> Fields:
         """OpenAI's own claims, from the ID token or the access token."""
         return auth_claims(self.id_token) or auth_claims(self.access_token)
 
@@ -739,7 +738,7 @@ class Tokens:
 
 
 @contextlib.contextmanager
-def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Dict[str, Any]], None]]:
+def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Fields], None]]:
     """A function that puts its argument, as JSON, durably in place of the file: all or nothing.
 
     The new file is readable by its owner alone from the first byte, in the same folder, and
@@ -756,7 +755,7 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Dict[str, A
         with os.fdopen(os.open(temporary, flags, 0o600), "r+b") as file:
             _belongs_to(file.fileno(), path, os.path.dirname(path))
 
-            def commit(value: Dict[str, Any]) -> None:
+            def commit(value: Fields) -> None:
                 _overwrite(file, encode(value))
                 file.close()
                 try:
@@ -778,7 +777,7 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Dict[str, A
             os.unlink(temporary)
 
 
-def encode(value: Dict[str, Any]) -> bytes:
+def encode(value: Fields) -> bytes:
     """`value` as the JSON of our files."""
     try:
         return json.dumps(value, indent=2).encode() + b"\n"
@@ -870,7 +869,7 @@ class Store:
         except ValueError as error:
             raise self._broken(self.token_file, str(error)) from None
 
-    def load_models(self) -> Dict[str, Any]:
+    def load_models(self) -> Fields:
         """The entries of the models file by name, ours and others'."""
         return self._read(self.models_file, MODELS_LIMIT) or {}
 
@@ -880,7 +879,7 @@ class Store:
             hint = "mend or remove the file, then run: chatgpt_oauth.py models"
         return StorageError(f"{path} {fault}", hint)
 
-    def _read(self, path: str, limit: int) -> Optional[Dict[str, Any]]:
+    def _read(self, path: str, limit: int) -> Optional[Fields]:
         deadline = time.monotonic() + REREAD_SECONDS
         while True:
             try:
@@ -950,7 +949,7 @@ class Store:
             finally:
                 self.locked = False
 
-    def save(self, path: str, value: Dict[str, Any]) -> None:
+    def save(self, path: str, value: Fields) -> None:
         """Put `value` into the file at `path`. The caller holds the lock."""
         with replacing(path) as commit:
             commit(value)
@@ -1071,7 +1070,7 @@ class Session:
 
     def _spend(self, spent: Tokens, commit: Callable[..., None]) -> Tokens:
         """One try: store what came, unless the file changed hands meanwhile."""
-        answer: Dict[str, Any] = {}
+        answer: Fields = {}
         ending: Optional[OAuthError] = None
         try:
             answer = refresh_grant(self.settings, spent)
@@ -1101,7 +1100,7 @@ class Session:
         return renewed
 
 
-def merged(fields: Dict[str, Any], answer: Dict[str, Any]) -> Dict[str, Any]:
+def merged(fields: Fields, answer: Fields) -> Fields:
     """`fields` with what a token endpoint answered; what it omits stays as it was."""
     now = time.time()
     came = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
@@ -1518,7 +1517,7 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     return source, {entry[name]: _context_length(settings, entry) for entry in good}
 
 
-def _context_length(settings: Settings, entry: Dict[str, Any]) -> int:
+def _context_length(settings: Settings, entry: Fields) -> int:
     """The window to budget with; the API's list has none, the Codex backend's the whole one."""
     window, percent = entry.get("context_window"), entry.get("effective_context_window_percent")
     if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
@@ -1539,7 +1538,7 @@ def registered_models(session: Session) -> List[str]:
     return [name for name, entry in entries if is_ours(session.settings, name, entry)]
 
 
-def register_models(session: Session, entries: Dict[str, Dict[str, Any]]) -> List[str]:
+def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     """Put `entries` in the place of ours in the models file; returns the names that got there.
 
     The caller holds the lock. Somebody else's entry of the same name stays.
@@ -1555,7 +1554,7 @@ def register_models(session: Session, entries: Dict[str, Dict[str, Any]]) -> Lis
     return [name for name in entries if name not in others]
 
 
-def model_entry(settings: Settings, source: str, model: str, length: int) -> Dict[str, Any]:
+def model_entry(settings: Settings, source: str, model: str, length: int) -> Fields:
     """Code Puppy's entry for `model` (its model_factory.py; type `openai` would ignore the URL)."""
     entry = {
         "type": "custom_openai",
@@ -1968,7 +1967,7 @@ def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[floa
     complete_sign_in(session, choice, code, verifier, settings.issuer + "/deviceauth/callback")
 
 
-def await_device_token(session: Session, device: Dict[str, Any], deadline: float) -> Dict[str, Any]:
+def await_device_token(session: Session, device: Fields, deadline: float) -> Fields:
     """Poll until the code was entered or refused, or time.monotonic() reaches `deadline`."""
     retry = "get a new code: chatgpt_oauth.py auth --device"
     expired = OAuthError("the code was not entered in time", retry)
@@ -2166,7 +2165,7 @@ def browser_opener(session: Session, wanted: bool = True) -> Callable[[str], Opt
         }
         for name in ("TERM", settings.api_key_env_var):
             environ.pop(name, None)
-        nowhere: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        nowhere: Fields = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
             process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
                 [*command, url], env=environ, start_new_session=True, **nowhere
@@ -2207,7 +2206,7 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def describe(session: Session) -> Tuple[Dict[str, Any], int]:
+def describe(session: Session) -> Tuple[Fields, int]:
     """What `status --json` prints, and its exit code. Offline; holds no secret."""
     settings, store = session.settings, session.store
     trouble: Optional[OAuthError] = None
@@ -2247,7 +2246,7 @@ def describe(session: Session) -> Tuple[Dict[str, Any], int]:
     return facts, code
 
 
-def status_lines(facts: Dict[str, Any]) -> List[str]:
+def status_lines(facts: Fields) -> List[str]:
     """`facts`, as `describe` gives them, for people; the first two as the setup guide has them."""
     good, expiry = facts["authenticated"], facts["access_token_expires_at"]
     lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
@@ -2602,9 +2601,9 @@ def is_plugin() -> bool:
 # main
 # ---------------------------------------------------------------------------------------------
 
-_FLAG: Dict[str, Any] = {"action": "store_true"}
-_GLOBS: Dict[str, Any] = {"action": "append", "metavar": "GLOB"}
-OPTIONS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+_FLAG: Fields = {"action": "store_true"}
+_GLOBS: Fields = {"action": "append", "metavar": "GLOB"}
+OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--device": ("sign in with a code, from any browser anywhere", _FLAG),
     "--no-browser": ("show the address, open nothing", _FLAG),
     "--timeout": ("time for the whole sign-in", {"metavar": "SECONDS"}),
