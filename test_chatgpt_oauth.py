@@ -2556,6 +2556,74 @@ class HostileTest(unittest.TestCase):
         self.assertEqual(told.exit_code, 5)
         self.assertIn("SSL_CERT_FILE", told.hint)
 
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_tls_through_a_proxy_with_a_certificate_of_the_networks_own(self):
+        import ssl
+
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        certificate, key = f"{folder.name}/cert.pem", f"{folder.name}/key.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+            + ["-subj", "/CN=issuer.example.com", "-keyout", key, "-out", certificate]
+            + ["-addext", "subjectAltName=DNS:issuer.example.com"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        double = Double()
+        self.addCleanup(double.close)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        double.server.socket = context.wrap_socket(double.server.socket, server_side=True)
+        seen = []
+
+        class Proxy(BaseHTTPRequestHandler):
+            def do_CONNECT(self):
+                seen.append((self.path, self.headers.get("Proxy-Authorization")))
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+                with socket.create_connection(("127.0.0.1", double.server.server_port)) as far:
+
+                    def pump(source, target):
+                        with contextlib.suppress(OSError):
+                            while True:
+                                data = source.recv(65536)
+                                if not data:
+                                    break
+                                target.sendall(data)
+                            target.shutdown(socket.SHUT_WR)
+
+                    back = threading.Thread(target=pump, args=(far, self.connection))
+                    back.start()
+                    pump(self.connection, far)
+                    back.join()
+
+            def log_message(self, *_):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+        proxy = Server(("127.0.0.1", 0), Proxy)
+        threading.Thread(target=proxy.serve_forever, args=(0.005,), daemon=True).start()
+        self.addCleanup(proxy.server_close)
+        self.addCleanup(proxy.shutdown)
+        address = f"http://user:word@127.0.0.1:{proxy.server_port}"
+        environ = {"HTTPS_PROXY": address, "NO_PROXY": "", "SSL_CERT_FILE": certificate}
+        settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com"})
+        with mock.patch.dict(os.environ, environ), mock.patch.object(oauth, "_tls_contexts", []):
+            self.assertTrue(oauth.request_user_code(settings)["user_code"])
+        basic = "Basic " + base64.b64encode(b"user:word").decode()
+        self.assertEqual(seen, [("issuer.example.com:443", basic)])
+        environ["SSL_CERT_FILE"] = os.devnull
+        fresh = mock.patch.object(oauth, "_tls_contexts", [])
+        refused = self.assertRaises(oauth.UnavailableError)
+        with mock.patch.dict(os.environ, environ), fresh, refused as caught:
+            oauth.request_user_code(settings)
+        self.assertIn("SSL_CERT_FILE", caught.exception.hint)
+        self.assertTrue(caught.exception.untouched)
+        self.assertEqual(double.count("usercode"), 1)
+
     def test_a_proxy_that_is_not_there_is_named_and_loopback_needs_none(self):
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
