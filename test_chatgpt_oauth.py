@@ -2547,6 +2547,11 @@ class HostileTest(unittest.TestCase):
         answer = oauth.Answer(set(), 403, b"<html>", None)
         self.assertIn("region", str(answer.refusal("it")))
 
+    def test_short_secrets_are_taken_out_of_what_a_server_says_too(self):
+        body = b'{"error": "rt_1 is odd", "error_description": "rt_1 was sent"}'
+        told = str(oauth.Answer({"rt_1"}, 400, body, None).refusal("it"))
+        self.assertEqual(told, "it failed (HTTP 400): [...] is odd: [...] was sent")
+
     def test_an_untrusted_certificate_names_the_variable_to_set(self):
         import ssl
 
