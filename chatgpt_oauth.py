@@ -1606,7 +1606,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sign-in: browser, paste and device code, each ending in `complete_sign_in`
+# Sign-in: browser, paste and device code, each ending in `keep_tokens`, `finish_sign_in`
 # ---------------------------------------------------------------------------------------------
 
 DEVICE_CODE_LIFETIME = 900.0  # seconds
@@ -1614,18 +1614,10 @@ RETRY_OFFER = 60.0  # seconds to press Enter after the time was up
 COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
 
 
-def complete_sign_in(
-    session: Session,
-    choice: Choice,
-    code: str,
-    verifier: str,
-    redirect_uri: str,
-    on_saved: Callable[[], None] = lambda: None,
-) -> None:
-    """Redeem the code, store the tokens, and call `on_saved`; then API key, models, summary.
+def keep_tokens(session: Session, code: str, verifier: str, redirect_uri: str) -> Optional[Tokens]:
+    """Redeem the code and store the tokens; returns those stored before. Raises OAuthError.
 
-    What fails after the tokens were stored is a warning. Of the account that was signed in
-    before, the same one keeps its API key for now and another one is revoked.
+    The same account keeps, for now, its API key.
     """
     settings, store = session.settings, session.store
     answer = exchange_code(settings, code, verifier, redirect_uri)
@@ -1643,10 +1635,18 @@ def complete_sign_in(
             session.notify("warning", f"{error}; kept as {aside}")
         if old and tokens.same_account(old):
             known = {*SECRET_KEYS, "ended", "expires_at"}
-            fields = {**{k: v for k, v in old.fields.items() if k not in known}, **fields}
-            fields.update({"api_key": old.api_key} if old.api_key else {})
+            kept = {k: value for k, value in old.fields.items() if k not in known}
+            fields = {**kept, **({"api_key": old.api_key} if old.api_key else {}), **fields}
         store.save(store.token_file, fields)
-    on_saved()
+    return old
+
+
+def finish_sign_in(session: Session, choice: Choice, old: Optional[Tokens]) -> None:
+    """With the tokens stored: API key, models, the end of another account's `old`, summary.
+
+    What fails is a warning.
+    """
+    tokens = session.tokens()
     session.notify("done", f"Signed in as {identity(tokens)['email'] or 'somebody unnamed'}")
     for step in (obtain_api_key, import_models):
         try:
@@ -1655,12 +1655,11 @@ def complete_sign_in(
             session.notify("warning", str(error))
             if error.hint:
                 session.notify("info", f"  {error.hint}")
-    accounts = {tokens.account_id, old.account_id if old else None} - {None}
-    if old and old.refresh_token and len(accounts) == 2:
+    if old and old.refresh_token and len({tokens.account_id, old.account_id} - {None}) == 2:
         # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
         # the server end the whole of it.
         revoke_quietly(session, old)
-    session.notify("info", f"The sign-in is kept in {store.token_file}")
+    session.notify("info", f"The sign-in is kept in {session.store.token_file}")
     env = 'eval "$(chatgpt_oauth.py env)"' if session.tokens().api_key else "chatgpt_oauth.py token"
     session.notify("info", f"Next: {env}")
 
@@ -1680,25 +1679,24 @@ def obtain_api_key(session: Session, _: object = None) -> None:
     """
     settings, store, tokens = session.settings, session.store, session.tokens()
     if tokens.api_key:
-        accepted = True
+        refused = False
         with contextlib.suppress(OAuthError):  # what is not refused stays
-            accepted = list_api_models(settings, tokens.api_key).status != 401
-        if accepted:
-            return session.notify("done", "API key available (the one you had)")
-    api_key, failure = "", None
+            refused = list_api_models(settings, tokens.api_key).status == 401
+        if not refused:
+            session.notify("done", "API key available (the one you had)")
+            return
+    obtained = {}
     try:
-        api_key = exchange_id_token(settings, tokens.id_token or "")
+        obtained["api_key"] = exchange_id_token(settings, tokens.id_token or "")
         session.notify("done", "API key available")
     except OAuthError as error:
-        failure = OAuthError(f"no API key: {error}", f"{ORGANIZATION_HINT} (or go without)")
-    with store.lock():
-        current = store.load_tokens()
-        if current and tokens.same_account(current):
-            fields = {k: value for k, value in current.fields.items() if k != "api_key"}
-            store.save(store.token_file, {**fields, **({"api_key": api_key} if api_key else {})})
-    if failure:
-        raise failure
-    return None
+        raise OAuthError(f"no API key: {error}", f"{ORGANIZATION_HINT} (or go without)") from None
+    finally:
+        with store.lock():
+            current = store.load_tokens()
+            if current and tokens.same_account(current):
+                fields = {k: value for k, value in current.fields.items() if k != "api_key"}
+                store.save(store.token_file, {**fields, **obtained})
 
 
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
@@ -1706,9 +1704,9 @@ def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     auth = tokens.auth_claims()
     organization, listed = auth.get("organization_id"), auth.get("organizations")
     if not organization and isinstance(listed, list):
-        known = [entry for entry in listed if isinstance(entry, dict)]
-        known.sort(key=lambda entry: entry.get("is_default") is not True)
-        organization = known[0].get("id") if known else None
+        known: Iterator[Fields] = (entry for entry in listed if isinstance(entry, dict))
+        first = min(known, key=lambda entry: entry.get("is_default") is not True, default={})
+        organization = first.get("id")
     return {
         "email": text_or_none(decode_claims(tokens.id_token).get("email")),
         "plan": text_or_none(auth.get("chatgpt_plan_type")),
@@ -1716,202 +1714,173 @@ def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     }
 
 
+def arriving(events: Any, deadline: float) -> Iterator[Tuple[str, Any]]:
+    """What comes until time.monotonic() reaches `deadline`; before each second's wait a tick."""
+    import queue
+
+    while time.monotonic() < deadline:
+        yield "tick", ""
+        with contextlib.suppress(queue.Empty):
+            yield events.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+
+
 class Lines:
     """Lines of standard input as events, read by a thread (Windows knows no other way to wait).
 
-    `usable` says whether anything can come, `terminal` whether a person types there.
+    `usable` says whether anything can come, `terminal` whether a person types there (neither
+    unless `reading`); once `closed`, standard input is left to whoever reads it next.
     """
 
-    def __init__(self, events: Any) -> None:
+    def __init__(self, events: Any, reading: bool) -> None:
         import threading
 
         self.events = events
-        self.usable = self.terminal = False
+        self.usable = self.terminal = self.closed = False
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
-            self.terminal = os.isatty(self.descriptor)
+            self.terminal = reading and os.isatty(self.descriptor)
             # /dev/null has nothing to say; a background job that reads its terminal is stopped.
-            self.usable = self.terminal or not stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
+            device = stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
+            self.usable = self.terminal or (reading and not device)
             if self.terminal and sys.platform != "win32":
                 self.usable = self.terminal = os.tcgetpgrp(self.descriptor) == os.getpgrp()
         if self.usable:
-            self.waker = os.pipe()
-            self.thread = threading.Thread(target=self._read, daemon=True)
-            self.thread.start()
+            threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         import select
 
-        pending = b""
-        while True:
-            wanted = [self.descriptor, self.waker[0]]
-            if sys.platform != "win32" and self.waker[0] in select.select(wanted, [], [])[0]:
-                return
-            part = b""
+        pending = part = b""
+        while not self.closed:
+            if sys.platform != "win32" and not select.select([self.descriptor], [], [], 0.1)[0]:
+                continue
             with contextlib.suppress(OSError):
-                part = os.read(self.descriptor, 65536)
+                part = b"" if self.closed else os.read(self.descriptor, 65536)
             if not part:
                 self.events.put(("eof", ""))
                 return
-            *lines, pending = (pending + part).split(b"\n")
-            pending = pending[-65536:]
+            *lines, pending = (pending[-65536:] + part).split(b"\n")
             for line in lines:
                 self.events.put(("line", line.decode("utf-8", "replace")))
-
-    def close(self) -> None:
-        """Leave standard input to whoever reads it next."""
-        if self.usable and sys.platform != "win32":
-            os.close(self.waker[1])
-            self.thread.join()
-            os.close(self.waker[0])
 
 
 class BrowserSignIn:
     """The authorization code flow over the loopback redirect or a pasted address.
 
-    `open_browser` gets the URL and returns why it opened nothing, or None. `timeout` is in
-    seconds. `attempt` is the latest authorization request.
+    `options` are those of `auth`; `attempt` is the latest authorization request.
     """
 
-    def __init__(
-        self, session: Session, choice: Choice, open_browser: Callable[[str], Optional[str]]
-    ) -> None:
-        self.session, self.choice, self.open_browser = session, choice, open_browser
+    def __init__(self, session: Session, options: Namespace) -> None:
+        self.session, self.options = session, options
+        self.choice = Choice(session.settings, options)
+        self.timeout = options.timeout or session.settings.callback_timeout
         self.attempt: Optional[Attempt] = None
 
-    def run(self, timeout: float, reading: bool = True) -> None:
+    def run(self, reading: bool) -> None:
         """Sign in, or raise OAuthError; `reading` allows pasting into standard input."""
         import queue
 
         self.session.store.prepare()
-        events: Any = queue.SimpleQueue()
-        lines = Lines(events) if reading else None
+        self.events: Any = queue.SimpleQueue()
+        self.lines = Lines(self.events, reading)
         try:
-            while not self._try(timeout, events, lines):
-                if lines and lines.terminal and self._asked_again(events):
-                    continue
-                raise OAuthError(
-                    f"no sign-in within {timeout:g} seconds; OpenAI's page says by then "
-                    '"Route Error (400 Invalid Session)"',
-                    "try again at once, or with more time: chatgpt_oauth.py auth --timeout 240",
-                )
+            while not self._try():
+                if not (self.lines.terminal and self._asked_again()):
+                    raise OAuthError(
+                        f"no sign-in within {self.timeout:g} seconds; OpenAI's page says by then "
+                        '"Route Error (400 Invalid Session)"',
+                        "try again at once, or with more time: chatgpt_oauth.py auth --timeout 240",
+                    )
         finally:
-            if lines:
-                lines.close()
+            self.lines.closed = True
 
-    def _asked_again(self, events: Any) -> bool:
-        import queue
-
+    def _asked_again(self) -> bool:
         offer = f"press Enter within {RETRY_OFFER:g} s for a new address"
         self.session.notify("warning", f"time is up; {offer}")
-        deadline = time.monotonic() + RETRY_OFFER
-        while time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):
-                return bool(events.get(timeout=0.5)[0] == "line")
-        return False
+        events = arriving(self.events, time.monotonic() + RETRY_OFFER)
+        return next((kind for kind, _ in events if kind != "tick"), "") == "line"
 
-    def _try(self, timeout: float, events: Any, lines: Optional[Lines]) -> bool:
+    def _try(self) -> bool:
         """Whether somebody signed in before the time was up."""
-        settings, notify = self.session.settings, self.session.notify
-        port, sockets, fault = open_port(settings)
-        if fault:
-            fault += f". This shows which program has it: {who_listens(port)}"
-        if fault and not (lines and lines.usable):
+        notify = self.session.notify
+        port, sockets, fault = open_port(self.session.settings)
+        if fault and not self.lines.usable:
             raise OAuthError(fault, "sign in without a port: chatgpt_oauth.py auth --device")
-        self.attempt = Attempt(settings, port)
-        listener = Listener(sockets, self.attempt, events)
+        self.attempt = Attempt(self.session.settings, port)
+        listener = Listener(sockets, self.attempt, self.events)
         try:
             if fault:
                 notify("warning", fault)
-            notify("info", f"Sign in at this address within {timeout:g} seconds:")
+            notify("info", f"Sign in at this address within {self.timeout:g} seconds:")
             notify("verbatim", self.attempt.url)
-            deadline = time.monotonic() + timeout
-            obstacle = self.open_browser(self.attempt.url)
+            deadline = time.monotonic() + self.timeout
+            obstacle: Optional[str] = "you asked for none"
+            if not self.options.no_browser:
+                obstacle = open_browser(self.session, self.attempt.url)
             if obstacle or fault:
-                self._show_ways(obstacle, port if sockets else 0, lines)
-            elif lines and lines.terminal:
+                self._show_ways(obstacle, listener)
+            elif self.lines.terminal:
                 notify("info", "If the browser ends on an error page, paste its address here.")
             prepare_wire()
-            pasting = lines is not None and lines.terminal
-            response = self._await(events, deadline, bool(sockets), pasting)
+            response = self._await(listener, deadline)
             if response:
-                self.redeem(self.attempt, response, listener)
-            return response is not None
+                self.redeem(response, listener)
+            return bool(response)
         finally:
             listener.close()
 
-    def _await(
-        self, events: Any, deadline: float, listening: bool, pasting: bool
-    ) -> Optional[Dict[str, str]]:
-        """The response that comes first, by browser or by paste; None when the time is up.
-
-        The countdown must not write over what somebody is `pasting`.
-        """
-        import queue
-
-        seconds = 0
-        while time.monotonic() < deadline:
-            left = deadline - time.monotonic()
-            before, seconds = seconds, int(left + 0.999)
-            if not pasting:
-                self.session.notify("countdown", str(seconds))
-            elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
-                self.session.notify("info", f"{seconds} s left")
-            try:
-                kind, value = events.get(timeout=max(0.0, min(left, 1.0)))
-            except queue.Empty:
-                continue
-            if kind == "response":
-                return dict(value)
-            if kind == "line" and self.attempt:
-                try:
-                    return self.attempt.pasted(value)
-                except ValueError as error:
-                    self.session.notify("info", f"That does not sign you in: {error}.")
-            elif not listening:
-                hint = "sign in without either: chatgpt_oauth.py auth --device"
-                raise OAuthError("no port is free to listen on and nothing can be pasted", hint)
-        return None
-
-    def redeem(
-        self, attempt: Attempt, response: Dict[str, str], listener: Optional[Listener]
-    ) -> None:
-        """Finish with an authorization response, telling the browser what became of it."""
-        saved = 0.0
-
-        def on_saved() -> None:
-            nonlocal saved
-            saved = time.monotonic()
-            if listener:
-                listener.settle()
-
-        try:
-            if "code" not in response:
-                raise denial(response)
-            code, redirect_uri = response["code"], attempt.redirect_uri
-            complete_sign_in(
-                self.session, self.choice, code, attempt.verifier, redirect_uri, on_saved
-            )
-        except OAuthError as error:
-            error.hint = error.hint or "try again: chatgpt_oauth.py auth"
-            if listener and not saved:
-                listener.settle(error)
-            raise
-        if listener and listener.claimed:
-            listener.delivered.wait(max(0.0, saved + LINGER - time.monotonic()))
-
-    def _show_ways(self, obstacle: Optional[str], port: int, lines: Optional[Lines]) -> None:
-        """How to go on where the browser is elsewhere; `port` is 0 where we do not listen."""
+    def _show_ways(self, obstacle: Optional[str], listener: Listener) -> None:
+        """How to go on where the browser is elsewhere."""
+        port = listener.attempt.port
         ways = [f"No browser is opened here: {obstacle}."] if obstacle else []
-        if lines and lines.usable:
+        if self.lines.usable:
             ways.append("- Open the address in any browser. It ends on a page that cannot be")
             ways.append("  reached: paste that page's address here.")
         ways.append("- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device")
-        if port:
+        if listener.sockets:
             ways.append("- Or lead the port from your own machine to this one, and open it there:")
             ways.append(f"  ssh -L {port}:localhost:{port} THIS-MACHINE")
         for line in ways:
             self.session.notify("info", line)
+
+    def _await(self, listener: Listener, deadline: float) -> Optional[Dict[str, str]]:
+        """The response that comes first, by browser or by paste; None when the time is up."""
+        seconds = 0
+        for kind, value in arriving(self.events, deadline):
+            if kind == "response":
+                return dict(value)
+            if kind == "line":
+                try:
+                    return listener.attempt.pasted(value)
+                except ValueError as error:
+                    self.session.notify("info", f"That does not sign you in: {error}.")
+            elif kind == "eof" and not listener.sockets:
+                hint = "sign in without either: chatgpt_oauth.py auth --device"
+                raise OAuthError("no port is free to listen on and nothing can be pasted", hint)
+            before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
+            if not self.lines.terminal:  # it must not write over what somebody is pasting
+                self.session.notify("countdown", str(seconds))
+            elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
+                self.session.notify("info", f"{seconds} s left")
+        return None
+
+    def redeem(self, response: Dict[str, str], listener: Listener) -> None:
+        """Finish with an authorization response, telling the browser what became of it."""
+        attempt = listener.attempt
+        try:
+            if "code" not in response:
+                raise denial(response)
+            code, redirect_uri = response["code"], attempt.redirect_uri
+            old = keep_tokens(self.session, code, attempt.verifier, redirect_uri)
+        except OAuthError as error:
+            error.hint = error.hint or "try again: chatgpt_oauth.py auth"
+            listener.settle(error)
+            raise
+        listener.settle()
+        deadline = time.monotonic() + LINGER
+        finish_sign_in(self.session, self.choice, old)
+        if listener.claimed:
+            listener.delivered.wait(max(0.0, deadline - time.monotonic()))
 
 
 def denial(response: Dict[str, str]) -> OAuthError:
@@ -1934,7 +1903,9 @@ def open_port(settings: Settings) -> Tuple[int, List[Socket], str]:
             return port, bind_loopback(port), ""
         except OSError as error:
             reason = reason or error.strerror or "error"
-    return ports[0], [], f"neither port {ports[0]} nor {ports[1]} can be listened on ({reason})"
+    listing = f"This shows which program has it: {who_listens(ports[0])}"
+    fault = f"neither port {ports[0]} nor {ports[1]} can be listened on ({reason}). {listing}"
+    return ports[0], [], fault
 
 
 def who_listens(port: int) -> str:
@@ -1961,39 +1932,38 @@ def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[floa
         session.notify(kind, line)
     deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
     members = await_device_token(session, device, deadline)
-    code, verifier = (str(members.get(k)) for k in ("authorization_code", "code_verifier"))
+    code, verifier = (members.get(key, "") for key in ("authorization_code", "code_verifier"))
     if not is_b64token(code) or not is_b64token(verifier):
         raise OAuthError("the device code failed: the answer lacks the authorization code")
-    complete_sign_in(session, choice, code, verifier, settings.issuer + "/deviceauth/callback")
+    old = keep_tokens(session, code, verifier, settings.issuer + "/deviceauth/callback")
+    finish_sign_in(session, choice, old)
 
 
 def await_device_token(session: Session, device: Fields, deadline: float) -> Fields:
     """Poll until the code was entered or refused, or time.monotonic() reaches `deadline`."""
-    retry = "get a new code: chatgpt_oauth.py auth --device"
+    retry, what = "get a new code: chatgpt_oauth.py auth --device", "waiting for the device code"
     expired = OAuthError("the code was not entered in time", retry)
     interval = wait = device["interval"]
     told = ""
     while True:
-        again = time.monotonic() + wait
-        while time.monotonic() < again:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise expired
-            session.notify("countdown", str(int(left + 0.999)))
-            time.sleep(max(0.0, min(1.0, left, again - time.monotonic())))
+        until = min(time.monotonic() + wait, deadline)
+        while time.monotonic() < until:
+            session.notify("countdown", str(int(deadline - time.monotonic() + 0.999)))
+            time.sleep(max(0.0, min(1.0, until - time.monotonic())))
+        if until == deadline:
+            raise expired
         wait = interval
         try:
             answer = poll_device_token(session.settings, device)
-            trouble = answer.refusal("waiting for the device code") if answer.html else None
+            if answer.html:
+                raise answer.refusal(what)
         except UnavailableError as error:
-            answer, trouble = None, error
-        if trouble and str(trouble) != told:
-            told = str(trouble)
-            session.notify("warning", f"{told}; still trying")
-        if trouble or not answer:
+            if str(error) != told:
+                told = str(error)
+                session.notify("warning", f"{told}; still trying")
             continue
         if 200 <= answer.status < 300:
-            return answer.members("waiting for the device code")
+            return answer.members(what)
         if answer.code == "slow_down":
             interval = wait = interval + SLOW_DOWN
         elif answer.code == "expired_token":
@@ -2003,7 +1973,7 @@ def await_device_token(session: Session, device: Fields, deadline: float) -> Fie
         elif answer.status in (403, 404, 429) or answer.status >= 500:
             wait = max(interval, min(answer.retry_after or 0.0, 60.0))
         elif answer.code != "authorization_pending":
-            raise answer.refusal("waiting for the device code")
+            raise answer.refusal(what)
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
@@ -2012,9 +1982,8 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     A broken token file is removed too; a broken models file raises, after that.
     """
     store = session.store
-    there = os.path.lexists(store.token_file)
     with contextlib.suppress(StorageError):
-        if not there and not registered_models(session):
+        if not os.path.lexists(store.token_file) and not registered_models(session):
             return False
     with store.lock():
         tokens = None
@@ -2029,8 +1998,8 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         finally:
             register_models(session, {})
     if tokens and tokens.api_key:
-        where = "https://platform.openai.com"
-        session.notify("info", f"The API key stays valid until you delete it at {where}")
+        told = "The API key stays valid until you delete it at https://platform.openai.com"
+        session.notify("info", told)
     return True
 
 
@@ -2064,8 +2033,11 @@ SHELLS = {
     "dotenv": ("{0}={1}", "{0}=", "\n", ""),
     "json": ("", "", "", ""),
 }
-SHELL_ALIASES = dict.fromkeys(("bash", "zsh", "ksh", "dash"), "sh")
-SHELL_ALIASES.update(tcsh="csh", pwsh="powershell")
+SHELL_ALIASES = {
+    **dict.fromkeys(("bash", "zsh", "ksh", "dash"), "sh"),
+    "tcsh": "csh",
+    "pwsh": "powershell",
+}
 
 
 def find_shell(settings: Settings, name: str) -> str:
@@ -2107,6 +2079,11 @@ def program_name() -> str:
     return f'python3 "{name}"' if " " in name else f"python3 {name}"
 
 
+def as_started(text: str) -> str:
+    """`text` with the commands in it as one would type them here."""
+    return text.replace("chatgpt_oauth.py ", program_name() + " ")
+
+
 class Terminal:
     """Tells a person on standard error what happens."""
 
@@ -2114,10 +2091,8 @@ class Terminal:
         self.live = sys.stderr.isatty() and environ.get("TERM") != "dumb"
         self.colour = self.live and not environ.get("NO_COLOR")
         self.counting = False
-        self.tick = ""
-        with contextlib.suppress(UnicodeEncodeError):
-            "\u2713".encode(sys.stderr.encoding or "ascii")
-            self.tick = "\u2713 " if self.live else ""
+        tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")  # b"" where there is none
+        self.tick = "\u2713 " if self.live and tick else ""
 
     def notify(self, kind: str, text: str) -> None:
         """Say `text`: info, done, warning, error, verbatim (whole and alone) or countdown."""
@@ -2135,47 +2110,42 @@ class Terminal:
             lead = f"\033[{colour}m{lead}\033[0m"
         clear = "\r\033[K" if self.counting else ""
         self.counting = False
-        text = printable(text.replace("chatgpt_oauth.py ", program_name() + " "), 5000)
+        text = printable(as_started(text), 5000)
         if kind == "verbatim":
             text = f"\n{text}\n"
         with contextlib.suppress(OSError):  # nobody is left to be told
             print(clear + lead + text, file=sys.stderr, flush=True)
 
 
-def browser_opener(session: Session, wanted: bool = True) -> Callable[[str], Optional[str]]:
-    """A function that opens a URL in the person's browser, or returns why it did not."""
+def open_browser(session: Session, url: str) -> Optional[str]:
+    """Open `url` in the person's browser; returns why it was not, None when it was."""
+    import subprocess
+    import threading
 
-    def open_browser(url: str) -> Optional[str]:
-        import subprocess
-        import threading
-
-        settings = session.settings
-        command, obstacle = browser_command(settings.environ)
-        if not command or not wanted:
-            return obstacle if wanted else "you asked for none"
-        # The browser sees none of our keys, whatever they are exported as, and no TERM, without
-        # which `webbrowser` starts no terminal browser.
-        secrets = set()
-        with contextlib.suppress(OAuthError):
-            secrets = {getattr(session.tokens(), key) for key in SECRET_KEYS}
-        environ = {
-            name: value
-            for name, value in settings.environ.items()
-            if not name.startswith("CHATGPT_OAUTH_") and value not in secrets
-        }
-        for name in ("TERM", settings.api_key_env_var):
-            environ.pop(name, None)
-        nowhere: Fields = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        try:
-            process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
-                [*command, url], env=environ, start_new_session=True, **nowhere
-            )
-        except OSError as error:
-            return f"it could not be started ({error.strerror})"
-        threading.Thread(target=process.wait, daemon=True).start()
-        return None
-
-    return open_browser
+    settings, secrets = session.settings, set()
+    command, obstacle = browser_command(settings.environ)
+    if not command:
+        return obstacle
+    # The browser sees none of our keys, whatever they are exported as, and no TERM, without
+    # which `webbrowser` starts no terminal browser.
+    with contextlib.suppress(OAuthError):
+        secrets = {getattr(session.tokens(), key) for key in SECRET_KEYS}
+    environ = {
+        name: value
+        for name, value in settings.environ.items()
+        if name not in ("TERM", settings.api_key_env_var)
+        and not name.startswith("CHATGPT_OAUTH_")
+        and value not in secrets
+    }
+    nowhere: Fields = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
+            [*command, url], env=environ, start_new_session=True, **nowhere
+        )
+    except OSError as error:
+        return f"it could not be started ({error.strerror})"
+    threading.Thread(target=process.wait, daemon=True).start()
+    return None
 
 
 def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
@@ -2225,7 +2195,9 @@ def describe(session: Session) -> Tuple[Fields, int]:
     who = tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
     expiry = who.expires_at()
     refreshed = parse_timestamp(who.fields.get("last_refresh"))
-    usual = ("api" if who.api_key else "codex") if tokens else "auto"
+    source = settings.model_source
+    if tokens and source == "auto":
+        source = "api" if who.api_key else "codex"
     facts = {
         "authenticated": usable,
         **dict(identity(who), account_id=who.account_id),
@@ -2236,13 +2208,11 @@ def describe(session: Session) -> Tuple[Fields, int]:
         "models": names,
         "token_file": store.token_file,
         "models_file": store.models_file,
-        "model_source": usual if settings.model_source == "auto" else settings.model_source,
+        "model_source": source,
         "issuer": who.issuer,
         "client_id": who.client_id,
-        "problem": None,
+        "problem": f"{trouble}; {trouble.hint}" if trouble else None,
     }
-    if trouble:
-        facts["problem"] = f"{trouble}; {trouble.hint}" if trouble.hint else str(trouble)
     return facts, code
 
 
@@ -2251,18 +2221,19 @@ def status_lines(facts: Fields) -> List[str]:
     good, expiry = facts["authenticated"], facts["access_token_expires_at"]
     lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
     if good or expiry or facts["email"]:
-        no_key = f"No API key: {ORGANIZATION_HINT}".replace("chatgpt_oauth.py", program_name())
-        lines.append("API key available" if facts["has_api_key"] else no_key)
-        lines.append(f"Account: {facts['email'] or 'unknown'}")
-        lines.append(f"Plan: {facts['plan'] or 'unknown'}")
         life = life_left(expiry) if expiry else "nothing tells when it expires"
-        renewed = ", renewed when needed" if not facts["problem"] else ""
-        lines.append(f"Access token: {life}{renewed}")
+        lines += [
+            "API key available" if facts["has_api_key"] else f"No API key: {ORGANIZATION_HINT}",
+            f"Account: {facts['email'] or 'unknown'}",
+            f"Plan: {facts['plan'] or 'unknown'}",
+            f"Access token: {life}{'' if facts['problem'] else ', renewed when needed'}",
+        ]
     names = facts["models"]
-    shown = "unknown" if names is None else ", ".join(names) or "none imported"
-    lines.append(f"Models: {shown}")
-    lines.append(f"Token file: {facts['token_file']}")
-    lines.append(f"Models file: {facts['models_file']}")
+    lines += [
+        f"Models: {'unknown' if names is None else ', '.join(names) or 'none imported'}",
+        f"Token file: {facts['token_file']}",
+        f"Models file: {facts['models_file']}",
+    ]
     return lines + ([f"Problem: {facts['problem']}"] if facts["problem"] else [])
 
 
@@ -2285,15 +2256,11 @@ def sign_in(
     warning); `timeout`: in seconds, default `callback_timeout`. Raises OAuthError.
     """
     session = Session()
-    choice = Choice(session.settings)
+    options = parse("auth", [], "")
     if timeout is not None:
         timeout = checked("timeout", timeout, _SECONDS)
-    if device:
-        sign_in_with_device(session, choice, timeout)
-    else:
-        opener = browser_opener(session, open_browser)
-        limit = timeout or session.settings.callback_timeout
-        BrowserSignIn(session, choice, opener).run(limit, reading=False)
+    vars(options).update(device=device, no_browser=not open_browser, timeout=timeout)
+    command_auth(session, options, reading=False)
     return describe(session)[0]
 
 
@@ -2302,86 +2269,77 @@ def sign_out(*, revoke: bool = True) -> None:
     end_sign_in(Session(), revoke)
 
 
-def command_auth(session: Session, options: Namespace) -> int:
-    """Sign in."""
-    choice = Choice(session.settings, options)
+def command_auth(session: Session, options: Namespace, reading: bool = True) -> None:
+    """Sign in; `reading` allows pasting into standard input."""
     if options.device:
+        choice = Choice(session.settings, options)
         sign_in_with_device(session, choice, options.timeout)
     else:
-        opener = browser_opener(session, not options.no_browser)
-        limit = options.timeout or session.settings.callback_timeout
-        BrowserSignIn(session, choice, opener).run(limit)
-    return 0
+        BrowserSignIn(session, options).run(reading)
 
 
 def command_status(session: Session, options: Namespace) -> int:
     """Say who is signed in."""
     facts, code = describe(session)
-    if facts["problem"]:
-        facts["problem"] = facts["problem"].replace("chatgpt_oauth.py ", program_name() + " ")
-    lines = [json.dumps(facts, indent=2)] if options.json else map(printable, status_lines(facts))
-    print("\n".join(lines))
+    if options.json:
+        problem = facts["problem"] and as_started(facts["problem"])
+        print(json.dumps({**facts, "problem": problem}, indent=2))
+    else:
+        print("\n".join(printable(as_started(line)) for line in status_lines(facts)))
     return code
 
 
-def command_models(session: Session, options: Namespace) -> int:
+def command_models(session: Session, options: Namespace) -> None:
     """List, filter and import the account's models."""
     choice = Choice(session.settings, options)
     source, names = import_models(session, choice, keep=not options.dry_run)
-    if options.json:
-        print(json.dumps({"model_source": source, "models": names}, indent=2))
-    elif names:
-        print("\n".join(names))
-    return 0
+    result = {"model_source": source, "models": names}
+    text = json.dumps(result, indent=2) if options.json else "\n".join(names)
+    if text:
+        print(text)
 
 
-def command_env(session: Session, options: Namespace) -> int:
-    """Print shell code that exports the API key."""
+def command_env(session: Session, options: Namespace) -> None:
+    """Print shell code that exports the API key, or the access token and the account id."""
     shell = find_shell(session.settings, options.shell)
     usual, account = session.settings.api_key_env_var, "CHATGPT_OAUTH_ACCOUNT_ID"
     usual = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
     name = checked("--name", usual if options.name is None else options.name, _IDENTIFIER)
     if name == account:
         raise UsageError(f"--name must not be {account}", "choose another name")
-    variables: Dict[str, Optional[str]] = {name: None}
-    if options.access_token:
-        variables[account] = None
+    names = [name, account] if options.access_token else [name]
+    values: List[Optional[str]] = [None, None]
     if not options.unset:
         try:
             tokens = session.fresh() if options.access_token else session.tokens()
         except NotSignedInError as error:  # each new shell of somebody signed out says it: one line
             raise NotSignedInError(f"{error}; {error.hint}") from None
-        variables[name] = tokens.access_token if options.access_token else tokens.api_key
+        values = [tokens.api_key]
         if options.access_token:
-            variables[account] = tokens.account_id
-        if not variables[name]:
+            values = [tokens.access_token, tokens.account_id]
+        if not values[0]:
             plan = "without one: chatgpt_oauth.py env --access-token"
             raise OAuthError(NO_API_KEY, f"{ORGANIZATION_HINT}; or {plan}")
-    print(shell_code(shell, variables))
-    return 0
+    print(shell_code(shell, dict(zip(names, values))))
 
 
-def command_token(session: Session, options: Namespace) -> int:
+def command_token(session: Session, options: Namespace) -> None:
     """Print an access token that is valid now, or the API key."""
     if options.api_key and options.refresh:
         raise UsageError("--refresh does not go with --api-key", "leave one of them out")
-    if options.api_key:
-        value = session.tokens().api_key
-        if not value:
-            raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
-    else:
-        value = session.fresh(options.refresh).access_token
+    tokens = session.tokens() if options.api_key else session.fresh(options.refresh)
+    value = tokens.api_key if options.api_key else tokens.access_token
+    if not value:
+        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
     print(value)
-    return 0
 
 
-def command_logout(session: Session, options: Namespace) -> int:
+def command_logout(session: Session, options: Namespace) -> None:
     """Revoke the sign-in and remove what it left."""
     if end_sign_in(session, not options.local):
         session.notify("done", "Signed out: the token file and our model entries are gone")
     else:
         session.notify("info", "Not signed in; there is nothing to do.")
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2409,7 +2367,10 @@ class Puppy:
         """Say `lines` through the host's emitters (kinds as in Terminal.notify)."""
         from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
 
-        text = "\n".join(printable(self._worded(line), 5000) for line in lines)
+        text = "\n".join(printable(line, 5000) for line in lines)
+        text = re.sub(r"(?m)^Next: .*", "Next: /model and the name of one of them", text)
+        text = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", text)
+        text = text.replace("chatgpt_oauth.py ", f"python3 {__file__} ")
         if kind == "countdown":  # it would be a message a second
             return
         if kind == "verbatim":  # the emitters would break it into lines
@@ -2420,14 +2381,6 @@ class Puppy:
         name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
         getattr(messaging, "emit_" + name)(Text(text))  # plain strings would be read as markup
         time.sleep(PUPPY_PAUSE)
-
-    @staticmethod
-    def _worded(line: str) -> str:
-        """`line` with the host's commands in the place of the program's."""
-        if line.startswith("Next: "):  # a shell's next step
-            return "Next: /model and the name of one of them"
-        line = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", line)
-        return line.replace("chatgpt_oauth.py ", f"python3 {__file__} ")
 
     def on_help(self) -> List[Tuple[str, str]]:
         """Our commands, and those of the built-in plugin that are not ours."""
@@ -2440,10 +2393,16 @@ class Puppy:
             answers = (old(command=command, name=name) for old in self.inherited["custom_command"])
             return next((answer for answer in answers if answer is not None), None)
         import io
+        import signal
+        import threading
 
         said = io.StringIO()
         try:
-            with self._interruptible():
+            with contextlib.ExitStack() as stack:
+                if threading.current_thread() is threading.main_thread():
+                    # The host swallows Ctrl-C; while we wait it means what it says.
+                    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+                    stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
                 words = [word.strip("'\"") for word in command.split()[1:]]
                 self._run(name[len("chatgpt-") :], words, said)
         except OAuthError as error:
@@ -2455,22 +2414,6 @@ class Puppy:
         except SystemExit:  # --help
             self.notify("info", *said.getvalue().splitlines())
         return True
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _interruptible() -> Iterator[None]:
-        """Let Ctrl-C, which the host swallows, mean what it says while we wait."""
-        import signal
-        import threading
-
-        before = None
-        if threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            yield
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
 
     def _run(self, name: str, arguments: List[str], said: Any) -> None:
         pasted = [argument for argument in arguments if "?" in argument]
@@ -2502,14 +2445,13 @@ class Puppy:
         if options.device:
             command_auth(session, options)
             return
-        quiet = None
         with contextlib.suppress(ImportError):  # a release without it has no such wish
-            from code_puppy.tools import common  # type: ignore[import-not-found, unused-ignore]
+            from code_puppy.tools.common import (  # type: ignore[import-not-found, unused-ignore]
+                should_suppress_browser,
+            )
 
-            quiet = getattr(common, "should_suppress_browser", None)
-        wanted = not options.no_browser and not (quiet and quiet())
-        opener = browser_opener(session, wanted)
-        flow = BrowserSignIn(session, Choice(session.settings, options), opener)
+            options.no_browser = options.no_browser or should_suppress_browser()
+        flow = BrowserSignIn(session, options)
         if pasted:
             if not self.attempt:
                 raise UsageError("no sign-in was begun here", "run: chatgpt_oauth.py auth")
@@ -2517,13 +2459,12 @@ class Puppy:
                 response = self.attempt.pasted(pasted[0])
             except ValueError as error:
                 raise UsageError(f"that does not sign you in: {error}") from None
-            attempt, self.attempt = self.attempt, None
-            flow.redeem(attempt, response, None)
+            listener = Listener([], self.attempt, None)
+            self.attempt = None
+            flow.redeem(response, listener)
             return
         try:
-            terminal = sys.stdin is not None and sys.stdin.isatty()
-            limit = options.timeout or session.settings.callback_timeout
-            flow.run(limit, reading=terminal)
+            flow.run(reading=sys.stdin is not None and sys.stdin.isatty())
         finally:
             self.attempt = flow.attempt
 
@@ -2601,12 +2542,15 @@ def is_plugin() -> bool:
 # main
 # ---------------------------------------------------------------------------------------------
 
-_FLAG: Fields = {"action": "store_true"}
+_FLAG: Fields = {"action": "store_true", "default": False}
 _GLOBS: Fields = {"action": "append", "metavar": "GLOB"}
 OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--device": ("sign in with a code, from any browser anywhere", _FLAG),
     "--no-browser": ("show the address, open nothing", _FLAG),
-    "--timeout": ("time for the whole sign-in", {"metavar": "SECONDS"}),
+    "--timeout": (
+        "time for the whole sign-in",
+        {"metavar": "SECONDS", "type": lambda text: checked("--timeout", text, _SECONDS)},
+    ),
     "--include": ("import these models, not the default patterns", _GLOBS),
     "--exclude": ("leave these models out", _GLOBS),
     "--source": ("who pays: api (the API account) or codex (the plan)", {"choices": SOURCES}),
@@ -2626,7 +2570,7 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--local": ("do not tell OpenAI", _FLAG),
 }
 # command: what runs it, what it does, an example (with its -h), its options
-COMMANDS: Dict[str, Tuple[Callable[[Session, Namespace], int], str, str, str]] = {
+COMMANDS: Dict[str, Tuple[Callable[..., Optional[int]], str, str, str]] = {
     "auth": (
         command_auth,
         "sign in, obtain an API key, import the models",
@@ -2673,9 +2617,9 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
     if not arguments:  # as scripts and shell profiles call: argparse would cost them its import
         import types
 
-        names = {flag[2:].replace("-", "_"): details for flag, (_, details) in options.items()}
-        plain = {n: False if d is _FLAG else d.get("default") for n, d in names.items()}
-        return types.SimpleNamespace(**plain)
+        defaults = {flag: details.get("default") for flag, (_, details) in options.items()}
+        names = {flag[2:].replace("-", "_"): value for flag, value in defaults.items()}
+        return types.SimpleNamespace(**names)
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -2695,10 +2639,7 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
     )
     for flag, (explained, details) in options.items():
         parser.add_argument(flag, help=explained, **details)
-    parsed = parser.parse_args(arguments)
-    if getattr(parsed, "timeout", None) is not None:
-        parsed.timeout = checked("--timeout", parsed.timeout, _SECONDS)
-    return parsed
+    return parser.parse_args(arguments)
 
 
 USAGE = (
@@ -2716,18 +2657,13 @@ Every setting of CHATGPT_OAUTH_CONFIG, at the top of the file, is a variable:
 )
 
 
-def usage(whole: bool) -> str:
-    """The help; `whole` adds what `-h` says beyond the short one."""
-    lines = [f"  {name:8}{row[1]}" for name, row in COMMANDS.items()]
-    text = "\n".join(("usage: chatgpt_oauth.py COMMAND [options]", "", *lines, *USAGE[: 1 + whole]))
-    return text.replace("chatgpt_oauth.py ", program_name() + " ")
-
-
 def run(arguments: List[str], notify: Notify) -> int:
     """Do what the command line says; returns the exit code. Raises OAuthError."""
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help"):
-        print(usage(bool(name)), file=sys.stdout if name else sys.stderr)
+        lines = [f"  {command:8}{row[1]}" for command, row in COMMANDS.items()]
+        lines = ["usage: chatgpt_oauth.py COMMAND [options]", "", *lines, *USAGE[: 1 + bool(name)]]
+        print(as_started("\n".join(lines)), file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name == "--version":
         print(f"chatgpt_oauth {__version__}")
@@ -2742,7 +2678,7 @@ def run(arguments: List[str], notify: Notify) -> int:
         options = parse(name, arguments[1:], f"{program_name()} {name}")
     except SystemExit:  # after --help
         return 0
-    return COMMANDS[name][0](Session(notify=notify), options)
+    return COMMANDS[name][0](Session(notify=notify), options) or 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -2765,14 +2701,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.notify("info", "Interrupted.")
         return 130
+    except OSError as error:  # standard output is closed or full
+        terminal.notify("error", f"cannot write the result: {error.strerror}")
+        return StorageError.exit_code
     except Exception as error:
-        if isinstance(error, OSError):  # standard output is closed or full
-            terminal.notify("error", f"cannot write the result: {error.strerror}")
-            return StorageError.exit_code
-        where = error.__traceback__
-        while where and where.tb_next:
-            where = where.tb_next
-        line = where.tb_lineno if where else 0  # the text could hold a secret
+        import traceback
+
+        *_, (_, line) = traceback.walk_tb(error.__traceback__)  # the text could hold a secret
         terminal.notify("error", f"this should not happen: {type(error).__name__}, line {line}")
         return OAuthError.exit_code
 
