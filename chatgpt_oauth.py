@@ -1750,31 +1750,29 @@ class Lines:
     def _read(self) -> None:
         import select
 
-        pending = part = b""
-        while not self.closed:
-            if sys.platform != "win32" and not select.select([self.descriptor], [], [], 0.1)[0]:
-                continue
-            with contextlib.suppress(OSError):
-                part = b"" if self.closed else os.read(self.descriptor, 65536)
-            if not part:
-                self.events.put(("eof", ""))
-                return
-            *lines, pending = (pending[-65536:] + part).split(b"\n")
-            for line in lines:
-                self.events.put(("line", line.decode("utf-8", "replace")))
+        part, pending = b"-", b""
+        with contextlib.suppress(OSError):
+            while part and not self.closed:
+                ready = sys.platform == "win32" or select.select([self.descriptor], [], [], 0.1)[0]
+                if ready and not self.closed:
+                    part = os.read(self.descriptor, 65536)
+                    *lines, pending = (pending[-65536:] + part).split(b"\n")
+                    for line in lines:
+                        self.events.put(("line", line.decode("utf-8", "replace")))
+        self.events.put(("eof", ""))
 
 
 class BrowserSignIn:
     """The authorization code flow over the loopback redirect or a pasted address.
 
-    `options` are those of `auth`; `attempt` is the latest authorization request.
+    `options` are those of `auth`.
     """
+
+    latest: Optional[Attempt] = None  # of this process; its address may be pasted later
 
     def __init__(self, session: Session, options: Namespace) -> None:
         self.session, self.options = session, options
-        self.choice = Choice(session.settings, options)
         self.timeout = options.timeout or session.settings.callback_timeout
-        self.attempt: Optional[Attempt] = None
 
     def run(self, reading: bool) -> None:
         """Sign in, or raise OAuthError; `reading` allows pasting into standard input."""
@@ -1795,8 +1793,9 @@ class BrowserSignIn:
             self.lines.closed = True
 
     def _asked_again(self) -> bool:
-        offer = f"press Enter within {RETRY_OFFER:g} s for a new address"
-        self.session.notify("warning", f"time is up; {offer}")
+        self.session.notify(
+            "warning", f"time is up; press Enter within {RETRY_OFFER:g} s for a new address"
+        )
         events = arriving(self.events, time.monotonic() + RETRY_OFFER)
         return next((kind for kind, _ in events if kind != "tick"), "") == "line"
 
@@ -1806,17 +1805,15 @@ class BrowserSignIn:
         port, sockets, fault = open_port(self.session.settings)
         if fault and not self.lines.usable:
             raise OAuthError(fault, "sign in without a port: chatgpt_oauth.py auth --device")
-        self.attempt = Attempt(self.session.settings, port)
-        listener = Listener(sockets, self.attempt, self.events)
+        attempt = BrowserSignIn.latest = Attempt(self.session.settings, port)
+        listener = Listener(sockets, attempt, self.events)
         try:
             if fault:
                 notify("warning", fault)
             notify("info", f"Sign in at this address within {self.timeout:g} seconds:")
-            notify("verbatim", self.attempt.url)
+            notify("verbatim", attempt.url)
             deadline = time.monotonic() + self.timeout
-            obstacle: Optional[str] = "you asked for none"
-            if not self.options.no_browser:
-                obstacle = open_browser(self.session, self.attempt.url)
+            obstacle = open_browser(self.session, attempt.url, not self.options.no_browser)
             if obstacle or fault:
                 self._show_ways(obstacle, listener)
             elif self.lines.terminal:
@@ -1831,17 +1828,17 @@ class BrowserSignIn:
 
     def _show_ways(self, obstacle: Optional[str], listener: Listener) -> None:
         """How to go on where the browser is elsewhere."""
-        port = listener.attempt.port
-        ways = [f"No browser is opened here: {obstacle}."] if obstacle else []
-        if self.lines.usable:
-            ways.append("- Open the address in any browser. It ends on a page that cannot be")
-            ways.append("  reached: paste that page's address here.")
-        ways.append("- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device")
-        if listener.sockets:
-            ways.append("- Or lead the port from your own machine to this one, and open it there:")
-            ways.append(f"  ssh -L {port}:localhost:{port} THIS-MACHINE")
-        for line in ways:
-            self.session.notify("info", line)
+        pasting, listening, port = self.lines.usable, listener.sockets, listener.attempt.port
+        for open_to_us, line in (
+            (obstacle, f"No browser is opened here: {obstacle}."),
+            (pasting, "- Open the address in any browser. It ends on a page that cannot be"),
+            (pasting, "  reached: paste that page's address here."),
+            (True, "- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device"),
+            (listening, "- Or lead the port from your own machine to this one, and open it there:"),
+            (listening, f"  ssh -L {port}:localhost:{port} THIS-MACHINE"),
+        ):
+            if open_to_us:
+                self.session.notify("info", line)
 
     def _await(self, listener: Listener, deadline: float) -> Optional[Dict[str, str]]:
         """The response that comes first, by browser or by paste; None when the time is up."""
@@ -1855,8 +1852,10 @@ class BrowserSignIn:
                 except ValueError as error:
                     self.session.notify("info", f"That does not sign you in: {error}.")
             elif kind == "eof" and not listener.sockets:
-                hint = "sign in without either: chatgpt_oauth.py auth --device"
-                raise OAuthError("no port is free to listen on and nothing can be pasted", hint)
+                raise OAuthError(
+                    "no port is free to listen on and nothing can be pasted",
+                    "sign in without either: chatgpt_oauth.py auth --device",
+                )
             before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
             if not self.lines.terminal:  # it must not write over what somebody is pasting
                 self.session.notify("countdown", str(seconds))
@@ -1870,15 +1869,16 @@ class BrowserSignIn:
         try:
             if "code" not in response:
                 raise denial(response)
-            code, redirect_uri = response["code"], attempt.redirect_uri
-            old = keep_tokens(self.session, code, attempt.verifier, redirect_uri)
+            old = keep_tokens(
+                self.session, response["code"], attempt.verifier, attempt.redirect_uri
+            )
         except OAuthError as error:
             error.hint = error.hint or "try again: chatgpt_oauth.py auth"
             listener.settle(error)
             raise
         listener.settle()
         deadline = time.monotonic() + LINGER
-        finish_sign_in(self.session, self.choice, old)
+        finish_sign_in(self.session, Choice(self.session.settings, self.options), old)
         if listener.claimed:
             listener.delivered.wait(max(0.0, deadline - time.monotonic()))
 
@@ -1903,9 +1903,12 @@ def open_port(settings: Settings) -> Tuple[int, List[Socket], str]:
             return port, bind_loopback(port), ""
         except OSError as error:
             reason = reason or error.strerror or "error"
-    listing = f"This shows which program has it: {who_listens(ports[0])}"
-    fault = f"neither port {ports[0]} nor {ports[1]} can be listened on ({reason}). {listing}"
-    return ports[0], [], fault
+    return (
+        ports[0],
+        [],
+        f"neither port {ports[0]} nor {ports[1]} can be listened on ({reason}). "
+        f"This shows which program has it: {who_listens(ports[0])}",
+    )
 
 
 def who_listens(port: int) -> str:
@@ -1998,8 +2001,9 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         finally:
             register_models(session, {})
     if tokens and tokens.api_key:
-        told = "The API key stays valid until you delete it at https://platform.openai.com"
-        session.notify("info", told)
+        session.notify(
+            "info", "The API key stays valid until you delete it at https://platform.openai.com"
+        )
     return True
 
 
@@ -2117,13 +2121,13 @@ class Terminal:
             print(clear + lead + text, file=sys.stderr, flush=True)
 
 
-def open_browser(session: Session, url: str) -> Optional[str]:
-    """Open `url` in the person's browser; returns why it was not, None when it was."""
+def open_browser(session: Session, url: str, wanted: bool) -> Optional[str]:
+    """Open `url` in the person's browser, if `wanted`; returns why it was not, or None."""
     import subprocess
     import threading
 
     settings, secrets = session.settings, set()
-    command, obstacle = browser_command(settings.environ)
+    command, obstacle = browser_command(settings.environ) if wanted else ([], "you asked for none")
     if not command:
         return obstacle
     # The browser sees none of our keys, whatever they are exported as, and no TERM, without
@@ -2272,8 +2276,7 @@ def sign_out(*, revoke: bool = True) -> None:
 def command_auth(session: Session, options: Namespace, reading: bool = True) -> None:
     """Sign in; `reading` allows pasting into standard input."""
     if options.device:
-        choice = Choice(session.settings, options)
-        sign_in_with_device(session, choice, options.timeout)
+        sign_in_with_device(session, Choice(session.settings, options), options.timeout)
     else:
         BrowserSignIn(session, options).run(reading)
 
@@ -2293,8 +2296,8 @@ def command_models(session: Session, options: Namespace) -> None:
     """List, filter and import the account's models."""
     choice = Choice(session.settings, options)
     source, names = import_models(session, choice, keep=not options.dry_run)
-    result = {"model_source": source, "models": names}
-    text = json.dumps(result, indent=2) if options.json else "\n".join(names)
+    facts = {"model_source": source, "models": names}
+    text = json.dumps(facts, indent=2) if options.json else "\n".join(names)
     if text:
         print(text)
 
@@ -2314,12 +2317,13 @@ def command_env(session: Session, options: Namespace) -> None:
             tokens = session.fresh() if options.access_token else session.tokens()
         except NotSignedInError as error:  # each new shell of somebody signed out says it: one line
             raise NotSignedInError(f"{error}; {error.hint}") from None
-        values = [tokens.api_key]
-        if options.access_token:
-            values = [tokens.access_token, tokens.account_id]
+        both = [tokens.access_token, tokens.account_id]
+        values = both if options.access_token else [tokens.api_key]
         if not values[0]:
-            plan = "without one: chatgpt_oauth.py env --access-token"
-            raise OAuthError(NO_API_KEY, f"{ORGANIZATION_HINT}; or {plan}")
+            raise OAuthError(
+                NO_API_KEY,
+                f"{ORGANIZATION_HINT}; or without one: chatgpt_oauth.py env --access-token",
+            )
     print(shell_code(shell, dict(zip(names, values))))
 
 
@@ -2360,7 +2364,6 @@ class Puppy:
 
     def __init__(self) -> None:
         self.inherited: Dict[str, List[Any]] = {"custom_command": [], "custom_command_help": []}
-        self.attempt: Optional[Attempt] = None  # the last one, for an address pasted later
         self.exported: Optional[str] = None
 
     def notify(self, kind: str, *lines: str) -> None:
@@ -2442,31 +2445,25 @@ class Puppy:
             to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
 
     def _sign_in(self, session: Session, options: Namespace, pasted: List[str]) -> None:
-        if options.device:
-            command_auth(session, options)
-            return
         with contextlib.suppress(ImportError):  # a release without it has no such wish
             from code_puppy.tools.common import (  # type: ignore[import-not-found, unused-ignore]
                 should_suppress_browser,
             )
 
             options.no_browser = options.no_browser or should_suppress_browser()
-        flow = BrowserSignIn(session, options)
-        if pasted:
-            if not self.attempt:
-                raise UsageError("no sign-in was begun here", "run: chatgpt_oauth.py auth")
-            try:
-                response = self.attempt.pasted(pasted[0])
-            except ValueError as error:
-                raise UsageError(f"that does not sign you in: {error}") from None
-            listener = Listener([], self.attempt, None)
-            self.attempt = None
-            flow.redeem(response, listener)
+        if options.device or not pasted:
+            at_terminal = sys.stdin is not None and sys.stdin.isatty()
+            command_auth(session, options, reading=at_terminal)
             return
+        attempt = BrowserSignIn.latest
+        if not attempt:
+            raise UsageError("no sign-in was begun here", "run: chatgpt_oauth.py auth")
         try:
-            flow.run(reading=sys.stdin is not None and sys.stdin.isatty())
-        finally:
-            self.attempt = flow.attempt
+            response = attempt.pasted(pasted[0])
+        except ValueError as error:
+            raise UsageError(f"that does not sign you in: {error}") from None
+        BrowserSignIn.latest = None
+        BrowserSignIn(session, options).redeem(response, Listener([], attempt, None))
 
     def export(self) -> None:
         """Give the host the API key, which it looks for in the environment."""
