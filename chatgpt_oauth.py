@@ -1778,7 +1778,6 @@ class BrowserSignIn:
         """Sign in, or raise OAuthError; `reading` allows pasting into standard input."""
         import queue
 
-        self.session.store.prepare()
         self.events: Any = queue.SimpleQueue()
         self.lines = Lines(self.events, reading)
         try:
@@ -1829,7 +1828,7 @@ class BrowserSignIn:
     def _show_ways(self, obstacle: Optional[str], listener: Listener) -> None:
         """How to go on where the browser is elsewhere."""
         pasting, listening, port = self.lines.usable, listener.sockets, listener.attempt.port
-        for open_to_us, line in (
+        for offered, line in (
             (obstacle, f"No browser is opened here: {obstacle}."),
             (pasting, "- Open the address in any browser. It ends on a page that cannot be"),
             (pasting, "  reached: paste that page's address here."),
@@ -1837,7 +1836,7 @@ class BrowserSignIn:
             (listening, "- Or lead the port from your own machine to this one, and open it there:"),
             (listening, f"  ssh -L {port}:localhost:{port} THIS-MACHINE"),
         ):
-            if open_to_us:
+            if offered:
                 self.session.notify("info", line)
 
     def _await(self, listener: Listener, deadline: float) -> Optional[Dict[str, str]]:
@@ -1922,7 +1921,6 @@ def who_listens(port: int) -> str:
 def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[float]) -> None:
     """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
     settings = session.settings
-    session.store.prepare()
     device = request_user_code(settings)
     for kind, line in (
         ("info", "Open this page in any browser and sign in:"),
@@ -2141,10 +2139,14 @@ def open_browser(session: Session, url: str, wanted: bool) -> Optional[str]:
         and not name.startswith("CHATGPT_OAUTH_")
         and value not in secrets
     }
-    nowhere: Fields = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
         process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
-            [*command, url], env=environ, start_new_session=True, **nowhere
+            [*command, url],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environ,
+            start_new_session=True,
         )
     except OSError as error:
         return f"it could not be started ({error.strerror})"
@@ -2202,7 +2204,7 @@ def describe(session: Session) -> Tuple[Fields, int]:
     source = settings.model_source
     if tokens and source == "auto":
         source = "api" if who.api_key else "codex"
-    facts = {
+    return {
         "authenticated": usable,
         **dict(identity(who), account_id=who.account_id),
         "has_api_key": bool(who.api_key),
@@ -2216,8 +2218,7 @@ def describe(session: Session) -> Tuple[Fields, int]:
         "issuer": who.issuer,
         "client_id": who.client_id,
         "problem": f"{trouble}; {trouble.hint}" if trouble else None,
-    }
-    return facts, code
+    }, code
 
 
 def status_lines(facts: Fields) -> List[str]:
@@ -2275,6 +2276,7 @@ def sign_out(*, revoke: bool = True) -> None:
 
 def command_auth(session: Session, options: Namespace, reading: bool = True) -> None:
     """Sign in; `reading` allows pasting into standard input."""
+    session.store.prepare()
     if options.device:
         sign_in_with_device(session, Choice(session.settings, options), options.timeout)
     else:
@@ -2294,8 +2296,9 @@ def command_status(session: Session, options: Namespace) -> int:
 
 def command_models(session: Session, options: Namespace) -> None:
     """List, filter and import the account's models."""
-    choice = Choice(session.settings, options)
-    source, names = import_models(session, choice, keep=not options.dry_run)
+    source, names = import_models(
+        session, Choice(session.settings, options), keep=not options.dry_run
+    )
     facts = {"model_source": source, "models": names}
     text = json.dumps(facts, indent=2) if options.json else "\n".join(names)
     if text:
@@ -2406,8 +2409,7 @@ class Puppy:
                     # The host swallows Ctrl-C; while we wait it means what it says.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
-                words = [word.strip("'\"") for word in command.split()[1:]]
-                self._run(name[len("chatgpt-") :], words, said)
+                self._run(name[len("chatgpt-") :], command, said)
         except OAuthError as error:
             self.notify("error", str(error))
             if error.hint:
@@ -2418,10 +2420,10 @@ class Puppy:
             self.notify("info", *said.getvalue().splitlines())
         return True
 
-    def _run(self, name: str, arguments: List[str], said: Any) -> None:
-        pasted = [argument for argument in arguments if "?" in argument]
+    def _run(self, name: str, command: str, said: Any) -> None:
+        words = [word.strip("'\"") for word in command.split()[1:]]
         with contextlib.redirect_stdout(said):
-            options = parse(name, [a for a in arguments if a not in pasted], "/chatgpt-" + name)
+            options = parse(name, [w for w in words if "?" not in w], "/chatgpt-" + name)
         session = Session(notify=self.notify)
         if name == "status":
             facts = describe(session)[0]
@@ -2430,7 +2432,7 @@ class Puppy:
             self._warn_of_stale_key(session)
             return
         if name == "auth":
-            self._sign_in(session, options, pasted)
+            self._sign_in(session, options, [word for word in words if "?" in word])
             self.export()
         else:
             command_logout(session, options)
@@ -2614,9 +2616,12 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
     if not arguments:  # as scripts and shell profiles call: argparse would cost them its import
         import types
 
-        defaults = {flag: details.get("default") for flag, (_, details) in options.items()}
-        names = {flag[2:].replace("-", "_"): value for flag, value in defaults.items()}
-        return types.SimpleNamespace(**names)
+        return types.SimpleNamespace(
+            **{
+                flag[2:].replace("-", "_"): details.get("default")
+                for flag, (_, details) in options.items()
+            }
+        )
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -2625,8 +2630,8 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
 
     lines = ["example:", f"  {example}"]
     if name == "env":
-        lines = ["a line for the profile of each shell:"]
-        lines += [f"  {shell}:\n    {row[3]}" for shell, row in SHELLS.items() if row[3]]
+        profiles = (f"  {shell}:\n    {row[3]}" for shell, row in SHELLS.items() if row[3])
+        lines = ["a line for the profile of each shell:", *profiles]
     parser = Parser(
         prog=prog,
         description=f"{what[0].upper()}{what[1:]}.",
