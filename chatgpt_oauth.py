@@ -2426,10 +2426,7 @@ class Puppy:
             options = parse(name, [w for w in words if "?" not in w], "/chatgpt-" + name)
         session = Session(notify=self.notify)
         if name == "status":
-            facts = describe(session)[0]
-            whole = json.dumps(facts, indent=2).splitlines()
-            self.notify("info", *(whole if options.json else status_lines(facts)))
-            self._warn_of_stale_key(session)
+            self._status(session, options)
             return
         if name == "auth":
             self._sign_in(session, options, [word for word in words if "?" in word])
@@ -2446,6 +2443,17 @@ class Puppy:
         except Exception as error:
             to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
 
+    def _status(self, session: Session, options: Namespace) -> None:
+        facts = describe(session)[0]
+        whole = json.dumps(facts, indent=2).splitlines()
+        self.notify("info", *(whole if options.json else status_lines(facts)))
+        from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
+
+        tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
+        stored = getattr(config, "get_value", lambda _: None)(variable)
+        if stored and (tokens is None or stored != tokens.api_key):
+            self.notify("warning", f"Code Puppy's own setting {variable} overrides the API key")
+
     def _sign_in(self, session: Session, options: Namespace, pasted: List[str]) -> None:
         with contextlib.suppress(ImportError):  # a release without it has no such wish
             from code_puppy.tools.common import (  # type: ignore[import-not-found, unused-ignore]
@@ -2454,8 +2462,7 @@ class Puppy:
 
             options.no_browser = options.no_browser or should_suppress_browser()
         if options.device or not pasted:
-            at_terminal = sys.stdin is not None and sys.stdin.isatty()
-            command_auth(session, options, reading=at_terminal)
+            command_auth(session, options, sys.stdin is not None and sys.stdin.isatty())
             return
         attempt = BrowserSignIn.latest
         if not attempt:
@@ -2473,14 +2480,6 @@ class Puppy:
         tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var
         if tokens and tokens.api_key and os.environ.get(variable) in (None, "", self.exported):
             self.exported = os.environ[variable] = tokens.api_key
-
-    def _warn_of_stale_key(self, session: Session) -> None:
-        from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
-
-        tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
-        stored = getattr(config, "get_value", lambda _: None)(variable)
-        if stored and (tokens is None or stored != tokens.api_key):
-            self.notify("warning", f"Code Puppy's own setting {variable} overrides the API key")
 
     def take_over(self) -> None:
         """Take the built-in plugin's commands, and let it fetch its tokens through us."""
@@ -2514,14 +2513,13 @@ def register_callbacks() -> None:
     from code_puppy import callbacks  # type: ignore[import-not-found, unused-ignore]
 
     puppy = Puppy()
-    steps = (
+    for step in (
         lambda: callbacks.register_callback("custom_command", puppy.on_command),
         lambda: callbacks.register_callback("custom_command_help", puppy.on_help),
         lambda: callbacks.register_callback("startup", puppy.take_over),
         puppy.take_over,
         puppy.export,
-    )
-    for step in steps:
+    ):
         try:
             step()
         except Exception as error:  # what a release lacks is done without
@@ -2663,9 +2661,14 @@ def run(arguments: List[str], notify: Notify) -> int:
     """Do what the command line says; returns the exit code. Raises OAuthError."""
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help"):
-        lines = [f"  {command:8}{row[1]}" for command, row in COMMANDS.items()]
-        lines = ["usage: chatgpt_oauth.py COMMAND [options]", "", *lines, *USAGE[: 1 + bool(name)]]
-        print(as_started("\n".join(lines)), file=sys.stdout if name else sys.stderr)
+        commands = (f"  {command:8}{row[1]}" for command, row in COMMANDS.items())
+        parts = (
+            "usage: chatgpt_oauth.py COMMAND [options]",
+            "",
+            *commands,
+            *USAGE[: 1 + bool(name)],
+        )
+        print(as_started("\n".join(parts)), file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name == "--version":
         print(f"chatgpt_oauth {__version__}")
