@@ -751,9 +751,9 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Fields], No
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         with os.fdopen(os.open(temporary, flags, 0o600), "r+b") as file:
-            _belongs_to(file.fileno(), path, os.path.dirname(path))
+            _belongs_to(file.fileno(), path)
 
             def commit(value: Fields) -> None:
                 _overwrite(file, encode(value))
@@ -793,24 +793,23 @@ def _overwrite(file: Any, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def _belongs_to(descriptor: int, *paths: str) -> None:
-    """Give a new file of root's to the owner of the first path there is.
+def _belongs_to(descriptor: int, path: str) -> None:
+    """Give a new file of root's to the owner of `path`, or of its folder where there is none.
 
     Root in a container must not lock out the owner of the home that is mounted there.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
-        owner = os.stat(next(path for path in paths if os.path.exists(path)))
+        owner = os.stat(path if os.path.exists(path) else os.path.dirname(path))
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _replace(source: str, target: str) -> None:
     """Rename durably. All that Windows needs otherwise stands here and in `_try_lock`."""
-    if sys.platform == "win32":
-        deadline = time.monotonic() + 5.0  # a reader or a virus scanner may hold the target open
-        while time.monotonic() < deadline:
-            with contextlib.suppress(PermissionError):
-                return os.replace(source, target)
-            time.sleep(0.05)
+    deadline = time.monotonic() + 5.0
+    while sys.platform == "win32" and time.monotonic() < deadline:
+        with contextlib.suppress(PermissionError):  # a reader or a virus scanner may hold it open
+            return os.replace(source, target)
+        time.sleep(0.05)
     os.replace(source, target)
     if sys.platform != "win32":
         folder = os.open(os.path.dirname(target), os.O_RDONLY)
@@ -822,7 +821,7 @@ def _replace(source: str, target: str) -> None:
 
 def _try_lock(descriptor: int) -> bool:
     """Take the exclusive lock if it is free; the system releases it when the file is closed."""
-    try:
+    with contextlib.suppress(BlockingIOError, PermissionError):
         if sys.platform == "win32":
             import msvcrt
 
@@ -831,23 +830,22 @@ def _try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 class Store:
     """The token file and the models file in `home`. Every method may raise StorageError."""
 
-    __slots__ = ("home", "token_file", "models_file", "lock_timeout", "notify", "locked")
-
     def __init__(self, settings: Settings, notify: Notify) -> None:
-        self.home = settings.home
-        self.token_file = os.path.join(self.home, "chatgpt_oauth.json")
-        self.models_file = os.path.join(self.home, "chatgpt_models.json")
-        self.lock_timeout = settings.lock_timeout
-        self.notify = notify
-        self.locked = False
+        self.settings, self.notify = settings, notify
+        self.token_file = os.path.join(settings.home, "chatgpt_oauth.json")
+        self.models_file = os.path.join(settings.home, "chatgpt_models.json")
+        leftover = os.path.realpath(self.token_file) + ".tmp"
+        if os.path.lexists(leftover):
+            # Of a killed process, unless somebody else is writing it now and so holds the lock.
+            with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
+                os.unlink(leftover)
 
     def prepare(self) -> None:
         """Make sure that tokens can be stored, before anybody goes to fetch them."""
@@ -856,22 +854,11 @@ class Store:
 
     def load_tokens(self) -> Optional[Tokens]:
         """The stored sign-in, None when there is none."""
-        fields = self._read(self.token_file, MEBIBYTE)
-        leftover = os.path.realpath(self.token_file) + ".tmp"
-        if not self.locked and os.path.lexists(leftover):
-            # Of a killed process, unless somebody else is writing it now and so holds the lock.
-            with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
-                os.unlink(leftover)
-        if fields is None or not fields.get("access_token"):
-            return None
+        fields = self.read(self.token_file)
         try:
-            return Tokens(fields)
+            return Tokens(fields) if fields.get("access_token") else None
         except ValueError as error:
             raise self._broken(self.token_file, str(error)) from None
-
-    def load_models(self) -> Fields:
-        """The entries of the models file by name, ours and others'."""
-        return self._read(self.models_file, MODELS_LIMIT) or {}
 
     def _broken(self, path: str, fault: str) -> StorageError:
         hint = "look at the file; a new sign-in keeps it as chatgpt_oauth.json.bad"
@@ -879,33 +866,33 @@ class Store:
             hint = "mend or remove the file, then run: chatgpt_oauth.py models"
         return StorageError(f"{path} {fault}", hint)
 
-    def _read(self, path: str, limit: int) -> Optional[Fields]:
+    def read(self, path: str) -> Fields:
+        """The JSON object in the file at `path`, {} where there is no file."""
         deadline = time.monotonic() + REREAD_SECONDS
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # or a FIFO would keep us waiting
         while True:
             try:
-                # O_NONBLOCK, for a FIFO would keep us waiting for a writer.
-                flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-                with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
-                    self._admit(path, file.fileno(), limit)
-                    value = json.loads(file.read(limit))
+                with os.fdopen(os.open(path, flags), "rb") as file:
+                    self._admit(path, file.fileno())
+                    value = json.loads(file.read(MODELS_LIMIT))
+                if isinstance(value, dict):
+                    return value
+                raise self._broken(path, "is not a JSON object")
             except FileNotFoundError:
-                return None
+                return {}
             except OSError as error:
                 raise self._broken(path, f"cannot be read: {error.strerror}") from None
             except (ValueError, RecursionError):
                 if time.monotonic() > deadline:
                     raise self._broken(path, "is not JSON") from None
                 time.sleep(0.05)
-                continue
-            if not isinstance(value, dict):
-                raise self._broken(path, "is not a JSON object")
-            return value
 
-    def _admit(self, path: str, descriptor: int, limit: int) -> None:
+    def _admit(self, path: str, descriptor: int) -> None:
         """Refuse what is no plain file of ours; take others' access to the tokens away."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise self._broken(path, "is not a regular file")
+        limit = MEBIBYTE if path == self.token_file else MODELS_LIMIT
         if facts.st_size > limit:
             raise self._broken(path, f"is larger than {limit // MEBIBYTE} MiB")
         if path != self.token_file or sys.platform == "win32":
@@ -925,11 +912,11 @@ class Store:
 
         Raises UnavailableError when somebody else has it all that time.
         """
-        deadline = time.monotonic() + (self.lock_timeout if timeout is None else timeout)
+        deadline = time.monotonic() + (self.settings.lock_timeout if timeout is None else timeout)
         path = os.path.realpath(self.token_file) + ".lock"
         with contextlib.ExitStack() as stack:
             try:
-                os.makedirs(self.home, mode=0o700, exist_ok=True)
+                os.makedirs(self.settings.home, mode=0o700, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
                 stack.callback(os.close, descriptor)
                 _belongs_to(descriptor, os.path.dirname(path))
@@ -943,11 +930,7 @@ class Store:
             except OSError as error:
                 hint = "make the folder writable, or name another one in CHATGPT_OAUTH_HOME"
                 raise StorageError(f"cannot lock {path}: {error.strerror}", hint) from None
-            self.locked = True
-            try:
-                yield
-            finally:
-                self.locked = False
+            yield
 
     def save(self, path: str, value: Fields) -> None:
         """Put `value` into the file at `path`. The caller holds the lock."""
@@ -988,13 +971,8 @@ def to_log(kind: str, text: str) -> None:
 class Session:
     """The stored sign-in, kept fresh. `notify(kind, text)` hears what a person should know."""
 
-    __slots__ = ("settings", "store", "notify")
-
-    def __init__(
-        self, settings: Optional[Settings] = None, notify: Optional[Notify] = None
-    ) -> None:
-        self.settings = settings or Settings()
-        self.notify = notify or to_log
+    def __init__(self, settings: Optional[Settings] = None, notify: Notify = to_log) -> None:
+        self.settings, self.notify = settings or Settings(), notify
         self.store = Store(self.settings, self.notify)
 
     def tokens(self) -> Tokens:
@@ -1012,7 +990,7 @@ class Session:
         tokens = self.tokens()
         if not force and tokens.outlives(REFRESH_MARGIN, unknown=False):
             return tokens
-        usable = tokens.outlives(0, unknown=True) and not force
+        usable = not force and tokens.outlives(0, unknown=True)
         try:
             return self._refresh(tokens, force, patient=not usable)
         except OAuthError as error:
@@ -1021,18 +999,17 @@ class Session:
             self.notify("warning", f"{error}; the access token still works for now")
             return tokens
 
-    def obstacle(self, tokens: Tokens) -> Optional[OAuthError]:
-        """What will make the next refresh fail without asking anybody, else None."""
+    def require_renewable(self, tokens: Tokens) -> None:
+        """Raise SignInEndedError if the next refresh will fail without asking anybody."""
         mark = tokens.fields.get("ended")
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
-            return ended(str(mark.get("reason")))
+            raise ended(str(mark.get("reason")))
         if tokens.issuer != self.settings.issuer:
-            where = f"the sign-in was made at another issuer, {tokens.issuer}"
-            return SignInEndedError(where, AGAIN)
+            where = f"another issuer, {tokens.issuer}"
+            raise SignInEndedError(f"the sign-in was made at {where}", AGAIN)
         if not tokens.refresh_token:
             why = "the access token cannot be renewed: no refresh token came"
-            return SignInEndedError(why, AGAIN)
-        return None
+            raise SignInEndedError(why, AGAIN)
 
     def _refresh(self, seen: Tokens, force: bool, patient: bool) -> Tokens:
         with self.store.lock():
@@ -1040,9 +1017,7 @@ class Session:
             waited = tokens.access_token != seen.access_token
             if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
                 return tokens  # somebody else fetched it while we waited
-            obstacle = self.obstacle(tokens)
-            if obstacle:
-                raise obstacle
+            self.require_renewable(tokens)
             # The refresh token is good for one use: have a place for its successor first.
             reserve = encode(tokens.fields) + bytes(RESERVE)
             with replacing(self.store.token_file, reserve) as commit:
@@ -1070,12 +1045,11 @@ class Session:
 
     def _spend(self, spent: Tokens, commit: Callable[..., None]) -> Tokens:
         """One try: store what came, unless the file changed hands meanwhile."""
-        answer: Fields = {}
         ending: Optional[OAuthError] = None
         try:
             answer = refresh_grant(self.settings, spent)
         except SignInEndedError as error:
-            ending = error
+            answer, ending = {}, error
         try:
             current = self.tokens()
         except StorageError:
@@ -1092,30 +1066,27 @@ class Session:
             account = auth_claims(token).get("chatgpt_account_id")
             if account and spent.account_id and account != spent.account_id:
                 raise OAuthError("refreshing the access token failed: it is another account's")
-        fields = {k: value for k, value in current.fields.items() if k != "ended"}
+        fields = merged(current.fields, answer)
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = answer["access_token"]  # no API key: see Tokens
-        renewed = Tokens(merged(fields, answer))
-        commit(renewed.fields)
-        return renewed
+        commit(fields)
+        return Tokens(fields)
 
 
 def merged(fields: Fields, answer: Fields) -> Fields:
     """`fields` with what a token endpoint answered; what it omits stays as it was."""
-    now = time.time()
+    kept = {k: value for k, value in fields.items() if k not in ("expires_at", "ended")}
     came = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
     lifetime = answer.get("expires_in")
     if isinstance(lifetime, (int, float)) and 0 < lifetime < 1e9:
-        came["expires_at"] = timestamp(now + lifetime)
-    kept = {k: value for k, value in fields.items() if k != "expires_at"}  # of the old token
-    return {**kept, **came, "last_refresh": timestamp(now)}
+        came["expires_at"] = timestamp(time.time() + lifetime)
+    return {**kept, **came, "last_refresh": timestamp(time.time())}
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
     """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is done; a second one acts at once."""
     import signal
-    import threading
 
     before: Dict[int, Any] = {}
     held: List[int] = []
@@ -1125,7 +1096,7 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(each, handler)
         held.append(number)
 
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, hold)
@@ -1534,8 +1505,8 @@ def is_ours(settings: Settings, name: str, entry: object) -> bool:
 
 def registered_models(session: Session) -> List[str]:
     """The names of our entries in the models file."""
-    entries = session.store.load_models().items()
-    return [name for name, entry in entries if is_ours(session.settings, name, entry)]
+    entries = session.store.read(session.store.models_file)
+    return [name for name, entry in entries.items() if is_ours(session.settings, name, entry)]
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
@@ -1544,7 +1515,7 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     The caller holds the lock. Somebody else's entry of the same name stays.
     """
     settings, store = session.settings, session.store
-    before = store.load_models()
+    before = store.read(store.models_file)
     others = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
     for name in others.keys() & entries.keys():
         session.notify("warning", f"{name} is an entry of somebody else's and stays so")
@@ -2213,7 +2184,7 @@ def describe(session: Session) -> Tuple[Fields, int]:
     tokens = names = None
     try:
         tokens = session.tokens()
-        trouble = session.obstacle(tokens)
+        session.require_renewable(tokens)
     except OAuthError as error:
         trouble = error
     usable = tokens is not None and (trouble is None or tokens.outlives(0, unknown=True))
