@@ -987,17 +987,26 @@ class Session:
 
         A failed refresh is a warning while the access token has not expired, unless forced.
         """
-        tokens = self.tokens()
-        if not force and tokens.outlives(REFRESH_MARGIN, unknown=False):
-            return tokens
-        usable = not force and tokens.outlives(0, unknown=True)
+        seen = self.tokens()
+        if not force and seen.outlives(REFRESH_MARGIN, unknown=False):
+            return seen
+        usable = not force and seen.outlives(0, unknown=True)
         try:
-            return self._refresh(tokens, force, patient=not usable)
+            with self.store.lock():
+                tokens = self.tokens()
+                waited = tokens.access_token != seen.access_token
+                if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
+                    return tokens  # somebody else fetched it while we waited
+                self.require_renewable(tokens)
+                # The refresh token is good for one use: have a place for its successor first.
+                reserve = encode(tokens.fields) + bytes(RESERVE)
+                with replacing(self.store.token_file, reserve) as commit:
+                    return self._renew(tokens, commit, patient=not usable)
         except OAuthError as error:
             if not usable or isinstance(error, NotSignedInError):
                 raise
             self.notify("warning", f"{error}; the access token still works for now")
-            return tokens
+            return seen
 
     def require_renewable(self, tokens: Tokens) -> None:
         """Raise SignInEndedError if the next refresh will fail without asking anybody."""
@@ -1005,23 +1014,12 @@ class Session:
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
             raise ended(str(mark.get("reason")))
         if tokens.issuer != self.settings.issuer:
-            where = f"another issuer, {tokens.issuer}"
-            raise SignInEndedError(f"the sign-in was made at {where}", AGAIN)
+            raise SignInEndedError(
+                f"the sign-in was made at another issuer, {tokens.issuer}", AGAIN
+            )
         if not tokens.refresh_token:
             why = "the access token cannot be renewed: no refresh token came"
             raise SignInEndedError(why, AGAIN)
-
-    def _refresh(self, seen: Tokens, force: bool, patient: bool) -> Tokens:
-        with self.store.lock():
-            tokens = self.tokens()
-            waited = tokens.access_token != seen.access_token
-            if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
-                return tokens  # somebody else fetched it while we waited
-            self.require_renewable(tokens)
-            # The refresh token is good for one use: have a place for its successor first.
-            reserve = encode(tokens.fields) + bytes(RESERVE)
-            with replacing(self.store.token_file, reserve) as commit:
-                return self._renew(tokens, commit, patient)
 
     def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
         """Refresh, and try again (if `patient`) while the refresh token is certainly unspent."""
@@ -1157,8 +1155,6 @@ def render_page(title: str, *paragraphs: str, good: bool = False) -> bytes:
 class Attempt:
     """One authorization request: its URL, and what its response is checked against."""
 
-    __slots__ = ("state", "verifier", "redirect_uri", "port", "path", "url")
-
     def __init__(self, settings: Settings, port: int) -> None:
         import hashlib
         import secrets
@@ -1185,11 +1181,9 @@ class Attempt:
         state = single.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it does not belong to this sign-in")
-        if "error" in single:
-            return {k: single.get(k, "") for k in ("error", "error_description")}
-        if re.fullmatch(r"[!-~]{1,4096}", single.get("code", "")):
-            return {"code": single["code"]}
-        raise ValueError("it holds no code")
+        if "error" not in single and not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
+            raise ValueError("it holds no code")
+        return single
 
     def pasted(self, line: str) -> Dict[str, str]:
         """The authorization response in a pasted address. Raises ValueError as `response` does."""
@@ -1210,25 +1204,22 @@ def bind_loopback(port: int) -> List[Socket]:
     import socket
 
     bound: List[Socket] = []
+    # Past connections in TIME_WAIT must not count; a listener does, on Windows too.
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
-            listening = socket.socket(family, socket.SOCK_STREAM)
-            bound.append(listening)
-            if sys.platform == "win32":
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-            else:  # past connections in TIME_WAIT must not count; a listener still does
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((address, port))
-            listening.listen(128)
+            bound.append(socket.socket(family, socket.SOCK_STREAM))
+            bound[-1].setsockopt(socket.SOL_SOCKET, option, 1)
+            bound[-1].bind((address, port))
+            bound[-1].listen(128)
         except OSError as error:
             no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if family == socket.AF_INET6 and no_ipv6:
-                for unbound in bound[1:]:
-                    unbound.close()
-                return bound[:1]
-            for each in bound:
+            kept = bound[:1] if family == socket.AF_INET6 and no_ipv6 else []
+            for each in bound[len(kept) :]:
                 each.close()
-            raise
+            if not kept:
+                raise
+            return kept
     return bound
 
 
@@ -1857,7 +1848,7 @@ class BrowserSignIn:
                 listener.settle()
 
         try:
-            if "code" not in response:
+            if "error" in response:
                 raise denial(response)
             code, redirect_uri = response["code"], attempt.redirect_uri
             complete_sign_in(
@@ -1887,7 +1878,7 @@ class BrowserSignIn:
 
 def denial(response: Dict[str, str]) -> OAuthError:
     """What an error response (RFC 6749 §4.1.2.1) means to a person."""
-    description = response["error_description"]
+    description = response.get("error_description", "")
     if "missing_codex_entitlement" in description:
         return OAuthError(
             "this workspace may not use Codex",
