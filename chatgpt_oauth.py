@@ -1235,10 +1235,8 @@ class Listener:
         import threading
 
         self.sockets, self.attempt, self.events = sockets, attempt, events
-        port = attempt.port
-        self.hosts = {f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"}
         self.guard = threading.Lock()
-        self.incomplete: Dict[Socket, None] = {}  # in the order in which they came
+        self.incomplete: List[Socket] = []  # in the order in which they came
         self.claimed = self.closed = False
         self.verdict: Tuple[int, bytes] = (400, render_page("The sign-in was broken off"))
         self.settled, self.delivered = threading.Event(), threading.Event()
@@ -1281,17 +1279,11 @@ class Listener:
                 time.sleep(0.01)  # closed, a client that went away, or no free descriptor
                 continue
             with self.guard:
-                if len(self.incomplete) >= MAX_CONNECTIONS:
-                    oldest = next(iter(self.incomplete))
-                    del self.incomplete[oldest]
+                self.incomplete.append(connection)
+                if len(self.incomplete) > MAX_CONNECTIONS:
                     with contextlib.suppress(OSError):
-                        oldest.shutdown(socket.SHUT_RDWR)
-                self.incomplete[connection] = None
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: Socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            _handler_class()(connection, None, self)
+                        self.incomplete.pop(0).shutdown(socket.SHUT_RDWR)
+            threading.Thread(target=_serve, args=(self, connection), daemon=True).start()
 
     def read_head(self, connection: Socket) -> bytes:
         """The beginning of a request, b"" when its head does not come to an end in time."""
@@ -1308,13 +1300,14 @@ class Listener:
             connection.settimeout(HEAD_TIMEOUT)
             return head
         finally:
-            with self.guard:
-                self.incomplete.pop(connection, None)
+            with self.guard, contextlib.suppress(ValueError):  # as one of too many it is gone
+                self.incomplete.remove(connection)
 
     def respond(self, target: str, hosts: List[str]) -> Tuple[int, bytes]:
         """Status and page for a GET of `target`, blocking while a true response is redeemed."""
         path, _, query = target.partition("?")
-        if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
+        own = [f"{name}:{self.attempt.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
+        if len(hosts) != 1 or hosts[0].lower() not in own:
             return 400, _stray_page("This address is not served here.")
         if path == "/success" and self.verdict[0] == 303:
             text = "You can close this tab and go back to where you started the sign-in."
@@ -1338,7 +1331,8 @@ def _stray_page(text: str) -> bytes:
     return render_page("Not the sign-in", text, "If you are signing in, go on in the other tab.")
 
 
-def _handler_class() -> Any:
+def _serve(listener: Listener, connection: Socket) -> None:
+    """One connection, one request, one answer."""
     import hashlib
     import io
     from base64 import b64encode
@@ -1348,20 +1342,13 @@ def _handler_class() -> Any:
     policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
 
     class Handler(BaseHTTPRequestHandler):
-        """One connection, one request, one answer; `server` is the Listener."""
-
         protocol_version = "HTTP/1.1"
-        server: Any
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = io.BytesIO(self.server.read_head(self.connection))
-
-        def handle(self) -> None:
-            self.handle_one_request()
+            self.rfile = io.BytesIO(listener.read_head(connection))
 
         def do_GET(self) -> None:  # noqa: N802 - http.server looks for this name
-            listener = self.server
             status, page = listener.respond(self.path, self.headers.get_all("Host") or [])
             self._answer(status, page)
             if status == 200 or (page and page is listener.verdict[1]):
@@ -1370,14 +1357,13 @@ def _handler_class() -> Any:
         def send_error(self, code: int, *_: Any) -> None:
             self._answer(405 if code == 501 else code, _stray_page("This is not understood."))
 
-        def version_string(self) -> str:
-            return "chatgpt_oauth"
-
         def log_message(self, *_: Any) -> None:
             """Print nothing of what comes in."""
 
         def _answer(self, status: int, page: bytes) -> None:
             headers = {
+                "Server": "chatgpt_oauth",
+                "Date": self.date_time_string(),
                 "Content-Type": "text/html; charset=utf-8",
                 "Content-Length": str(len(page)),
                 "Cache-Control": "no-store",
@@ -1388,13 +1374,14 @@ def _handler_class() -> Any:
                 **({"Location": "/success"} if status == 303 else {}),
                 **({"Allow": "GET"} if status == 405 else {}),
             }
-            self.send_response(status)
+            self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(page)
 
-    return Handler
+    with connection, contextlib.suppress(OSError):
+        Handler(connection, None, listener)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------
