@@ -1400,24 +1400,20 @@ ORGANIZATION_HINT = (
 class Choice:
     """Which models are wanted: patterns to include and exclude, and the source that lists them."""
 
-    __slots__ = ("include", "exclude", "source")
-
     def __init__(self, settings: Settings, options: Optional[Namespace] = None) -> None:
-        everything = getattr(options, "all", False)
-        include = ["*"] if everything else getattr(options, "include", None)
+        given = vars(options) if options else {}
+        include = ["*"] if given.get("all") else given.get("include")
         excludes = "" if include else settings.model_excludes
         self.include = include or settings.model_patterns.split(",")
-        self.exclude = excludes.split(",") + (getattr(options, "exclude", None) or [])
-        self.source = getattr(options, "source", None) or settings.model_source
+        self.exclude = excludes.split(",") + (given.get("exclude") or [])
+        self.source = given.get("source") or settings.model_source
 
     def wants(self, name: str) -> bool:
         """Whether the whole id `name` matches, case-sensitively."""
         from fnmatch import fnmatchcase
 
-        wanted, unwanted = (
-            any(fnmatchcase(name, glob) for glob in globs) for globs in (self.include, self.exclude)
-        )
-        return wanted and not unwanted
+        wanted = any(fnmatchcase(name, glob) for glob in self.include)
+        return wanted and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
 
 def list_api_models(settings: Settings, api_key: str) -> Answer:
@@ -1426,30 +1422,31 @@ def list_api_models(settings: Settings, api_key: str) -> Answer:
     return request_json(settings, url, what, bearer=api_key, limit=MODELS_LIMIT)
 
 
-def list_codex_models(settings: Settings, tokens: Tokens) -> Answer:
-    """Ask for the Codex backend's catalogue."""
-    url = f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}"
-    headers = {"originator": settings.originator}
-    if tokens.account_id:
-        headers["chatgpt-account-id"] = tokens.account_id
-    bearer, what = tokens.access_token, "listing the ChatGPT plan's models"
-    return request_json(settings, url, what, bearer=bearer, headers=headers, limit=MODELS_LIMIT)
-
-
 def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     """The source that `source` comes to, and its models with their context lengths in tokens.
 
     Raises OAuthError, too where an API key is asked of an account without one.
     """
-    settings, tokens = session.settings, session.tokens()
+    settings, tokens, what = session.settings, session.tokens(), "listing the models"
     source = ("api" if tokens.api_key else "codex") if source == "auto" else source
-    if source == "api" and not tokens.api_key:
-        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
-    if source == "api":
-        answer, key, name = list_api_models(settings, tokens.api_key or ""), "data", "id"
+    if source == "codex":
+        tokens = session.fresh()
+        headers = {"originator": settings.originator}
+        if tokens.account_id:
+            headers["chatgpt-account-id"] = tokens.account_id
+        answer = request_json(
+            settings,
+            f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}",
+            "listing the ChatGPT plan's models",
+            bearer=tokens.access_token,
+            headers=headers,
+            limit=MODELS_LIMIT,
+        )
+        key, name = "models", "slug"
+    elif tokens.api_key:
+        answer, key, name = list_api_models(settings, tokens.api_key), "data", "id"
     else:
-        answer, key, name = list_codex_models(settings, session.fresh()), "models", "slug"
-    what = "listing the models"
+        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
     if answer.status == 401:
         error = answer.refusal(what)
         error.hint = AGAIN
@@ -1460,10 +1457,10 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
     good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
     if len(good) < len(shown):
-        odd = len(shown) - len(good)
-        session.notify("warning", f"{odd} of the models have names that cannot be used")
-    good.sort(key=lambda entry: str(entry[name]))
-    return source, {entry[name]: _context_length(settings, entry) for entry in good}
+        odd = f"{len(shown) - len(good)} of the models"
+        session.notify("warning", f"{odd} have names that cannot be used")
+    lengths = {entry[name]: _context_length(settings, entry) for entry in good}
+    return source, dict(sorted(lengths.items()))
 
 
 def _context_length(settings: Settings, entry: Fields) -> int:
@@ -1472,7 +1469,7 @@ def _context_length(settings: Settings, entry: Fields) -> int:
     if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
         percent = 95
     known = isinstance(window, (int, float)) and 2 <= window < 1e10
-    return int(window * percent / 100) if known and window else settings.default_context_length
+    return int(window * percent / 100) if known else settings.default_context_length
 
 
 def is_ours(settings: Settings, name: str, entry: object) -> bool:
@@ -1497,7 +1494,7 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     others = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
     for name in others.keys() & entries.keys():
         session.notify("warning", f"{name} is an entry of somebody else's and stays so")
-    after = {**others, **{k: entry for k, entry in entries.items() if k not in others}}
+    after = {**others, **entries, **others}  # in this order, and whose name it is keeps it
     if after != before:
         store.save(store.models_file, after)
     return [name for name in entries if name not in others]
@@ -1516,9 +1513,11 @@ def model_entry(settings: Settings, source: str, model: str, length: int) -> Fie
         "oauth_source": OAUTH_SOURCE,
     }
     if source == "codex":
-        entry["type"] = "chatgpt_oauth"
-        entry["custom_endpoint"] = {"url": settings.codex_base_url}
-        entry["supported_settings"] = ["reasoning_effort", "summary", "verbosity"]
+        entry.update(
+            type="chatgpt_oauth",
+            custom_endpoint={"url": settings.codex_base_url},
+            supported_settings=["reasoning_effort", "summary", "verbosity"],
+        )
     return entry
 
 
