@@ -1018,8 +1018,9 @@ class Session:
                 f"the sign-in was made at another issuer, {tokens.issuer}", AGAIN
             )
         if not tokens.refresh_token:
-            why = "the access token cannot be renewed: no refresh token came"
-            raise SignInEndedError(why, AGAIN)
+            raise SignInEndedError(
+                "the access token cannot be renewed: no refresh token came", AGAIN
+            )
 
     def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
         """Refresh, and try again (if `patient`) while the refresh token is certainly unspent."""
@@ -1245,11 +1246,13 @@ class Listener:
 
     def settle(self, error: Optional[OAuthError] = None) -> None:
         """Tell the waiting browser: success, or what failed and what to do."""
-        self.verdict = (303, b"")
+        self.verdict = 303, b""
         if error:
             hint = (error.hint or "try again").partition(": chatgpt_oauth.py")[0]
-            page = render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}.")
-            self.verdict = (400, page)
+            self.verdict = (
+                400,
+                render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}."),
+            )
         self.settled.set()
         if error and self.claimed:
             self.delivered.wait(2.0)
@@ -1275,15 +1278,13 @@ class Listener:
         while not self.closed:
             try:
                 connection = listening.accept()[0]
+                with self.guard:
+                    self.incomplete.append(connection)
+                    threading.Thread(target=_serve, args=(self, connection), daemon=True).start()
+                    if len(self.incomplete) > MAX_CONNECTIONS:
+                        self.incomplete.pop(0).shutdown(socket.SHUT_RDWR)
             except OSError:
                 time.sleep(0.01)  # closed, a client that went away, or no free descriptor
-                continue
-            with self.guard:
-                self.incomplete.append(connection)
-                if len(self.incomplete) > MAX_CONNECTIONS:
-                    with contextlib.suppress(OSError):
-                        self.incomplete.pop(0).shutdown(socket.SHUT_RDWR)
-            threading.Thread(target=_serve, args=(self, connection), daemon=True).start()
 
     def read_head(self, connection: Socket) -> bytes:
         """The beginning of a request, b"" when its head does not come to an end in time."""
@@ -1469,7 +1470,7 @@ def _context_length(settings: Settings, entry: Fields) -> int:
     if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
         percent = 95
     known = isinstance(window, (int, float)) and 2 <= window < 1e10
-    return int(window * percent / 100) if known else settings.default_context_length
+    return int(window * percent / 100) if known and window else settings.default_context_length
 
 
 def is_ours(settings: Settings, name: str, entry: object) -> bool:
