@@ -788,8 +788,7 @@ def encode(value: Fields) -> bytes:
 def _overwrite(file: Any, data: bytes) -> None:
     file.seek(0)
     file.write(data)
-    file.truncate()
-    file.flush()
+    file.truncate()  # flushes, too
     os.fsync(file.fileno())
 
 
@@ -895,11 +894,10 @@ class Store:
         limit = MEBIBYTE if path == self.token_file else MODELS_LIMIT
         if facts.st_size > limit:
             raise self._broken(path, f"is larger than {limit // MEBIBYTE} MiB")
-        if path != self.token_file or sys.platform == "win32":
-            return
-        if facts.st_uid != os.geteuid() != 0:
+        private = path == self.token_file and sys.platform != "win32"
+        if private and facts.st_uid != os.geteuid() != 0:
             raise self._broken(path, f"belongs to another user (uid {facts.st_uid})")
-        if facts.st_mode & 0o077:
+        if private and facts.st_mode & 0o077:
             # Where a chmod is refused or changes nothing, as on some mounts, be silent.
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
