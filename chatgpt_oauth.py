@@ -751,9 +751,9 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Fields], No
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         with os.fdopen(os.open(temporary, flags, 0o600), "r+b") as file:
-            _belongs_to(file.fileno(), path, os.path.dirname(path))
+            _belongs_to(file.fileno(), path)
 
             def commit(value: Fields) -> None:
                 _overwrite(file, encode(value))
@@ -788,29 +788,27 @@ def encode(value: Fields) -> bytes:
 def _overwrite(file: Any, data: bytes) -> None:
     file.seek(0)
     file.write(data)
-    file.truncate()
-    file.flush()
+    file.truncate()  # flushes, too
     os.fsync(file.fileno())
 
 
-def _belongs_to(descriptor: int, *paths: str) -> None:
-    """Give a new file of root's to the owner of the first path there is.
+def _belongs_to(descriptor: int, path: str) -> None:
+    """Give a new file of root's to the owner of `path`, or of its folder where there is none.
 
     Root in a container must not lock out the owner of the home that is mounted there.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
-        owner = os.stat(next(path for path in paths if os.path.exists(path)))
+        owner = os.stat(path if os.path.exists(path) else os.path.dirname(path))
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _replace(source: str, target: str) -> None:
     """Rename durably. All that Windows needs otherwise stands here and in `_try_lock`."""
-    if sys.platform == "win32":
-        deadline = time.monotonic() + 5.0  # a reader or a virus scanner may hold the target open
-        while time.monotonic() < deadline:
-            with contextlib.suppress(PermissionError):
-                return os.replace(source, target)
-            time.sleep(0.05)
+    deadline = time.monotonic() + 5.0
+    while sys.platform == "win32" and time.monotonic() < deadline:
+        with contextlib.suppress(PermissionError):  # a reader or a virus scanner may hold it open
+            return os.replace(source, target)
+        time.sleep(0.05)
     os.replace(source, target)
     if sys.platform != "win32":
         folder = os.open(os.path.dirname(target), os.O_RDONLY)
@@ -822,7 +820,7 @@ def _replace(source: str, target: str) -> None:
 
 def _try_lock(descriptor: int) -> bool:
     """Take the exclusive lock if it is free; the system releases it when the file is closed."""
-    try:
+    with contextlib.suppress(BlockingIOError, PermissionError):
         if sys.platform == "win32":
             import msvcrt
 
@@ -831,23 +829,22 @@ def _try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 class Store:
     """The token file and the models file in `home`. Every method may raise StorageError."""
 
-    __slots__ = ("home", "token_file", "models_file", "lock_timeout", "notify", "locked")
-
     def __init__(self, settings: Settings, notify: Notify) -> None:
-        self.home = settings.home
-        self.token_file = os.path.join(self.home, "chatgpt_oauth.json")
-        self.models_file = os.path.join(self.home, "chatgpt_models.json")
-        self.lock_timeout = settings.lock_timeout
-        self.notify = notify
-        self.locked = False
+        self.settings, self.notify = settings, notify
+        self.token_file = os.path.join(settings.home, "chatgpt_oauth.json")
+        self.models_file = os.path.join(settings.home, "chatgpt_models.json")
+        leftover = os.path.realpath(self.token_file) + ".tmp"
+        if os.path.lexists(leftover):
+            # Of a killed process, unless somebody else is writing it now and so holds the lock.
+            with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
+                os.unlink(leftover)
 
     def prepare(self) -> None:
         """Make sure that tokens can be stored, before anybody goes to fetch them."""
@@ -856,22 +853,11 @@ class Store:
 
     def load_tokens(self) -> Optional[Tokens]:
         """The stored sign-in, None when there is none."""
-        fields = self._read(self.token_file, MEBIBYTE)
-        leftover = os.path.realpath(self.token_file) + ".tmp"
-        if not self.locked and os.path.lexists(leftover):
-            # Of a killed process, unless somebody else is writing it now and so holds the lock.
-            with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
-                os.unlink(leftover)
-        if fields is None or not fields.get("access_token"):
-            return None
+        fields = self.read(self.token_file)
         try:
-            return Tokens(fields)
+            return Tokens(fields) if fields.get("access_token") else None
         except ValueError as error:
             raise self._broken(self.token_file, str(error)) from None
-
-    def load_models(self) -> Fields:
-        """The entries of the models file by name, ours and others'."""
-        return self._read(self.models_file, MODELS_LIMIT) or {}
 
     def _broken(self, path: str, fault: str) -> StorageError:
         hint = "look at the file; a new sign-in keeps it as chatgpt_oauth.json.bad"
@@ -879,40 +865,39 @@ class Store:
             hint = "mend or remove the file, then run: chatgpt_oauth.py models"
         return StorageError(f"{path} {fault}", hint)
 
-    def _read(self, path: str, limit: int) -> Optional[Fields]:
+    def read(self, path: str) -> Fields:
+        """The JSON object in the file at `path`, {} where there is no file."""
         deadline = time.monotonic() + REREAD_SECONDS
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # or a FIFO would keep us waiting
         while True:
             try:
-                # O_NONBLOCK, for a FIFO would keep us waiting for a writer.
-                flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-                with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
-                    self._admit(path, file.fileno(), limit)
-                    value = json.loads(file.read(limit))
+                with os.fdopen(os.open(path, flags), "rb") as file:
+                    self._admit(path, file.fileno())
+                    value = json.loads(file.read(MODELS_LIMIT))
+                if isinstance(value, dict):
+                    return value
+                raise self._broken(path, "is not a JSON object")
             except FileNotFoundError:
-                return None
+                return {}
             except OSError as error:
                 raise self._broken(path, f"cannot be read: {error.strerror}") from None
             except (ValueError, RecursionError):
                 if time.monotonic() > deadline:
                     raise self._broken(path, "is not JSON") from None
                 time.sleep(0.05)
-                continue
-            if not isinstance(value, dict):
-                raise self._broken(path, "is not a JSON object")
-            return value
 
-    def _admit(self, path: str, descriptor: int, limit: int) -> None:
+    def _admit(self, path: str, descriptor: int) -> None:
         """Refuse what is no plain file of ours; take others' access to the tokens away."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise self._broken(path, "is not a regular file")
+        limit = MEBIBYTE if path == self.token_file else MODELS_LIMIT
         if facts.st_size > limit:
             raise self._broken(path, f"is larger than {limit // MEBIBYTE} MiB")
-        if path != self.token_file or sys.platform == "win32":
-            return
-        if facts.st_uid != os.geteuid() != 0:
+        private = path == self.token_file and sys.platform != "win32"
+        if private and facts.st_uid != os.geteuid() != 0:
             raise self._broken(path, f"belongs to another user (uid {facts.st_uid})")
-        if facts.st_mode & 0o077:
+        if private and facts.st_mode & 0o077:
             # Where a chmod is refused or changes nothing, as on some mounts, be silent.
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
@@ -925,11 +910,11 @@ class Store:
 
         Raises UnavailableError when somebody else has it all that time.
         """
-        deadline = time.monotonic() + (self.lock_timeout if timeout is None else timeout)
+        deadline = time.monotonic() + (self.settings.lock_timeout if timeout is None else timeout)
         path = os.path.realpath(self.token_file) + ".lock"
         with contextlib.ExitStack() as stack:
             try:
-                os.makedirs(self.home, mode=0o700, exist_ok=True)
+                os.makedirs(self.settings.home, mode=0o700, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
                 stack.callback(os.close, descriptor)
                 _belongs_to(descriptor, os.path.dirname(path))
@@ -943,11 +928,7 @@ class Store:
             except OSError as error:
                 hint = "make the folder writable, or name another one in CHATGPT_OAUTH_HOME"
                 raise StorageError(f"cannot lock {path}: {error.strerror}", hint) from None
-            self.locked = True
-            try:
-                yield
-            finally:
-                self.locked = False
+            yield
 
     def save(self, path: str, value: Fields) -> None:
         """Put `value` into the file at `path`. The caller holds the lock."""
@@ -988,13 +969,8 @@ def to_log(kind: str, text: str) -> None:
 class Session:
     """The stored sign-in, kept fresh. `notify(kind, text)` hears what a person should know."""
 
-    __slots__ = ("settings", "store", "notify")
-
-    def __init__(
-        self, settings: Optional[Settings] = None, notify: Optional[Notify] = None
-    ) -> None:
-        self.settings = settings or Settings()
-        self.notify = notify or to_log
+    def __init__(self, settings: Optional[Settings] = None, notify: Notify = to_log) -> None:
+        self.settings, self.notify = settings or Settings(), notify
         self.store = Store(self.settings, self.notify)
 
     def tokens(self) -> Tokens:
@@ -1009,44 +985,40 @@ class Session:
 
         A failed refresh is a warning while the access token has not expired, unless forced.
         """
-        tokens = self.tokens()
-        if not force and tokens.outlives(REFRESH_MARGIN, unknown=False):
-            return tokens
-        usable = tokens.outlives(0, unknown=True) and not force
+        seen = self.tokens()
+        if not force and seen.outlives(REFRESH_MARGIN, unknown=False):
+            return seen
+        usable = not force and seen.outlives(0, unknown=True)
         try:
-            return self._refresh(tokens, force, patient=not usable)
+            with self.store.lock():
+                tokens = self.tokens()
+                waited = tokens.access_token != seen.access_token
+                if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
+                    return tokens  # somebody else fetched it while we waited
+                self.require_renewable(tokens)
+                # The refresh token is good for one use: have a place for its successor first.
+                reserve = encode(tokens.fields) + bytes(RESERVE)
+                with replacing(self.store.token_file, reserve) as commit:
+                    return self._renew(tokens, commit, patient=not usable)
         except OAuthError as error:
             if not usable or isinstance(error, NotSignedInError):
                 raise
             self.notify("warning", f"{error}; the access token still works for now")
-            return tokens
+            return seen
 
-    def obstacle(self, tokens: Tokens) -> Optional[OAuthError]:
-        """What will make the next refresh fail without asking anybody, else None."""
+    def require_renewable(self, tokens: Tokens) -> None:
+        """Raise SignInEndedError if the next refresh will fail without asking anybody."""
         mark = tokens.fields.get("ended")
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
-            return ended(str(mark.get("reason")))
+            raise ended(str(mark.get("reason")))
         if tokens.issuer != self.settings.issuer:
-            where = f"the sign-in was made at another issuer, {tokens.issuer}"
-            return SignInEndedError(where, AGAIN)
+            raise SignInEndedError(
+                f"the sign-in was made at another issuer, {tokens.issuer}", AGAIN
+            )
         if not tokens.refresh_token:
-            why = "the access token cannot be renewed: no refresh token came"
-            return SignInEndedError(why, AGAIN)
-        return None
-
-    def _refresh(self, seen: Tokens, force: bool, patient: bool) -> Tokens:
-        with self.store.lock():
-            tokens = self.tokens()
-            waited = tokens.access_token != seen.access_token
-            if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
-                return tokens  # somebody else fetched it while we waited
-            obstacle = self.obstacle(tokens)
-            if obstacle:
-                raise obstacle
-            # The refresh token is good for one use: have a place for its successor first.
-            reserve = encode(tokens.fields) + bytes(RESERVE)
-            with replacing(self.store.token_file, reserve) as commit:
-                return self._renew(tokens, commit, patient)
+            raise SignInEndedError(
+                "the access token cannot be renewed: no refresh token came", AGAIN
+            )
 
     def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
         """Refresh, and try again (if `patient`) while the refresh token is certainly unspent."""
@@ -1070,12 +1042,11 @@ class Session:
 
     def _spend(self, spent: Tokens, commit: Callable[..., None]) -> Tokens:
         """One try: store what came, unless the file changed hands meanwhile."""
-        answer: Fields = {}
         ending: Optional[OAuthError] = None
         try:
             answer = refresh_grant(self.settings, spent)
         except SignInEndedError as error:
-            ending = error
+            answer, ending = {}, error
         try:
             current = self.tokens()
         except StorageError:
@@ -1092,30 +1063,27 @@ class Session:
             account = auth_claims(token).get("chatgpt_account_id")
             if account and spent.account_id and account != spent.account_id:
                 raise OAuthError("refreshing the access token failed: it is another account's")
-        fields = {k: value for k, value in current.fields.items() if k != "ended"}
+        fields = merged(current.fields, answer)
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = answer["access_token"]  # no API key: see Tokens
-        renewed = Tokens(merged(fields, answer))
-        commit(renewed.fields)
-        return renewed
+        commit(fields)
+        return Tokens(fields)
 
 
 def merged(fields: Fields, answer: Fields) -> Fields:
     """`fields` with what a token endpoint answered; what it omits stays as it was."""
-    now = time.time()
+    kept = {k: value for k, value in fields.items() if k not in ("expires_at", "ended")}
     came = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
     lifetime = answer.get("expires_in")
     if isinstance(lifetime, (int, float)) and 0 < lifetime < 1e9:
-        came["expires_at"] = timestamp(now + lifetime)
-    kept = {k: value for k, value in fields.items() if k != "expires_at"}  # of the old token
-    return {**kept, **came, "last_refresh": timestamp(now)}
+        came["expires_at"] = timestamp(time.time() + lifetime)
+    return {**kept, **came, "last_refresh": timestamp(time.time())}
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
     """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is done; a second one acts at once."""
     import signal
-    import threading
 
     before: Dict[int, Any] = {}
     held: List[int] = []
@@ -1125,7 +1093,7 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(each, handler)
         held.append(number)
 
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, hold)
@@ -1186,8 +1154,6 @@ def render_page(title: str, *paragraphs: str, good: bool = False) -> bytes:
 class Attempt:
     """One authorization request: its URL, and what its response is checked against."""
 
-    __slots__ = ("state", "verifier", "redirect_uri", "port", "path", "url")
-
     def __init__(self, settings: Settings, port: int) -> None:
         import hashlib
         import secrets
@@ -1214,11 +1180,9 @@ class Attempt:
         state = single.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it does not belong to this sign-in")
-        if "error" in single:
-            return {k: single.get(k, "") for k in ("error", "error_description")}
-        if re.fullmatch(r"[!-~]{1,4096}", single.get("code", "")):
-            return {"code": single["code"]}
-        raise ValueError("it holds no code")
+        if "error" not in single and not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
+            raise ValueError("it holds no code")
+        return single
 
     def pasted(self, line: str) -> Dict[str, str]:
         """The authorization response in a pasted address. Raises ValueError as `response` does."""
@@ -1239,25 +1203,22 @@ def bind_loopback(port: int) -> List[Socket]:
     import socket
 
     bound: List[Socket] = []
+    # Past connections in TIME_WAIT must not count; a listener does, on Windows too.
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
-            listening = socket.socket(family, socket.SOCK_STREAM)
-            bound.append(listening)
-            if sys.platform == "win32":
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-            else:  # past connections in TIME_WAIT must not count; a listener still does
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((address, port))
-            listening.listen(128)
+            bound.append(socket.socket(family, socket.SOCK_STREAM))
+            bound[-1].setsockopt(socket.SOL_SOCKET, option, 1)
+            bound[-1].bind((address, port))
+            bound[-1].listen(128)
         except OSError as error:
             no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if family == socket.AF_INET6 and no_ipv6:
-                for unbound in bound[1:]:
-                    unbound.close()
-                return bound[:1]
-            for each in bound:
+            kept = bound[:1] if family == socket.AF_INET6 and no_ipv6 else []
+            for each in bound[len(kept) :]:
                 each.close()
-            raise
+            if not kept:
+                raise
+            return kept
     return bound
 
 
@@ -1273,10 +1234,8 @@ class Listener:
         import threading
 
         self.sockets, self.attempt, self.events = sockets, attempt, events
-        port = attempt.port
-        self.hosts = {f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"}
         self.guard = threading.Lock()
-        self.incomplete: Dict[Socket, None] = {}  # in the order in which they came
+        self.incomplete: List[Socket] = []  # in the order in which they came
         self.claimed = self.closed = False
         self.verdict: Tuple[int, bytes] = (400, render_page("The sign-in was broken off"))
         self.settled, self.delivered = threading.Event(), threading.Event()
@@ -1285,11 +1244,13 @@ class Listener:
 
     def settle(self, error: Optional[OAuthError] = None) -> None:
         """Tell the waiting browser: success, or what failed and what to do."""
-        self.verdict = (303, b"")
+        self.verdict = 303, b""
         if error:
             hint = (error.hint or "try again").partition(": chatgpt_oauth.py")[0]
-            page = render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}.")
-            self.verdict = (400, page)
+            self.verdict = (
+                400,
+                render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}."),
+            )
         self.settled.set()
         if error and self.claimed:
             self.delivered.wait(2.0)
@@ -1315,21 +1276,13 @@ class Listener:
         while not self.closed:
             try:
                 connection = listening.accept()[0]
+                with self.guard:
+                    self.incomplete.append(connection)
+                    threading.Thread(target=_serve, args=(self, connection), daemon=True).start()
+                    if len(self.incomplete) > MAX_CONNECTIONS:
+                        self.incomplete.pop(0).shutdown(socket.SHUT_RDWR)
             except OSError:
                 time.sleep(0.01)  # closed, a client that went away, or no free descriptor
-                continue
-            with self.guard:
-                if len(self.incomplete) >= MAX_CONNECTIONS:
-                    oldest = next(iter(self.incomplete))
-                    del self.incomplete[oldest]
-                    with contextlib.suppress(OSError):
-                        oldest.shutdown(socket.SHUT_RDWR)
-                self.incomplete[connection] = None
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: Socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            _handler_class()(connection, None, self)
 
     def read_head(self, connection: Socket) -> bytes:
         """The beginning of a request, b"" when its head does not come to an end in time."""
@@ -1346,13 +1299,14 @@ class Listener:
             connection.settimeout(HEAD_TIMEOUT)
             return head
         finally:
-            with self.guard:
-                self.incomplete.pop(connection, None)
+            with self.guard, contextlib.suppress(ValueError):  # as one of too many it is gone
+                self.incomplete.remove(connection)
 
     def respond(self, target: str, hosts: List[str]) -> Tuple[int, bytes]:
         """Status and page for a GET of `target`, blocking while a true response is redeemed."""
         path, _, query = target.partition("?")
-        if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
+        own = [f"{name}:{self.attempt.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
+        if len(hosts) != 1 or hosts[0].lower() not in own:
             return 400, _stray_page("This address is not served here.")
         if path == "/success" and self.verdict[0] == 303:
             text = "You can close this tab and go back to where you started the sign-in."
@@ -1376,7 +1330,8 @@ def _stray_page(text: str) -> bytes:
     return render_page("Not the sign-in", text, "If you are signing in, go on in the other tab.")
 
 
-def _handler_class() -> Any:
+def _serve(listener: Listener, connection: Socket) -> None:
+    """One connection, one request, one answer."""
     import hashlib
     import io
     from base64 import b64encode
@@ -1386,20 +1341,13 @@ def _handler_class() -> Any:
     policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
 
     class Handler(BaseHTTPRequestHandler):
-        """One connection, one request, one answer; `server` is the Listener."""
-
         protocol_version = "HTTP/1.1"
-        server: Any
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = io.BytesIO(self.server.read_head(self.connection))
-
-        def handle(self) -> None:
-            self.handle_one_request()
+            self.rfile = io.BytesIO(listener.read_head(connection))
 
         def do_GET(self) -> None:  # noqa: N802 - http.server looks for this name
-            listener = self.server
             status, page = listener.respond(self.path, self.headers.get_all("Host") or [])
             self._answer(status, page)
             if status == 200 or (page and page is listener.verdict[1]):
@@ -1408,14 +1356,13 @@ def _handler_class() -> Any:
         def send_error(self, code: int, *_: Any) -> None:
             self._answer(405 if code == 501 else code, _stray_page("This is not understood."))
 
-        def version_string(self) -> str:
-            return "chatgpt_oauth"
-
         def log_message(self, *_: Any) -> None:
             """Print nothing of what comes in."""
 
         def _answer(self, status: int, page: bytes) -> None:
             headers = {
+                "Server": "chatgpt_oauth",
+                "Date": self.date_time_string(),
                 "Content-Type": "text/html; charset=utf-8",
                 "Content-Length": str(len(page)),
                 "Cache-Control": "no-store",
@@ -1426,13 +1373,14 @@ def _handler_class() -> Any:
                 **({"Location": "/success"} if status == 303 else {}),
                 **({"Allow": "GET"} if status == 405 else {}),
             }
-            self.send_response(status)
+            self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(page)
 
-    return Handler
+    with connection, contextlib.suppress(OSError):
+        Handler(connection, None, listener)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1451,24 +1399,20 @@ ORGANIZATION_HINT = (
 class Choice:
     """Which models are wanted: patterns to include and exclude, and the source that lists them."""
 
-    __slots__ = ("include", "exclude", "source")
-
     def __init__(self, settings: Settings, options: Optional[Namespace] = None) -> None:
-        everything = getattr(options, "all", False)
-        include = ["*"] if everything else getattr(options, "include", None)
+        given = vars(options) if options else {}
+        include = ["*"] if given.get("all") else given.get("include")
         excludes = "" if include else settings.model_excludes
         self.include = include or settings.model_patterns.split(",")
-        self.exclude = excludes.split(",") + (getattr(options, "exclude", None) or [])
-        self.source = getattr(options, "source", None) or settings.model_source
+        self.exclude = excludes.split(",") + (given.get("exclude") or [])
+        self.source = given.get("source") or settings.model_source
 
     def wants(self, name: str) -> bool:
         """Whether the whole id `name` matches, case-sensitively."""
         from fnmatch import fnmatchcase
 
-        wanted, unwanted = (
-            any(fnmatchcase(name, glob) for glob in globs) for globs in (self.include, self.exclude)
-        )
-        return wanted and not unwanted
+        wanted = any(fnmatchcase(name, glob) for glob in self.include)
+        return wanted and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
 
 def list_api_models(settings: Settings, api_key: str) -> Answer:
@@ -1477,30 +1421,31 @@ def list_api_models(settings: Settings, api_key: str) -> Answer:
     return request_json(settings, url, what, bearer=api_key, limit=MODELS_LIMIT)
 
 
-def list_codex_models(settings: Settings, tokens: Tokens) -> Answer:
-    """Ask for the Codex backend's catalogue."""
-    url = f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}"
-    headers = {"originator": settings.originator}
-    if tokens.account_id:
-        headers["chatgpt-account-id"] = tokens.account_id
-    bearer, what = tokens.access_token, "listing the ChatGPT plan's models"
-    return request_json(settings, url, what, bearer=bearer, headers=headers, limit=MODELS_LIMIT)
-
-
 def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     """The source that `source` comes to, and its models with their context lengths in tokens.
 
     Raises OAuthError, too where an API key is asked of an account without one.
     """
-    settings, tokens = session.settings, session.tokens()
+    settings, tokens, what = session.settings, session.tokens(), "listing the models"
     source = ("api" if tokens.api_key else "codex") if source == "auto" else source
-    if source == "api" and not tokens.api_key:
-        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
-    if source == "api":
-        answer, key, name = list_api_models(settings, tokens.api_key or ""), "data", "id"
+    if source == "codex":
+        tokens = session.fresh()
+        headers = {"originator": settings.originator}
+        if tokens.account_id:
+            headers["chatgpt-account-id"] = tokens.account_id
+        answer = request_json(
+            settings,
+            f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}",
+            "listing the ChatGPT plan's models",
+            bearer=tokens.access_token,
+            headers=headers,
+            limit=MODELS_LIMIT,
+        )
+        key, name = "models", "slug"
+    elif tokens.api_key:
+        answer, key, name = list_api_models(settings, tokens.api_key), "data", "id"
     else:
-        answer, key, name = list_codex_models(settings, session.fresh()), "models", "slug"
-    what = "listing the models"
+        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
     if answer.status == 401:
         error = answer.refusal(what)
         error.hint = AGAIN
@@ -1511,10 +1456,10 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
     good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
     if len(good) < len(shown):
-        odd = len(shown) - len(good)
-        session.notify("warning", f"{odd} of the models have names that cannot be used")
-    good.sort(key=lambda entry: str(entry[name]))
-    return source, {entry[name]: _context_length(settings, entry) for entry in good}
+        odd = f"{len(shown) - len(good)} of the models"
+        session.notify("warning", f"{odd} have names that cannot be used")
+    lengths = {entry[name]: _context_length(settings, entry) for entry in good}
+    return source, dict(sorted(lengths.items()))
 
 
 def _context_length(settings: Settings, entry: Fields) -> int:
@@ -1534,8 +1479,8 @@ def is_ours(settings: Settings, name: str, entry: object) -> bool:
 
 def registered_models(session: Session) -> List[str]:
     """The names of our entries in the models file."""
-    entries = session.store.load_models().items()
-    return [name for name, entry in entries if is_ours(session.settings, name, entry)]
+    entries = session.store.read(session.store.models_file)
+    return [name for name, entry in entries.items() if is_ours(session.settings, name, entry)]
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
@@ -1544,11 +1489,11 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     The caller holds the lock. Somebody else's entry of the same name stays.
     """
     settings, store = session.settings, session.store
-    before = store.load_models()
+    before = store.read(store.models_file)
     others = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
     for name in others.keys() & entries.keys():
         session.notify("warning", f"{name} is an entry of somebody else's and stays so")
-    after = {**others, **{k: entry for k, entry in entries.items() if k not in others}}
+    after = {**others, **entries, **others}  # in this order, and whose name it is keeps it
     if after != before:
         store.save(store.models_file, after)
     return [name for name in entries if name not in others]
@@ -1567,9 +1512,11 @@ def model_entry(settings: Settings, source: str, model: str, length: int) -> Fie
         "oauth_source": OAUTH_SOURCE,
     }
     if source == "codex":
-        entry["type"] = "chatgpt_oauth"
-        entry["custom_endpoint"] = {"url": settings.codex_base_url}
-        entry["supported_settings"] = ["reasoning_effort", "summary", "verbosity"]
+        entry.update(
+            type="chatgpt_oauth",
+            custom_endpoint={"url": settings.codex_base_url},
+            supported_settings=["reasoning_effort", "summary", "verbosity"],
+        )
     return entry
 
 
@@ -1866,7 +1813,7 @@ class BrowserSignIn:
         """Finish with an authorization response, telling the browser what became of it."""
         attempt = listener.attempt
         try:
-            if "code" not in response:
+            if "error" in response:
                 raise denial(response)
             old = keep_tokens(
                 self.session, response["code"], attempt.verifier, attempt.redirect_uri
@@ -1884,7 +1831,7 @@ class BrowserSignIn:
 
 def denial(response: Dict[str, str]) -> OAuthError:
     """What an error response (RFC 6749 §4.1.2.1) means to a person."""
-    description = response["error_description"]
+    description = response.get("error_description", "")
     if "missing_codex_entitlement" in description:
         return OAuthError(
             "this workspace may not use Codex",
@@ -2189,7 +2136,7 @@ def describe(session: Session) -> Tuple[Fields, int]:
     tokens = names = None
     try:
         tokens = session.tokens()
-        trouble = session.obstacle(tokens)
+        session.require_renewable(tokens)
     except OAuthError as error:
         trouble = error
     usable = tokens is not None and (trouble is None or tokens.outlives(0, unknown=True))
