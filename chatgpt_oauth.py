@@ -85,18 +85,18 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
 SOURCES = ("auto", "api", "codex")
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
-# What a setting must be: text like a pattern (its group 1, where it has one, is what counts),
-# or a number between two others; and how to say so.
-_PORT_NUMBER = r"(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+# What a setting must be: a pattern (its group 1, where it has one, is what counts), how to say so,
+# and for a number its type and bounds.
 _URL = (
-    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_PORT_NUMBER})?(?:/[\w.~%/-]*?)?)/*",
+    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})"
+    r"(?::(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+    r"(?:/[\w.~%/-]*?)?)/*",
     "an https address (http for this machine's own alone)",
 )
 _WORD = (r"[!-~]+", "visible ASCII characters without a space")
-_IDENTIFIER = (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")
-_PATTERNS = (r"[!-~]*", "shell patterns with commas between them")
-_SECONDS = (float, 0.001, 86400)
-_PORT = (int, 1, 65535)
+_DECIMAL = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
+_SECONDS = (_DECIMAL, "a number from 0.001 to 86400", float, 0.001, 86400)
+_PORT = (r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
 _RULES: Fields = {
     "issuer": _URL,
     "client_id": _WORD,
@@ -111,31 +111,27 @@ _RULES: Fields = {
     "codex_client_version": (r"[\w.+-]{1,64}", "a version such as 0.169.0"),
     "home": (r"(?!~)[^\0]+", "a folder's path, where none follows from HOME"),
     "prefix": (MODEL_ID, "the beginning of a model's name"),
-    "default_context_length": (int, 1, 10**9),
-    "model_patterns": (_PATTERNS[0].replace("*", "+"), _PATTERNS[1]),
-    "model_excludes": _PATTERNS,
-    "model_source": ("auto|api|codex", "auto, api or codex"),
+    "default_context_length": (r"[0-9]{1,9}", "a number from 1 to 1000000000", int, 1, 10**9),
+    "model_patterns": (r"[!-~]+", "shell patterns with commas between them"),
+    "model_excludes": (r"[!-~]*", "shell patterns with commas between them"),
+    "model_source": ("|".join(SOURCES), "auto, api or codex"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
     "lock_timeout": _SECONDS,
-    "api_key_env_var": _IDENTIFIER,
+    "api_key_env_var": (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _"),
 }
 
 
 def checked(name: str, value: object, rule: Tuple[Any, ...]) -> Any:
     """`value` as `rule` (one of _RULES) wants it. Raises UsageError naming `name`."""
-    text = str(value)
-    if isinstance(rule[0], str):
-        found = re.fullmatch(rule[0], text, re.ASCII)
-        if not found:
-            raise UsageError(f"{name} must be {rule[1]}")
+    pattern, meaning, *number = rule
+    found = re.fullmatch(pattern, str(value), re.ASCII)
+    if found and not number:
         return found[found.lastindex or 0]
-    kind, low, high = rule
-    number = r"[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
-    if not re.fullmatch(number, text) or not low <= float(text) <= high:
-        raise UsageError(f"{name} must be a number from {low} to {high}")
-    return kind(text)
+    if found and number[1] <= float(found[0]) <= number[2]:
+        return number[0](found[0])
+    raise UsageError(f"{name} must be {meaning}")
 
 
 class Settings:
@@ -145,7 +141,6 @@ class Settings:
     Raises UsageError, naming the setting, for a value that cannot be meant.
     """
 
-    home: str
     if TYPE_CHECKING:
 
         def __getattr__(self, key: str) -> Any: ...
@@ -161,9 +156,9 @@ class Settings:
                 value = os.path.expanduser(usual if value is None else str(value))
             elif name not in self.environ:
                 name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
-            setattr(self, key, checked(name, value, rule))
+            vars(self)[key] = checked(name, value, rule)
         try:
-            self.home = os.path.abspath(self.home)
+            self.home = os.path.abspath(vars(self)["home"])
         except OSError:
             raise UsageError("CHATGPT_OAUTH_HOME is relative to a folder that is gone") from None
 
@@ -179,8 +174,8 @@ def printable(text: str, limit: int = 2000) -> str:
     To str.isprintable(), control characters, escape sequences, bidirectional overrides and line
     breaks all are not; each becomes a question mark.
     """
-    text = text if len(text) <= limit else text[:limit] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    shown = text[:limit] + ("..." if len(text) > limit else "")
+    return "".join(c if c.isprintable() else "?" for c in shown)
 
 
 class OAuthError(Exception):
@@ -636,7 +631,7 @@ def request_user_code(settings: Settings) -> Fields:
         raise OAuthError(f"{what} failed: the answer lacks the code")
     interval = 5.0
     with contextlib.suppress(UsageError):
-        interval = checked("interval", members.get("interval"), (float, 0, 900))
+        interval = checked("interval", members.get("interval"), (_DECIMAL, "", float, 0, 900))
     return {"device_auth_id": device, "user_code": user_code, "interval": max(POLL_FLOOR, interval)}
 
 
@@ -2340,7 +2335,9 @@ def command_env(session: Session, options: Namespace) -> int:
     shell = find_shell(session.settings, options.shell)
     usual, account = session.settings.api_key_env_var, "CHATGPT_OAUTH_ACCOUNT_ID"
     usual = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
-    name = checked("--name", usual if options.name is None else options.name, _IDENTIFIER)
+    name = checked(
+        "--name", usual if options.name is None else options.name, _RULES["api_key_env_var"]
+    )
     if name == account:
         raise UsageError(f"--name must not be {account}", "choose another name")
     variables: Dict[str, Optional[str]] = {name: None}
