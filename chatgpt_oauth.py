@@ -229,11 +229,9 @@ class StorageError(OAuthError):
 # Wire: what is said to OpenAI's servers, and what is taken from their answers
 # ---------------------------------------------------------------------------------------------
 
-LATER = "try again in a while"
 AGAIN = "sign in again: chatgpt_oauth.py auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
-REVOCATION_TIMEOUT = 10.0  # seconds; leaving must not take long
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
@@ -244,7 +242,6 @@ ENDING_CODES = {
     "token_expired": "it has expired",
     "invalid_grant": "it has expired or was revoked",
 }
-_SECRET_FIELDS = {"code", "code_verifier", "refresh_token", "subject_token", "token"}
 _tls_contexts: List[Any] = []
 
 
@@ -294,8 +291,6 @@ class Answer:
     that were `sent` and whatever else looks like one taken out.
     """
 
-    __slots__ = ("status", "data", "html", "retry_after", "code", "text")
-
     def __init__(self, sent: Set[str], status: int, body: bytes, retry_after: object) -> None:
         self.status = status
         self.html = body.lstrip()[:1] == b"<"
@@ -325,9 +320,11 @@ class Answer:
         said = f"{what} failed (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "the server is in trouble"
-            untouched = self.status in (429, 503)
             return UnavailableError(
-                f"{said}: {busy}", LATER, untouched=untouched, retry_after=self.retry_after
+                f"{said}: {busy}",
+                "try again in a while",
+                untouched=self.status in (429, 503),
+                retry_after=self.retry_after,
             )
         if self.html:
             return UnavailableError(
@@ -350,17 +347,15 @@ class Answer:
 
 def _delay(header: str) -> Optional[float]:
     """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or senseless."""
-    if header.isdecimal():
-        return float(header[:9])
     from email.utils import parsedate_to_datetime
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
         return max(0.0, parsedate_to_datetime(header[:40]).timestamp() - time.time())
-    return None
+    return float(header[:9]) if header.isdecimal() else None
 
 
-def prepare_wire() -> None:
-    """Load what the first request needs, so that no one waits for it then."""
+def prepare_wire() -> Any:
+    """Load what the first request needs, so that no one waits for it then: the TLS context."""
     import ssl
     import urllib.request  # noqa: F401
 
@@ -368,6 +363,7 @@ def prepare_wire() -> None:
         context = ssl.create_default_context()
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
         _tls_contexts.append(context)
+    return _tls_contexts[0]
 
 
 def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
@@ -375,11 +371,9 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
     import http.client
     import urllib.request
 
-    options = {}
-    base: Any = http.client.HTTPConnection
-    if request.type == "https":
-        prepare_wire()
-        base, options = http.client.HTTPSConnection, {"context": _tls_contexts[0]}
+    secure = request.type == "https"
+    options = {"context": prepare_wire()} if secure else {}
+    base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
     class Connection(base):  # type: ignore[misc]
         def connect(self) -> None:
@@ -403,13 +397,9 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
         opener.add_handler(urllib.request.ProxyHandler())
     try:
         with opener.open(request, timeout=timeout) as response:
-            parts = [response.read1(65536)]
-            while parts[-1]:
-                parts.append(response.read1(65536))
-                limit -= len(parts[-1])
-                if limit < 0:
-                    raise OverflowError
-            body = b"".join(parts)
+            body = response.read(limit + 1)
+            if len(body) > limit:
+                raise OverflowError
             seen["answer"] = response.status, body, response.headers.get("Retry-After")
     except Exception as error:
         seen["error"] = getattr(error, "reason", error)
@@ -429,49 +419,44 @@ def request_json(
     body: Optional[Dict[str, str]] = None,
     bearer: str = "",
     headers: Optional[Dict[str, str]] = None,
-    timeout: Optional[float] = None,
+    timeout: float = float("inf"),
     limit: int = MEBIBYTE,
 ) -> Answer:
     """GET `url`, or POST `form` (form-encoded) or `body` (JSON) to it.
 
-    `what` names the request in errors; `timeout` bounds the whole of it in seconds, from the
-    name look-up to the answer's last byte; `limit` is the most bytes that are read.
-    Returns an Answer whatever its status; raises UnavailableError when none came and
-    OAuthError when it was too large.
+    `what` names the request in errors; the settings' request_timeout, or a shorter `timeout`,
+    bounds the whole of it in seconds, from the name look-up to the answer's last byte; `limit` is
+    the most bytes that are read. Returns an Answer whatever its status; raises UnavailableError
+    when none came and OAuthError when it was too large.
     """
     import threading
     import urllib.parse
     import urllib.request
 
-    timeout = timeout or settings.request_timeout
+    timeout = min(timeout, settings.request_timeout)
+    sent = {**(form or {}), **(body or {})}
     head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json"}
-    data = None
-    if form is not None:
-        data = urllib.parse.urlencode(form).encode()
-        head["Content-Type"] = "application/x-www-form-urlencoded"
-    elif body is not None:
-        data = json.dumps(body).encode()
-        head["Content-Type"] = "application/json"
+    if sent:
+        head["Content-Type"] = f"application/{'x-www-form-urlencoded' if form else 'json'}"
     if bearer:
         head["Authorization"] = "Bearer " + bearer
+    text = urllib.parse.urlencode(sent) if form else json.dumps(sent)
     request = urllib.request.Request(  # noqa: S310 - Settings admits http and https alone
-        url, data, {**head, **(headers or {})}
+        url, text.encode() if sent else None, {**head, **(headers or {})}
     )
     # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
     # the exchange has a thread of its own and the clock is watched from here.
     seen: Fields = {}
-    work = (request, timeout, limit, seen)
-    thread = threading.Thread(target=_exchange, args=work, daemon=True)
+    thread = threading.Thread(target=_exchange, args=(request, timeout, limit, seen), daemon=True)
     thread.start()
     deadline = time.monotonic() + timeout
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(min(0.5, max(0.0, deadline - time.monotonic())))
     if "answer" not in seen:
         raise _no_answer(request, what, timeout, seen)
-    sent = {
-        value for key, value in {**(form or {}), **(body or {})}.items() if key in _SECRET_FIELDS
-    }
-    return Answer(sent | {bearer} - {""}, *seen["answer"])
+    kept = ("code", "code_verifier", "refresh_token", "subject_token", "token")
+    secrets = {bearer, *(sent.get(name, "") for name in kept)} - {""}
+    return Answer(secrets, *seen["answer"])
 
 
 def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthError:
@@ -602,11 +587,13 @@ def revoke(settings: Settings, tokens: Tokens) -> None:
     """Revoke the refresh token, or without one the access token (RFC 7009 §2.1)."""
     body = {"token": tokens.access_token, "token_type_hint": "access_token"}
     if tokens.refresh_token:
-        body = {"token": tokens.refresh_token, "token_type_hint": "refresh_token"}
-        body["client_id"] = tokens.client_id
+        body = {
+            "token": tokens.refresh_token,
+            "token_type_hint": "refresh_token",
+            "client_id": tokens.client_id,
+        }
     url, what = checked("the issuer", tokens.issuer, _URL) + "/oauth/revoke", "revoking the sign-in"
-    timeout = min(REVOCATION_TIMEOUT, settings.request_timeout)
-    answer = request_json(settings, url, what, body=body, timeout=timeout)
+    answer = request_json(settings, url, what, body=body, timeout=10.0)  # leave without delay
     if not 200 <= answer.status < 300:
         raise answer.refusal(what)
 
@@ -625,14 +612,17 @@ def request_user_code(settings: Settings) -> Fields:
             "does), or sign in without --device",
         )
     members = answer.members(what)
-    device = text_or_none(members.get("device_auth_id"))
-    user_code = text_or_none(members.get("user_code") or members.get("usercode"))
-    if not device or not user_code:
+    device: Fields = {
+        "device_auth_id": text_or_none(members.get("device_auth_id")),
+        "user_code": text_or_none(members.get("user_code") or members.get("usercode")),
+        "interval": 5.0,
+    }
+    if not all(device.values()):
         raise OAuthError(f"{what} failed: the answer lacks the code")
-    interval = 5.0
     with contextlib.suppress(UsageError):
         interval = checked("interval", members.get("interval"), (_DECIMAL, "", float, 0, 900))
-    return {"device_auth_id": device, "user_code": user_code, "interval": max(POLL_FLOOR, interval)}
+        device["interval"] = max(POLL_FLOOR, interval)
+    return device
 
 
 def poll_device_token(settings: Settings, device: Fields) -> Answer:
@@ -648,7 +638,6 @@ def poll_device_token(settings: Settings, device: Fields) -> Answer:
 
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
-OPAQUE_LIFETIME = 8 * 86400  # seconds after its refresh that a token without dates is renewed
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
 
 
@@ -673,8 +662,6 @@ class Tokens:
     Raises ValueError, naming the key, when a token or key is no RFC 6750 b64token.
     """
 
-    __slots__ = ("fields", "account_id", "issuer", "client_id", *SECRET_KEYS)
-
     access_token: str
     refresh_token: Optional[str]
     id_token: Optional[str]
@@ -693,12 +680,12 @@ class Tokens:
             self.api_key = None
         account = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
         self.account_id = account if is_b64token(account) else None
-        self.issuer = (text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]).rstrip(
-            "/"
+        issuer, client_id = (
+            text_or_none(fields.get(name)) or CHATGPT_OAUTH_CONFIG[name]
+            for name in ("issuer", "client_id")
         )
-        self.client_id = printable(
-            text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
-        )
+        self.issuer, self.client_id = issuer.rstrip("/"), printable(client_id)
+        self.owner = self.issuer, self.account_id or self.access_token  # of one account: equal
 
     def auth_claims(self) -> Fields:
         """OpenAI's own claims, from the ID token or the access token."""
@@ -711,7 +698,8 @@ class Tokens:
             return float(expiry)
         expiry = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
-        return refreshed + OPAQUE_LIFETIME if expiry is None and refreshed is not None else expiry
+        # A token without dates is renewed eight days after its refresh.
+        return refreshed + 8 * 86400 if expiry is None and refreshed is not None else expiry
 
     def outlives(self, seconds: float, unknown: bool) -> bool:
         """Whether the access token has more than `seconds` left; `unknown` when nothing tells."""
@@ -723,13 +711,6 @@ class Tokens:
         import hashlib
 
         return hashlib.sha256((self.refresh_token or "").encode()).hexdigest()
-
-    def same_account(self, other: Optional[Tokens]) -> bool:
-        """Whether both certainly belong to one account of one issuer."""
-        return other is not None and self._owner() == other._owner()
-
-    def _owner(self) -> Tuple[str, str]:
-        return self.issuer, self.account_id or self.access_token
 
 
 @contextlib.contextmanager
@@ -1583,7 +1564,7 @@ def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[
     names = list(entries)
     if keep:
         with session.store.lock():
-            if not session.tokens().same_account(tokens):
+            if session.tokens().owner != tokens.owner:
                 raise OAuthError("somebody else has signed in meanwhile", "run it again")
             names = register_models(session, entries)
         counts = f"{len(names)} of {len(models)} models imported"
@@ -1636,7 +1617,7 @@ def complete_sign_in(
             aside = os.path.realpath(store.token_file) + ".bad"
             store.move_away(aside)
             session.notify("warning", f"{error}; kept as {aside}")
-        if old and tokens.same_account(old):
+        if old and tokens.owner == old.owner:
             known = {*SECRET_KEYS, "ended", "expires_at"}
             fields = {**{k: v for k, v in old.fields.items() if k not in known}, **fields}
             fields.update({"api_key": old.api_key} if old.api_key else {})
@@ -1688,7 +1669,7 @@ def obtain_api_key(session: Session, _: object = None) -> None:
         failure = OAuthError(f"no API key: {error}", f"{ORGANIZATION_HINT} (or go without)")
     with store.lock():
         current = store.load_tokens()
-        if current and tokens.same_account(current):
+        if current and tokens.owner == current.owner:
             fields = {k: value for k, value in current.fields.items() if k != "api_key"}
             store.save(store.token_file, {**fields, **({"api_key": api_key} if api_key else {})})
     if failure:
