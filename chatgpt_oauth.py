@@ -94,8 +94,7 @@ _URL = (
     "an https address (http for this machine's own alone)",
 )
 _WORD = (r"[!-~]+", "visible ASCII characters without a space")
-_DECIMAL = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
-_SECONDS = (_DECIMAL, "a number from 0.001 to 86400", float, 0.001, 86400)
+_SECONDS = (r"[0-9]{1,9}(?:\.[0-9]{1,9})?", "a number from 0.001 to 86400", float, 0.001, 86400)
 _PORT = (r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
 _RULES: Fields = {
     "issuer": _URL,
@@ -174,25 +173,32 @@ def printable(text: str, limit: int = 2000) -> str:
     To str.isprintable(), control characters, escape sequences, bidirectional overrides and line
     breaks all are not; each becomes a question mark.
     """
-    shown = text[:limit] + ("..." if len(text) > limit else "")
-    return "".join(c if c.isprintable() else "?" for c in shown)
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class OAuthError(Exception):
     """Something that stops a command: one line that says what, `hint` the next step or None.
 
-    `exit_code` is the command's. Neither text ever holds a token, key or code.
+    `exit_code` is the command's, `reason` the server's error code that ended the sign-in,
+    `untouched` whether the request that failed certainly had no effect, and `retry_after` the
+    seconds for which the server asks to be left alone. No text ever holds a token, key or code.
     """
 
     exit_code = 1
-    reason: Optional[str] = None  # the server's error code that ended the sign-in
-    untouched = False  # whether the request that failed certainly had no effect
-    retry_after: Optional[float] = None  # seconds for which the server asks to be left alone
 
-    def __init__(self, message: str, hint: Optional[str] = None, **details: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: Optional[str] = None,
+        *,
+        reason: str = "",
+        untouched: bool = False,
+        retry_after: Optional[float] = None,
+    ) -> None:
         super().__init__(printable(message))
         self.hint = printable(hint) if hint else None
-        vars(self).update(details)
+        self.reason, self.untouched, self.retry_after = reason, untouched, retry_after
 
 
 class UsageError(OAuthError):
@@ -248,13 +254,6 @@ _tls_contexts: List[Any] = []
 def is_b64token(value: object) -> bool:
     """Whether `value` has the form of a bearer token (RFC 6750 §2.1): safe in headers, shells."""
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
-
-
-def base64url(data: bytes) -> str:
-    """`data` in base64url without padding (RFC 7636 appendix A)."""
-    import base64
-
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def decode_claims(jwt: Optional[str]) -> Fields:
@@ -393,8 +392,7 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
     # verifier, or the refresh token, to wherever it points.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(Handler())
-    if not is_loopback(request.full_url):
-        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(request.full_url) else None))
     try:
         with opener.open(request, timeout=timeout) as response:
             body = response.read(limit + 1)
@@ -472,8 +470,8 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthEr
             reached.shutdown(socket.SHUT_RDWR)
     if isinstance(error, OverflowError):
         return OAuthError(f"{what} failed: the answer is larger than any true one")
-    hint = "check the network, then try again"
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    hint = "check the network, then try again"
     if proxied and not is_loopback(request.full_url):
         hint = "check HTTPS_PROXY, through which this went, and the network; then try again"
     if error is None or isinstance(error, (TimeoutError, socket.timeout)):
@@ -620,15 +618,15 @@ def request_user_code(settings: Settings) -> Fields:
     if not all(device.values()):
         raise OAuthError(f"{what} failed: the answer lacks the code")
     with contextlib.suppress(UsageError):
-        interval = checked("interval", members.get("interval"), (_DECIMAL, "", float, 0, 900))
+        interval = checked("interval", members.get("interval"), (_SECONDS[0], "", float, 0, 900))
         device["interval"] = max(POLL_FLOOR, interval)
     return device
 
 
 def poll_device_token(settings: Settings, device: Fields) -> Answer:
     """Ask once whether the person has entered the user code (RFC 8628 §3.4)."""
-    body = {"device_auth_id": device["device_auth_id"], "user_code": device["user_code"]}
     url = settings.issuer + "/api/accounts/deviceauth/token"
+    body = {name: device[name] for name in ("device_auth_id", "user_code")}
     return request_json(settings, url, "waiting for the device code", body=body)
 
 
@@ -1167,11 +1165,13 @@ class Attempt:
     def __init__(self, settings: Settings, port: int) -> None:
         import hashlib
         import secrets
+        from base64 import urlsafe_b64encode
 
         # RFC 6749 §10.12: the state ties the response to this request. RFC 7636 §4.1 and §4.2.
-        self.state = base64url(secrets.token_bytes(32))
-        self.verifier = base64url(secrets.token_bytes(64))
-        challenge = base64url(hashlib.sha256(self.verifier.encode()).digest())
+        self.state = secrets.token_urlsafe(32)
+        self.verifier = secrets.token_urlsafe(64)
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
         self.path = "/" + settings.redirect_path
         self.redirect_uri = f"{settings.redirect_host}:{port}{self.path}"
