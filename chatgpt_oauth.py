@@ -8,16 +8,16 @@
     token     print an access token that is valid now
     logout    revoke the sign-in and remove what it left
 
-How the data flows.  `auth` makes an authorization request (RFC 6749 §4.1, with PKCE, RFC 7636),
-shows its URL and waits on the loopback interface (RFC 8252 §7.3) for the authorization response;
-a pasted address and a device code (RFC 8628) are two more ways to the same code.  The code is
-exchanged for tokens, and the tokens are on disk before anything else is tried.  An ID token is
-then exchanged for an API key (RFC 8693) where the account has an organization, and the models
-that the key or the ChatGPT plan pays for are written where Code Puppy looks for them.
+`auth` shows the URL of an authorization request (RFC 6749 §4.1, with PKCE, RFC 7636) and waits
+on the loopback interface (RFC 8252 §7.3) for the response; a pasted address and a device code
+(RFC 8628) are two more ways to the same code.  The code is exchanged for tokens, which are on
+disk before anything else is tried; then the ID token for an API key (RFC 8693), where the account
+has an organization; and the models that the key or the ChatGPT plan pays for are written where
+Code Puppy looks for them.
 
-Afterwards everything asks one place, `Session.fresh`, for tokens.  It refreshes them under a
-lock that every process shares, because OpenAI's refresh tokens are good for one use: of two
-programs that refresh at the same moment one would be signed out.
+Afterwards everything asks one place, `Session.fresh`, for tokens.  It refreshes them under a lock
+that all processes share, for OpenAI's refresh tokens are good for one use: of two programs that
+refresh at the same moment one would be signed out.
 
 The token file holds what its name says.  Whoever can read it can use the account; it is written
 readable by its owner alone, and no command but `env` and `token` prints from it.
@@ -395,10 +395,8 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
     opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(request.full_url) else None))
     try:
         with opener.open(request, timeout=timeout) as response:
-            body = response.read(limit + 1)
-            if len(body) > limit:
-                raise OverflowError
-            seen["answer"] = response.status, body, response.headers.get("Retry-After")
+            content = response.read(limit + 1)
+            seen["answer"] = response.status, content, response.headers.get("Retry-After")
     except Exception as error:
         seen["error"] = getattr(error, "reason", error)
 
@@ -452,12 +450,14 @@ def request_json(
         thread.join(min(0.5, max(0.0, deadline - time.monotonic())))
     if "answer" not in seen:
         raise _no_answer(request, what, timeout, seen)
-    kept = ("code", "code_verifier", "refresh_token", "subject_token", "token")
-    secrets = {bearer, *(sent.get(name, "") for name in kept)} - {""}
+    if len(seen["answer"][1]) > limit:
+        raise OAuthError(f"{what} failed: the answer is larger than any true one")
+    private = ("code", "code_verifier", "refresh_token", "subject_token", "token")
+    secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
     return Answer(secrets, *seen["answer"])
 
 
-def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthError:
+def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> UnavailableError:
     """What to tell a person about a request without an answer, of which `seen` is known."""
     import socket
     import ssl
@@ -468,8 +468,6 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthEr
     if error is None and reached:  # still under way: its thread ends with its socket
         with contextlib.suppress(OSError):
             reached.shutdown(socket.SHUT_RDWR)
-    if isinstance(error, OverflowError):
-        return OAuthError(f"{what} failed: the answer is larger than any true one")
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     hint = "check the network, then try again"
     if proxied and not is_loopback(request.full_url):
