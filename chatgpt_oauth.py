@@ -8,16 +8,16 @@
     token     print an access token that is valid now
     logout    revoke the sign-in and remove what it left
 
-How the data flows.  `auth` makes an authorization request (RFC 6749 §4.1, with PKCE, RFC 7636),
-shows its URL and waits on the loopback interface (RFC 8252 §7.3) for the authorization response;
-a pasted address and a device code (RFC 8628) are two more ways to the same code.  The code is
-exchanged for tokens, and the tokens are on disk before anything else is tried.  An ID token is
-then exchanged for an API key (RFC 8693) where the account has an organization, and the models
-that the key or the ChatGPT plan pays for are written where Code Puppy looks for them.
+`auth` shows the URL of an authorization request (RFC 6749 §4.1, with PKCE, RFC 7636) and waits
+on the loopback interface (RFC 8252 §7.3) for the response; a pasted address and a device code
+(RFC 8628) are two more ways to the same code.  The code is exchanged for tokens, which are on
+disk before anything else is tried; then the ID token for an API key (RFC 8693), where the account
+has an organization; and the models that the key or the ChatGPT plan pays for are written where
+Code Puppy looks for them.
 
-Afterwards everything asks one place, `Session.fresh`, for tokens.  It refreshes them under a
-lock that every process shares, because OpenAI's refresh tokens are good for one use: of two
-programs that refresh at the same moment one would be signed out.
+Afterwards everything asks one place, `Session.fresh`, for tokens.  It refreshes them under a lock
+that all processes share, for OpenAI's refresh tokens are good for one use: of two programs that
+refresh at the same moment one would be signed out.
 
 The token file holds what its name says.  Whoever can read it can use the account; it is written
 readable by its owner alone, and no command but `env` and `token` prints from it.
@@ -85,18 +85,17 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
 SOURCES = ("auto", "api", "codex")
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
-# What a setting must be: text like a pattern (its group 1, where it has one, is what counts),
-# or a number between two others; and how to say so.
-_PORT_NUMBER = r"(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+# What a setting must be: a pattern (its group 1, where it has one, is what counts), how to say so,
+# and for a number its type and bounds.
 _URL = (
-    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_PORT_NUMBER})?(?:/[\w.~%/-]*?)?)/*",
+    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})"
+    r"(?::(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+    r"(?:/[\w.~%/-]*?)?)/*",
     "an https address (http for this machine's own alone)",
 )
 _WORD = (r"[!-~]+", "visible ASCII characters without a space")
-_IDENTIFIER = (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")
-_PATTERNS = (r"[!-~]*", "shell patterns with commas between them")
-_SECONDS = (float, 0.001, 86400)
-_PORT = (int, 1, 65535)
+_SECONDS = (r"[0-9]{1,9}(?:\.[0-9]{1,9})?", "a number from 0.001 to 86400", float, 0.001, 86400)
+_PORT = (r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
 _RULES: Fields = {
     "issuer": _URL,
     "client_id": _WORD,
@@ -111,31 +110,27 @@ _RULES: Fields = {
     "codex_client_version": (r"[\w.+-]{1,64}", "a version such as 0.169.0"),
     "home": (r"(?!~)[^\0]+", "a folder's path, where none follows from HOME"),
     "prefix": (MODEL_ID, "the beginning of a model's name"),
-    "default_context_length": (int, 1, 10**9),
-    "model_patterns": (_PATTERNS[0].replace("*", "+"), _PATTERNS[1]),
-    "model_excludes": _PATTERNS,
-    "model_source": ("auto|api|codex", "auto, api or codex"),
+    "default_context_length": (r"[0-9]{1,9}", "a number from 1 to 1000000000", int, 1, 10**9),
+    "model_patterns": (r"[!-~]+", "shell patterns with commas between them"),
+    "model_excludes": (r"[!-~]*", "shell patterns with commas between them"),
+    "model_source": ("|".join(SOURCES), "auto, api or codex"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
     "lock_timeout": _SECONDS,
-    "api_key_env_var": _IDENTIFIER,
+    "api_key_env_var": (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _"),
 }
 
 
 def checked(name: str, value: object, rule: Tuple[Any, ...]) -> Any:
     """`value` as `rule` (one of _RULES) wants it. Raises UsageError naming `name`."""
-    text = str(value)
-    if isinstance(rule[0], str):
-        found = re.fullmatch(rule[0], text, re.ASCII)
-        if not found:
-            raise UsageError(f"{name} must be {rule[1]}")
+    pattern, meaning, *number = rule
+    found = re.fullmatch(pattern, str(value), re.ASCII)
+    if found and not number:
         return found[found.lastindex or 0]
-    kind, low, high = rule
-    number = r"[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
-    if not re.fullmatch(number, text) or not low <= float(text) <= high:
-        raise UsageError(f"{name} must be a number from {low} to {high}")
-    return kind(text)
+    if found and number[1] <= float(found[0]) <= number[2]:
+        return number[0](found[0])
+    raise UsageError(f"{name} must be {meaning}")
 
 
 class Settings:
@@ -145,7 +140,6 @@ class Settings:
     Raises UsageError, naming the setting, for a value that cannot be meant.
     """
 
-    home: str
     if TYPE_CHECKING:
 
         def __getattr__(self, key: str) -> Any: ...
@@ -161,9 +155,9 @@ class Settings:
                 value = os.path.expanduser(usual if value is None else str(value))
             elif name not in self.environ:
                 name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
-            setattr(self, key, checked(name, value, rule))
+            vars(self)[key] = checked(name, value, rule)
         try:
-            self.home = os.path.abspath(self.home)
+            self.home = os.path.abspath(vars(self)["home"])
         except OSError:
             raise UsageError("CHATGPT_OAUTH_HOME is relative to a folder that is gone") from None
 
@@ -180,24 +174,31 @@ def printable(text: str, limit: int = 2000) -> str:
     breaks all are not; each becomes a question mark.
     """
     text = text if len(text) <= limit else text[:limit] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class OAuthError(Exception):
     """Something that stops a command: one line that says what, `hint` the next step or None.
 
-    `exit_code` is the command's. Neither text ever holds a token, key or code.
+    `exit_code` is the command's, `reason` the server's error code that ended the sign-in,
+    `untouched` whether the request that failed certainly had no effect, and `retry_after` the
+    seconds for which the server asks to be left alone. No text ever holds a token, key or code.
     """
 
     exit_code = 1
-    reason: Optional[str] = None  # the server's error code that ended the sign-in
-    untouched = False  # whether the request that failed certainly had no effect
-    retry_after: Optional[float] = None  # seconds for which the server asks to be left alone
 
-    def __init__(self, message: str, hint: Optional[str] = None, **details: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: Optional[str] = None,
+        *,
+        reason: str = "",
+        untouched: bool = False,
+        retry_after: Optional[float] = None,
+    ) -> None:
         super().__init__(printable(message))
         self.hint = printable(hint) if hint else None
-        vars(self).update(details)
+        self.reason, self.untouched, self.retry_after = reason, untouched, retry_after
 
 
 class UsageError(OAuthError):
@@ -234,11 +235,9 @@ class StorageError(OAuthError):
 # Wire: what is said to OpenAI's servers, and what is taken from their answers
 # ---------------------------------------------------------------------------------------------
 
-LATER = "try again in a while"
 AGAIN = "sign in again: chatgpt_oauth.py auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
-REVOCATION_TIMEOUT = 10.0  # seconds; leaving must not take long
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
@@ -249,20 +248,12 @@ ENDING_CODES = {
     "token_expired": "it has expired",
     "invalid_grant": "it has expired or was revoked",
 }
-_SECRET_FIELDS = {"code", "code_verifier", "refresh_token", "subject_token", "token"}
 _tls_contexts: List[Any] = []
 
 
 def is_b64token(value: object) -> bool:
     """Whether `value` has the form of a bearer token (RFC 6750 §2.1): safe in headers, shells."""
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
-
-
-def base64url(data: bytes) -> str:
-    """`data` in base64url without padding (RFC 7636 appendix A)."""
-    import base64
-
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def decode_claims(jwt: Optional[str]) -> Fields:
@@ -299,8 +290,6 @@ class Answer:
     that were `sent` and whatever else looks like one taken out.
     """
 
-    __slots__ = ("status", "data", "html", "retry_after", "code", "text")
-
     def __init__(self, sent: Set[str], status: int, body: bytes, retry_after: object) -> None:
         self.status = status
         self.html = body.lstrip()[:1] == b"<"
@@ -330,9 +319,11 @@ class Answer:
         said = f"{what} failed (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "the server is in trouble"
-            untouched = self.status in (429, 503)
             return UnavailableError(
-                f"{said}: {busy}", LATER, untouched=untouched, retry_after=self.retry_after
+                f"{said}: {busy}",
+                "try again in a while",
+                untouched=self.status in (429, 503),
+                retry_after=self.retry_after,
             )
         if self.html:
             return UnavailableError(
@@ -355,17 +346,15 @@ class Answer:
 
 def _delay(header: str) -> Optional[float]:
     """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or senseless."""
-    if header.isdecimal():
-        return float(header[:9])
     from email.utils import parsedate_to_datetime
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
         return max(0.0, parsedate_to_datetime(header[:40]).timestamp() - time.time())
-    return None
+    return float(header[:9]) if header.isdecimal() else None
 
 
-def prepare_wire() -> None:
-    """Load what the first request needs, so that no one waits for it then."""
+def prepare_wire() -> Any:
+    """Load what the first request needs, so that no one waits for it then: the TLS context."""
     import ssl
     import urllib.request  # noqa: F401
 
@@ -373,6 +362,7 @@ def prepare_wire() -> None:
         context = ssl.create_default_context()
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
         _tls_contexts.append(context)
+    return _tls_contexts[0]
 
 
 def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
@@ -380,11 +370,9 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
     import http.client
     import urllib.request
 
-    options = {}
-    base: Any = http.client.HTTPConnection
-    if request.type == "https":
-        prepare_wire()
-        base, options = http.client.HTTPSConnection, {"context": _tls_contexts[0]}
+    secure = request.type == "https"
+    options = {"context": prepare_wire()} if secure else {}
+    base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
     class Connection(base):  # type: ignore[misc]
         def connect(self) -> None:
@@ -404,18 +392,11 @@ def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
     # verifier, or the refresh token, to wherever it points.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(Handler())
-    if not is_loopback(request.full_url):
-        opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(request.full_url) else None))
     try:
         with opener.open(request, timeout=timeout) as response:
-            parts = [response.read1(65536)]
-            while parts[-1]:
-                parts.append(response.read1(65536))
-                limit -= len(parts[-1])
-                if limit < 0:
-                    raise OverflowError
-            body = b"".join(parts)
-            seen["answer"] = response.status, body, response.headers.get("Retry-After")
+            content = response.read(limit + 1)
+            seen["answer"] = response.status, content, response.headers.get("Retry-After")
     except Exception as error:
         seen["error"] = getattr(error, "reason", error)
 
@@ -434,52 +415,49 @@ def request_json(
     body: Optional[Dict[str, str]] = None,
     bearer: str = "",
     headers: Optional[Dict[str, str]] = None,
-    timeout: Optional[float] = None,
+    timeout: float = float("inf"),
     limit: int = MEBIBYTE,
 ) -> Answer:
     """GET `url`, or POST `form` (form-encoded) or `body` (JSON) to it.
 
-    `what` names the request in errors; `timeout` bounds the whole of it in seconds, from the
-    name look-up to the answer's last byte; `limit` is the most bytes that are read.
-    Returns an Answer whatever its status; raises UnavailableError when none came and
-    OAuthError when it was too large.
+    `what` names the request in errors; the settings' request_timeout, or a shorter `timeout`,
+    bounds the whole of it in seconds, from the name look-up to the answer's last byte; `limit` is
+    the most bytes that are read. Returns an Answer whatever its status; raises UnavailableError
+    when none came and OAuthError when it was too large.
     """
     import threading
     import urllib.parse
     import urllib.request
 
-    timeout = timeout or settings.request_timeout
+    timeout = min(timeout, settings.request_timeout)
+    sent = {**(form or {}), **(body or {})}
     head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json"}
-    data = None
-    if form is not None:
-        data = urllib.parse.urlencode(form).encode()
-        head["Content-Type"] = "application/x-www-form-urlencoded"
-    elif body is not None:
-        data = json.dumps(body).encode()
-        head["Content-Type"] = "application/json"
+    if sent:
+        head["Content-Type"] = f"application/{'x-www-form-urlencoded' if form else 'json'}"
     if bearer:
         head["Authorization"] = "Bearer " + bearer
+    text = urllib.parse.urlencode(sent) if form else json.dumps(sent)
     request = urllib.request.Request(  # noqa: S310 - Settings admits http and https alone
-        url, data, {**head, **(headers or {})}
+        url, text.encode() if sent else None, {**head, **(headers or {})}
     )
     # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
     # the exchange has a thread of its own and the clock is watched from here.
     seen: Fields = {}
-    work = (request, timeout, limit, seen)
-    thread = threading.Thread(target=_exchange, args=work, daemon=True)
+    thread = threading.Thread(target=_exchange, args=(request, timeout, limit, seen), daemon=True)
     thread.start()
     deadline = time.monotonic() + timeout
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(min(0.5, max(0.0, deadline - time.monotonic())))
     if "answer" not in seen:
         raise _no_answer(request, what, timeout, seen)
-    sent = {
-        value for key, value in {**(form or {}), **(body or {})}.items() if key in _SECRET_FIELDS
-    }
-    return Answer(sent | {bearer} - {""}, *seen["answer"])
+    if len(seen["answer"][1]) > limit:
+        raise OAuthError(f"{what} failed: the answer is larger than any true one")
+    private = ("code", "code_verifier", "refresh_token", "subject_token", "token")
+    secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
+    return Answer(secrets, *seen["answer"])
 
 
-def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthError:
+def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> UnavailableError:
     """What to tell a person about a request without an answer, of which `seen` is known."""
     import socket
     import ssl
@@ -490,10 +468,8 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> OAuthEr
     if error is None and reached:  # still under way: its thread ends with its socket
         with contextlib.suppress(OSError):
             reached.shutdown(socket.SHUT_RDWR)
-    if isinstance(error, OverflowError):
-        return OAuthError(f"{what} failed: the answer is larger than any true one")
-    hint = "check the network, then try again"
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    hint = "check the network, then try again"
     if proxied and not is_loopback(request.full_url):
         hint = "check HTTPS_PROXY, through which this went, and the network; then try again"
     if error is None or isinstance(error, (TimeoutError, socket.timeout)):
@@ -607,11 +583,13 @@ def revoke(settings: Settings, tokens: Tokens) -> None:
     """Revoke the refresh token, or without one the access token (RFC 7009 §2.1)."""
     body = {"token": tokens.access_token, "token_type_hint": "access_token"}
     if tokens.refresh_token:
-        body = {"token": tokens.refresh_token, "token_type_hint": "refresh_token"}
-        body["client_id"] = tokens.client_id
+        body = {
+            "token": tokens.refresh_token,
+            "token_type_hint": "refresh_token",
+            "client_id": tokens.client_id,
+        }
     url, what = checked("the issuer", tokens.issuer, _URL) + "/oauth/revoke", "revoking the sign-in"
-    timeout = min(REVOCATION_TIMEOUT, settings.request_timeout)
-    answer = request_json(settings, url, what, body=body, timeout=timeout)
+    answer = request_json(settings, url, what, body=body, timeout=10.0)  # leave without delay
     if not 200 <= answer.status < 300:
         raise answer.refusal(what)
 
@@ -630,20 +608,23 @@ def request_user_code(settings: Settings) -> Fields:
             "does), or sign in without --device",
         )
     members = answer.members(what)
-    device = text_or_none(members.get("device_auth_id"))
-    user_code = text_or_none(members.get("user_code") or members.get("usercode"))
-    if not device or not user_code:
+    device: Fields = {
+        "device_auth_id": text_or_none(members.get("device_auth_id")),
+        "user_code": text_or_none(members.get("user_code") or members.get("usercode")),
+        "interval": 5.0,
+    }
+    if not all(device.values()):
         raise OAuthError(f"{what} failed: the answer lacks the code")
-    interval = 5.0
     with contextlib.suppress(UsageError):
-        interval = checked("interval", members.get("interval"), (float, 0, 900))
-    return {"device_auth_id": device, "user_code": user_code, "interval": max(POLL_FLOOR, interval)}
+        interval = checked("interval", members.get("interval"), (_SECONDS[0], "", float, 0, 900))
+        device["interval"] = max(POLL_FLOOR, interval)
+    return device
 
 
 def poll_device_token(settings: Settings, device: Fields) -> Answer:
     """Ask once whether the person has entered the user code (RFC 8628 §3.4)."""
-    body = {"device_auth_id": device["device_auth_id"], "user_code": device["user_code"]}
     url = settings.issuer + "/api/accounts/deviceauth/token"
+    body = {name: device[name] for name in ("device_auth_id", "user_code")}
     return request_json(settings, url, "waiting for the device code", body=body)
 
 
@@ -653,7 +634,6 @@ def poll_device_token(settings: Settings, device: Fields) -> Answer:
 
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
-OPAQUE_LIFETIME = 8 * 86400  # seconds after its refresh that a token without dates is renewed
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
 
 
@@ -678,8 +658,6 @@ class Tokens:
     Raises ValueError, naming the key, when a token or key is no RFC 6750 b64token.
     """
 
-    __slots__ = ("fields", "account_id", "issuer", "client_id", *SECRET_KEYS)
-
     access_token: str
     refresh_token: Optional[str]
     id_token: Optional[str]
@@ -698,12 +676,12 @@ class Tokens:
             self.api_key = None
         account = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
         self.account_id = account if is_b64token(account) else None
-        self.issuer = (text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]).rstrip(
-            "/"
+        issuer, client_id = (
+            text_or_none(fields.get(name)) or CHATGPT_OAUTH_CONFIG[name]
+            for name in ("issuer", "client_id")
         )
-        self.client_id = printable(
-            text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
-        )
+        self.issuer, self.client_id = issuer.rstrip("/"), printable(client_id)
+        self.owner = self.issuer, self.account_id or self.access_token  # of one account: equal
 
     def auth_claims(self) -> Fields:
         """OpenAI's own claims, from the ID token or the access token."""
@@ -716,7 +694,8 @@ class Tokens:
             return float(expiry)
         expiry = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
-        return refreshed + OPAQUE_LIFETIME if expiry is None and refreshed is not None else expiry
+        # A token without dates is renewed eight days after its refresh.
+        return refreshed + 8 * 86400 if expiry is None and refreshed is not None else expiry
 
     def outlives(self, seconds: float, unknown: bool) -> bool:
         """Whether the access token has more than `seconds` left; `unknown` when nothing tells."""
@@ -728,13 +707,6 @@ class Tokens:
         import hashlib
 
         return hashlib.sha256((self.refresh_token or "").encode()).hexdigest()
-
-    def same_account(self, other: Optional[Tokens]) -> bool:
-        """Whether both certainly belong to one account of one issuer."""
-        return other is not None and self._owner() == other._owner()
-
-    def _owner(self) -> Tuple[str, str]:
-        return self.issuer, self.account_id or self.access_token
 
 
 @contextlib.contextmanager
@@ -1157,11 +1129,13 @@ class Attempt:
     def __init__(self, settings: Settings, port: int) -> None:
         import hashlib
         import secrets
+        from base64 import urlsafe_b64encode
 
         # RFC 6749 §10.12: the state ties the response to this request. RFC 7636 §4.1 and §4.2.
-        self.state = base64url(secrets.token_bytes(32))
-        self.verifier = base64url(secrets.token_bytes(64))
-        challenge = base64url(hashlib.sha256(self.verifier.encode()).digest())
+        self.state = secrets.token_urlsafe(32)
+        self.verifier = secrets.token_urlsafe(64)
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
         self.path = "/" + settings.redirect_path
         self.redirect_uri = f"{settings.redirect_host}:{port}{self.path}"
@@ -1535,7 +1509,7 @@ def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[
     names = list(entries)
     if keep:
         with session.store.lock():
-            if not session.tokens().same_account(tokens):
+            if session.tokens().owner != tokens.owner:
                 raise OAuthError("somebody else has signed in meanwhile", "run it again")
             names = register_models(session, entries)
         counts = f"{len(names)} of {len(models)} models imported"
@@ -1553,7 +1527,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sign-in: browser, paste and device code, each ending in `keep_tokens`, `finish_sign_in`
+# Sign-in: browser, paste and device code, each ending in `complete_sign_in`
 # ---------------------------------------------------------------------------------------------
 
 DEVICE_CODE_LIFETIME = 900.0  # seconds
@@ -1580,7 +1554,7 @@ def keep_tokens(session: Session, code: str, verifier: str, redirect_uri: str) -
             aside = os.path.realpath(store.token_file) + ".bad"
             store.move_away(aside)
             session.notify("warning", f"{error}; kept as {aside}")
-        if old and tokens.same_account(old):
+        if old and tokens.owner == old.owner:
             known = {*SECRET_KEYS, "ended", "expires_at"}
             kept = {k: value for k, value in old.fields.items() if k not in known}
             fields = {**kept, **({"api_key": old.api_key} if old.api_key else {}), **fields}
@@ -1588,7 +1562,7 @@ def keep_tokens(session: Session, code: str, verifier: str, redirect_uri: str) -
     return old
 
 
-def finish_sign_in(session: Session, choice: Choice, old: Optional[Tokens]) -> None:
+def complete_sign_in(session: Session, choice: Choice, old: Optional[Tokens]) -> None:
     """With the tokens stored: API key, models, the end of another account's `old`, summary.
 
     What fails is a warning.
@@ -1641,7 +1615,7 @@ def obtain_api_key(session: Session, _: object = None) -> None:
     finally:
         with store.lock():
             current = store.load_tokens()
-            if current and tokens.same_account(current):
+            if current and tokens.owner == current.owner:
                 fields = {k: value for k, value in current.fields.items() if k != "api_key"}
                 store.save(store.token_file, {**fields, **obtained})
 
@@ -1824,7 +1798,7 @@ class BrowserSignIn:
             raise
         listener.settle()
         deadline = time.monotonic() + LINGER
-        finish_sign_in(self.session, Choice(self.session.settings, self.options), old)
+        complete_sign_in(self.session, Choice(self.session.settings, self.options), old)
         if listener.claimed:
             listener.delivered.wait(max(0.0, deadline - time.monotonic()))
 
@@ -1884,7 +1858,7 @@ def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[floa
     if not is_b64token(code) or not is_b64token(verifier):
         raise OAuthError("the device code failed: the answer lacks the authorization code")
     old = keep_tokens(session, code, verifier, settings.issuer + "/deviceauth/callback")
-    finish_sign_in(session, choice, old)
+    complete_sign_in(session, choice, old)
 
 
 def await_device_token(session: Session, device: Fields, deadline: float) -> Fields:
@@ -2257,7 +2231,9 @@ def command_env(session: Session, options: Namespace) -> None:
     shell = find_shell(session.settings, options.shell)
     usual, account = session.settings.api_key_env_var, "CHATGPT_OAUTH_ACCOUNT_ID"
     usual = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
-    name = checked("--name", usual if options.name is None else options.name, _IDENTIFIER)
+    name = checked(
+        "--name", usual if options.name is None else options.name, _RULES["api_key_env_var"]
+    )
     if name == account:
         raise UsageError(f"--name must not be {account}", "choose another name")
     names = [name, account] if options.access_token else [name]
