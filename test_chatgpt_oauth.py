@@ -2494,7 +2494,7 @@ class HostileTest(unittest.TestCase):
                 choice.source = endpoint
                 oauth.import_models(session, choice)
             else:
-                oauth.sign_in_with_device(session, choice, 0.15)
+                oauth.sign_in_with_device(session, choice, 0.15 if endpoint == "device" else 9)
         except oauth.OAuthError as error:
             code = error.exit_code
             said += [str(error), error.hint or ""]
