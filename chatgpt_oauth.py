@@ -91,15 +91,21 @@ _URL = (
     rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})"
     r"(?::(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
     r"(?:/[\w.~%/-]*?)?)/*",
-    "an https address (http for this machine's own alone)",
+    "an https URL (http is allowed for localhost only)",
 )
-_WORD = (r"[!-~]+", "visible ASCII characters without a space")
-_SECONDS = (r"[0-9]{1,9}(?:\.[0-9]{1,9})?", "a number from 0.001 to 86400", float, 0.001, 86400)
+_WORD = (r"[!-~]+", "printable ASCII characters without spaces")
+_SECONDS = (
+    r"[0-9]{1,9}(?:\.[0-9]{1,9})?",
+    "a number of seconds from 0.001 to 86400",
+    float,
+    0.001,
+    86400,
+)
 _PORT = (r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
 _RULES: Fields = {
     "issuer": _URL,
     "client_id": _WORD,
-    "scope": (r"[!-~][ -~]*", "words of ASCII characters"),
+    "scope": (r"[!-~][ -~]*", "a list of scopes separated by spaces"),
     "redirect_host": (r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"),
     "redirect_path": (r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
     "required_port": _PORT,
@@ -108,17 +114,17 @@ _RULES: Fields = {
     "api_base_url": _URL,
     "codex_base_url": _URL,
     "codex_client_version": (r"[\w.+-]{1,64}", "a version such as 0.169.0"),
-    "home": (r"(?!~)[^\0]+", "a folder's path, where none follows from HOME"),
-    "prefix": (MODEL_ID, "the beginning of a model's name"),
+    "home": (r"(?!~)[^\0]+", "a directory path (the default needs HOME to be set)"),
+    "prefix": (MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
     "default_context_length": (r"[0-9]{1,9}", "a number from 1 to 1000000000", int, 1, 10**9),
-    "model_patterns": (r"[!-~]+", "shell patterns with commas between them"),
-    "model_excludes": (r"[!-~]*", "shell patterns with commas between them"),
+    "model_patterns": (r"[!-~]+", "glob patterns separated by commas"),
+    "model_excludes": (r"[!-~]*", "glob patterns separated by commas"),
     "model_source": ("|".join(SOURCES), "auto, api or codex"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
     "lock_timeout": _SECONDS,
-    "api_key_env_var": (r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _"),
+    "api_key_env_var": (r"[A-Za-z_][A-Za-z0-9_]*", "a variable name (letters, digits and _)"),
 }
 
 
@@ -159,7 +165,9 @@ class Settings:
         try:
             self.home = os.path.abspath(vars(self)["home"])
         except OSError:
-            raise UsageError("CHATGPT_OAUTH_HOME is relative to a folder that is gone") from None
+            raise UsageError(
+                "CHATGPT_OAUTH_HOME is a relative path and the current directory is gone"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,7 +243,7 @@ class StorageError(OAuthError):
 # Wire: what is said to OpenAI's servers, and what is taken from their answers
 # ---------------------------------------------------------------------------------------------
 
-AGAIN = "sign in again: chatgpt_oauth.py auth"
+AGAIN = "to sign in again, run: chatgpt_oauth.py auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
@@ -316,23 +324,23 @@ class Answer:
 
     def refusal(self, what: str) -> OAuthError:
         """The error that tells a person why `what` came to nothing."""
-        said = f"{what} failed (HTTP {self.status})"
+        said = f"could not {what} (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
-            busy = "too many requests" if self.status == 429 else "the server is in trouble"
+            busy = "too many requests" if self.status == 429 else "server error"
             return UnavailableError(
                 f"{said}: {busy}",
-                "try again in a while",
+                "try again later",
                 untouched=self.status in (429, 503),
                 retry_after=self.retry_after,
             )
         if self.html:
             return UnavailableError(
-                f"{said}: a web page came instead of an answer; a proxy, a check for robots or a "
-                "block of your region stands in between",
-                "check HTTPS_PROXY and the network, then try again",
+                f"{said}: got a web page instead of JSON, probably from a proxy, a bot check or "
+                "a regional block",
+                "check HTTPS_PROXY and your network, then try again",
             )
         if 300 <= self.status < 400:
-            return OAuthError(f"{said}: the server points elsewhere, which is not followed")
+            return OAuthError(f"{said}: unexpected redirect")
         return OAuthError(": ".join(part for part in (said, self.code, self.text) if part))
 
     def members(self, what: str) -> Fields:
@@ -340,7 +348,7 @@ class Answer:
         if not 200 <= self.status < 300 or self.html:
             raise self.refusal(what)
         if not isinstance(self.data, dict):
-            raise OAuthError(f"{what} failed: the answer is not the JSON it should be")
+            raise OAuthError(f"could not {what}: the response is not a JSON object")
         return self.data
 
 
@@ -451,7 +459,7 @@ def request_json(
     if "answer" not in seen:
         raise _no_answer(request, what, timeout, seen)
     if len(seen["answer"][1]) > limit:
-        raise OAuthError(f"{what} failed: the answer is larger than any true one")
+        raise OAuthError(f"could not {what}: the response is too large")
     private = ("code", "code_verifier", "refresh_token", "subject_token", "token")
     secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
     return Answer(secrets, *seen["answer"])
@@ -469,22 +477,22 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> Unavail
         with contextlib.suppress(OSError):
             reached.shutdown(socket.SHUT_RDWR)
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
-    hint = "check the network, then try again"
+    hint = "check your network connection, then try again"
     if proxied and not is_loopback(request.full_url):
-        hint = "check HTTPS_PROXY, through which this went, and the network; then try again"
+        hint = "check HTTPS_PROXY and your network connection, then try again"
     if error is None or isinstance(error, (TimeoutError, socket.timeout)):
-        fault = f"no whole answer from {host} within {timeout:g} s"
+        fault = f"no complete response from {host} within {timeout:g} seconds"
     elif isinstance(error, ssl.SSLError):
         why = getattr(error, "verify_message", "") or type(error).__name__
-        fault = f"no trusted connection to {host} ({why})"
-        hint = "point SSL_CERT_FILE to the file of certificates that your network needs"
+        fault = f"cannot set up a trusted TLS connection to {host} ({why})"
+        hint = "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
     elif isinstance(error, socket.gaierror):
-        fault = f"the name {host} cannot be looked up"
+        fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
-        fault = f"no connection to {host} ({printable(error.strerror or str(error), 100)})"
+        fault = f"connection to {host} failed ({printable(error.strerror or str(error), 100)})"
     else:
-        fault = f"{host} broke off or does not speak HTTP ({type(error).__name__})"
-    return UnavailableError(f"{what} failed: {fault}", hint, untouched=not reached)
+        fault = f"{host} closed the connection or did not send valid HTTP ({type(error).__name__})"
+    return UnavailableError(f"could not {what}: {fault}", hint, untouched=not reached)
 
 
 def authorization_url(settings: Settings, redirect_uri: str, challenge: str, state: str) -> str:
@@ -514,7 +522,7 @@ def _tokens_of(answer: Answer, what: str) -> Fields:
     for name in ("access_token", "refresh_token", "id_token"):
         value = members.get(name)
         if not is_b64token(value) and (value is not None or name == "access_token"):
-            raise OAuthError(f"{what} failed: the answer's {name} is not a token")
+            raise OAuthError(f"could not {what}: the response has no valid {name}")
     return members
 
 
@@ -527,7 +535,7 @@ def exchange_code(settings: Settings, code: str, verifier: str, redirect_uri: st
         "redirect_uri": redirect_uri,
         "code_verifier": verifier,
     }
-    url, what = settings.issuer + "/oauth/token", "exchanging the authorization code"
+    url, what = settings.issuer + "/oauth/token", "exchange the authorization code"
     return _tokens_of(request_json(settings, url, what, form=form), what)
 
 
@@ -543,17 +551,17 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token": id_token,
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
-    url, what = settings.issuer + "/oauth/token", "obtaining an API key"
+    url, what = settings.issuer + "/oauth/token", "get an API key"
     key = str(_tokens_of(request_json(settings, url, what, form=form), what)["access_token"])
     if decode_claims(key):
-        raise OAuthError(f"{what} failed: an access token came instead")
+        raise OAuthError(f"could not {what}: the response holds an access token instead")
     return key
 
 
 def ended(reason: str) -> SignInEndedError:
     """The error of a sign-in whose refresh token was refused for `reason`."""
     why = ENDING_CODES.get(reason, ENDING_CODES["invalid_grant"])
-    return SignInEndedError(f"the sign-in has ended: {why}", AGAIN, reason=reason)
+    return SignInEndedError(f"your session has ended: {why}", AGAIN, reason=reason)
 
 
 def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
@@ -567,7 +575,7 @@ def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
         "client_id": tokens.client_id,
         "refresh_token": tokens.refresh_token or "",
     }
-    what = "refreshing the access token"
+    what = "refresh the access token"
     answer = request_json(settings, tokens.issuer + "/oauth/token", what, form=form)
     if 400 <= answer.status < 500 and answer.code in ENDING_CODES:
         raise ended(answer.code)
@@ -588,7 +596,10 @@ def revoke(settings: Settings, tokens: Tokens) -> None:
             "token_type_hint": "refresh_token",
             "client_id": tokens.client_id,
         }
-    url, what = checked("the issuer", tokens.issuer, _URL) + "/oauth/revoke", "revoking the sign-in"
+    url, what = (
+        checked("the issuer", tokens.issuer, _URL) + "/oauth/revoke",
+        "revoke the refresh token",
+    )
     answer = request_json(settings, url, what, body=body, timeout=10.0)  # leave without delay
     if not 200 <= answer.status < 300:
         raise answer.refusal(what)
@@ -599,13 +610,13 @@ def request_user_code(settings: Settings) -> Fields:
 
     Returns `device_auth_id`, `user_code` and `interval` (seconds between polls).
     """
-    url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "requesting a device code"
+    url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "get a device code"
     answer = request_json(settings, url, what, body={"client_id": settings.client_id})
     if answer.status == 404:
         raise OAuthError(
-            "device codes are not allowed for this account",
-            "allow them in ChatGPT under Settings, Security (in a workspace its administrator "
-            "does), or sign in without --device",
+            "device code sign-in is turned off for this account",
+            "turn it on in ChatGPT under Settings > Security (workspaces: ask an administrator), "
+            "or sign in without --device",
         )
     members = answer.members(what)
     device: Fields = {
@@ -614,7 +625,7 @@ def request_user_code(settings: Settings) -> Fields:
         "interval": 5.0,
     }
     if not all(device.values()):
-        raise OAuthError(f"{what} failed: the answer lacks the code")
+        raise OAuthError(f"could not {what}: the response has no code")
     with contextlib.suppress(UsageError):
         interval = checked("interval", members.get("interval"), (_SECONDS[0], "", float, 0, 900))
         device["interval"] = max(POLL_FLOOR, interval)
@@ -625,7 +636,7 @@ def poll_device_token(settings: Settings, device: Fields) -> Answer:
     """Ask once whether the person has entered the user code (RFC 8628 §3.4)."""
     url = settings.issuer + "/api/accounts/deviceauth/token"
     body = {name: device[name] for name in ("device_auth_id", "user_code")}
-    return request_json(settings, url, "waiting for the device code", body=body)
+    return request_json(settings, url, "check the device code", body=body)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -668,7 +679,7 @@ class Tokens:
         for name in SECRET_KEYS:
             value = fields.get(name) or None
             if value is not None and not is_b64token(value):
-                raise ValueError(f"{name} is not a token")
+                raise ValueError(f"{name} is not a valid token")
             setattr(self, name, value)
         # Code Puppy's own plugin stores the access token as `api_key`, and leaves it there when
         # it refreshes: a JWT in that place is an old access token.
@@ -742,7 +753,7 @@ def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Fields], No
             _overwrite(file, reserve)
             yield commit
     except OSError as error:
-        hint = "make room or permit it, then try again"
+        hint = "check the free space and the permissions, then try again"
         raise StorageError(f"cannot write {path}: {error.strerror}", hint) from None
     finally:
         with contextlib.suppress(OSError):
@@ -754,7 +765,9 @@ def encode(value: Fields) -> bytes:
     try:
         return json.dumps(value, indent=2).encode() + b"\n"
     except RecursionError:
-        raise StorageError("somebody's part of the file is nested too deep to be kept") from None
+        raise StorageError(
+            "the file holds another program's entry that is nested too deeply to keep"
+        ) from None
 
 
 def _overwrite(file: Any, data: bytes) -> None:
@@ -832,10 +845,12 @@ class Store:
             raise self._broken(self.token_file, str(error)) from None
 
     def _broken(self, path: str, fault: str) -> StorageError:
-        hint = "look at the file; a new sign-in keeps it as chatgpt_oauth.json.bad"
+        hint = (
+            "to start over, run: chatgpt_oauth.py auth (the file is kept as chatgpt_oauth.json.bad)"
+        )
         if path == self.models_file:
-            hint = "mend or remove the file, then run: chatgpt_oauth.py models"
-        return StorageError(f"{path} {fault}", hint)
+            hint = "fix or delete the file, then try again"
+        return StorageError(f"{path}: {fault}", hint)
 
     def read(self, path: str) -> Fields:
         """The JSON object in the file at `path`, {} where there is no file."""
@@ -848,33 +863,33 @@ class Store:
                     value = json.loads(file.read(MODELS_LIMIT))
                 if isinstance(value, dict):
                     return value
-                raise self._broken(path, "is not a JSON object")
+                raise self._broken(path, "not a JSON object")
             except FileNotFoundError:
                 return {}
             except OSError as error:
-                raise self._broken(path, f"cannot be read: {error.strerror}") from None
+                raise self._broken(path, f"cannot read: {error.strerror}") from None
             except (ValueError, RecursionError):
                 if time.monotonic() > deadline:
-                    raise self._broken(path, "is not JSON") from None
+                    raise self._broken(path, "not valid JSON") from None
                 time.sleep(0.05)
 
     def _admit(self, path: str, descriptor: int) -> None:
         """Refuse what is no plain file of ours; take others' access to the tokens away."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise self._broken(path, "is not a regular file")
+            raise self._broken(path, "not a regular file")
         limit = MEBIBYTE if path == self.token_file else MODELS_LIMIT
         if facts.st_size > limit:
-            raise self._broken(path, f"is larger than {limit // MEBIBYTE} MiB")
+            raise self._broken(path, f"larger than {limit // MEBIBYTE} MiB")
         private = path == self.token_file and sys.platform != "win32"
         if private and facts.st_uid != os.geteuid() != 0:
-            raise self._broken(path, f"belongs to another user (uid {facts.st_uid})")
+            raise self._broken(path, f"owned by another user (uid {facts.st_uid})")
         if private and facts.st_mode & 0o077:
             # Where a chmod is refused or changes nothing, as on some mounts, be silent.
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
                 if not os.fstat(descriptor).st_mode & 0o077:
-                    self.notify("warning", f"others could read {path}; it is private now (0600)")
+                    self.notify("warning", f"{path} was readable by other users; changed to 0600")
 
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
@@ -893,12 +908,12 @@ class Store:
                 while not _try_lock(descriptor):
                     if time.monotonic() >= deadline:
                         raise UnavailableError(
-                            f"another process has held {path} for too long",
-                            "try again; if it stays so, end the process that has the file open",
+                            f"timed out waiting for another process to release {path}",
+                            "try again; if it keeps happening, stop the process that has this file open",
                         )
                     time.sleep(0.01)
             except OSError as error:
-                hint = "make the folder writable, or name another one in CHATGPT_OAUTH_HOME"
+                hint = "make the directory writable, or set CHATGPT_OAUTH_HOME to another one"
                 raise StorageError(f"cannot lock {path}: {error.strerror}", hint) from None
             yield
 
@@ -917,7 +932,7 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
         except OSError as error:
-            hint = "see what it is, and remove it yourself"
+            hint = "remove it yourself, then try again"
             raise StorageError(f"cannot remove {path}: {error.strerror}", hint) from None
 
 
@@ -949,7 +964,9 @@ class Session:
         """The stored tokens as they are. Raises NotSignedInError."""
         tokens = self.store.load_tokens()
         if tokens is None:
-            raise NotSignedInError("not signed in", "run: chatgpt_oauth.py auth")
+            raise NotSignedInError(
+                "not signed in to ChatGPT", "to sign in, run: chatgpt_oauth.py auth"
+            )
         return tokens
 
     def fresh(self, force: bool = False) -> Tokens:
@@ -975,7 +992,7 @@ class Session:
         except OAuthError as error:
             if not usable or isinstance(error, NotSignedInError):
                 raise
-            self.notify("warning", f"{error}; the access token still works for now")
+            self.notify("warning", f"{error}; using the current one, which is still valid")
             return seen
 
     def require_renewable(self, tokens: Tokens) -> None:
@@ -985,11 +1002,11 @@ class Session:
             raise ended(str(mark.get("reason")))
         if tokens.issuer != self.settings.issuer:
             raise SignInEndedError(
-                f"the sign-in was made at another issuer, {tokens.issuer}", AGAIN
+                f"the stored tokens come from another issuer, {tokens.issuer}", AGAIN
             )
         if not tokens.refresh_token:
             raise SignInEndedError(
-                "the access token cannot be renewed: no refresh token came", AGAIN
+                "cannot refresh the access token: there is no refresh token", AGAIN
             )
 
     def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
@@ -1003,8 +1020,8 @@ class Session:
             except UnavailableError as error:
                 if not error.untouched:
                     raise UnavailableError(
-                        f"{error}; the sign-in may have to be renewed",
-                        "try again; if that fails, sign in again: chatgpt_oauth.py auth",
+                        f"{error}; you may have to sign in again",
+                        "try again; if that fails, run: chatgpt_oauth.py auth",
                     ) from None
                 wait = pause if error.retry_after is None else error.retry_after
                 if not patient or time.monotonic() + wait > deadline:
@@ -1026,7 +1043,7 @@ class Session:
         if current.refresh_token != spent.refresh_token:
             if current.outlives(0, unknown=True):
                 return current
-            raise ending or OAuthError("the sign-in was changed meanwhile", "try again")
+            raise ending or OAuthError("another process changed the stored tokens", "try again")
         if ending:
             mark = {"reason": ending.reason, "refresh_token_sha256": spent.fingerprint()}
             commit({**current.fields, "ended": mark})
@@ -1034,7 +1051,9 @@ class Session:
         for token in (answer["access_token"], answer.get("id_token")):
             account = auth_claims(token).get("chatgpt_account_id")
             if account and spent.account_id and account != spent.account_id:
-                raise OAuthError("refreshing the access token failed: it is another account's")
+                raise OAuthError(
+                    "could not refresh the access token: the response is for another account"
+                )
         fields = merged(current.fields, answer)
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = answer["access_token"]  # no API key: see Tokens
@@ -1100,26 +1119,33 @@ HEAD_LIMIT = 65536  # bytes of them that are looked at; other local sites' cooki
 LINGER = 5.0  # seconds for the browser to fetch the success page
 STYLE = (
     ":root{color-scheme:light dark}"
-    "body{margin:0;min-height:100vh;display:grid;place-items:center;background:Canvas;"
-    "color:CanvasText;font:1.0625rem/1.5 system-ui,sans-serif}"
-    "main{max-width:30rem;padding:2rem 1.5rem;overflow-wrap:anywhere}"
+    "body{margin:0;min-height:100vh;display:grid;place-items:center;background:#f6f7f8;"
+    "color:#1b1f24;font:1.0625rem/1.5 system-ui,sans-serif}"
+    "main{box-sizing:border-box;width:min(100vw - 2rem,28rem);padding:2.5rem 2rem;"
+    "background:#fff;border:1px solid #dfe3e8;border-radius:1rem;text-align:center;"
+    "overflow-wrap:anywhere}"
+    "b{display:grid;place-items:center;width:3.5rem;height:3.5rem;margin:0 auto 1.25rem;"
+    "border-radius:50%;font-size:1.75rem;background:#0a7d5c;color:#fff}"
+    "b.no{background:#b3261e}b.note{background:#5b6470}"
     "h1{font-size:1.5rem;line-height:1.25;margin:0 0 .75rem}p{margin:0 0 .75rem}"
-    "b{display:grid;place-items:center;width:3rem;height:3rem;border-radius:50%;font-size:1.5rem;"
-    "margin:0 0 1.25rem;background:#0a7d5c;color:#fff}b.no{background:#b3261e}"
+    "small{display:block;margin-top:1.75rem;color:#5b6470}"
+    "@media(prefers-color-scheme:dark){body{background:#0e1116;color:#e8eaed}"
+    "main{background:#171b22;border-color:#2d333d}small{color:#9aa4b2}}"
 )
 
 
-def render_page(title: str, *paragraphs: str, good: bool = False) -> bytes:
-    """A self-contained page; everything in it is escaped here."""
+def render_page(title: str, *paragraphs: str, kind: str = "no") -> bytes:
+    """A self-contained page (`kind`: yes, no or note); everything in it is escaped here."""
     import html
 
-    mark = "<b>&#10003;</b>" if good else '<b class="no">!</b>'
+    mark = {"yes": "&#10003;", "no": "&#10005;", "note": "i"}[kind]
     text = "".join(f"<p>{html.escape(printable(line))}</p>" for line in paragraphs)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style>"
-        f"<main>{mark}<h1>{title}</h1>{text}</main></html>"
+        f"<title>{title} - chatgpt_oauth</title><style>{STYLE}</style>"
+        f'<main><b class="{kind}" aria-hidden="true">{mark}</b><h1>{title}</h1>{text}'
+        "<small>chatgpt_oauth on this computer</small></main></html>"
     ).encode()
 
 
@@ -1153,19 +1179,19 @@ class Attempt:
         single = {name: values[0] for name, values in fields.items() if len(values) == 1}
         state = single.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
-            raise ValueError("it does not belong to this sign-in")
+            raise ValueError("it belongs to a different sign-in")
         if "error" not in single and not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
-            raise ValueError("it holds no code")
+            raise ValueError("it has no authorization code")
         return single
 
     def pasted(self, line: str) -> Dict[str, str]:
         """The authorization response in a pasted address. Raises ValueError as `response` does."""
         address, _, query = line.strip().partition("?")
         if not query:
-            raise ValueError("a code alone cannot be checked; the page's whole address is needed")
+            raise ValueError("it is not complete; copy all of it from the address bar")
         address = address if "://" in address else "http://" + address
         if not is_loopback(address) or not address.endswith(self.path):
-            raise ValueError(f"it is not an address that goes on {self.path}?code=...")
+            raise ValueError(f"it must start with {self.redirect_uri}?code=")
         return self.response(query.partition("#")[0])
 
 
@@ -1211,7 +1237,10 @@ class Listener:
         self.guard = threading.Lock()
         self.incomplete: List[Socket] = []  # in the order in which they came
         self.claimed = self.closed = False
-        self.verdict: Tuple[int, bytes] = (400, render_page("The sign-in was broken off"))
+        self.verdict: Tuple[int, bytes] = (
+            400,
+            render_page("Sign-in stopped", "Return to your terminal and start again."),
+        )
         self.settled, self.delivered = threading.Event(), threading.Event()
         for listening in sockets:
             threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
@@ -1220,11 +1249,11 @@ class Listener:
         """Tell the waiting browser: success, or what failed and what to do."""
         self.verdict = 303, b""
         if error:
-            hint = (error.hint or "try again").partition(": chatgpt_oauth.py")[0]
-            self.verdict = (
-                400,
-                render_page("The sign-in failed", f"What happened: {error}.", f"Next: {hint}."),
-            )
+            text, hint = str(error), error.hint or ""
+            if not hint or "chatgpt_oauth.py" in hint:  # the terminal says it as it is typed there
+                hint = "return to your terminal and try again"
+            lines = (f"{line[:1].upper()}{line[1:]}." for line in (text, hint))
+            self.verdict = 400, render_page("Sign-in failed", *lines)
         self.settled.set()
         if error and self.claimed:
             self.delivered.wait(2.0)
@@ -1281,27 +1310,28 @@ class Listener:
         path, _, query = target.partition("?")
         own = [f"{name}:{self.attempt.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
         if len(hosts) != 1 or hosts[0].lower() not in own:
-            return 400, _stray_page("This address is not served here.")
+            return 400, _stray_page("This host name is not served here.")
         if path == "/success" and self.verdict[0] == 303:
-            text = "You can close this tab and go back to where you started the sign-in."
-            return 200, render_page("You are signed in", text, good=True)
+            text = "You can close this tab and return to your terminal."
+            return 200, render_page("You're signed in", text, kind="yes")
         if path != self.attempt.path:
-            return 404, _stray_page("There is nothing here.")
+            return 404, _stray_page("There is no page at this URL.")
         try:
             response = self.attempt.response(query)
             with self.guard:
                 if self.claimed or self.settled.is_set():
-                    raise ValueError("that has come already")
+                    raise ValueError("the sign-in has already been completed")
                 self.claimed = True
         except ValueError as error:
-            return 400, _stray_page(f"This is not the answer to the sign-in: {error}.")
+            return 400, _stray_page(f"This request was ignored: {error}.")
         self.events.put(("response", response))
         self.settled.wait()
         return self.verdict
 
 
 def _stray_page(text: str) -> bytes:
-    return render_page("Not the sign-in", text, "If you are signing in, go on in the other tab.")
+    hint = "If you are signing in, continue in the other tab."
+    return render_page("Nothing to do here", text, hint, kind="note")
 
 
 def _serve(listener: Listener, connection: Socket) -> None:
@@ -1328,7 +1358,7 @@ def _serve(listener: Listener, connection: Socket) -> None:
                 listener.delivered.set()
 
         def send_error(self, code: int, *_: Any) -> None:
-            self._answer(405 if code == 501 else code, _stray_page("This is not understood."))
+            self._answer(405 if code == 501 else code, _stray_page("This request is not valid."))
 
         def log_message(self, *_: Any) -> None:
             """Print nothing of what comes in."""
@@ -1362,10 +1392,10 @@ def _serve(listener: Listener, connection: Socket) -> None:
 # ---------------------------------------------------------------------------------------------
 
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
-PAYERS = {"api": "your API account (platform.openai.com)", "codex": "your ChatGPT plan"}
-NO_API_KEY = "the account has no API key"
+PAYERS = {"api": "billed to your OpenAI API account", "codex": "covered by your ChatGPT plan"}
+NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = (
-    "create an organization and a project at https://platform.openai.com, then run: "
+    "to get one, create an organization and a project at https://platform.openai.com, then run: "
     "chatgpt_oauth.py auth"
 )
 
@@ -1391,7 +1421,7 @@ class Choice:
 
 def list_api_models(settings: Settings, api_key: str) -> Answer:
     """Ask what the API key may use."""
-    url, what = settings.api_base_url + "/v1/models", "listing the API's models"
+    url, what = settings.api_base_url + "/v1/models", "list the API models"
     return request_json(settings, url, what, bearer=api_key, limit=MODELS_LIMIT)
 
 
@@ -1400,7 +1430,7 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
 
     Raises OAuthError, too where an API key is asked of an account without one.
     """
-    settings, tokens, what = session.settings, session.tokens(), "listing the models"
+    settings, tokens, what = session.settings, session.tokens(), "list the models"
     source = ("api" if tokens.api_key else "codex") if source == "auto" else source
     if source == "codex":
         tokens = session.fresh()
@@ -1410,7 +1440,7 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
         answer = request_json(
             settings,
             f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}",
-            "listing the ChatGPT plan's models",
+            "list the ChatGPT plan's models",
             bearer=tokens.access_token,
             headers=headers,
             limit=MODELS_LIMIT,
@@ -1426,12 +1456,12 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
         raise error
     listed = answer.members(what).get(key)
     if not isinstance(listed, list):
-        raise OAuthError(f"{what} failed: the answer is not the list it should be")
+        raise OAuthError(f"could not {what}: the response has no list of models")
     shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
     good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
     if len(good) < len(shown):
-        odd = f"{len(shown) - len(good)} of the models"
-        session.notify("warning", f"{odd} have names that cannot be used")
+        odd = len(shown) - len(good)
+        session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
     lengths = {entry[name]: _context_length(settings, entry) for entry in good}
     return source, dict(sorted(lengths.items()))
 
@@ -1466,7 +1496,9 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     before = store.read(store.models_file)
     others = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
     for name in others.keys() & entries.keys():
-        session.notify("warning", f"{name} is an entry of somebody else's and stays so")
+        session.notify(
+            "warning", f"kept the existing entry {name}, which was added by another program"
+        )
     after = {**others, **entries, **others}  # in this order, and whose name it is keeps it
     if after != before:
         store.save(store.models_file, after)
@@ -1507,13 +1539,17 @@ def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[
         if choice.wants(name)
     }
     names = list(entries)
+    if not names:
+        session.notify("warning", f"none of the account's {len(models)} models match the filter")
+        session.notify(
+            "info", "hint: to see them all, run: chatgpt_oauth.py models --all --dry-run"
+        )
     if keep:
         with session.store.lock():
             if session.tokens().owner != tokens.owner:
-                raise OAuthError("somebody else has signed in meanwhile", "run it again")
+                raise OAuthError("another account has signed in meanwhile", "try again")
             names = register_models(session, entries)
-        counts = f"{len(names)} of {len(models)} models imported"
-        session.notify("done", f"{counts}; {PAYERS[source]} pays for their use")
+        session.notify("done", f"{len(names)} of {len(models)} models imported, {PAYERS[source]}")
     return source, names
 
 
@@ -1553,7 +1589,7 @@ def keep_tokens(session: Session, code: str, verifier: str, redirect_uri: str) -
         except StorageError as error:
             aside = os.path.realpath(store.token_file) + ".bad"
             store.move_away(aside)
-            session.notify("warning", f"{error}; kept as {aside}")
+            session.notify("warning", f"{error}; moved to {aside}")
         if old and tokens.owner == old.owner:
             known = {*SECRET_KEYS, "ended", "expires_at"}
             kept = {k: value for k, value in old.fields.items() if k not in known}
@@ -1568,21 +1604,25 @@ def complete_sign_in(session: Session, choice: Choice, old: Optional[Tokens]) ->
     What fails is a warning.
     """
     tokens = session.tokens()
-    session.notify("done", f"Signed in as {identity(tokens)['email'] or 'somebody unnamed'}")
+    who = identity(tokens)["email"]
+    session.notify("done", f"Signed in as {who}" if who else "Signed in")
     for step in (obtain_api_key, import_models):
         try:
             step(session, choice)
         except OAuthError as error:
             session.notify("warning", str(error))
             if error.hint:
-                session.notify("info", f"  {error.hint}")
+                session.notify("info", f"hint: {error.hint}")
     if old and old.refresh_token and len({tokens.account_id, old.account_id} - {None}) == 2:
         # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
         # the server end the whole of it.
+        session.notify("info", f"Signed out of {identity(old)['email'] or 'the previous account'}")
         revoke_quietly(session, old)
-    session.notify("info", f"The sign-in is kept in {session.store.token_file}")
-    env = 'eval "$(chatgpt_oauth.py env)"' if session.tokens().api_key else "chatgpt_oauth.py token"
-    session.notify("info", f"Next: {env}")
+    session.notify("info", f"Tokens saved in {session.store.token_file}")
+    step = "To get an access token, run: chatgpt_oauth.py token"
+    if session.tokens().api_key:
+        step = 'To use the API key in this shell: eval "$(chatgpt_oauth.py env)"'
+    session.notify("info", step)
 
 
 def revoke_quietly(session: Session, tokens: Tokens) -> None:
@@ -1590,7 +1630,7 @@ def revoke_quietly(session: Session, tokens: Tokens) -> None:
     try:
         revoke(session.settings, tokens)
     except OAuthError as error:
-        session.notify("warning", f"the sign-in may still be valid at OpenAI: {error}")
+        session.notify("warning", f"{error}; it may still be valid at OpenAI")
 
 
 def obtain_api_key(session: Session, _: object = None) -> None:
@@ -1604,14 +1644,17 @@ def obtain_api_key(session: Session, _: object = None) -> None:
         with contextlib.suppress(OAuthError):  # what is not refused stays
             refused = list_api_models(settings, tokens.api_key).status == 401
         if not refused:
-            session.notify("done", "API key available (the one you had)")
+            session.notify("done", "API key available (unchanged)")
             return
     obtained = {}
     try:
         obtained["api_key"] = exchange_id_token(settings, tokens.id_token or "")
         session.notify("done", "API key available")
     except OAuthError as error:
-        raise OAuthError(f"no API key: {error}", f"{ORGANIZATION_HINT} (or go without)") from None
+        reason = str(error)
+        if "missing organization_id" in reason:
+            reason = "this account has no organization (missing organization_id)"
+        raise OAuthError(f"no API key: {reason}", ORGANIZATION_HINT) from None
     finally:
         with store.lock():
             current = store.load_tokens()
@@ -1705,16 +1748,15 @@ class BrowserSignIn:
             while not self._try():
                 if not (self.lines.terminal and self._asked_again()):
                     raise OAuthError(
-                        f"no sign-in within {self.timeout:g} seconds; OpenAI's page says by then "
-                        '"Route Error (400 Invalid Session)"',
-                        "try again at once, or with more time: chatgpt_oauth.py auth --timeout 240",
+                        f"timed out after {self.timeout:g} seconds waiting for you to sign in",
+                        "to try again with more time, run: chatgpt_oauth.py auth --timeout 240",
                     )
         finally:
             self.lines.closed = True
 
     def _asked_again(self) -> bool:
         self.session.notify(
-            "warning", f"time is up; press Enter within {RETRY_OFFER:g} s for a new address"
+            "warning", f"timed out; press Enter within {RETRY_OFFER:g} seconds to get a new URL"
         )
         events = arriving(self.events, time.monotonic() + RETRY_OFFER)
         return next((kind for kind, _ in events if kind != "tick"), "") == "line"
@@ -1724,20 +1766,27 @@ class BrowserSignIn:
         notify = self.session.notify
         port, sockets, fault = open_port(self.session.settings)
         if fault and not self.lines.usable:
-            raise OAuthError(fault, "sign in without a port: chatgpt_oauth.py auth --device")
+            raise OAuthError(
+                fault, "to sign in without a port, run: chatgpt_oauth.py auth --device"
+            )
         attempt = BrowserSignIn.latest = Attempt(self.session.settings, port)
         listener = Listener(sockets, attempt, self.events)
         try:
             if fault:
                 notify("warning", fault)
-            notify("info", f"Sign in at this address within {self.timeout:g} seconds:")
-            notify("verbatim", attempt.url)
             deadline = time.monotonic() + self.timeout
             obstacle = open_browser(self.session, attempt.url, not self.options.no_browser)
+            lead = (
+                "To sign in, open" if obstacle else "Opening your browser. If nothing opens, visit"
+            )
+            notify("info", f"{lead} this URL within {self.timeout:g} seconds:")
+            notify("verbatim", attempt.url)
             if obstacle or fault:
                 self._show_ways(obstacle, listener)
             elif self.lines.terminal:
-                notify("info", "If the browser ends on an error page, paste its address here.")
+                notify("info", "If the browser ends on an error page, paste that page's URL here.")
+            if self.lines.terminal:
+                notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
             prepare_wire()
             response = self._await(listener, deadline)
             if response:
@@ -1750,12 +1799,12 @@ class BrowserSignIn:
         """How to go on where the browser is elsewhere."""
         pasting, listening, port = self.lines.usable, listener.sockets, listener.attempt.port
         for offered, line in (
-            (obstacle, f"No browser is opened here: {obstacle}."),
-            (pasting, "- Open the address in any browser. It ends on a page that cannot be"),
-            (pasting, "  reached: paste that page's address here."),
-            (True, "- Or stop this (Ctrl-C) and run: chatgpt_oauth.py auth --device"),
-            (listening, "- Or lead the port from your own machine to this one, and open it there:"),
-            (listening, f"  ssh -L {port}:localhost:{port} THIS-MACHINE"),
+            (obstacle, f"No browser was opened: {obstacle}. Any browser will do:"),
+            (pasting, "- If the browser ends on a page that does not load, paste its URL here."),
+            (listening, "- To let it reach this machine, first run this where the browser is:"),
+            (listening, f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE"),
+            (True, "- To sign in with a code instead, press Ctrl-C and run:"),
+            (True, "    chatgpt_oauth.py auth --device"),
         ):
             if offered:
                 self.session.notify("info", line)
@@ -1770,17 +1819,17 @@ class BrowserSignIn:
                 try:
                     return listener.attempt.pasted(value)
                 except ValueError as error:
-                    self.session.notify("info", f"That does not sign you in: {error}.")
+                    self.session.notify("info", f"That URL does not work: {error}")
             elif kind == "eof" and not listener.sockets:
                 raise OAuthError(
-                    "no port is free to listen on and nothing can be pasted",
-                    "sign in without either: chatgpt_oauth.py auth --device",
+                    "cannot listen on a port, and standard input is closed",
+                    "to sign in with a code, run: chatgpt_oauth.py auth --device",
                 )
             before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
             if not self.lines.terminal:  # it must not write over what somebody is pasting
                 self.session.notify("countdown", str(seconds))
             elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
-                self.session.notify("info", f"{seconds} s left")
+                self.session.notify("info", f"{seconds} seconds left")
         return None
 
     def redeem(self, response: Dict[str, str], listener: Listener) -> None:
@@ -1793,7 +1842,7 @@ class BrowserSignIn:
                 self.session, response["code"], attempt.verifier, attempt.redirect_uri
             )
         except OAuthError as error:
-            error.hint = error.hint or "try again: chatgpt_oauth.py auth"
+            error.hint = error.hint or "to try again, run: chatgpt_oauth.py auth"
             listener.settle(error)
             raise
         listener.settle()
@@ -1808,11 +1857,11 @@ def denial(response: Dict[str, str]) -> OAuthError:
     description = response.get("error_description", "")
     if "missing_codex_entitlement" in description:
         return OAuthError(
-            "this workspace may not use Codex",
-            "ask the workspace's administrator to enable Codex, or choose another workspace",
+            "Codex is not enabled for this workspace",
+            "ask your workspace administrator to enable Codex, or choose another workspace",
         )
     said = printable(": ".join(filter(None, (response["error"], description))), 200)
-    return OAuthError(f"the sign-in was refused ({said})", "try again: chatgpt_oauth.py auth")
+    return OAuthError(f"authorization failed ({said})", "to try again, run: chatgpt_oauth.py auth")
 
 
 def open_port(settings: Settings) -> Tuple[int, List[Socket], str]:
@@ -1826,8 +1875,8 @@ def open_port(settings: Settings) -> Tuple[int, List[Socket], str]:
     return (
         ports[0],
         [],
-        f"neither port {ports[0]} nor {ports[1]} can be listened on ({reason}). "
-        f"This shows which program has it: {who_listens(ports[0])}",
+        f"cannot listen on port {ports[0]} or {ports[1]} ({reason}); "
+        f"to see what uses them, run: {who_listens(ports[0])}",
     )
 
 
@@ -1844,27 +1893,27 @@ def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[floa
     settings = session.settings
     device = request_user_code(settings)
     for kind, line in (
-        ("info", "Open this page in any browser and sign in:"),
+        ("info", "To sign in, open this page in any browser:"),
         ("verbatim", settings.issuer + "/codex/device"),
-        ("info", "Then enter this code, which is good for 15 minutes:"),
+        ("info", "Then enter this one-time code (valid for 15 minutes):"),
         ("verbatim", device["user_code"]),
-        ("info", "Such codes are a phishing target: enter this one only because you have just"),
-        ("info", "started this sign-in yourself, and never one that somebody sent you."),
+        ("info", "Beware of phishing: use this code only if you started this sign-in yourself."),
+        ("info", "Waiting for you to enter the code... (Ctrl-C to cancel)"),
     ):
         session.notify(kind, line)
     deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
     members = await_device_token(session, device, deadline)
     code, verifier = (members.get(key, "") for key in ("authorization_code", "code_verifier"))
     if not is_b64token(code) or not is_b64token(verifier):
-        raise OAuthError("the device code failed: the answer lacks the authorization code")
+        raise OAuthError("could not use the device code: the response has no authorization code")
     old = keep_tokens(session, code, verifier, settings.issuer + "/deviceauth/callback")
     complete_sign_in(session, choice, old)
 
 
 def await_device_token(session: Session, device: Fields, deadline: float) -> Fields:
     """Poll until the code was entered or refused, or time.monotonic() reaches `deadline`."""
-    retry, what = "get a new code: chatgpt_oauth.py auth --device", "waiting for the device code"
-    expired = OAuthError("the code was not entered in time", retry)
+    retry, what = "to get a new code, run: chatgpt_oauth.py auth --device", "check the device code"
+    expired = OAuthError("timed out waiting for the code to be entered", retry)
     interval = wait = device["interval"]
     told = ""
     while True:
@@ -1891,7 +1940,7 @@ def await_device_token(session: Session, device: Fields, deadline: float) -> Fie
         elif answer.code == "expired_token":
             raise expired
         elif answer.code == "access_denied":
-            raise OAuthError("the sign-in was refused in the browser", retry)
+            raise OAuthError("the sign-in was denied in the browser", retry)
         elif answer.status in (403, 404, 429) or answer.status >= 500:
             wait = max(interval, min(answer.retry_after or 0.0, 60.0))
         elif answer.code != "authorization_pending":
@@ -1912,17 +1961,18 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         try:
             tokens = store.load_tokens()
         except StorageError as error:
-            session.notify("warning", f"{error}; it goes all the same")
+            session.notify("warning", f"{error}; removing it anyway")
         if tokens and revoking:
             revoke_quietly(session, tokens)
         try:
             store.move_away(None)
         finally:
             register_models(session, {})
+    who = identity(tokens)["email"] if tokens else None
+    session.notify("done", f"Signed out{f' of {who}' if who else ''}; imported models removed")
     if tokens and tokens.api_key:
-        session.notify(
-            "info", "The API key stays valid until you delete it at https://platform.openai.com"
-        )
+        url = "https://platform.openai.com/api-keys"
+        session.notify("info", f"The API key stays valid; delete it at {url}")
     return True
 
 
@@ -1970,7 +2020,7 @@ def find_shell(settings: Settings, name: str) -> str:
         name = "powershell" if sys.platform == "win32" else usual
     shell = SHELL_ALIASES.get(name, name)
     if shell not in SHELLS:
-        raise UsageError(f"the shell {name} is not known", f"use --shell with {', '.join(SHELLS)}")
+        raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {', '.join(SHELLS)}")
     return shell
 
 
@@ -1999,7 +2049,11 @@ def program_name() -> str:
         return f"python3 -m {spec.name}"
     name = (sys.argv or [""])[0]
     name = "chatgpt_oauth.py" if name in ("", "-", "-c") else name
-    return f'python3 "{name}"' if " " in name else f"python3 {name}"
+    folder, base = os.path.split(name)
+    if os.access(name, os.X_OK) and folder in os.environ.get("PATH", "").split(os.pathsep):
+        return base
+    python = "python" if sys.platform == "win32" else "python3"
+    return f'{python} "{name}"' if " " in name else f"{python} {name}"
 
 
 def as_started(text: str) -> str:
@@ -2021,7 +2075,9 @@ class Terminal:
         """Say `text`: info, done, warning, error, verbatim (whole and alone) or countdown."""
         if kind == "countdown":
             if self.live:
-                print(f"\r{text} s left ", end="", file=sys.stderr, flush=True)
+                minutes, seconds = divmod(int(text), 60)
+                left = f"\r{minutes}:{seconds:02} left "
+                print(left, end="", file=sys.stderr, flush=True)
                 self.counting = True
             return
         lead, colour = {
@@ -2046,7 +2102,9 @@ def open_browser(session: Session, url: str, wanted: bool) -> Optional[str]:
     import threading
 
     settings, secrets = session.settings, set()
-    command, obstacle = browser_command(settings.environ) if wanted else ([], "you asked for none")
+    command, obstacle = (
+        browser_command(settings.environ) if wanted else ([], "--no-browser was given")
+    )
     if not command:
         return obstacle
     # The browser sees none of our keys, whatever they are exported as, and no TERM, without
@@ -2079,14 +2137,14 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
     """What opens a URL here; or nothing, and why."""
     named = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
     if {os.path.basename(part.split()[0]) for part in named} & TERMINAL_BROWSERS:
-        return [], "BROWSER names a terminal browser, which cannot show OpenAI's page"
+        return [], "BROWSER is a text browser, which cannot show OpenAI's page"
     if not named and ("WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ):
         import shutil
 
         for command in (["wslview"], ["rundll32.exe", "url.dll,FileProtocolHandler"]):
             if shutil.which(command[0], path=environ.get("PATH")):
                 return command, ""
-        return [], "this is WSL, and Windows' own programs are not in PATH"
+        return [], "WSL without wslview or rundll32.exe in PATH"
     if not named and ("SSH_CONNECTION" in environ or "SSH_TTY" in environ):
         return [], "this is an SSH session"
     display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
@@ -2094,7 +2152,7 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
         inside = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
         return [], "this is a container" if inside else "there is no display"
     if not sys.executable:
-        return [], "Python does not know its own program"
+        return [], "Python cannot find its own executable"
     return [sys.executable, "-I", "-m", "webbrowser"], ""  # -I: no code of the current folder
 
 
@@ -2142,25 +2200,39 @@ def describe(session: Session) -> Tuple[Fields, int]:
     }, code
 
 
+SHOWN_MODELS = 10  # in `status`, one a line
+
+
 def status_lines(facts: Fields) -> List[str]:
     """`facts`, as `describe` gives them, for people; the first two as the setup guide has them."""
     good, expiry = facts["authenticated"], facts["access_token_expires_at"]
     lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
+    rows: List[Tuple[str, str]] = []
     if good or expiry or facts["email"]:
-        life = life_left(expiry) if expiry else "nothing tells when it expires"
-        lines += [
-            "API key available" if facts["has_api_key"] else f"No API key: {ORGANIZATION_HINT}",
-            f"Account: {facts['email'] or 'unknown'}",
-            f"Plan: {facts['plan'] or 'unknown'}",
-            f"Access token: {life}{'' if facts['problem'] else ', renewed when needed'}",
+        lines.append(
+            "API key available" if facts["has_api_key"] else f"No API key; {ORGANIZATION_HINT}"
+        )
+        life = life_left(expiry) if expiry else "expiry unknown"
+        if not facts["problem"]:
+            late = life.startswith("expired")
+            life += ", refreshed on next use" if late else ", auto-refreshed"
+        rows = [
+            ("Account", facts["email"] or "unknown"),
+            ("Plan", facts["plan"] or "unknown"),
+            ("Access token", life),
         ]
+    if facts["problem"]:
+        missing = facts["problem"].startswith("not signed in")
+        lines.append(
+            "To sign in, run: chatgpt_oauth.py auth" if missing else f"Problem: {facts['problem']}"
+        )
     names = facts["models"]
-    lines += [
-        f"Models: {'unknown' if names is None else ', '.join(names) or 'none imported'}",
-        f"Token file: {facts['token_file']}",
-        f"Models file: {facts['models_file']}",
-    ]
-    return lines + ([f"Problem: {facts['problem']}"] if facts["problem"] else [])
+    listed = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
+    if names and len(names) > SHOWN_MODELS:
+        listed.append(f"and {len(names) - SHOWN_MODELS} more: chatgpt_oauth.py status --json")
+    rows += [("Models" if name is listed[0] else "", name) for name in listed]
+    rows += [("Token file", facts["token_file"]), ("Models file", facts["models_file"])]
+    return [*lines, "", *(f"{label + ':' if label else '':14}{text}" for label, text in rows)]
 
 
 def life_left(when: str) -> str:
@@ -2235,7 +2307,7 @@ def command_env(session: Session, options: Namespace) -> None:
         "--name", usual if options.name is None else options.name, _RULES["api_key_env_var"]
     )
     if name == account:
-        raise UsageError(f"--name must not be {account}", "choose another name")
+        raise UsageError(f"--name cannot be {account}", "choose another name")
     names = [name, account] if options.access_token else [name]
     values: List[Optional[str]] = [None, None]
     if not options.unset:
@@ -2248,7 +2320,7 @@ def command_env(session: Session, options: Namespace) -> None:
         if not values[0]:
             raise OAuthError(
                 NO_API_KEY,
-                f"{ORGANIZATION_HINT}; or without one: chatgpt_oauth.py env --access-token",
+                f"{ORGANIZATION_HINT}; to do without, run: chatgpt_oauth.py env --access-token",
             )
     print(shell_code(shell, dict(zip(names, values))))
 
@@ -2256,7 +2328,7 @@ def command_env(session: Session, options: Namespace) -> None:
 def command_token(session: Session, options: Namespace) -> None:
     """Print an access token that is valid now, or the API key."""
     if options.api_key and options.refresh:
-        raise UsageError("--refresh does not go with --api-key", "leave one of them out")
+        raise UsageError("--refresh and --api-key cannot be used together", "leave one of them out")
     tokens = session.tokens() if options.api_key else session.fresh(options.refresh)
     value = tokens.api_key if options.api_key else tokens.access_token
     if not value:
@@ -2266,10 +2338,8 @@ def command_token(session: Session, options: Namespace) -> None:
 
 def command_logout(session: Session, options: Namespace) -> None:
     """Revoke the sign-in and remove what it left."""
-    if end_sign_in(session, not options.local):
-        session.notify("done", "Signed out: the token file and our model entries are gone")
-    else:
-        session.notify("info", "Not signed in; there is nothing to do.")
+    if not end_sign_in(session, not options.local):
+        session.notify("info", "Not signed in; nothing to do.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2279,8 +2349,8 @@ def command_logout(session: Session, options: Namespace) -> None:
 PUPPY_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 PUPPY_COMMANDS = {
-    "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, or a pasted address)",
-    "chatgpt-status": "Say who is signed in with ChatGPT, and with which models",
+    "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
+    "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
 }
 
@@ -2297,7 +2367,7 @@ class Puppy:
         from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
 
         text = "\n".join(printable(line, 5000) for line in lines)
-        text = re.sub(r"(?m)^Next: .*", "Next: /model and the name of one of them", text)
+        text = re.sub(r"(?m)^To (use|get) .*", "To use one of the models: /model NAME", text)
         text = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", text)
         text = text.replace("chatgpt_oauth.py ", f"python3 {__file__} ")
         if kind == "countdown":  # it would be a message a second
@@ -2375,7 +2445,7 @@ class Puppy:
         tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
         stored = getattr(config, "get_value", lambda _: None)(variable)
         if stored and (tokens is None or stored != tokens.api_key):
-            self.notify("warning", f"Code Puppy's own setting {variable} overrides the API key")
+            self.notify("warning", f"the Code Puppy setting {variable} overrides this API key")
 
     def _sign_in(self, session: Session, options: Namespace, pasted: List[str]) -> None:
         with contextlib.suppress(ImportError):  # a release without it has no such wish
@@ -2389,11 +2459,13 @@ class Puppy:
             return
         attempt = BrowserSignIn.latest
         if not attempt:
-            raise UsageError("no sign-in was begun here", "run: chatgpt_oauth.py auth")
+            raise UsageError(
+                "no sign-in is in progress", "to start one, run: chatgpt_oauth.py auth"
+            )
         try:
             response = attempt.pasted(pasted[0])
         except ValueError as error:
-            raise UsageError(f"that does not sign you in: {error}") from None
+            raise UsageError(f"that URL does not work: {error}") from None
         BrowserSignIn.latest = None
         BrowserSignIn(session, options).redeem(response, Listener([], attempt, None))
 
@@ -2465,48 +2537,55 @@ def is_plugin() -> bool:
 _FLAG: Fields = {"action": "store_true", "default": False}
 _GLOBS: Fields = {"action": "append", "metavar": "GLOB"}
 OPTIONS: Dict[str, Tuple[str, Fields]] = {
-    "--device": ("sign in with a code, from any browser anywhere", _FLAG),
-    "--no-browser": ("show the address, open nothing", _FLAG),
+    "--device": ("sign in with a one-time code, in a browser on any machine", _FLAG),
+    "--no-browser": ("print the URL instead of opening a browser", _FLAG),
     "--timeout": (
-        "time for the whole sign-in",
+        "how long to wait (default: 120; with --device: 900)",
         {"metavar": "SECONDS", "type": lambda text: checked("--timeout", text, _SECONDS)},
     ),
-    "--include": ("import these models, not the default patterns", _GLOBS),
-    "--exclude": ("leave these models out", _GLOBS),
-    "--source": ("who pays: api (the API account) or codex (the plan)", {"choices": SOURCES}),
-    "--all": ("every model, whatever its name", _FLAG),
-    "--dry-run": ("print only, change nothing", _FLAG),
-    "--json": ("print JSON", _FLAG),
+    "--include": ("import models that match, instead of the defaults (repeatable)", _GLOBS),
+    "--exclude": ("skip models that match (repeatable)", _GLOBS),
+    "--source": (
+        "api (billed to the API account), codex (covered by the plan) or auto",
+        {
+            "metavar": "SOURCE",
+            "type": lambda text: checked("--source", text, _RULES["model_source"]),
+        },
+    ),
+    "--all": ("import every model", _FLAG),
+    "--dry-run": ("print the models without importing them", _FLAG),
+    "--json": ("output as JSON", _FLAG),
     "--shell": (
-        "sh (bash, zsh, ksh, dash), fish, csh (tcsh), powershell, cmd, dotenv, json, or auto "
-        "(the default): by $SHELL",
+        "sh (also bash, zsh, ksh, dash), fish, csh (also tcsh), powershell, cmd, dotenv, json "
+        "or auto (default: from $SHELL)",
         {"metavar": "NAME", "default": "auto"},
     ),
-    "--name": ("the variable (default: CHATGPT_OAUTH_API_KEY)", {"metavar": "VAR"}),
-    "--access-token": ("the access token and the account id instead", _FLAG),
-    "--unset": ("code that unsets the variables", _FLAG),
-    "--refresh": ("a new one in any case", _FLAG),
-    "--api-key": ("the API key instead", _FLAG),
-    "--local": ("do not tell OpenAI", _FLAG),
+    "--name": ("variable to set (default: CHATGPT_OAUTH_API_KEY)", {"metavar": "VAR"}),
+    "--access-token": ("export the access token and account ID instead", _FLAG),
+    "--unset": ("print code that unsets the variables", _FLAG),
+    "--refresh": ("refresh it first, even if it is still valid", _FLAG),
+    "--api-key": ("print the API key instead", _FLAG),
+    "--local": ("do not revoke the tokens at OpenAI", _FLAG),
 }
 # command: what runs it, what it does, an example (with its -h), its options
 COMMANDS: Dict[str, Tuple[Callable[..., Optional[int]], str, str, str]] = {
     "auth": (
         command_auth,
-        "sign in, obtain an API key, import the models",
-        "chatgpt_oauth.py auth --device",
+        "sign in with ChatGPT and import its models",
+        "chatgpt_oauth.py auth\n  chatgpt_oauth.py auth --device",
         "--device --no-browser --timeout --include --exclude --source",
     ),
     "status": (
         command_status,
-        "say who is signed in, until when, with which models",
-        "chatgpt_oauth.py status --json",
+        "show the account, the API key and the imported models",
+        "chatgpt_oauth.py status\n  chatgpt_oauth.py status --json",
         "--json",
     ),
     "models": (
         command_models,
-        "list the account's models and import them again",
-        "chatgpt_oauth.py models --include 'gpt-5*' --dry-run",
+        "list the account's models and import them into Code Puppy",
+        "chatgpt_oauth.py models --all --dry-run\n"
+        "  chatgpt_oauth.py models --include 'gpt-5*' --exclude '*-mini'",
         "--include --exclude --all --source --dry-run --json",
     ),
     "env": (
@@ -2517,14 +2596,15 @@ COMMANDS: Dict[str, Tuple[Callable[..., Optional[int]], str, str, str]] = {
     ),
     "token": (
         command_token,
-        "print an access token that is valid now",
-        'curl -H "Authorization: Bearer $(chatgpt_oauth.py token)" https://...',
+        "print a valid access token, refreshed if needed",
+        'curl -H "Authorization: Bearer $(chatgpt_oauth.py token)" https://...\n'
+        "  chatgpt_oauth.py token --api-key",
         "--refresh --api-key",
     ),
     "logout": (
         command_logout,
-        "revoke the sign-in and remove what it left",
-        "chatgpt_oauth.py logout --local",
+        "sign out and remove the tokens and imported models",
+        "chatgpt_oauth.py logout\n  chatgpt_oauth.py logout --local",
         "--local",
     ),
 }
@@ -2547,19 +2627,25 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(message, f"see: chatgpt_oauth.py {name} --help")
+            message = message.replace("unrecognized arguments", "unknown option or argument")
+            raise UsageError(message, f"to see the options, run: chatgpt_oauth.py {name} --help")
 
-    lines = ["example:", f"  {example}"]
+    start, lines = prog, ["examples:", f"  {example}"]
     if name == "env":
         profiles = (f"  {shell}:\n    {row[3]}" for shell, row in SHELLS.items() if row[3])
-        lines = ["a line for the profile of each shell:", *profiles]
+        lines = ["add one of these to your shell's profile:", *profiles]
+        path = os.path.abspath((sys.argv or [""])[0])
+        if program_name() == f"python3 {(sys.argv or [''])[0]}" and os.path.isfile(path):
+            start = f"python3 {path} env"  # a profile runs in any folder
     parser = Parser(
         prog=prog,
+        usage=f"{prog} [options]",
         description=f"{what[0].upper()}{what[1:]}.",
-        epilog="\n".join(lines).replace(f"chatgpt_oauth.py {name}", prog),
+        epilog="\n".join(lines).replace(f"chatgpt_oauth.py {name}", start),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser._optionals.title = "options"  # "optional arguments" before Python 3.10
     for flag, (explained, details) in options.items():
         parser.add_argument(flag, help=explained, **details)
     return parser.parse_args(arguments)
@@ -2567,41 +2653,55 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
 
 USAGE = (
     """
-The usual path:
+options:
+  -h, --help     show help (after a command: for that command)
+  -V, --version  show the version
+
+examples:
   chatgpt_oauth.py auth
-  chatgpt_oauth.py status
   eval "$(chatgpt_oauth.py env)"
-
-chatgpt_oauth.py COMMAND -h says what a command can do.""",
-    """chatgpt_oauth.py --version prints the version.
-
-Every setting of CHATGPT_OAUTH_CONFIG, at the top of the file, is a variable:
-  CHATGPT_OAUTH_CALLBACK_TIMEOUT=240 chatgpt_oauth.py auth""",
+  chatgpt_oauth.py auth --device""",
+    """
+environment:
+  CHATGPT_OAUTH_<SETTING> overrides one setting of CHATGPT_OAUTH_CONFIG, at the
+  top of the file, for one run: CHATGPT_OAUTH_CALLBACK_TIMEOUT=240
+  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE""",
 )
+
+
+ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "status"}
 
 
 def run(arguments: List[str], notify: Notify) -> int:
     """Do what the command line says; returns the exit code. Raises OAuthError."""
     name = arguments[0] if arguments else ""
+    if name == "help":
+        arguments = [*arguments[1:2], "--help"]
+        name = arguments[0]
+    name = ALIASES.get(name, name)
     if name in ("", "-h", "--help"):
         commands = (f"  {command:8}{row[1]}" for command, row in COMMANDS.items())
         parts = (
             "usage: chatgpt_oauth.py COMMAND [options]",
             "",
+            "Sign in with ChatGPT and use it from the command line.",
+            "",
+            "commands:",
             *commands,
             *USAGE[: 1 + bool(name)],
         )
         print(as_started("\n".join(parts)), file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(f"chatgpt_oauth {__version__}")
         return 0
     if name not in COMMANDS:
         from difflib import get_close_matches
 
         near = get_close_matches(name, COMMANDS, 1) or ["--help"]
-        hint = "did you mean" if near[0] in COMMANDS else "see"
-        raise UsageError(f"there is no command {name}", f"{hint}: chatgpt_oauth.py {near[0]}")
+        hint = "did you mean" if near[0] in COMMANDS else "to see the commands, run"
+        kind = "option" if name.startswith("-") else "command"
+        raise UsageError(f"unknown {kind}: {name}", f"{hint}: chatgpt_oauth.py {near[0]}")
     try:
         options = parse(name, arguments[1:], f"{program_name()} {name}")
     except SystemExit:  # after --help
@@ -2630,13 +2730,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         terminal.notify("info", "Interrupted.")
         return 130
     except OSError as error:  # standard output is closed or full
-        terminal.notify("error", f"cannot write the result: {error.strerror}")
+        terminal.notify("error", f"cannot write to standard output: {error.strerror}")
         return StorageError.exit_code
     except Exception as error:
         import traceback
 
         *_, (_, line) = traceback.walk_tb(error.__traceback__)  # the text could hold a secret
-        terminal.notify("error", f"this should not happen: {type(error).__name__}, line {line}")
+        terminal.notify(
+            "error", f"internal error: {type(error).__name__} at line {line}; this is a bug"
+        )
         return OAuthError.exit_code
 
 
