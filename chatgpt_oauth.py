@@ -1,28 +1,28 @@
 #!/usr/bin/env python3
-"""Sign in with ChatGPT the way OpenAI's Codex CLI does, from one file and nothing but Python.
+"""Sign in with ChatGPT the way OpenAI's Codex CLI does, with one Python file and no dependencies.
 
-    auth      sign in, obtain an API key, import the models for Code Puppy
-    status    say who is signed in, until when, with which models
-    models    list the account's models and import them again
+    auth      sign in with ChatGPT and import its models
+    status    show the account, the API key and the imported models
+    models    list the account's models and import them into Code Puppy
     env       print shell code that exports the API key
-    token     print an access token that is valid now
-    logout    revoke the sign-in and remove what it left
+    token     print a valid access token, refreshed if needed
+    logout    sign out and remove the tokens and imported models
 
-`auth` shows the URL of an authorization request (RFC 6749 §4.1, with PKCE, RFC 7636) and waits
-on the loopback interface (RFC 8252 §7.3) for the response; a pasted address and a device code
-(RFC 8628) are two more ways to the same code.  The code is exchanged for tokens, which are on
-disk before anything else is tried; then the ID token for an API key (RFC 8693), where the account
-has an organization; and the models that the key or the ChatGPT plan pays for are written where
-Code Puppy looks for them.
+How data flows.  `auth` sends the browser to an authorization request (RFC 6749 §4.1, with PKCE,
+RFC 7636) and listens on the loopback interface (RFC 8252 §7.3) for the authorization response; a
+pasted URL and a device code (RFC 8628) are two more ways to the same authorization code.  The code
+is exchanged for tokens, which are on disk before anything else is tried; then the ID token for an
+API key (RFC 8693), where the account has an organization; and the models that the key or the
+ChatGPT plan pays for are written where Code Puppy looks for them.
 
-Afterwards everything asks one place, `Session.fresh`, for tokens.  It refreshes them under a lock
-that all processes share, for OpenAI's refresh tokens are good for one use: of two programs that
-refresh at the same moment one would be signed out.
+Afterwards everything asks one place for tokens, `Session.valid_tokens`.  It refreshes them under a
+lock that all processes share, for OpenAI's refresh tokens are good for one use: of two programs
+that refresh at the same moment one would be signed out.
 
 The token file holds what its name says.  Whoever can read it can use the account; it is written
 readable by its owner alone, and no command but `env` and `token` prints from it.
 
-This is not OpenAI's software.  Licence: MIT.
+Unofficial: not made, endorsed or supported by OpenAI.  Licence: MIT.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ import time
 TYPE_CHECKING = False  # importing `typing` would cost each start some milliseconds
 if TYPE_CHECKING:
     from argparse import Namespace
+    from concurrent.futures import Future
     from socket import socket as Socket  # noqa: N812 - a class in spite of its name
     from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple
 
     Fields = Dict[str, Any]  # a JSON object
-    Notify = Callable[[str, str], None]  # hears a kind (see Terminal.notify) and a text
+    Notify = Callable[..., None]  # hears a kind, a text and perhaps a command: Terminal.notify
 
 __version__ = "1.0.0"
 
@@ -85,58 +86,68 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
 SOURCES = ("auto", "api", "codex")
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
-# What a setting must be: a pattern (its group 1, where it has one, is what counts), how to say so,
-# and for a number its type and bounds.
-_URL = (
+
+
+class Rule:
+    """What a setting must be: a regular expression, and how to say so to a person.
+
+    The pattern's group 1, where it has one, is the value. `number` is the type of a number, which
+    must lie between `low` and `high`.
+    """
+
+    def __init__(
+        self, pattern: str, meaning: str, number: Any = None, low: float = 0, high: float = 0
+    ) -> None:
+        self.pattern, self.meaning = pattern, meaning
+        self.number, self.low, self.high = number, low, high
+
+    def check(self, name: str, value: object) -> Any:
+        """The value that `value` stands for. Raises UsageError, naming `name`."""
+        found = re.fullmatch(self.pattern, str(value), re.ASCII)
+        if found and self.number is None:
+            return found[found.lastindex or 0]
+        if found and self.low <= float(found[0]) <= self.high:
+            return self.number(found[0])
+        raise UsageError(f"{name} must be {self.meaning}")
+
+
+_URL = Rule(
     rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})"
     r"(?::(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
     r"(?:/[\w.~%/-]*?)?)/*",
     "an https URL (http is allowed for localhost only)",
 )
-_WORD = (r"[!-~]+", "printable ASCII characters without spaces")
-_SECONDS = (
-    r"[0-9]{1,9}(?:\.[0-9]{1,9})?",
-    "a number of seconds from 0.001 to 86400",
-    float,
-    0.001,
-    86400,
-)
-_PORT = (r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
-_RULES: Fields = {
+_WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
+_DECIMAL = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
+_SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
+_PORT = Rule(r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
+_GLOBS = "glob patterns separated by commas"
+RULES = {
     "issuer": _URL,
     "client_id": _WORD,
-    "scope": (r"[!-~][ -~]*", "a list of scopes separated by spaces"),
-    "redirect_host": (r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"),
-    "redirect_path": (r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
+    "scope": Rule(r"[!-~][ -~]*", "a list of scopes separated by spaces"),
+    "redirect_host": Rule(
+        r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"
+    ),
+    "redirect_path": Rule(r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
     "required_port": _PORT,
     "fallback_port": _PORT,
     "callback_timeout": _SECONDS,
     "api_base_url": _URL,
     "codex_base_url": _URL,
-    "codex_client_version": (r"[\w.+-]{1,64}", "a version such as 0.169.0"),
-    "home": (r"(?!~)[^\0]+", "a directory path (the default needs HOME to be set)"),
-    "prefix": (MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
-    "default_context_length": (r"[0-9]{1,9}", "a number from 1 to 1000000000", int, 1, 10**9),
-    "model_patterns": (r"[!-~]+", "glob patterns separated by commas"),
-    "model_excludes": (r"[!-~]*", "glob patterns separated by commas"),
-    "model_source": ("|".join(SOURCES), "auto, api or codex"),
+    "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.169.0"),
+    "home": Rule(r"(?!~)[^\0]+", "a directory path (the default needs HOME to be set)"),
+    "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
+    "default_context_length": Rule(r"[0-9]{1,10}", "a number from 1 to 1000000000", int, 1, 10**9),
+    "model_patterns": Rule(r"[!-~]+", _GLOBS),
+    "model_excludes": Rule(r"[!-~]*", _GLOBS),
+    "model_source": Rule("|".join(SOURCES), "auto, api or codex"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
     "lock_timeout": _SECONDS,
-    "api_key_env_var": (r"[A-Za-z_][A-Za-z0-9_]*", "a variable name (letters, digits and _)"),
+    "api_key_env_var": Rule(r"[A-Za-z_][A-Za-z0-9_]*", "a variable name (letters, digits and _)"),
 }
-
-
-def checked(name: str, value: object, rule: Tuple[Any, ...]) -> Any:
-    """`value` as `rule` (one of _RULES) wants it. Raises UsageError naming `name`."""
-    pattern, meaning, *number = rule
-    found = re.fullmatch(pattern, str(value), re.ASCII)
-    if found and not number:
-        return found[found.lastindex or 0]
-    if found and number[1] <= float(found[0]) <= number[2]:
-        return number[0](found[0])
-    raise UsageError(f"{name} must be {meaning}")
 
 
 class Settings:
@@ -152,22 +163,24 @@ class Settings:
 
     def __init__(self, environ: Optional[Dict[str, str]] = None) -> None:
         self.environ = dict(os.environ) if environ is None else environ
-        for key, rule in _RULES.items():
+        for key, rule in RULES.items():
             name = "CHATGPT_OAUTH_" + key.upper()
             value = self.environ.get(name, CHATGPT_OAUTH_CONFIG.get(key))
             if key == "home":
-                base = self.environ.get("XDG_DATA_HOME")
-                usual = os.path.join(base, "code_puppy") if base else "~/.code_puppy"
-                value = os.path.expanduser(usual if value is None else str(value))
+                value = os.path.expanduser(self._default_home() if value is None else str(value))
             elif name not in self.environ:
                 name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
-            vars(self)[key] = checked(name, value, rule)
+            vars(self)[key] = rule.check(name, value)
         try:
             self.home = os.path.abspath(vars(self)["home"])
         except OSError:
             raise UsageError(
                 "CHATGPT_OAUTH_HOME is a relative path and the current directory is gone"
             ) from None
+
+    def _default_home(self) -> str:
+        base = self.environ.get("XDG_DATA_HOME")
+        return os.path.join(base, "code_puppy") if base else "~/.code_puppy"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,27 +199,17 @@ def printable(text: str, limit: int = 2000) -> str:
 
 
 class OAuthError(Exception):
-    """Something that stops a command: one line that says what, `hint` the next step or None.
+    """What stopped a command, in one line; `hint` is the next step, or None.
 
-    `exit_code` is the command's, `reason` the server's error code that ended the sign-in,
-    `untouched` whether the request that failed certainly had no effect, and `retry_after` the
-    seconds for which the server asks to be left alone. No text ever holds a token, key or code.
+    `command` is what the hint ends in, such as "auth --device", or "": whoever tells the error
+    writes it as it is typed there. `exit_code` is the command's. No text ever holds a secret.
     """
 
     exit_code = 1
 
-    def __init__(
-        self,
-        message: str,
-        hint: Optional[str] = None,
-        *,
-        reason: str = "",
-        untouched: bool = False,
-        retry_after: Optional[float] = None,
-    ) -> None:
+    def __init__(self, message: str, hint: str = "", command: str = "") -> None:
         super().__init__(printable(message))
-        self.hint = printable(hint) if hint else None
-        self.reason, self.untouched, self.retry_after = reason, untouched, retry_after
+        self.hint, self.command = printable(hint) or None, command
 
 
 class UsageError(OAuthError):
@@ -220,11 +223,17 @@ class NotSignedInError(OAuthError):
 
     exit_code = 3
 
+    def __init__(self) -> None:
+        super().__init__("not signed in to ChatGPT", "to sign in, run", "auth")
+
 
 class SignInEndedError(OAuthError):
     """The sign-in cannot be continued; only a new one helps."""
 
     exit_code = 4
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "to sign in again, run", "auth")
 
 
 class UnavailableError(OAuthError):
@@ -239,17 +248,24 @@ class StorageError(OAuthError):
     exit_code = 6
 
 
+def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
+    """Tell a person what happened (`kind`: as an error or a warning), and the next step."""
+    notify(kind, str(error))
+    if error.hint:
+        notify("hint", error.hint, error.command)
+
+
 # ---------------------------------------------------------------------------------------------
-# Wire: what is said to OpenAI's servers, and what is taken from their answers
+# Wire: the requests to OpenAI's servers, and what their responses say
 # ---------------------------------------------------------------------------------------------
 
-AGAIN = "to sign in again, run: chatgpt_oauth.py auth"
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
+WAIT_SLICE = 0.5  # seconds; Ctrl-C waits no longer on Windows, where a wait is not interrupted
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
-ENDING_CODES = {
+INVALID_GRANT_CODES = {
     "refresh_token_reused": "its refresh token was used by another program",
     "refresh_token_expired": "it has expired",
     "refresh_token_invalidated": "it was revoked",
@@ -259,9 +275,34 @@ ENDING_CODES = {
 _tls_contexts: List[Any] = []
 
 
+class RequestError(UnavailableError):
+    """A request without a response that can be used.
+
+    `unprocessed` is true only if it certainly had no effect; `retry_after` are the seconds for
+    which the server asks to be left alone, or None.
+    """
+
+    unprocessed = False
+    retry_after: Optional[float] = None
+
+
+class InvalidGrantError(SignInEndedError):
+    """The refresh token was refused for `reason`, one of INVALID_GRANT_CODES."""
+
+    def __init__(self, reason: str) -> None:
+        why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
+        super().__init__(f"your session has ended: {why}")
+        self.reason = reason
+
+
 def is_b64token(value: object) -> bool:
     """Whether `value` has the form of a bearer token (RFC 6750 §2.1): safe in headers, shells."""
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` leads to this machine by name or address."""
+    return re.match(rf"https?://{LOOPBACK}(?:[:/]|$)", url) is not None
 
 
 def decode_claims(jwt: Optional[str]) -> Fields:
@@ -291,69 +332,68 @@ def text_or_none(value: object) -> Optional[str]:
     return value if isinstance(value, str) and value else None
 
 
-class Answer:
-    """A server's answer: its `status`, its `data` (parsed JSON or None), and its error.
+class Response:
+    """A server's response: its `status`, its `data` (parsed JSON or None), and its error.
 
     `code` and `text` are the error's code and description, made printable, with the secrets
     that were `sent` and whatever else looks like one taken out.
     """
 
-    def __init__(self, sent: Set[str], status: int, body: bytes, retry_after: object) -> None:
-        self.status = status
-        self.html = body.lstrip()[:1] == b"<"
-        self.retry_after = _delay(str(retry_after))
+    def __init__(self, status: int, body: bytes, retry_after: str, sent: Set[str]) -> None:
+        self.status, self.sent = status, sent
+        self.is_html = body.lstrip()[:1] == b"<"
+        self.retry_after = parse_retry_after(retry_after)
         try:
             self.data = json.loads(body)
         except (ValueError, RecursionError):
             self.data = None
-
-        def public(value: object) -> str:
-            text = value if isinstance(value, str) else ""
-            for secret in sent:
-                text = text.replace(secret, "[...]")
-            return printable(re.sub(r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
-
         # {"error": {"code", "message"}}, RFC 6749's pair, or the Codex backend's {"detail"}
         outer = self.data if isinstance(self.data, dict) else {}
         error = outer.get("error")
         inner = error if isinstance(error, dict) else {"code": error}
-        self.code = public(inner.get("code") or inner.get("type"))
-        self.text = public(
+        self.code = self._public(inner.get("code") or inner.get("type"))
+        self.text = self._public(
             inner.get("message") or outer.get("error_description") or outer.get("detail")
         )
 
-    def refusal(self, what: str) -> OAuthError:
-        """The error that tells a person why `what` came to nothing."""
-        said = f"could not {what} (HTTP {self.status})"
+    def _public(self, value: object) -> str:
+        text = value if isinstance(value, str) else ""
+        for secret in self.sent:
+            text = text.replace(secret, "[...]")
+        return printable(re.sub(r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
+
+    def error(self, what: str) -> OAuthError:
+        """The error that tells a person why it was not possible to `what`."""
+        failed = f"could not {what} (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "server error"
-            return UnavailableError(
-                f"{said}: {busy}",
-                "try again later",
-                untouched=self.status in (429, 503),
-                retry_after=self.retry_after,
-            )
-        if self.html:
-            return UnavailableError(
-                f"{said}: got a web page instead of JSON, probably from a proxy, a bot check or "
+            error = RequestError(f"{failed}: {busy}", "try again later")
+            # With these two the server says that it did not get to the request (RFC 6585 §4,
+            # RFC 9110 §15.6.4).
+            error.unprocessed = self.status in (429, 503)
+            error.retry_after = self.retry_after
+            return error
+        if self.is_html:
+            return RequestError(
+                f"{failed}: got a web page instead of JSON, probably from a proxy, a bot check or "
                 "a regional block",
                 "check HTTPS_PROXY and your network, then try again",
             )
         if 300 <= self.status < 400:
-            return OAuthError(f"{said}: unexpected redirect")
-        return OAuthError(": ".join(part for part in (said, self.code, self.text) if part))
+            return OAuthError(f"{failed}: unexpected redirect")
+        return OAuthError(": ".join(part for part in (failed, self.code, self.text) if part))
 
-    def members(self, what: str) -> Fields:
-        """The JSON object of a successful answer. Raises OAuthError for any other answer."""
-        if not 200 <= self.status < 300 or self.html:
-            raise self.refusal(what)
+    def json_object(self, what: str) -> Fields:
+        """The JSON object of a successful response. Raises OAuthError for any other."""
+        if not 200 <= self.status < 300 or self.is_html:
+            raise self.error(what)
         if not isinstance(self.data, dict):
             raise OAuthError(f"could not {what}: the response is not a JSON object")
         return self.data
 
 
-def _delay(header: str) -> Optional[float]:
-    """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or senseless."""
+def parse_retry_after(header: str) -> Optional[float]:
+    """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or malformed."""
     from email.utils import parsedate_to_datetime
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
@@ -361,10 +401,10 @@ def _delay(header: str) -> Optional[float]:
     return float(header[:9]) if header.isdecimal() else None
 
 
-def prepare_wire() -> Any:
-    """Load what the first request needs, so that no one waits for it then: the TLS context."""
+def tls_context() -> Any:
+    """The TLS context of all requests; called early, the first one need not wait for it."""
     import ssl
-    import urllib.request  # noqa: F401
+    import urllib.request  # noqa: F401 - loaded now for the same reason
 
     if not _tls_contexts:
         context = ssl.create_default_context()
@@ -373,45 +413,72 @@ def prepare_wire() -> Any:
     return _tls_contexts[0]
 
 
-def _exchange(request: Any, timeout: float, limit: int, seen: Fields) -> None:
-    """One HTTP exchange: into `seen` go the socket once the server is reached, then the outcome."""
+def wait_for(future: Future[Any], seconds: float) -> bool:
+    """Whether `future` is done within `seconds`, waiting in slices of WAIT_SLICE."""
+    from concurrent.futures import wait
+
+    deadline = time.monotonic() + seconds
+    while not future.done() and time.monotonic() < deadline:
+        wait([future], max(0.0, min(WAIT_SLICE, deadline - time.monotonic())))
+    return future.done()
+
+
+def build_opener(secure: bool, proxied: bool, reached: Future[Socket]) -> Any:
+    """An opener of urllib.request for one request to an https (`secure`) or http URL.
+
+    It goes through the environment's proxy if `proxied`; `reached` gets the socket when a
+    connection to the server, proxy and TLS included, stands and nothing is sent yet.
+    """
     import http.client
     import urllib.request
 
-    secure = request.type == "https"
-    options = {"context": prepare_wire()} if secure else {}
     base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
     class Connection(base):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
-            if seen.setdefault("socket", self.sock) is not self.sock:
-                raise TimeoutError  # nobody waits any more: a token must not be spent in vain
+            # InvalidStateError if nobody waits any more: a token must not be spent in vain.
+            reached.set_result(self.sock)
 
-    class Handler(urllib.request.AbstractHTTPHandler):
-        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
+    class HTTPHandler(urllib.request.HTTPHandler):
         def http_open(self, request: Any) -> Any:
-            return self.do_open(Connection, request, **options)
+            return self.do_open(Connection, request)
 
-        https_open = http_open
+    class HTTPSHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: Any) -> Any:
+            return self.do_open(Connection, request, context=tls_context())
 
-    # Neither a redirect handler nor an error processor: a 307 would carry the code and the
-    # verifier, or the refresh token, to wherever it points.
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(Handler())
-    opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(request.full_url) else None))
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        # A 307 would carry the code and the verifier, or the refresh token, to wherever it points.
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    proxy = urllib.request.ProxyHandler(None if proxied else {})
+    return urllib.request.build_opener(
+        proxy, NoRedirect, HTTPSHandler(context=tls_context()) if secure else HTTPHandler
+    )
+
+
+def send(
+    request: Any, timeout: float, limit: int, reached: Future[Socket], answered: Future[Any]
+) -> None:
+    """Carry out one HTTP exchange; `answered` gets status, `limit` + 1 bytes and Retry-After."""
+    import urllib.error
+
     try:
-        with opener.open(request, timeout=timeout) as response:
-            content = response.read(limit + 1)
-            seen["answer"] = response.status, content, response.headers.get("Retry-After")
+        proxied = not is_loopback(request.full_url)
+        opener = build_opener(request.type == "https", proxied, reached)
+        try:
+            response = opener.open(request, timeout=timeout)
+        except urllib.error.HTTPError as error:  # any status but 2xx; it is a response, too
+            response = error
+        with response:
+            body = response.read(limit + 1)
+            answered.set_result((response.status, body, response.headers.get("Retry-After")))
     except Exception as error:
-        seen["error"] = getattr(error, "reason", error)
-
-
-def is_loopback(url: str) -> bool:
-    """Whether `url` leads to this machine by name or address."""
-    return re.match(rf"https?://{LOOPBACK}(?:[:/]|$)", url) is not None
+        # URLError wraps what went wrong before a response; nothing else's `reason` is an error.
+        wrapped = error.reason if isinstance(error, urllib.error.URLError) else None
+        answered.set_exception(wrapped if isinstance(wrapped, Exception) else error)
 
 
 def request_json(
@@ -425,57 +492,83 @@ def request_json(
     headers: Optional[Dict[str, str]] = None,
     timeout: float = float("inf"),
     limit: int = MEBIBYTE,
-) -> Answer:
+) -> Response:
     """GET `url`, or POST `form` (form-encoded) or `body` (JSON) to it.
 
-    `what` names the request in errors; the settings' request_timeout, or a shorter `timeout`,
-    bounds the whole of it in seconds, from the name look-up to the answer's last byte; `limit` is
-    the most bytes that are read. Returns an Answer whatever its status; raises UnavailableError
-    when none came and OAuthError when it was too large.
+    `what` names the purpose in errors ("could not <what>"); the settings' request_timeout, or a
+    shorter `timeout`, bounds the whole of it in seconds, from the name look-up to the last byte;
+    `limit` is the most bytes that are read. Returns a Response whatever its status; raises
+    RequestError when none came and OAuthError when it was too large.
     """
     import threading
-    import urllib.parse
-    import urllib.request
+    from concurrent.futures import Future
 
     timeout = min(timeout, settings.request_timeout)
     sent = {**(form or {}), **(body or {})}
-    head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json"}
-    if sent:
-        head["Content-Type"] = f"application/{'x-www-form-urlencoded' if form else 'json'}"
-    if bearer:
-        head["Authorization"] = "Bearer " + bearer
-    text = urllib.parse.urlencode(sent) if form else json.dumps(sent)
-    request = urllib.request.Request(  # noqa: S310 - Settings admits http and https alone
-        url, text.encode() if sent else None, {**head, **(headers or {})}
-    )
+    request = build_request(url, form, body, bearer, headers or {})
     # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
     # the exchange has a thread of its own and the clock is watched from here.
-    seen: Fields = {}
-    thread = threading.Thread(target=_exchange, args=(request, timeout, limit, seen), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + timeout
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(min(0.5, max(0.0, deadline - time.monotonic())))
-    if "answer" not in seen:
-        raise _no_answer(request, what, timeout, seen)
-    if len(seen["answer"][1]) > limit:
+    reached: Future[Socket] = Future()
+    answered: Future[Any] = Future()
+    arguments = (request, timeout, limit, reached, answered)
+    threading.Thread(target=send, args=arguments, daemon=True).start()
+    wait_for(answered, timeout)
+    unsent = reached.cancel()  # from here on nothing is sent that was not
+    if not answered.done() or answered.exception():
+        if not answered.done():
+            hang_up(reached)
+        error = answered.exception() if answered.done() else None
+        raise connection_error(request, what, timeout, error, unsent)
+    status, content, retry_after = answered.result()
+    if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
     private = ("code", "code_verifier", "refresh_token", "subject_token", "token")
     secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
-    return Answer(secrets, *seen["answer"])
+    return Response(status, content, str(retry_after), secrets)
 
 
-def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> UnavailableError:
-    """What to tell a person about a request without an answer, of which `seen` is known."""
+def build_request(
+    url: str,
+    form: Optional[Dict[str, str]],
+    body: Optional[Dict[str, str]],
+    bearer: str,
+    headers: Dict[str, str],
+) -> Any:
+    """A POST of `form` or of the JSON `body`, else a GET, as urllib.request takes it."""
+    import urllib.parse
+    import urllib.request
+
+    head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json", **headers}
+    if bearer:
+        head["Authorization"] = "Bearer " + bearer  # RFC 6750 §2.1
+    data = None
+    if form:
+        head["Content-Type"] = "application/x-www-form-urlencoded"
+        data = urllib.parse.urlencode(form).encode()
+    elif body:
+        head["Content-Type"] = "application/json"
+        data = json.dumps(body).encode()
+    return urllib.request.Request(url, data, head)  # noqa: S310 - Settings admits http(s) alone
+
+
+def hang_up(reached: Future[Socket]) -> None:
+    """Let an exchange end that nobody waits for: its thread ends with its socket."""
+    import socket
+
+    if not reached.cancelled():
+        with contextlib.suppress(OSError):
+            reached.result().shutdown(socket.SHUT_RDWR)
+
+
+def connection_error(
+    request: Any, what: str, timeout: float, error: Optional[BaseException], unsent: bool
+) -> RequestError:
+    """What to tell a person about a request without a response; `error` None: its time was up."""
     import socket
     import ssl
     import urllib.request
 
-    error, host = seen.get("error"), request.host
-    reached = seen.setdefault("socket", None)  # from here on nothing is sent that was not
-    if error is None and reached:  # still under way: its thread ends with its socket
-        with contextlib.suppress(OSError):
-            reached.shutdown(socket.SHUT_RDWR)
+    host = request.host
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     hint = "check your network connection, then try again"
     if proxied and not is_loopback(request.full_url):
@@ -483,20 +576,24 @@ def _no_answer(request: Any, what: str, timeout: float, seen: Fields) -> Unavail
     if error is None or isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
     elif isinstance(error, ssl.SSLError):
-        why = getattr(error, "verify_message", "") or type(error).__name__
+        why = getattr(error, "verify_message", "") or error.reason or type(error).__name__
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
         hint = "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
-        fault = f"connection to {host} failed ({printable(error.strerror or str(error), 100)})"
+        why = printable(error.strerror or str(error), 100)
+        fault = f"connection to {host} failed ({why})"
     else:
-        fault = f"{host} closed the connection or did not send valid HTTP ({type(error).__name__})"
-    return UnavailableError(f"could not {what}: {fault}", hint, untouched=not reached)
+        name = type(error).__name__
+        fault = f"{host} closed the connection or did not send valid HTTP ({name})"
+    failed = RequestError(f"could not {what}: {fault}", hint)
+    failed.unprocessed = unsent
+    return failed
 
 
 def authorization_url(settings: Settings, redirect_uri: str, challenge: str, state: str) -> str:
-    """The authorization request as an address for the browser (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
+    """The authorization request as a URL for the browser (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
     import urllib.parse
 
     parameters = {
@@ -516,9 +613,9 @@ def authorization_url(settings: Settings, redirect_uri: str, challenge: str, sta
     return f"{settings.issuer}/oauth/authorize?{query}"
 
 
-def _tokens_of(answer: Answer, what: str) -> Fields:
-    """The members of a token endpoint's answer (RFC 6749 §5.1), its tokens checked."""
-    members = answer.members(what)
+def token_response(response: Response, what: str) -> Fields:
+    """The members of a token endpoint's response (RFC 6749 §5.1), its tokens checked."""
+    members = response.json_object(what)
     for name in ("access_token", "refresh_token", "id_token"):
         value = members.get(name)
         if not is_b64token(value) and (value is not None or name == "access_token"):
@@ -527,7 +624,7 @@ def _tokens_of(answer: Answer, what: str) -> Fields:
 
 
 def exchange_code(settings: Settings, code: str, verifier: str, redirect_uri: str) -> Fields:
-    """Redeem an authorization code (RFC 6749 §4.1.3, RFC 7636 §4.5); returns the tokens' answer."""
+    """Exchange an authorization code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
     form = {
         "grant_type": "authorization_code",
         "client_id": settings.client_id,
@@ -536,7 +633,7 @@ def exchange_code(settings: Settings, code: str, verifier: str, redirect_uri: st
         "code_verifier": verifier,
     }
     url, what = settings.issuer + "/oauth/token", "exchange the authorization code"
-    return _tokens_of(request_json(settings, url, what, form=form), what)
+    return token_response(request_json(settings, url, what, form=form), what)
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
@@ -552,23 +649,17 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     url, what = settings.issuer + "/oauth/token", "get an API key"
-    key = str(_tokens_of(request_json(settings, url, what, form=form), what)["access_token"])
+    key = str(token_response(request_json(settings, url, what, form=form), what)["access_token"])
     if decode_claims(key):
         raise OAuthError(f"could not {what}: the response holds an access token instead")
     return key
 
 
-def ended(reason: str) -> SignInEndedError:
-    """The error of a sign-in whose refresh token was refused for `reason`."""
-    why = ENDING_CODES.get(reason, ENDING_CODES["invalid_grant"])
-    return SignInEndedError(f"your session has ended: {why}", AGAIN, reason=reason)
-
-
 def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
-    """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the answer.
+    """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the response.
 
-    Raises SignInEndedError with one of ENDING_CODES as its reason; UnavailableError, whose
-    `untouched` is true only if the refresh token is certainly unspent; or OAuthError.
+    Raises InvalidGrantError; RequestError, whose `unprocessed` is true only if the refresh token
+    is certainly unspent; or OAuthError.
     """
     form = {
         "grant_type": "refresh_token",
@@ -576,15 +667,18 @@ def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
         "refresh_token": tokens.refresh_token or "",
     }
     what = "refresh the access token"
-    answer = request_json(settings, tokens.issuer + "/oauth/token", what, form=form)
-    if 400 <= answer.status < 500 and answer.code in ENDING_CODES:
-        raise ended(answer.code)
+    response = request_json(settings, tokens.issuer + "/oauth/token", what, form=form)
+    client_error = 400 <= response.status < 500
+    if client_error and response.code in INVALID_GRANT_CODES:
+        raise InvalidGrantError(response.code)
+    if client_error and response.data:  # understood, refused, and the sign-in goes on
+        raise response.error(what)
     try:
-        return _tokens_of(answer, what)
-    except OAuthError as error:
-        if 400 <= answer.status < 500 and answer.data or isinstance(error, UnavailableError):
-            raise
-        raise UnavailableError(str(error)) from None
+        return token_response(response, what)
+    except UnavailableError:
+        raise
+    except OAuthError as error:  # the refresh token may be spent: nothing that is known is lost
+        raise RequestError(str(error)) from None
 
 
 def revoke(settings: Settings, tokens: Tokens) -> None:
@@ -597,46 +691,76 @@ def revoke(settings: Settings, tokens: Tokens) -> None:
             "client_id": tokens.client_id,
         }
     url, what = (
-        checked("the issuer", tokens.issuer, _URL) + "/oauth/revoke",
+        _URL.check("the issuer", tokens.issuer) + "/oauth/revoke",
         "revoke the refresh token",
     )
-    answer = request_json(settings, url, what, body=body, timeout=10.0)  # leave without delay
-    if not 200 <= answer.status < 300:
-        raise answer.refusal(what)
+    response = request_json(settings, url, what, body=body, timeout=10.0)  # leave without delay
+    if not 200 <= response.status < 300:
+        raise response.error(what)
 
 
-def request_user_code(settings: Settings) -> Fields:
-    """Ask for a device code (RFC 8628 §3.1, in OpenAI's dialect).
+class DeviceCode:
+    """A device code (RFC 8628 §3.2, in OpenAI's dialect) and the `user_code` that a person enters.
 
-    Returns `device_auth_id`, `user_code` and `interval` (seconds between polls).
+    `interval` are the seconds between two polls, which slow_down makes grow; `pause` are those to
+    the next poll, where the server asks for more.
     """
+
+    def __init__(self, members: Fields) -> None:
+        self.device_auth_id = text_or_none(members.get("device_auth_id"))
+        self.user_code = text_or_none(members.get("user_code") or members.get("usercode"))
+        self.interval = 5.0
+        with contextlib.suppress(UsageError):
+            rule = Rule(_DECIMAL, "", float, 0, 900)
+            self.interval = max(POLL_FLOOR, rule.check("interval", members.get("interval")))
+        self.pause = self.interval
+
+    def poll(self, settings: Settings) -> Optional[Fields]:
+        """Ask once for the authorization code (RFC 8628 §3.4); None while it is pending.
+
+        Raises RequestError, after which polling may go on, or OAuthError.
+        """
+        url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
+        body = {"device_auth_id": self.device_auth_id or "", "user_code": self.user_code or ""}
+        response = request_json(settings, url, what, body=body)
+        status = response.status
+        busy = status == 429 or status >= 500
+        if 200 <= status < 300 or response.is_html:
+            return response.json_object(what)
+        if response.code == "access_denied":
+            raise OAuthError("the sign-in was denied in the browser", *NEW_DEVICE_CODE)
+        if response.code == "expired_token":
+            raise device_code_expired()
+        if response.code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
+            self.interval += SLOW_DOWN
+        elif response.code != "authorization_pending" and not busy and status not in (403, 404):
+            raise response.error(what)
+        self.pause = max(self.interval, min(response.retry_after or 0.0, 60.0))
+        return None
+
+
+NEW_DEVICE_CODE = ("to get a new code, run", "auth --device")
+
+
+def device_code_expired() -> OAuthError:
+    """The error of a user code that nobody entered in time."""
+    return OAuthError("timed out waiting for the code to be entered", *NEW_DEVICE_CODE)
+
+
+def request_device_code(settings: Settings) -> DeviceCode:
+    """Ask for a device code (RFC 8628 §3.1, in OpenAI's dialect). Raises OAuthError."""
     url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "get a device code"
-    answer = request_json(settings, url, what, body={"client_id": settings.client_id})
-    if answer.status == 404:
+    response = request_json(settings, url, what, body={"client_id": settings.client_id})
+    if response.status == 404:
         raise OAuthError(
             "device code sign-in is turned off for this account",
             "turn it on in ChatGPT under Settings > Security (workspaces: ask an administrator), "
             "or sign in without --device",
         )
-    members = answer.members(what)
-    device: Fields = {
-        "device_auth_id": text_or_none(members.get("device_auth_id")),
-        "user_code": text_or_none(members.get("user_code") or members.get("usercode")),
-        "interval": 5.0,
-    }
-    if not all(device.values()):
+    device = DeviceCode(response.json_object(what))
+    if not (device.device_auth_id and device.user_code):
         raise OAuthError(f"could not {what}: the response has no code")
-    with contextlib.suppress(UsageError):
-        interval = checked("interval", members.get("interval"), (_SECONDS[0], "", float, 0, 900))
-        device["interval"] = max(POLL_FLOOR, interval)
     return device
-
-
-def poll_device_token(settings: Settings, device: Fields) -> Answer:
-    """Ask once whether the person has entered the user code (RFC 8628 §3.4)."""
-    url = settings.issuer + "/api/accounts/deviceauth/token"
-    body = {name: device[name] for name in ("device_auth_id", "user_code")}
-    return request_json(settings, url, "check the device code", body=body)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -687,12 +811,16 @@ class Tokens:
             self.api_key = None
         account = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
         self.account_id = account if is_b64token(account) else None
-        issuer, client_id = (
-            text_or_none(fields.get(name)) or CHATGPT_OAUTH_CONFIG[name]
-            for name in ("issuer", "client_id")
-        )
-        self.issuer, self.client_id = issuer.rstrip("/"), printable(client_id)
-        self.owner = self.issuer, self.account_id or self.access_token  # of one account: equal
+        issuer = text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]
+        self.issuer = issuer.rstrip("/")
+        client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
+        self.client_id = printable(client_id)
+
+    def same_account(self, other: Tokens) -> bool:
+        """Whether both are sign-ins of one account; without account ids, one sign-in."""
+        if self.account_id and other.account_id:
+            return (self.issuer, self.account_id) == (other.issuer, other.account_id)
+        return self.access_token == other.access_token
 
     def auth_claims(self) -> Fields:
         """OpenAI's own claims, from the ID token or the access token."""
@@ -703,61 +831,26 @@ class Tokens:
         expiry = decode_claims(self.access_token).get("exp")
         if isinstance(expiry, (int, float)) and 0 < expiry < 1e11:
             return float(expiry)
-        expiry = parse_timestamp(self.fields.get("expires_at"))
+        stored = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
-        # A token without dates is renewed eight days after its refresh.
-        return refreshed + 8 * 86400 if expiry is None and refreshed is not None else expiry
+        if stored is None and refreshed is not None:
+            return refreshed + 8 * 86400  # Codex refreshes eight days after the last refresh
+        return stored
 
-    def outlives(self, seconds: float, unknown: bool) -> bool:
-        """Whether the access token has more than `seconds` left; `unknown` when nothing tells."""
+    def valid_for(self, seconds: float) -> bool:
+        """Whether the access token has more than `seconds` left.
+
+        One of unknown expiry is taken to be valid now and for no longer: it is used, and
+        refreshed where that can be done.
+        """
         expiry = self.expires_at()
-        return unknown if expiry is None else expiry - time.time() > seconds
+        return seconds <= 0 if expiry is None else expiry - time.time() > seconds
 
     def fingerprint(self) -> str:
         """The SHA-256 of the refresh token, in hexadecimal."""
         import hashlib
 
         return hashlib.sha256((self.refresh_token or "").encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: str, reserve: bytes = b"") -> Iterator[Callable[[Fields], None]]:
-    """A function that puts its argument, as JSON, durably in place of the file: all or nothing.
-
-    The new file is readable by its owner alone from the first byte, in the same folder, and
-    never chmod-ed. With `reserve` it has been written once before it is needed, so that a full
-    disk shows itself while there is nothing to lose. The caller holds the lock, so a temporary
-    file that is there already was left by a killed process. Raises StorageError.
-    """
-    path = os.path.realpath(path)  # a symbolic link stays one
-    temporary = path + ".tmp"
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        with os.fdopen(os.open(temporary, flags, 0o600), "r+b") as file:
-            _belongs_to(file.fileno(), path)
-
-            def commit(value: Fields) -> None:
-                _overwrite(file, encode(value))
-                file.close()
-                try:
-                    _replace(temporary, path)
-                except OSError as error:
-                    if error.errno != errno.EBUSY:
-                        raise
-                    # A container's mount of the file itself: it can only be written in place.
-                    with os.fdopen(os.open(path, os.O_RDWR), "r+b") as mounted:
-                        _overwrite(mounted, encode(value))
-
-            _overwrite(file, reserve)
-            yield commit
-    except OSError as error:
-        hint = "check the free space and the permissions, then try again"
-        raise StorageError(f"cannot write {path}: {error.strerror}", hint) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
 
 
 def encode(value: Fields) -> bytes:
@@ -770,6 +863,57 @@ def encode(value: Fields) -> bytes:
         ) from None
 
 
+def storage_error(verb: str, path: str, error: OSError) -> StorageError:
+    """The error of a system call that should lock, write or remove the file at `path`."""
+    hint = {
+        "lock": "make the directory writable, or set CHATGPT_OAUTH_HOME to another one",
+        "write": "check the free space and the permissions, then try again",
+        "remove": "remove it yourself, then try again",
+    }[verb]
+    return StorageError(f"cannot {verb} {path}: {error.strerror}", hint)
+
+
+class Replacement:
+    """A new content for the file at `path`: durable, all or nothing.
+
+    It is readable by its owner alone from its first byte, in the same directory, and never
+    chmod-ed. The caller holds the lock, so a temporary file that is there already was left by a
+    killed process. Every method may raise OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.realpath(path)  # a symbolic link stays one
+        self.temporary = self.path + ".tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.temporary)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self.file = os.fdopen(os.open(self.temporary, flags, 0o600), "r+b")
+        _chown_like(self.file.fileno(), self.path)
+
+    def write(self, data: bytes) -> None:
+        """Make `data` the new content, on the disk."""
+        _overwrite(self.file, data)
+
+    def commit(self, data: bytes) -> None:
+        """Put `data` in the place of the file."""
+        self.write(data)
+        self.file.close()
+        try:
+            _replace(self.temporary, self.path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            # A container's mount of the file itself: it can only be written in place.
+            with os.fdopen(os.open(self.path, os.O_RDWR), "r+b") as mounted:
+                _overwrite(mounted, data)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.temporary)
+
+
 def _overwrite(file: Any, data: bytes) -> None:
     file.seek(0)
     file.write(data)
@@ -777,7 +921,7 @@ def _overwrite(file: Any, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def _belongs_to(descriptor: int, path: str) -> None:
+def _chown_like(descriptor: int, path: str) -> None:
     """Give a new file of root's to the owner of `path`, or of its folder where there is none.
 
     Root in a container must not lock out the owner of the home that is mounted there.
@@ -796,10 +940,10 @@ def _replace(source: str, target: str) -> None:
         time.sleep(0.05)
     os.replace(source, target)
     if sys.platform != "win32":
-        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+        directory = os.open(os.path.dirname(target), os.O_RDONLY)
         with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
-            os.fsync(folder)
-        os.close(folder)
+            os.fsync(directory)
+        os.close(directory)
     return None
 
 
@@ -825,16 +969,7 @@ class Store:
         self.settings, self.notify = settings, notify
         self.token_file = os.path.join(settings.home, "chatgpt_oauth.json")
         self.models_file = os.path.join(settings.home, "chatgpt_models.json")
-        leftover = os.path.realpath(self.token_file) + ".tmp"
-        if os.path.lexists(leftover):
-            # Of a killed process, unless somebody else is writing it now and so holds the lock.
-            with contextlib.suppress(OAuthError, OSError), self.lock(timeout=0):
-                os.unlink(leftover)
-
-    def prepare(self) -> None:
-        """Make sure that tokens can be stored, before anybody goes to fetch them."""
-        with self.lock(), replacing(self.token_file, bytes(RESERVE)):
-            pass
+        self.reserved: Optional[Replacement] = None
 
     def load_tokens(self) -> Optional[Tokens]:
         """The stored sign-in, None when there is none."""
@@ -845,12 +980,10 @@ class Store:
             raise self._broken(self.token_file, str(error)) from None
 
     def _broken(self, path: str, fault: str) -> StorageError:
-        hint = (
-            "to start over, run: chatgpt_oauth.py auth (the file is kept as chatgpt_oauth.json.bad)"
-        )
         if path == self.models_file:
-            hint = "fix or delete the file, then try again"
-        return StorageError(f"{path}: {fault}", hint)
+            return StorageError(f"{path}: {fault}", "fix or delete the file, then try again")
+        hint = "to start over (the file is kept as chatgpt_oauth.json.bad), run"
+        return StorageError(f"{path}: {fault}", hint, "auth")
 
     def read(self, path: str) -> Fields:
         """The JSON object in the file at `path`, {} where there is no file."""
@@ -859,7 +992,7 @@ class Store:
         while True:
             try:
                 with os.fdopen(os.open(path, flags), "rb") as file:
-                    self._admit(path, file.fileno())
+                    self._check_file(path, file.fileno())
                     value = json.loads(file.read(MODELS_LIMIT))
                 if isinstance(value, dict):
                     return value
@@ -873,7 +1006,7 @@ class Store:
                     raise self._broken(path, "not valid JSON") from None
                 time.sleep(0.05)
 
-    def _admit(self, path: str, descriptor: int) -> None:
+    def _check_file(self, path: str, descriptor: int) -> None:
         """Refuse what is no plain file of ours; take others' access to the tokens away."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
@@ -881,10 +1014,11 @@ class Store:
         limit = MEBIBYTE if path == self.token_file else MODELS_LIMIT
         if facts.st_size > limit:
             raise self._broken(path, f"larger than {limit // MEBIBYTE} MiB")
-        private = path == self.token_file and sys.platform != "win32"
-        if private and facts.st_uid != os.geteuid() != 0:
+        if path == self.models_file or sys.platform == "win32":
+            return
+        if os.geteuid() not in (0, facts.st_uid):
             raise self._broken(path, f"owned by another user (uid {facts.st_uid})")
-        if private and facts.st_mode & 0o077:
+        if facts.st_mode & 0o077:
             # Where a chmod is refused or changes nothing, as on some mounts, be silent.
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
@@ -895,45 +1029,89 @@ class Store:
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
         """Hold the lock that whoever writes in `home` holds, waiting `timeout` seconds at most.
 
-        Raises UnavailableError when somebody else has it all that time.
+        What was reserved and not needed is gone when the lock is. Raises UnavailableError when
+        another process holds it all that time.
         """
-        deadline = time.monotonic() + (self.settings.lock_timeout if timeout is None else timeout)
         path = os.path.realpath(self.token_file) + ".lock"
-        with contextlib.ExitStack() as stack:
-            try:
-                os.makedirs(self.settings.home, mode=0o700, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-                stack.callback(os.close, descriptor)
-                _belongs_to(descriptor, os.path.dirname(path))
-                while not _try_lock(descriptor):
-                    if time.monotonic() >= deadline:
-                        raise UnavailableError(
-                            f"timed out waiting for another process to release {path}",
-                            "try again; if it keeps happening, stop the process that has this file open",
-                        )
-                    time.sleep(0.01)
-            except OSError as error:
-                hint = "make the directory writable, or set CHATGPT_OAUTH_HOME to another one"
-                raise StorageError(f"cannot lock {path}: {error.strerror}", hint) from None
+        try:
+            os.makedirs(self.settings.home, mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise storage_error("lock", path, error) from None
+        try:
+            self._take_lock(descriptor, path, timeout)
             yield
+        finally:
+            if self.reserved:
+                self.reserved.close()
+                self.reserved = None
+            os.close(descriptor)
 
-    def save(self, path: str, value: Fields) -> None:
-        """Put `value` into the file at `path`. The caller holds the lock."""
-        with replacing(path) as commit:
-            commit(value)
+    def _take_lock(self, descriptor: int, path: str, timeout: Optional[float]) -> None:
+        timeout = self.settings.lock_timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        try:
+            _chown_like(descriptor, os.path.dirname(path))
+            while not _try_lock(descriptor):
+                if time.monotonic() >= deadline:
+                    raise UnavailableError(
+                        f"timed out waiting for another process to release {path}",
+                        "try again; if it keeps happening, stop the process that has this file "
+                        "open",
+                    )
+                time.sleep(0.01)
+        except OSError as error:
+            raise storage_error("lock", path, error) from None
 
-    def move_away(self, target: Optional[str]) -> None:
-        """Rename the token file to `target`, or with None remove it. The caller holds the lock."""
+    def reserve(self, size: int = 0) -> None:
+        """Make sure that a token file of `size` bytes and RESERVE more can be stored.
+
+        So a full disk shows itself while there is nothing to lose. The caller holds the lock;
+        what is reserved serves the next `save`.
+        """
+        try:
+            self.reserved = Replacement(self.token_file)
+            self.reserved.write(bytes(size + RESERVE))
+        except OSError as error:
+            raise storage_error("write", self.token_file, error) from None
+
+    def save(self, fields: Fields) -> None:
+        """Store `fields` as the token file. The caller holds the lock."""
+        self._commit(self.token_file, fields, self.reserved)
+
+    def save_models(self, entries: Fields) -> None:
+        """Store `entries` as the models file. The caller holds the lock."""
+        self._commit(self.models_file, entries, None)
+
+    def _commit(self, path: str, value: Fields, reserved: Optional[Replacement]) -> None:
+        data = encode(value)
+        try:
+            replacement = reserved or Replacement(path)
+            try:
+                replacement.commit(data)
+            finally:
+                replacement.close()
+        except OSError as error:
+            raise storage_error("write", path, error) from None
+
+    def set_aside(self) -> str:
+        """Rename a broken token file; returns its new path. The caller holds the lock."""
         path = os.path.realpath(self.token_file)
         try:
-            if target:
-                return os.replace(path, target)
+            os.replace(path, path + ".bad")
+        except OSError as error:
+            raise storage_error("remove", path, error) from None
+        return path + ".bad"
+
+    def remove_tokens(self) -> None:
+        """Remove the token file and whatever was kept beside it. The caller holds the lock."""
+        path = os.path.realpath(self.token_file)
+        try:
             for name in (self.token_file, path, path + ".tmp", path + ".bad"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
         except OSError as error:
-            hint = "remove it yourself, then try again"
-            raise StorageError(f"cannot remove {path}: {error.strerror}", hint) from None
+            raise storage_error("remove", path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -941,20 +1119,23 @@ class Store:
 # ---------------------------------------------------------------------------------------------
 
 RETRY_PAUSE = 0.5  # seconds before the second try of a refresh; doubled for each further one
+RETRY_PAUSE_LIMIT = 4.0  # seconds
 REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
 
 
-def to_log(kind: str, text: str) -> None:
+def to_log(kind: str, text: str, command: str = "") -> None:
     """Tell users of the module, through the logger `chatgpt_oauth`."""
     import logging
 
-    # An address that must be visited is a warning too, or Python's default would hide it.
+    if command:
+        text = f"{text}: python3 {__file__} {command}"
+    # A URL that must be visited is a warning too, or Python's default would hide it.
     level = logging.WARNING if kind in ("warning", "verbatim") else logging.DEBUG
     logging.getLogger("chatgpt_oauth").log(level, "%s", printable(text))
 
 
 class Session:
-    """The stored sign-in, kept fresh. `notify(kind, text)` hears what a person should know."""
+    """The stored sign-in, kept valid. `notify` hears what a person should know."""
 
     def __init__(self, settings: Optional[Settings] = None, notify: Notify = to_log) -> None:
         self.settings, self.notify = settings or Settings(), notify
@@ -964,111 +1145,123 @@ class Session:
         """The stored tokens as they are. Raises NotSignedInError."""
         tokens = self.store.load_tokens()
         if tokens is None:
-            raise NotSignedInError(
-                "not signed in to ChatGPT", "to sign in, run: chatgpt_oauth.py auth"
-            )
+            raise NotSignedInError
         return tokens
 
-    def fresh(self, force: bool = False) -> Tokens:
-        """Tokens whose access token is good for REFRESH_MARGIN seconds (`force`: a new one).
+    def prepare(self) -> None:
+        """Make sure that tokens can be stored, before anybody goes to fetch them."""
+        with self.store.lock():
+            self.store.reserve()
 
-        A failed refresh is a warning while the access token has not expired, unless forced.
+    def valid_tokens(self, refresh: bool = False) -> Tokens:
+        """Tokens whose access token is valid for REFRESH_MARGIN seconds (`refresh`: a new one).
+
+        A refresh that fails is a warning while the access token has not expired, unless a new
+        one was asked for. Raises OAuthError.
         """
-        seen = self.tokens()
-        if not force and seen.outlives(REFRESH_MARGIN, unknown=False):
-            return seen
-        usable = not force and seen.outlives(0, unknown=True)
+        stored = self.tokens()
+        if refresh or not stored.valid_for(0):
+            return self._refreshed(stored, retry=True)
+        if stored.valid_for(REFRESH_MARGIN):
+            return stored
         try:
-            with self.store.lock():
-                tokens = self.tokens()
-                waited = tokens.access_token != seen.access_token
-                if (waited or not force) and tokens.outlives(REFRESH_MARGIN, unknown=False):
-                    return tokens  # somebody else fetched it while we waited
-                self.require_renewable(tokens)
-                # The refresh token is good for one use: have a place for its successor first.
-                reserve = encode(tokens.fields) + bytes(RESERVE)
-                with replacing(self.store.token_file, reserve) as commit:
-                    return self._renew(tokens, commit, patient=not usable)
+            return self._refreshed(stored, retry=False)
+        except NotSignedInError:
+            raise
         except OAuthError as error:
-            if not usable or isinstance(error, NotSignedInError):
-                raise
             self.notify("warning", f"{error}; using the current one, which is still valid")
-            return seen
+            return stored
 
-    def require_renewable(self, tokens: Tokens) -> None:
+    def _refreshed(self, old: Tokens, retry: bool) -> Tokens:
+        """Newer tokens than `old`: another process's, or else our own refresh's."""
+        with self.store.lock():
+            tokens = self.tokens()
+            replaced = tokens.access_token != old.access_token
+            if replaced and tokens.valid_for(REFRESH_MARGIN):
+                return tokens
+            self.require_refreshable(tokens)
+            # The refresh token is good for one use: have a place for its successor first.
+            self.store.reserve(len(encode(tokens.fields)))
+            return self._refresh_with_retry(tokens, retry)
+
+    def require_refreshable(self, tokens: Tokens) -> None:
         """Raise SignInEndedError if the next refresh will fail without asking anybody."""
         mark = tokens.fields.get("ended")
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
-            raise ended(str(mark.get("reason")))
+            raise InvalidGrantError(str(mark.get("reason")))
         if tokens.issuer != self.settings.issuer:
-            raise SignInEndedError(
-                f"the stored tokens come from another issuer, {tokens.issuer}", AGAIN
-            )
+            raise SignInEndedError(f"the stored tokens come from another issuer, {tokens.issuer}")
         if not tokens.refresh_token:
-            raise SignInEndedError(
-                "cannot refresh the access token: there is no refresh token", AGAIN
-            )
+            raise SignInEndedError("cannot refresh the access token: there is no refresh token")
 
-    def _renew(self, spent: Tokens, commit: Callable[..., None], patient: bool) -> Tokens:
-        """Refresh, and try again (if `patient`) while the refresh token is certainly unspent."""
+    def _refresh_with_retry(self, old: Tokens, retry: bool) -> Tokens:
+        """Refresh, and try again (if `retry`) while the refresh token is certainly unspent."""
         deadline = time.monotonic() + self.settings.retry_window
         pause = RETRY_PAUSE
         while True:
             try:
-                with signals_deferred():  # none may come between the answer and the disk
-                    return self._spend(spent, commit)
-            except UnavailableError as error:
-                if not error.untouched:
+                with signals_deferred():  # none may come between the response and the disk
+                    return self._refresh_once(old)
+            except RequestError as error:
+                if not error.unprocessed:
                     raise UnavailableError(
                         f"{error}; you may have to sign in again",
-                        "try again; if that fails, run: chatgpt_oauth.py auth",
+                        "try again; if that fails, run",
+                        "auth",
                     ) from None
                 wait = pause if error.retry_after is None else error.retry_after
-                if not patient or time.monotonic() + wait > deadline:
+                if not retry or time.monotonic() + wait > deadline:
                     raise
             time.sleep(wait)
-            pause = min(pause * 2, 4.0)
+            pause = min(pause * 2, RETRY_PAUSE_LIMIT)
 
-    def _spend(self, spent: Tokens, commit: Callable[..., None]) -> Tokens:
-        """One try: store what came, unless the file changed hands meanwhile."""
-        ending: Optional[OAuthError] = None
+    def _refresh_once(self, old: Tokens) -> Tokens:
+        """One try: store what came, unless another process stored something meanwhile."""
+        response: Fields = {}
+        ended: Optional[InvalidGrantError] = None
         try:
-            answer = refresh_grant(self.settings, spent)
-        except SignInEndedError as error:
-            answer, ending = {}, error
+            response = refresh_grant(self.settings, old)
+        except InvalidGrantError as error:
+            ended = error
         try:
             current = self.tokens()
         except StorageError:
-            current = spent  # torn by somebody who writes in place; what we got must not be lost
-        if current.refresh_token != spent.refresh_token:
-            if current.outlives(0, unknown=True):
+            current = old  # torn by somebody who writes in place; what came must not be lost
+        if current.refresh_token != old.refresh_token:
+            if current.valid_for(0):
                 return current
-            raise ending or OAuthError("another process changed the stored tokens", "try again")
-        if ending:
-            mark = {"reason": ending.reason, "refresh_token_sha256": spent.fingerprint()}
-            commit({**current.fields, "ended": mark})
-            raise ending
-        for token in (answer["access_token"], answer.get("id_token")):
-            account = auth_claims(token).get("chatgpt_account_id")
-            if account and spent.account_id and account != spent.account_id:
-                raise OAuthError(
-                    "could not refresh the access token: the response is for another account"
-                )
-        fields = merged(current.fields, answer)
+            raise ended or OAuthError("another process changed the stored tokens", "try again")
+        if ended:
+            mark = {"reason": ended.reason, "refresh_token_sha256": old.fingerprint()}
+            self.store.save({**current.fields, "ended": mark})
+            raise ended
+        require_account(response, old.account_id)
+        fields = merged(current.fields, response)
         if fields.get("api_key") == current.access_token:
-            fields["api_key"] = answer["access_token"]  # no API key: see Tokens
-        commit(fields)
+            fields["api_key"] = response["access_token"]  # no API key: see Tokens
+        self.store.save(fields)
         return Tokens(fields)
 
 
-def merged(fields: Fields, answer: Fields) -> Fields:
-    """`fields` with what a token endpoint answered; what it omits stays as it was."""
+def require_account(response: Fields, account_id: Optional[str]) -> None:
+    """Raise OAuthError if a refreshed token is another account's."""
+    for token in (response["access_token"], response.get("id_token")):
+        account = auth_claims(token).get("chatgpt_account_id")
+        if account and account_id and account != account_id:
+            raise OAuthError(
+                "could not refresh the access token: the response is for another account"
+            )
+
+
+def merged(fields: Fields, response: Fields) -> Fields:
+    """`fields` with what a token endpoint responded; what it omits stays as it was."""
     kept = {k: value for k, value in fields.items() if k not in ("expires_at", "ended")}
-    came = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
-    lifetime = answer.get("expires_in")
+    names = ("access_token", "refresh_token", "id_token")
+    new = {name: response[name] for name in names if response.get(name)}
+    lifetime = response.get("expires_in")
     if isinstance(lifetime, (int, float)) and 0 < lifetime < 1e9:
-        came["expires_at"] = timestamp(time.time() + lifetime)
-    return {**kept, **came, "last_refresh": timestamp(time.time())}
+        new["expires_at"] = timestamp(time.time() + lifetime)
+    return {**kept, **new, "last_refresh": timestamp(time.time())}
 
 
 @contextlib.contextmanager
@@ -1079,9 +1272,12 @@ def signals_deferred() -> Iterator[None]:
     before: Dict[int, Any] = {}
     held: List[int] = []
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def hold(number: int, _: object) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
         held.append(number)
 
     with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
@@ -1091,17 +1287,17 @@ def signals_deferred() -> Iterator[None]:
     try:
         yield
     finally:
-        hold(0, None)
-        if held[0]:
+        restore()
+        if held:
             signal.raise_signal(held[0])
 
 
 def get_access_token(*, refresh: bool = False) -> str:
-    """An access token that is valid now, renewed first when due (`refresh`: in any case).
+    """An access token that is valid now, refreshed first when due (`refresh`: in any case).
 
     Raises OAuthError: NotSignedInError, SignInEndedError, UnavailableError or StorageError.
     """
-    return Session().fresh(refresh).access_token
+    return Session().valid_tokens(refresh).access_token
 
 
 def get_api_key() -> Optional[str]:
@@ -1113,10 +1309,10 @@ def get_api_key() -> Optional[str]:
 # Callback: the loopback listener; it yields an authorization response and knows no tokens
 # ---------------------------------------------------------------------------------------------
 
-MAX_CONNECTIONS = 64  # that have not sent a whole request yet
+MAX_CONNECTIONS = 64  # of an address that have not sent a whole request yet
 HEAD_TIMEOUT = 10.0  # seconds for a request line and its headers
-HEAD_LIMIT = 65536  # bytes of them that are looked at; other local sites' cookies come last
-LINGER = 5.0  # seconds for the browser to fetch the success page
+HEAD_LIMIT = 65536  # bytes of them that are kept; other local sites' cookies come last
+SUCCESS_PAGE_TIMEOUT = 5.0  # seconds for the browser to fetch the last page
 STYLE = (
     ":root{color-scheme:light dark}"
     "body{margin:0;min-height:100vh;display:grid;place-items:center;background:#f6f7f8;"
@@ -1149,7 +1345,22 @@ def render_page(title: str, *paragraphs: str, kind: str = "no") -> bytes:
     ).encode()
 
 
-class Attempt:
+def stray_page(text: str) -> bytes:
+    """The page for a request that is not the authorization response."""
+    hint = "If you are signing in, continue in the other tab."
+    return render_page("Nothing to do here", text, hint, kind="note")
+
+
+def failure_page(error: OAuthError) -> bytes:
+    """The page that tells what stopped the sign-in; the terminal tells which command helps."""
+    hint = error.hint
+    if error.command or not hint:
+        hint = "return to your terminal and try again"
+    lines = (f"{line[:1].upper()}{line[1:]}." for line in (str(error), hint))
+    return render_page("Sign-in failed", *lines)
+
+
+class AuthorizationRequest:
     """One authorization request: its URL, and what its response is checked against."""
 
     def __init__(self, settings: Settings, port: int) -> None:
@@ -1159,18 +1370,18 @@ class Attempt:
 
         # RFC 6749 §10.12: the state ties the response to this request. RFC 7636 §4.1 and §4.2.
         self.state = secrets.token_urlsafe(32)
-        self.verifier = secrets.token_urlsafe(64)
-        digest = hashlib.sha256(self.verifier.encode()).digest()
+        self.code_verifier = secrets.token_urlsafe(64)
+        digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
         self.path = "/" + settings.redirect_path
         self.redirect_uri = f"{settings.redirect_host}:{port}{self.path}"
         self.url = authorization_url(settings, self.redirect_uri, challenge, self.state)
 
-    def response(self, query: str) -> Dict[str, str]:
+    def parse_response(self, query: str) -> Dict[str, str]:
         """The authorization response (RFC 6749 §4.1.2) in `query`, the state compared first.
 
-        Raises ValueError for what is not the answer to this request.
+        Raises ValueError for what is not the response to this request.
         """
         import hmac
         import urllib.parse
@@ -1180,162 +1391,203 @@ class Attempt:
         state = single.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it belongs to a different sign-in")
-        if "error" not in single and not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
+        if single.get("error"):
+            return single
+        if not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
             raise ValueError("it has no authorization code")
         return single
 
-    def pasted(self, line: str) -> Dict[str, str]:
-        """The authorization response in a pasted address. Raises ValueError as `response` does."""
-        address, _, query = line.strip().partition("?")
+    def parse_pasted(self, line: str) -> Dict[str, str]:
+        """The authorization response in a pasted URL, or in its query alone.
+
+        Raises ValueError as `parse_response` does.
+        """
+        text = line.strip().strip("<>\"'").strip()
+        url, _, query = text.partition("?")
+        if not query and "code=" in text and "state=" in text:
+            return self.parse_response(text)
         if not query:
             raise ValueError("it is not complete; copy all of it from the address bar")
-        address = address if "://" in address else "http://" + address
-        if not is_loopback(address) or not address.endswith(self.path):
+        url = url if "://" in url else "http://" + url
+        if not is_loopback(url) or not url.endswith(self.path):
             raise ValueError(f"it must start with {self.redirect_uri}?code=")
-        return self.response(query.partition("#")[0])
+        return self.parse_response(query.partition("#")[0])
 
 
-def bind_loopback(port: int) -> List[Socket]:
-    """Listen on `port` of 127.0.0.1 and, where there is one, of ::1 (RFC 8252 §7.3 and §8.3).
+def is_navigation(headers: Any) -> bool:
+    """Whether a person can have opened the page (W3C Fetch Metadata), as far as headers tell."""
+    destination = headers.get("Sec-Fetch-Dest", "document")
+    prefetch = "prefetch" in headers.get("Sec-Purpose", "")
+    return destination in ("document", "iframe", "frame") and not prefetch
+
+
+class Callback:
+    """Serves the redirect URI of one authorization request.
+
+    Two futures stand between the browser and the sign-in: `response` is set by the first true
+    authorization response, from a browser or pasted; `outcome` by the sign-in, once the tokens
+    are stored or that has failed. Every browser that brings the response waits for `outcome` and
+    is told it. The servers end when one has been told, or with `close`.
+    """
+
+    def __init__(self, request: AuthorizationRequest, servers: List[Any]) -> None:
+        import threading
+        from concurrent.futures import Future
+
+        self.request, self.servers = request, servers
+        self.response: Future[Dict[str, str]] = Future()
+        self.outcome: Future[None] = Future()
+        self.threads = []
+        for server in servers:
+            server.callback = self
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def accept(self, response: Dict[str, str]) -> None:
+        """Take the authorization response, unless one has come already."""
+        from concurrent.futures import InvalidStateError
+
+        with contextlib.suppress(InvalidStateError):
+            self.response.set_result(response)
+
+    def paste(self, line: str) -> None:
+        """Take the authorization response in a pasted line. Raises ValueError when it has none."""
+        response = self.request.parse_pasted(line)
+        self.stop()  # no browser waits to be told
+        self.accept(response)
+
+    def answer(self, target: str, headers: Any) -> Tuple[int, bytes, bool]:
+        """Status, page, and whether this tells the outcome, for a GET of `target`.
+
+        Blocks while the authorization response is being redeemed.
+        """
+        path, _, query = target.partition("?")
+        hosts = [host.lower() for host in headers.get_all("Host") or []]
+        own = [f"{name}:{self.request.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
+        if len(hosts) != 1 or hosts[0] not in own:  # DNS rebinding
+            return 400, stray_page("This host name is not served here."), False
+        if path == self.request.path:
+            return self._answer_response(query, headers)
+        if path == "/success" and self.outcome.done() and not self._failure():
+            text = "You can close this tab and return to your terminal."
+            return 200, render_page("You're signed in", text, kind="yes"), True
+        return 404, stray_page("There is no page at this URL."), False
+
+    def _answer_response(self, query: str, headers: Any) -> Tuple[int, bytes, bool]:
+        try:
+            response = self.request.parse_response(query)
+            if not is_navigation(headers):
+                raise ValueError("it was not opened by a person")
+        except ValueError as error:
+            return 400, stray_page(f"This request was ignored: {error}."), False
+        self.accept(response)
+        failure = self._failure()
+        return (400, failure, True) if failure else (303, b"", False)
+
+    def _failure(self) -> bytes:
+        """The failure page, b"" after a success; waits for the outcome."""
+        from concurrent.futures import CancelledError
+
+        try:
+            error = self.outcome.exception()
+        except CancelledError:
+            return render_page("Sign-in stopped", "Return to your terminal and start again.")
+        return failure_page(error) if isinstance(error, OAuthError) else b""
+
+    def stop(self) -> None:
+        """Let the servers accept no more connections."""
+        for server in self.servers:
+            server.shutdown()
+
+    def wait_until_told(self, seconds: float) -> None:
+        """Wait until a browser has been told the outcome, or will not be."""
+        deadline = time.monotonic() + seconds
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Free the port at once."""
+        self.outcome.cancel()
+        self.stop()
+        for server in self.servers:
+            server.server_close()
+
+
+def loopback_servers(port: int) -> List[Any]:
+    """A server at `port` of 127.0.0.1 and, where there is one, of ::1 (RFC 8252 §7.3 and §8.3).
 
     Raises OSError when either is taken: the browser's `localhost` could reach the other program.
     """
     import socket
 
-    bound: List[Socket] = []
-    # Past connections in TIME_WAIT must not count; a listener does, on Windows too.
-    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-        try:
-            bound.append(socket.socket(family, socket.SOCK_STREAM))
-            bound[-1].setsockopt(socket.SOL_SOCKET, option, 1)
-            bound[-1].bind((address, port))
-            bound[-1].listen(128)
-        except OSError as error:
-            no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            kept = bound[:1] if family == socket.AF_INET6 and no_ipv6 else []
-            for each in bound[len(kept) :]:
-                each.close()
-            if not kept:
-                raise
-            return kept
-    return bound
+    server_class = callback_server_class()
+    servers = [server_class(socket.AF_INET, ("127.0.0.1", port))]
+    try:
+        servers.append(server_class(socket.AF_INET6, ("::1", port)))
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # there is no IPv6
+            servers[0].server_close()
+            raise
+    return servers
 
 
-class Listener:
-    """Serves the redirect URI until one authorization response has come, and tells its verdict.
+def callback_server_class() -> Any:
+    """The server of `http.server` for one loopback address."""
+    import socket
+    from http.server import ThreadingHTTPServer
 
-    The response goes to the queue `events`; the browser that brought it waits for `settle`.
-    Nothing ends the waiting but a response that carries the attempt's state. One thread a
-    connection; closing is the caller's.
-    """
+    handler = callback_handler_class()
 
-    def __init__(self, sockets: List[Socket], attempt: Attempt, events: Any) -> None:
-        import threading
+    class CallbackServer(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+        callback: Callback
 
-        self.sockets, self.attempt, self.events = sockets, attempt, events
-        self.guard = threading.Lock()
-        self.incomplete: List[Socket] = []  # in the order in which they came
-        self.claimed = self.closed = False
-        self.verdict: Tuple[int, bytes] = (
-            400,
-            render_page("Sign-in stopped", "Return to your terminal and start again."),
-        )
-        self.settled, self.delivered = threading.Event(), threading.Event()
-        for listening in sockets:
-            threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
+        def __init__(self, family: int, address: Tuple[str, int]) -> None:
+            self.address_family = family
+            self.headless: Dict[Socket, None] = {}  # connections without a whole request, by age
+            super().__init__(address, handler)
 
-    def settle(self, error: Optional[OAuthError] = None) -> None:
-        """Tell the waiting browser: success, or what failed and what to do."""
-        self.verdict = 303, b""
-        if error:
-            text, hint = str(error), error.hint or ""
-            if not hint or "chatgpt_oauth.py" in hint:  # the terminal says it as it is typed there
-                hint = "return to your terminal and try again"
-            lines = (f"{line[:1].upper()}{line[1:]}." for line in (text, hint))
-            self.verdict = 400, render_page("Sign-in failed", *lines)
-        self.settled.set()
-        if error and self.claimed:
-            self.delivered.wait(2.0)
+        def server_bind(self) -> None:  # HTTPServer's own looks a name up
+            # Past connections in TIME_WAIT must not count; a listener does, on Windows too.
+            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
+            self.socket.bind(self.server_address)
 
-    def close(self) -> None:
-        """Free the port at once."""
-        import socket
-
-        self.closed = True
-        self.settled.set()
-        with self.guard:
-            for each in (*self.sockets, *self.incomplete):
-                # A thread that waits in accept() or recv() would keep a closed socket alive.
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-        for listening in self.sockets:
-            listening.close()
-
-    def _accept(self, listening: Socket) -> None:
-        import socket
-        import threading
-
-        while not self.closed:
+        def get_request(self) -> Any:
             try:
-                connection = listening.accept()[0]
-                with self.guard:
-                    self.incomplete.append(connection)
-                    threading.Thread(target=_serve, args=(self, connection), daemon=True).start()
-                    if len(self.incomplete) > MAX_CONNECTIONS:
-                        self.incomplete.pop(0).shutdown(socket.SHUT_RDWR)
+                return super().get_request()
             except OSError:
-                time.sleep(0.01)  # closed, a client that went away, or no free descriptor
+                time.sleep(0.01)  # no free descriptor: the loop would run hot
+                raise
 
-    def read_head(self, connection: Socket) -> bytes:
-        """The beginning of a request, b"" when its head does not come to an end in time."""
-        head = tail = b""
-        deadline = time.monotonic() + HEAD_TIMEOUT
-        try:
-            while b"\n\r\n" not in tail and b"\n\n" not in tail:
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
-                part = connection.recv(16384)
-                if not part:
-                    return b""
-                tail = tail[-2:] + part
-                head = (head + part)[:HEAD_LIMIT]
-            connection.settimeout(HEAD_TIMEOUT)
-            return head
-        finally:
-            with self.guard, contextlib.suppress(ValueError):  # as one of too many it is gone
-                self.incomplete.remove(connection)
+        def process_request(self, request: Any, client_address: Any) -> None:
+            self.headless[request] = None
+            self._hang_up(list(self.headless)[:-MAX_CONNECTIONS])
+            super().process_request(request, client_address)
 
-    def respond(self, target: str, hosts: List[str]) -> Tuple[int, bytes]:
-        """Status and page for a GET of `target`, blocking while a true response is redeemed."""
-        path, _, query = target.partition("?")
-        own = [f"{name}:{self.attempt.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
-        if len(hosts) != 1 or hosts[0].lower() not in own:
-            return 400, _stray_page("This host name is not served here.")
-        if path == "/success" and self.verdict[0] == 303:
-            text = "You can close this tab and return to your terminal."
-            return 200, render_page("You're signed in", text, kind="yes")
-        if path != self.attempt.path:
-            return 404, _stray_page("There is no page at this URL.")
-        try:
-            response = self.attempt.response(query)
-            with self.guard:
-                if self.claimed or self.settled.is_set():
-                    raise ValueError("the sign-in has already been completed")
-                self.claimed = True
-        except ValueError as error:
-            return 400, _stray_page(f"This request was ignored: {error}.")
-        self.events.put(("response", response))
-        self.settled.wait()
-        return self.verdict
+        def shutdown_request(self, request: Any) -> None:
+            self.headless.pop(request, None)
+            super().shutdown_request(request)
+
+        def server_close(self) -> None:
+            super().server_close()
+            self._hang_up(list(self.headless))
+
+        def _hang_up(self, connections: List[Socket]) -> None:
+            for connection in connections:  # its thread wakes up and ends
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+        def handle_error(self, *_: Any) -> None:
+            """A client that went away, or no thread for it: nothing that a person must hear."""
+
+    return CallbackServer
 
 
-def _stray_page(text: str) -> bytes:
-    hint = "If you are signing in, continue in the other tab."
-    return render_page("Nothing to do here", text, hint, kind="note")
-
-
-def _serve(listener: Listener, connection: Socket) -> None:
-    """One connection, one request, one answer."""
+def callback_handler_class() -> Any:
+    """The request handler of `http.server` for the redirect URI: one request a connection."""
     import hashlib
     import io
     from base64 import b64encode
@@ -1344,26 +1596,31 @@ def _serve(listener: Listener, connection: Socket) -> None:
     style = b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
 
-    class Handler(BaseHTTPRequestHandler):
+    class CallbackHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        server: Any
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = io.BytesIO(listener.read_head(connection))
+            try:
+                self.rfile = io.BytesIO(read_head(self.connection))
+            finally:
+                self.server.headless.pop(self.connection, None)
 
         def do_GET(self) -> None:  # noqa: N802 - http.server looks for this name
-            status, page = listener.respond(self.path, self.headers.get_all("Host") or [])
-            self._answer(status, page)
-            if status == 200 or (page and page is listener.verdict[1]):
-                listener.delivered.set()
+            status, page, told = self.server.callback.answer(self.path, self.headers)
+            self._send(status, page)
+            if told:
+                self.server.callback.stop()
 
         def send_error(self, code: int, *_: Any) -> None:
-            self._answer(405 if code == 501 else code, _stray_page("This request is not valid."))
+            page = b"" if self.command == "HEAD" else stray_page("This request is not valid.")
+            self._send(405 if code == 501 else code, page)
 
         def log_message(self, *_: Any) -> None:
             """Print nothing of what comes in."""
 
-        def _answer(self, status: int, page: bytes) -> None:
+        def _send(self, status: int, page: bytes) -> None:
             headers = {
                 "Server": "chatgpt_oauth",
                 "Date": self.date_time_string(),
@@ -1383,8 +1640,22 @@ def _serve(listener: Listener, connection: Socket) -> None:
             self.end_headers()
             self.wfile.write(page)
 
-    with connection, contextlib.suppress(OSError):
-        Handler(connection, None, listener)  # type: ignore[arg-type]
+    return CallbackHandler
+
+
+def read_head(connection: Socket) -> bytes:
+    """A request line and its headers, HEAD_LIMIT bytes at most; b"" if they do not end in time."""
+    head = tail = b""
+    deadline = time.monotonic() + HEAD_TIMEOUT
+    while b"\n\r\n" not in tail and b"\n\n" not in tail:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        part = connection.recv(16384)
+        if not part:
+            return b""
+        tail = tail[-2:] + part
+        head = (head + part)[:HEAD_LIMIT]
+    connection.settimeout(HEAD_TIMEOUT)
+    return head
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1395,34 +1666,57 @@ OAUTH_SOURCE = "chatgpt-oauth-plugin"
 PAYERS = {"api": "billed to your OpenAI API account", "codex": "covered by your ChatGPT plan"}
 NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = (
-    "to get one, create an organization and a project at https://platform.openai.com, then run: "
-    "chatgpt_oauth.py auth"
+    "to get one, create an organization and a project at https://platform.openai.com"
 )
 
 
-class Choice:
-    """Which models are wanted: patterns to include and exclude, and the source that lists them."""
+def no_api_key(message: str = NO_API_KEY) -> OAuthError:
+    """The error of an account that has no API key to give."""
+    return OAuthError(message, f"{ORGANIZATION_HINT}, then run", "auth")
 
-    def __init__(self, settings: Settings, options: Optional[Namespace] = None) -> None:
-        given = vars(options) if options else {}
-        include = ["*"] if given.get("all") else given.get("include")
+
+class ModelFilter:
+    """Which models are imported: glob patterns to include and to exclude, and the source."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        include: Optional[List[str]] = None,
+        exclude: Optional[List[str]] = None,
+        source: Optional[str] = None,
+    ) -> None:
         excludes = "" if include else settings.model_excludes
         self.include = include or settings.model_patterns.split(",")
-        self.exclude = excludes.split(",") + (given.get("exclude") or [])
-        self.source = given.get("source") or settings.model_source
+        self.exclude = excludes.split(",") + (exclude or [])
+        self.source = source or settings.model_source
 
-    def wants(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
         """Whether the whole id `name` matches, case-sensitively."""
         from fnmatch import fnmatchcase
 
-        wanted = any(fnmatchcase(name, glob) for glob in self.include)
-        return wanted and not any(fnmatchcase(name, glob) for glob in self.exclude)
+        included = any(fnmatchcase(name, glob) for glob in self.include)
+        return included and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
 
-def list_api_models(settings: Settings, api_key: str) -> Answer:
+def request_api_models(settings: Settings, api_key: str) -> Response:
     """Ask what the API key may use."""
     url, what = settings.api_base_url + "/v1/models", "list the API models"
     return request_json(settings, url, what, bearer=api_key, limit=MODELS_LIMIT)
+
+
+def request_plan_models(settings: Settings, tokens: Tokens) -> Response:
+    """Ask the Codex backend what the ChatGPT plan may use."""
+    headers = {"originator": settings.originator}
+    if tokens.account_id:
+        headers["chatgpt-account-id"] = tokens.account_id
+    return request_json(
+        settings,
+        f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}",
+        "list the ChatGPT plan's models",
+        bearer=tokens.access_token,
+        headers=headers,
+        limit=MODELS_LIMIT,
+    )
 
 
 def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
@@ -1431,36 +1725,26 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     Raises OAuthError, too where an API key is asked of an account without one.
     """
     settings, tokens, what = session.settings, session.tokens(), "list the models"
-    source = ("api" if tokens.api_key else "codex") if source == "auto" else source
+    if source == "auto":
+        source = "api" if tokens.api_key else "codex"
     if source == "codex":
-        tokens = session.fresh()
-        headers = {"originator": settings.originator}
-        if tokens.account_id:
-            headers["chatgpt-account-id"] = tokens.account_id
-        answer = request_json(
-            settings,
-            f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}",
-            "list the ChatGPT plan's models",
-            bearer=tokens.access_token,
-            headers=headers,
-            limit=MODELS_LIMIT,
-        )
+        response = request_plan_models(settings, session.valid_tokens())
         key, name = "models", "slug"
     elif tokens.api_key:
-        answer, key, name = list_api_models(settings, tokens.api_key), "data", "id"
+        response = request_api_models(settings, tokens.api_key)
+        key, name = "data", "id"
     else:
-        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
-    if answer.status == 401:
-        error = answer.refusal(what)
-        error.hint = AGAIN
-        raise error
-    listed = answer.members(what).get(key)
+        raise no_api_key()
+    if response.status == 401:
+        refused = response.error(what)
+        raise OAuthError(str(refused), "to sign in again, run", "auth")
+    listed = response.json_object(what).get(key)
     if not isinstance(listed, list):
         raise OAuthError(f"could not {what}: the response has no list of models")
     shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
     good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
-    if len(good) < len(shown):
-        odd = len(shown) - len(good)
+    odd = len(shown) - len(good)
+    if odd:
         session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
     lengths = {entry[name]: _context_length(settings, entry) for entry in good}
     return source, dict(sorted(lengths.items()))
@@ -1490,19 +1774,20 @@ def registered_models(session: Session) -> List[str]:
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     """Put `entries` in the place of ours in the models file; returns the names that got there.
 
-    The caller holds the lock. Somebody else's entry of the same name stays.
+    The caller holds the lock. An entry of another program with the same name stays.
     """
     settings, store = session.settings, session.store
     before = store.read(store.models_file)
-    others = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
-    for name in others.keys() & entries.keys():
+    after = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
+    names = [name for name in entries if name not in after]
+    for name in sorted(set(entries) - set(names)):
         session.notify(
             "warning", f"kept the existing entry {name}, which was added by another program"
         )
-    after = {**others, **entries, **others}  # in this order, and whose name it is keeps it
+    after.update((name, entries[name]) for name in names)
     if after != before:
-        store.save(store.models_file, after)
-    return [name for name in entries if name not in others]
+        store.save_models(after)
+    return names
 
 
 def model_entry(settings: Settings, source: str, model: str, length: int) -> Fields:
@@ -1526,30 +1811,33 @@ def model_entry(settings: Settings, source: str, model: str, length: int) -> Fie
     return entry
 
 
-def import_models(session: Session, choice: Choice, keep: bool = True) -> Tuple[str, List[str]]:
-    """List the models, take those that `choice` wants, and (`keep`) register them.
-
-    Returns the source, and the names with the prefix. Raises OAuthError.
-    """
-    settings, tokens = session.settings, session.tokens()
-    source, models = list_models(session, choice.source)
+def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, Fields], int]:
+    """The source, the entries of the models that match, and how many models there are."""
+    settings = session.settings
+    source, listed = list_models(session, models.source)
     entries = {
         settings.prefix + name: model_entry(settings, source, name, length)
-        for name, length in models.items()
-        if choice.wants(name)
+        for name, length in listed.items()
+        if models.matches(name)
     }
-    names = list(entries)
-    if not names:
-        session.notify("warning", f"none of the account's {len(models)} models match the filter")
-        session.notify(
-            "info", "hint: to see them all, run: chatgpt_oauth.py models --all --dry-run"
-        )
-    if keep:
-        with session.store.lock():
-            if session.tokens().owner != tokens.owner:
-                raise OAuthError("another account has signed in meanwhile", "try again")
-            names = register_models(session, entries)
-        session.notify("done", f"{len(names)} of {len(models)} models imported, {PAYERS[source]}")
+    if not entries:
+        session.notify("warning", f"none of the account's {len(listed)} models match the filter")
+        session.notify("hint", "to see them all, run", "models --all --dry-run")
+    return source, entries, len(listed)
+
+
+def import_models(session: Session, models: ModelFilter) -> Tuple[str, List[str]]:
+    """Register the account's models that match; returns the source and the names.
+
+    Raises OAuthError.
+    """
+    tokens = session.tokens()
+    source, entries, count = find_models(session, models)
+    with session.store.lock():
+        if not tokens.same_account(session.tokens()):
+            raise OAuthError("another account has signed in meanwhile", "try again")
+        names = register_models(session, entries)
+    session.notify("done", f"{len(names)} of {count} models imported, {PAYERS[source]}")
     return source, names
 
 
@@ -1559,7 +1847,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     `source` is "api" (what the API key pays for), "codex" (what the ChatGPT plan pays for) or
     "auto" ("api" when there is a key). Raises OAuthError.
     """
-    return list(list_models(Session(), checked("source", source, _RULES["model_source"]))[1])
+    return list(list_models(Session(), RULES["model_source"].check("source", source))[1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1567,65 +1855,71 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 # ---------------------------------------------------------------------------------------------
 
 DEVICE_CODE_LIFETIME = 900.0  # seconds
-RETRY_OFFER = 60.0  # seconds to press Enter after the time was up
+NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
 COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
 
 
-def keep_tokens(session: Session, code: str, verifier: str, redirect_uri: str) -> Optional[Tokens]:
-    """Redeem the code and store the tokens; returns those stored before. Raises OAuthError.
+def exchange_and_store(
+    session: Session, code: str, verifier: str, redirect_uri: str
+) -> Optional[Tokens]:
+    """Exchange the code and store the tokens; returns those stored before. Raises OAuthError.
 
     The same account keeps, for now, its API key.
     """
     settings, store = session.settings, session.store
-    answer = exchange_code(settings, code, verifier, redirect_uri)
-    fields = merged({"issuer": settings.issuer, "client_id": settings.client_id}, answer)
+    response = exchange_code(settings, code, verifier, redirect_uri)
+    fields = merged({"issuer": settings.issuer, "client_id": settings.client_id}, response)
     tokens = Tokens(fields)
     if tokens.account_id:
         fields["account_id"] = tokens.account_id
-    old = None
     with store.lock():
-        try:
-            old = store.load_tokens()
-        except StorageError as error:
-            aside = os.path.realpath(store.token_file) + ".bad"
-            store.move_away(aside)
-            session.notify("warning", f"{error}; moved to {aside}")
-        if old and tokens.owner == old.owner:
-            known = {*SECRET_KEYS, "ended", "expires_at"}
-            kept = {k: value for k, value in old.fields.items() if k not in known}
-            fields = {**kept, **({"api_key": old.api_key} if old.api_key else {}), **fields}
-        store.save(store.token_file, fields)
+        old = _replaced_tokens(session)
+        if old and tokens.same_account(old):
+            renewed = {*SECRET_KEYS, "ended", "expires_at"}
+            kept = {k: value for k, value in old.fields.items() if k not in renewed}
+            if old.api_key:
+                kept["api_key"] = old.api_key
+            fields = {**kept, **fields}
+        store.save(fields)
     return old
 
 
-def complete_sign_in(session: Session, choice: Choice, old: Optional[Tokens]) -> None:
-    """With the tokens stored: API key, models, the end of another account's `old`, summary.
+def _replaced_tokens(session: Session) -> Optional[Tokens]:
+    """The sign-in that a new one replaces; a broken token file is kept beside it."""
+    try:
+        return session.store.load_tokens()
+    except StorageError as error:
+        session.notify("warning", f"{error}; moved to {session.store.set_aside()}")
+        return None
+
+
+def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens]) -> None:
+    """With the tokens stored: API key, models, the end of another account's `old` sign-in.
 
     What fails is a warning.
     """
     tokens = session.tokens()
-    who = identity(tokens)["email"]
-    session.notify("done", f"Signed in as {who}" if who else "Signed in")
-    for step in (obtain_api_key, import_models):
-        try:
-            step(session, choice)
-        except OAuthError as error:
-            session.notify("warning", str(error))
-            if error.hint:
-                session.notify("info", f"hint: {error.hint}")
-    if old and old.refresh_token and len({tokens.account_id, old.account_id} - {None}) == 2:
+    email = identity(tokens)["email"]
+    session.notify("done", f"Signed in as {email}" if email else "Signed in")
+    try:
+        obtain_api_key(session)
+    except OAuthError as error:
+        tell_error(session.notify, error, "warning")
+    try:
+        import_models(session, models)
+    except OAuthError as error:
+        tell_error(session.notify, error, "warning")
+    other_account = old and old.account_id and tokens.account_id not in (None, old.account_id)
+    if old and old.refresh_token and other_account:
         # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
         # the server end the whole of it.
-        session.notify("info", f"Signed out of {identity(old)['email'] or 'the previous account'}")
-        revoke_quietly(session, old)
+        who = identity(old)["email"] or "the previous account"
+        session.notify("info", f"Signed out of {who}")
+        revoke_or_warn(session, old)
     session.notify("info", f"Tokens saved in {session.store.token_file}")
-    step = "To get an access token, run: chatgpt_oauth.py token"
-    if session.tokens().api_key:
-        step = 'To use the API key in this shell: eval "$(chatgpt_oauth.py env)"'
-    session.notify("info", step)
 
 
-def revoke_quietly(session: Session, tokens: Tokens) -> None:
+def revoke_or_warn(session: Session, tokens: Tokens) -> None:
     """Revoke as best as we can: a failure is a warning."""
     try:
         revoke(session.settings, tokens)
@@ -1633,226 +1927,273 @@ def revoke_quietly(session: Session, tokens: Tokens) -> None:
         session.notify("warning", f"{error}; it may still be valid at OpenAI")
 
 
-def obtain_api_key(session: Session, _: object = None) -> None:
+def obtain_api_key(session: Session) -> None:
     """Keep the stored API key while the API accepts it, else exchange the ID token for one.
 
     Raises OAuthError when there is none to be had.
     """
-    settings, store, tokens = session.settings, session.store, session.tokens()
-    if tokens.api_key:
-        refused = False
-        with contextlib.suppress(OAuthError):  # what is not refused stays
-            refused = list_api_models(settings, tokens.api_key).status == 401
-        if not refused:
-            session.notify("done", "API key available (unchanged)")
-            return
-    obtained = {}
+    tokens = session.tokens()
+    if tokens.api_key and not api_key_refused(session.settings, tokens.api_key):
+        session.notify("done", "API key available (unchanged)")
+        return
     try:
-        obtained["api_key"] = exchange_id_token(settings, tokens.id_token or "")
-        session.notify("done", "API key available")
+        api_key = exchange_id_token(session.settings, tokens.id_token or "")
     except OAuthError as error:
+        _store_api_key(session, tokens, None)
         reason = str(error)
         if "missing organization_id" in reason:
             reason = "this account has no organization (missing organization_id)"
-        raise OAuthError(f"no API key: {reason}", ORGANIZATION_HINT) from None
-    finally:
-        with store.lock():
-            current = store.load_tokens()
-            if current and tokens.owner == current.owner:
-                fields = {k: value for k, value in current.fields.items() if k != "api_key"}
-                store.save(store.token_file, {**fields, **obtained})
+        raise no_api_key(f"no API key: {reason}") from None
+    _store_api_key(session, tokens, api_key)
+    session.notify("done", "API key available")
+
+
+def api_key_refused(settings: Settings, api_key: str) -> bool:
+    """Whether the API says that the key is no good; one that cannot be asked is kept."""
+    try:
+        return request_api_models(settings, api_key).status == 401
+    except OAuthError:
+        return False
+
+
+def _store_api_key(session: Session, tokens: Tokens, api_key: Optional[str]) -> None:
+    """Store `api_key`, or with None that there is none, unless the account has changed."""
+    with session.store.lock():
+        current = session.store.load_tokens()
+        if current and tokens.same_account(current):
+            fields = {k: value for k, value in current.fields.items() if k != "api_key"}
+            if api_key:
+                fields["api_key"] = api_key
+            session.store.save(fields)
 
 
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     """`email`, `plan` and `organization_id` from the claims, None where unknown."""
     auth = tokens.auth_claims()
-    organization, listed = auth.get("organization_id"), auth.get("organizations")
-    if not organization and isinstance(listed, list):
-        known: Iterator[Fields] = (entry for entry in listed if isinstance(entry, dict))
-        first = min(known, key=lambda entry: entry.get("is_default") is not True, default={})
-        organization = first.get("id")
     return {
         "email": text_or_none(decode_claims(tokens.id_token).get("email")),
         "plan": text_or_none(auth.get("chatgpt_plan_type")),
-        "organization_id": text_or_none(organization),
+        "organization_id": text_or_none(auth.get("organization_id") or _organization(auth)),
     }
 
 
-def arriving(events: Any, deadline: float) -> Iterator[Tuple[str, Any]]:
-    """What comes until time.monotonic() reaches `deadline`; before each second's wait a tick."""
-    import queue
+def _organization(auth: Fields) -> object:
+    """The id of the default organization among the claims, else of the first, else None."""
+    listed = auth.get("organizations")
+    if not isinstance(listed, list):
+        return None
+    known: List[Fields] = [entry for entry in listed if isinstance(entry, dict)]
+    default = [entry for entry in known if entry.get("is_default") is True]
+    return next((entry.get("id") for entry in default + known), None)
 
-    while time.monotonic() < deadline:
-        yield "tick", ""
-        with contextlib.suppress(queue.Empty):
-            yield events.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
 
+class StandardInput:
+    """Lines of standard input, each read by a thread when it is asked for.
 
-class Lines:
-    """Lines of standard input as events, read by a thread (Windows knows no other way to wait).
-
-    `usable` says whether anything can come, `terminal` whether a person types there (neither
-    unless `reading`); once `closed`, standard input is left to whoever reads it next.
+    `usable` says whether anything can come, `is_terminal` whether a person types there (neither
+    unless `reading`). A thread, for a console of Windows knows no other way to wait; it reads
+    nothing unless a line is wanted, so that what comes afterwards is the next program's.
     """
 
-    def __init__(self, events: Any, reading: bool) -> None:
-        import threading
-
-        self.events = events
-        self.usable = self.terminal = self.closed = False
+    def __init__(self, reading: bool) -> None:
+        self.usable = self.is_terminal = False
+        self.pending = b""
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
-            self.terminal = reading and os.isatty(self.descriptor)
+            self.is_terminal = reading and os.isatty(self.descriptor)
             # /dev/null has nothing to say; a background job that reads its terminal is stopped.
             device = stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
-            self.usable = self.terminal or (reading and not device)
-            if self.terminal and sys.platform != "win32":
-                self.usable = self.terminal = os.tcgetpgrp(self.descriptor) == os.getpgrp()
+            self.usable = self.is_terminal or (reading and not device)
+            if self.is_terminal and sys.platform != "win32":
+                foreground = os.tcgetpgrp(self.descriptor) == os.getpgrp()
+                self.usable = self.is_terminal = foreground
+
+    def next_line(self) -> Future[str]:
+        """The next line, "" at the end of the input; once cancelled nothing more is read."""
+        import threading
+        from concurrent.futures import Future
+
+        line: Future[str] = Future()
         if self.usable:
-            threading.Thread(target=self._read, daemon=True).start()
+            threading.Thread(target=self._read_line, args=(line,), daemon=True).start()
+        return line
 
-    def _read(self) -> None:
+    def _read_line(self, line: Future[str]) -> None:
         import select
+        from concurrent.futures import InvalidStateError
 
-        part, pending = b"-", b""
-        with contextlib.suppress(OSError):
-            while part and not self.closed:
-                ready = sys.platform == "win32" or select.select([self.descriptor], [], [], 0.1)[0]
-                if ready and not self.closed:
-                    part = os.read(self.descriptor, 65536)
-                    *lines, pending = (pending[-65536:] + part).split(b"\n")
-                    for line in lines:
-                        self.events.put(("line", line.decode("utf-8", "replace")))
-        self.events.put(("eof", ""))
+        with contextlib.suppress(OSError, InvalidStateError):
+            while b"\n" not in self.pending:
+                while (
+                    sys.platform != "win32" and not select.select([self.descriptor], [], [], 0.1)[0]
+                ):
+                    if line.cancelled():
+                        return
+                part = os.read(self.descriptor, 4096)
+                if not part:
+                    self.usable = False
+                    break
+                self.pending = self.pending[-HEAD_LIMIT:] + part
+            text, _, self.pending = self.pending.partition(b"\n")
+            line.set_result(text.decode("utf-8", "replace") + "\n" * self.usable)
 
 
 class BrowserSignIn:
-    """The authorization code flow over the loopback redirect or a pasted address.
+    """The authorization code flow over the loopback redirect or a pasted URL.
 
-    `options` are those of `auth`.
+    `timeout` in seconds, default `callback_timeout`; `browser` False opens none; `reading` allows
+    pasting into standard input.
     """
 
-    latest: Optional[Attempt] = None  # of this process; its address may be pasted later
+    latest: Optional[AuthorizationRequest] = None  # of this process; its URL may be pasted later
 
-    def __init__(self, session: Session, options: Namespace) -> None:
-        self.session, self.options = session, options
-        self.timeout = options.timeout or session.settings.callback_timeout
+    def __init__(
+        self,
+        session: Session,
+        models: ModelFilter,
+        timeout: Optional[float] = None,
+        browser: bool = True,
+        reading: bool = False,
+    ) -> None:
+        self.session, self.models, self.browser = session, models, browser
+        self.timeout = timeout or session.settings.callback_timeout
+        self.stdin, self.complaint = StandardInput(reading), ""
 
-    def run(self, reading: bool) -> None:
-        """Sign in, or raise OAuthError; `reading` allows pasting into standard input."""
-        import queue
+    def run(self) -> None:
+        """Sign in, or raise OAuthError."""
+        while not self._attempt():
+            if not (self.stdin.is_terminal and self._new_url_wanted()):
+                raise OAuthError(
+                    f"timed out after {self.timeout:g} seconds waiting for you to sign in",
+                    "to try again with more time, run",
+                    "auth --timeout 240",
+                )
 
-        self.events: Any = queue.SimpleQueue()
-        self.lines = Lines(self.events, reading)
-        try:
-            while not self._try():
-                if not (self.lines.terminal and self._asked_again()):
-                    raise OAuthError(
-                        f"timed out after {self.timeout:g} seconds waiting for you to sign in",
-                        "to try again with more time, run: chatgpt_oauth.py auth --timeout 240",
-                    )
-        finally:
-            self.lines.closed = True
-
-    def _asked_again(self) -> bool:
+    def _new_url_wanted(self) -> bool:
         self.session.notify(
-            "warning", f"timed out; press Enter within {RETRY_OFFER:g} seconds to get a new URL"
+            "warning",
+            f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL",
         )
-        events = arriving(self.events, time.monotonic() + RETRY_OFFER)
-        return next((kind for kind, _ in events if kind != "tick"), "") == "line"
+        line = self.stdin.next_line()
+        try:
+            return wait_for(line, NEW_URL_TIMEOUT) and bool(line.result())
+        finally:
+            line.cancel()
 
-    def _try(self) -> bool:
+    def _attempt(self) -> bool:
         """Whether somebody signed in before the time was up."""
-        notify = self.session.notify
-        port, sockets, fault = open_port(self.session.settings)
-        if fault and not self.lines.usable:
-            raise OAuthError(
-                fault, "to sign in without a port, run: chatgpt_oauth.py auth --device"
-            )
-        attempt = BrowserSignIn.latest = Attempt(self.session.settings, port)
-        listener = Listener(sockets, attempt, self.events)
+        port, servers, fault = open_port(self.session.settings)
+        if fault and not self.stdin.usable:
+            raise OAuthError(fault, "to sign in without a port, run", "auth --device")
+        request = BrowserSignIn.latest = AuthorizationRequest(self.session.settings, port)
+        callback = Callback(request, servers)
         try:
             if fault:
-                notify("warning", fault)
+                self.session.notify("warning", fault)
             deadline = time.monotonic() + self.timeout
-            obstacle = open_browser(self.session, attempt.url, not self.options.no_browser)
-            lead = (
-                "To sign in, open" if obstacle else "Opening your browser. If nothing opens, visit"
-            )
-            notify("info", f"{lead} this URL within {self.timeout:g} seconds:")
-            notify("verbatim", attempt.url)
-            if obstacle or fault:
-                self._show_ways(obstacle, listener)
-            elif self.lines.terminal:
-                notify("info", "If the browser ends on an error page, paste that page's URL here.")
-            if self.lines.terminal:
-                notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
-            prepare_wire()
-            response = self._await(listener, deadline)
-            if response:
-                self.redeem(response, listener)
-            return bool(response)
+            self._show_url(callback)
+            tls_context()
+            if not self._await_response(callback, deadline):
+                return False
+            redeem(self.session, self.models, callback)
+            return True
         finally:
-            listener.close()
+            callback.close()
 
-    def _show_ways(self, obstacle: Optional[str], listener: Listener) -> None:
+    def _show_url(self, callback: Callback) -> None:
+        notify, url = self.session.notify, callback.request.url
+        obstacle = open_browser(self.session, url) if self.browser else "--no-browser was given"
+        lead = "To sign in, open" if obstacle else "Opening your browser. If nothing opens, visit"
+        notify("info", f"{lead} this URL within {self.timeout:g} seconds:")
+        notify("verbatim", url)
+        if obstacle or not callback.servers:
+            self._show_ways(obstacle, callback)
+        elif self.stdin.is_terminal:
+            notify("info", "If the browser ends on an error page, paste that page's URL here.")
+        if self.stdin.is_terminal:
+            notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
+
+    def _show_ways(self, obstacle: Optional[str], callback: Callback) -> None:
         """How to go on where the browser is elsewhere."""
-        pasting, listening, port = self.lines.usable, listener.sockets, listener.attempt.port
-        for offered, line in (
-            (obstacle, f"No browser was opened: {obstacle}. Any browser will do:"),
-            (pasting, "- If the browser ends on a page that does not load, paste its URL here."),
-            (listening, "- To let it reach this machine, first run this where the browser is:"),
-            (listening, f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE"),
-            (True, "- To sign in with a code instead, press Ctrl-C and run:"),
-            (True, "    chatgpt_oauth.py auth --device"),
-        ):
-            if offered:
-                self.session.notify("info", line)
-
-    def _await(self, listener: Listener, deadline: float) -> Optional[Dict[str, str]]:
-        """The response that comes first, by browser or by paste; None when the time is up."""
-        seconds = 0
-        for kind, value in arriving(self.events, deadline):
-            if kind == "response":
-                return dict(value)
-            if kind == "line":
-                try:
-                    return listener.attempt.pasted(value)
-                except ValueError as error:
-                    self.session.notify("info", f"That URL does not work: {error}")
-            elif kind == "eof" and not listener.sockets:
-                raise OAuthError(
-                    "cannot listen on a port, and standard input is closed",
-                    "to sign in with a code, run: chatgpt_oauth.py auth --device",
-                )
-            before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
-            if not self.lines.terminal:  # it must not write over what somebody is pasting
-                self.session.notify("countdown", str(seconds))
-            elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
-                self.session.notify("info", f"{seconds} seconds left")
-        return None
-
-    def redeem(self, response: Dict[str, str], listener: Listener) -> None:
-        """Finish with an authorization response, telling the browser what became of it."""
-        attempt = listener.attempt
-        try:
-            if "error" in response:
-                raise denial(response)
-            old = keep_tokens(
-                self.session, response["code"], attempt.verifier, attempt.redirect_uri
+        notify, port = self.session.notify, callback.request.port
+        if obstacle:
+            notify("info", f"No browser was opened: {obstacle}. Any browser will do:")
+        if self.stdin.usable:
+            notify(
+                "info", "- If the browser ends on a page that does not load, paste its URL here."
             )
-        except OAuthError as error:
-            error.hint = error.hint or "to try again, run: chatgpt_oauth.py auth"
-            listener.settle(error)
-            raise
-        listener.settle()
-        deadline = time.monotonic() + LINGER
-        complete_sign_in(self.session, Choice(self.session.settings, self.options), old)
-        if listener.claimed:
-            listener.delivered.wait(max(0.0, deadline - time.monotonic()))
+        if callback.servers:
+            notify("info", "- To let it reach this machine, first run this where the browser is:")
+            notify("info", f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE")
+        notify("info", "- To sign in with a code instead, press Ctrl-C and run:")
+        notify("command", "auth --device")
+
+    def _await_response(self, callback: Callback, deadline: float) -> bool:
+        """Whether a response came, by browser or by paste, before time.monotonic() `deadline`."""
+        from concurrent.futures import FIRST_COMPLETED, wait
+
+        line = self.stdin.next_line()
+        seconds = 0
+        try:
+            while not callback.response.done() and time.monotonic() < deadline:
+                before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
+                self._tell_time_left(before, seconds)
+                tick = max(0.0, min(1.0, deadline - time.monotonic()))
+                either: List[Future[Any]] = [callback.response, line]
+                wait(either, tick, FIRST_COMPLETED)
+                if line.done():
+                    self._paste(callback, line.result())
+                    line = self.stdin.next_line()
+            return callback.response.done()
+        finally:
+            line.cancel()
+
+    def _tell_time_left(self, before: int, seconds: int) -> None:
+        if not self.stdin.is_terminal:  # it must not write over what somebody is pasting
+            self.session.notify("countdown", str(seconds))
+        elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
+            self.session.notify("info", f"{seconds} seconds left")
+
+    def _paste(self, callback: Callback, line: str) -> None:
+        if not line and not callback.servers:
+            raise OAuthError(
+                "cannot listen on a port, and standard input is closed",
+                "to sign in with a code, run",
+                "auth --device",
+            )
+        if not line.strip():
+            return
+        try:
+            callback.paste(line)
+        except ValueError as error:
+            complaint = f"That URL does not work: {error}"
+            if complaint != self.complaint:  # `yes |` would fill the screen
+                self.session.notify("info", complaint)
+            self.complaint = complaint
 
 
-def denial(response: Dict[str, str]) -> OAuthError:
+def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
+    """Finish with the authorization response that has come; the browser is told the outcome."""
+    response, request = callback.response.result(), callback.request
+    try:
+        if response.get("error"):
+            raise authorization_error(response)
+        old = exchange_and_store(
+            session, response["code"], request.code_verifier, request.redirect_uri
+        )
+    except OAuthError as error:
+        if not error.hint:
+            error.hint, error.command = "to try again, run", "auth"
+        callback.outcome.set_exception(error)
+        callback.wait_until_told(2.0)
+        raise
+    callback.outcome.set_result(None)
+    deadline = time.monotonic() + SUCCESS_PAGE_TIMEOUT
+    complete_sign_in(session, models, old)
+    callback.wait_until_told(deadline - time.monotonic())
+
+
+def authorization_error(response: Dict[str, str]) -> OAuthError:
     """What an error response (RFC 6749 §4.1.2.1) means to a person."""
     description = response.get("error_description", "")
     if "missing_codex_entitlement" in description:
@@ -1861,26 +2202,26 @@ def denial(response: Dict[str, str]) -> OAuthError:
             "ask your workspace administrator to enable Codex, or choose another workspace",
         )
     said = printable(": ".join(filter(None, (response["error"], description))), 200)
-    return OAuthError(f"authorization failed ({said})", "to try again, run: chatgpt_oauth.py auth")
+    return OAuthError(f"authorization failed ({said})", "to try again, run", "auth")
 
 
-def open_port(settings: Settings) -> Tuple[int, List[Socket], str]:
-    """A registered port with its listening sockets; or none of them, and why."""
+def open_port(settings: Settings) -> Tuple[int, List[Any], str]:
+    """A registered port with its servers; or none of them, and why."""
     ports, reason = (settings.required_port, settings.fallback_port), ""
     for port in ports:
         try:
-            return port, bind_loopback(port), ""
+            return port, loopback_servers(port), ""
         except OSError as error:
             reason = reason or error.strerror or "error"
     return (
         ports[0],
         [],
         f"cannot listen on port {ports[0]} or {ports[1]} ({reason}); "
-        f"to see what uses them, run: {who_listens(ports[0])}",
+        f"to see what uses them, run: {port_owner_command(ports[0])}",
     )
 
 
-def who_listens(port: int) -> str:
+def port_owner_command(port: int) -> str:
     """The system's own command that tells which program listens on `port`."""
     if sys.platform == "win32":
         return f"netstat -ano | findstr :{port}"
@@ -1888,63 +2229,45 @@ def who_listens(port: int) -> str:
     return macos if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
 
 
-def sign_in_with_device(session: Session, choice: Choice, timeout: Optional[float]) -> None:
+def sign_in_with_device(
+    session: Session, models: ModelFilter, timeout: Optional[float] = None
+) -> None:
     """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
-    settings = session.settings
-    device = request_user_code(settings)
-    for kind, line in (
-        ("info", "To sign in, open this page in any browser:"),
-        ("verbatim", settings.issuer + "/codex/device"),
-        ("info", "Then enter this one-time code (valid for 15 minutes):"),
-        ("verbatim", device["user_code"]),
-        ("info", "Beware of phishing: use this code only if you started this sign-in yourself."),
-        ("info", "Waiting for you to enter the code... (Ctrl-C to cancel)"),
-    ):
-        session.notify(kind, line)
+    settings, notify = session.settings, session.notify
+    device = request_device_code(settings)
+    notify("info", "To sign in, open this page in any browser:")
+    notify("verbatim", settings.issuer + "/codex/device")
+    notify("info", "Then enter this one-time code (valid for 15 minutes):")
+    notify("verbatim", device.user_code)
+    notify("info", "Beware of phishing: use this code only if you started this sign-in yourself.")
+    notify("info", "Waiting for you to enter the code... (Ctrl-C to cancel)")
     deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
-    members = await_device_token(session, device, deadline)
+    members = await_device_code(session, device, deadline)
     code, verifier = (members.get(key, "") for key in ("authorization_code", "code_verifier"))
     if not is_b64token(code) or not is_b64token(verifier):
         raise OAuthError("could not use the device code: the response has no authorization code")
-    old = keep_tokens(session, code, verifier, settings.issuer + "/deviceauth/callback")
-    complete_sign_in(session, choice, old)
+    old = exchange_and_store(session, code, verifier, settings.issuer + "/deviceauth/callback")
+    complete_sign_in(session, models, old)
 
 
-def await_device_token(session: Session, device: Fields, deadline: float) -> Fields:
-    """Poll until the code was entered or refused, or time.monotonic() reaches `deadline`."""
-    retry, what = "to get a new code, run: chatgpt_oauth.py auth --device", "check the device code"
-    expired = OAuthError("timed out waiting for the code to be entered", retry)
-    interval = wait = device["interval"]
+def await_device_code(session: Session, device: DeviceCode, deadline: float) -> Fields:
+    """Poll until the user code was entered or refused, or time.monotonic() reaches `deadline`."""
     told = ""
     while True:
-        until = min(time.monotonic() + wait, deadline)
+        until = min(time.monotonic() + device.pause, deadline)
         while time.monotonic() < until:
             session.notify("countdown", str(int(deadline - time.monotonic() + 0.999)))
             time.sleep(max(0.0, min(1.0, until - time.monotonic())))
         if until == deadline:
-            raise expired
-        wait = interval
+            raise device_code_expired()
         try:
-            answer = poll_device_token(session.settings, device)
-            if answer.html:
-                raise answer.refusal(what)
-        except UnavailableError as error:
+            members = device.poll(session.settings)
+            if members is not None:
+                return members
+        except RequestError as error:
             if str(error) != told:
                 told = str(error)
                 session.notify("warning", f"{told}; still trying")
-            continue
-        if 200 <= answer.status < 300:
-            return answer.members(what)
-        if answer.code == "slow_down":
-            interval = wait = interval + SLOW_DOWN
-        elif answer.code == "expired_token":
-            raise expired
-        elif answer.code == "access_denied":
-            raise OAuthError("the sign-in was denied in the browser", retry)
-        elif answer.status in (403, 404, 429) or answer.status >= 500:
-            wait = max(interval, min(answer.retry_after or 0.0, 60.0))
-        elif answer.code != "authorization_pending":
-            raise answer.refusal(what)
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
@@ -1963,9 +2286,9 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         except StorageError as error:
             session.notify("warning", f"{error}; removing it anyway")
         if tokens and revoking:
-            revoke_quietly(session, tokens)
+            revoke_or_warn(session, tokens)
         try:
-            store.move_away(None)
+            store.remove_tokens()
         finally:
             register_models(session, {})
     who = identity(tokens)["email"] if tokens else None
@@ -1980,31 +2303,32 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 # Shells: how each sets, unsets and separates
 # ---------------------------------------------------------------------------------------------
 
-# Only b64tokens and identifiers get here, so these quotes cannot be broken out of. The fourth
-# is a line for the shell's profile.
+
+class Shell:
+    """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
+
+    `profile` evaluates what the command {0} prints. Only b64tokens and identifiers get into the
+    statements, so their quotes cannot be broken out of.
+    """
+
+    def __init__(self, assign: str, unset: str, separator: str, profile: str) -> None:
+        self.assign, self.unset = assign, unset
+        self.separator, self.profile = separator, profile
+
+
 SHELLS = {
-    "sh": ("export {0}='{1}'", "unset {0}", ";\n", 'eval "$(chatgpt_oauth.py env --shell sh)"'),
-    "fish": (
-        "set -gx {0} '{1}'",
-        "set -e {0}",
-        ";\n",
-        "chatgpt_oauth.py env --shell fish | source",
-    ),
-    "csh": ("setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `chatgpt_oauth.py env --shell csh`"),
-    "powershell": (
+    "sh": Shell("export {0}='{1}'", "unset {0}", ";\n", 'eval "$({0})"'),
+    "fish": Shell("set -gx {0} '{1}'", "set -e {0}", ";\n", "{0} | source"),
+    "csh": Shell("setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `{0}`"),
+    "powershell": Shell(
         "$env:{0} = '{1}'",
         "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
         ";\n",
-        "chatgpt_oauth.py env --shell powershell | Out-String | iex",
+        "{0} | Out-String | iex",
     ),
-    "cmd": (
-        'set "{0}={1}"',
-        'set "{0}="',
-        "\n",
-        "for /f \"delims=\" %i in ('chatgpt_oauth.py env --shell cmd') do @%i",
-    ),
-    "dotenv": ("{0}={1}", "{0}=", "\n", ""),
-    "json": ("", "", "", ""),
+    "cmd": Shell('set "{0}={1}"', 'set "{0}="', "\n", "for /f \"delims=\" %i in ('{0}') do @%i"),
+    "dotenv": Shell("{0}={1}", "{0}=", "\n", ""),
+    "json": Shell("", "", "", ""),
 }
 SHELL_ALIASES = {
     **dict.fromkeys(("bash", "zsh", "ksh", "dash"), "sh"),
@@ -2028,9 +2352,9 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
     """Code that sets the `variables` in `shell`; those that are None are unset."""
     if shell == "json":
         return json.dumps(variables)
-    setting, unsetting, between, _ = SHELLS[shell]
-    return between.join(
-        (unsetting if value is None else setting).format(name, value)
+    row = SHELLS[shell]
+    return row.separator.join(
+        (row.unset if value is None else row.assign).format(name, value)
         for name, value in variables.items()
     )
 
@@ -2039,26 +2363,27 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
 # Terminal: the one object that talks to a person
 # ---------------------------------------------------------------------------------------------
 
-TERMINAL_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
+TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
-def program_name() -> str:
-    """How this program was started, for people who shall start it again."""
+def program_name(absolute: bool = False) -> str:
+    """How this program was started, for people who shall start it again.
+
+    `absolute`: in any directory, as the profile of a shell does.
+    """
+    import shlex
+
+    python = "python" if sys.platform == "win32" else "python3"
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__":
-        return f"python3 -m {spec.name}"
-    name = (sys.argv or [""])[0]
-    name = "chatgpt_oauth.py" if name in ("", "-", "-c") else name
-    folder, base = os.path.split(name)
-    if os.access(name, os.X_OK) and folder in os.environ.get("PATH", "").split(os.pathsep):
-        return base
-    python = "python" if sys.platform == "win32" else "python3"
-    return f'{python} "{name}"' if " " in name else f"{python} {name}"
-
-
-def as_started(text: str) -> str:
-    """`text` with the commands in it as one would type them here."""
-    return text.replace("chatgpt_oauth.py ", program_name() + " ")
+        return f"{python} -m {spec.name}"
+    path = (sys.argv or [""])[0]
+    if path in ("", "-", "-c"):
+        return f"{python} chatgpt_oauth.py"
+    directory, name = os.path.split(path)
+    if directory in os.environ.get("PATH", "").split(os.pathsep) and os.access(path, os.X_OK):
+        return shlex.quote(name)
+    return f"{python} {shlex.quote(os.path.abspath(path) if absolute else path)}"
 
 
 class Terminal:
@@ -2071,44 +2396,59 @@ class Terminal:
         tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")  # b"" where there is none
         self.tick = "\u2713 " if self.live and tick else ""
 
-    def notify(self, kind: str, text: str) -> None:
-        """Say `text`: info, done, warning, error, verbatim (whole and alone) or countdown."""
+    def notify(self, kind: str, text: str, command: str = "") -> None:
+        """Say `text`, and the `command` that it ends in as it is typed here.
+
+        `kind`: info, done, warning, error, hint, verbatim (whole and alone), command (`text` is
+        one) or countdown (`text` are the seconds left).
+        """
         if kind == "countdown":
-            if self.live:
-                minutes, seconds = divmod(int(text), 60)
-                left = f"\r{minutes}:{seconds:02} left "
-                print(left, end="", file=sys.stderr, flush=True)
-                self.counting = True
+            self._count_down(int(text))
             return
         lead, colour = {
             "done": (self.tick, "32"),
             "warning": ("warning: ", "33"),
             "error": ("error: ", "31"),
-        }.get(kind, ("", ""))
-        if self.colour and lead:
+            "hint": ("hint: ", "0"),
+            "command": ("    ", "0"),
+        }.get(kind, ("", "0"))
+        if self.colour and colour != "0" and lead:
             lead = f"\033[{colour}m{lead}\033[0m"
+        if kind == "command":
+            text = f"{program_name()} {text}"
+        elif command:
+            text = f"{text}: {program_name()} {command}"
+        text = lead + printable(text, 5000)
+        self._print(f"\n{text}\n" if kind == "verbatim" else text)
+
+    def interrupted(self) -> None:
+        """Say that Ctrl-C was heard, on a line of its own: the terminal shows ^C."""
+        self._print(("\n" if self.live else "") + "Interrupted.")
+
+    def _count_down(self, seconds: int) -> None:
+        if self.live:
+            minutes, seconds = divmod(seconds, 60)
+            self._print(f"{minutes}:{seconds:02} left ", end="")
+            self.counting = True
+
+    def _print(self, text: str, end: str = "\n") -> None:
         clear = "\r\033[K" if self.counting else ""
         self.counting = False
-        text = printable(as_started(text), 5000)
-        if kind == "verbatim":
-            text = f"\n{text}\n"
         with contextlib.suppress(OSError):  # nobody is left to be told
-            print(clear + lead + text, file=sys.stderr, flush=True)
+            print(clear + text, end=end, file=sys.stderr, flush=True)
 
 
-def open_browser(session: Session, url: str, wanted: bool) -> Optional[str]:
-    """Open `url` in the person's browser, if `wanted`; returns why it was not, or None."""
+def open_browser(session: Session, url: str) -> Optional[str]:
+    """Open `url` in the person's browser; returns why it was not, or None."""
     import subprocess
     import threading
 
     settings, secrets = session.settings, set()
-    command, obstacle = (
-        browser_command(settings.environ) if wanted else ([], "--no-browser was given")
-    )
+    command, obstacle = browser_command(settings.environ)
     if not command:
         return obstacle
     # The browser sees none of our keys, whatever they are exported as, and no TERM, without
-    # which `webbrowser` starts no terminal browser.
+    # which `webbrowser` starts no text browser.
     with contextlib.suppress(OAuthError):
         secrets = {getattr(session.tokens(), key) for key in SECRET_KEYS}
     environ = {
@@ -2136,7 +2476,7 @@ def open_browser(session: Session, url: str, wanted: bool) -> Optional[str]:
 def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
     """What opens a URL here; or nothing, and why."""
     named = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
-    if {os.path.basename(part.split()[0]) for part in named} & TERMINAL_BROWSERS:
+    if {os.path.basename(part.split()[0]) for part in named} & TEXT_BROWSERS:
         return [], "BROWSER is a text browser, which cannot show OpenAI's page"
     if not named and ("WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ):
         import shutil
@@ -2160,18 +2500,23 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
 # Commands: settings in, exit code out
 # ---------------------------------------------------------------------------------------------
 
+SHOWN_MODELS = 10  # in `status`, one a line
+
 
 def describe(session: Session) -> Tuple[Fields, int]:
-    """What `status --json` prints, and its exit code. Offline; holds no secret."""
+    """What `status --json` prints, and its exit code. Offline; holds no secret.
+
+    `problem` is still the OAuthError: who tells it knows how a command is typed there.
+    """
     settings, store = session.settings, session.store
     trouble: Optional[OAuthError] = None
     tokens = names = None
     try:
         tokens = session.tokens()
-        session.require_renewable(tokens)
+        session.require_refreshable(tokens)
     except OAuthError as error:
         trouble = error
-    usable = tokens is not None and (trouble is None or tokens.outlives(0, unknown=True))
+    usable = tokens is not None and (trouble is None or tokens.valid_for(0))
     code = trouble.exit_code if trouble and not usable else 0
     try:
         names = registered_models(session)
@@ -2185,7 +2530,8 @@ def describe(session: Session) -> Tuple[Fields, int]:
         source = "api" if who.api_key else "codex"
     return {
         "authenticated": usable,
-        **dict(identity(who), account_id=who.account_id),
+        **identity(who),
+        "account_id": who.account_id,
         "has_api_key": bool(who.api_key),
         "has_refresh_token": bool(who.refresh_token),
         "access_token_expires_at": None if expiry is None else timestamp(expiry),
@@ -2196,53 +2542,56 @@ def describe(session: Session) -> Tuple[Fields, int]:
         "model_source": source,
         "issuer": who.issuer,
         "client_id": who.client_id,
-        "problem": f"{trouble}; {trouble.hint}" if trouble else None,
+        "problem": trouble,
     }, code
 
 
-SHOWN_MODELS = 10  # in `status`, one a line
+def sentence(error: Optional[OAuthError], typed: str) -> Optional[str]:
+    """`error` with its next step, whose command is typed as `typed`; None where there is none."""
+    if not error:
+        return None
+    step = f"{error.hint}: {typed}" if error.command else error.hint
+    return f"{error}; {step}" if step else str(error)
 
 
-def status_lines(facts: Fields) -> List[str]:
+def status_lines(facts: Fields, problem: str) -> List[str]:
     """`facts`, as `describe` gives them, for people; the first two as the setup guide has them."""
-    good, expiry = facts["authenticated"], facts["access_token_expires_at"]
-    lines = ["ChatGPT OAuth: " + ("Authenticated" if good else "Not authenticated")]
+    expiry = facts["access_token_expires_at"]
+    lines = [
+        "ChatGPT OAuth: " + ("Authenticated" if facts["authenticated"] else "Not authenticated")
+    ]
     rows: List[Tuple[str, str]] = []
-    if good or expiry or facts["email"]:
+    if facts["authenticated"] or expiry or facts["email"]:
         lines.append(
             "API key available" if facts["has_api_key"] else f"No API key; {ORGANIZATION_HINT}"
         )
-        life = life_left(expiry) if expiry else "expiry unknown"
-        if not facts["problem"]:
-            late = life.startswith("expired")
-            life += ", refreshed on next use" if late else ", auto-refreshed"
         rows = [
             ("Account", facts["email"] or "unknown"),
             ("Plan", facts["plan"] or "unknown"),
-            ("Access token", life),
+            ("Access token", format_expiry(expiry, refreshable=not problem)),
         ]
-    if facts["problem"]:
-        missing = facts["problem"].startswith("not signed in")
-        lines.append(
-            "To sign in, run: chatgpt_oauth.py auth" if missing else f"Problem: {facts['problem']}"
-        )
+    lines += [problem] if problem else []
     names = facts["models"]
-    listed = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
+    shown = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
     if names and len(names) > SHOWN_MODELS:
-        listed.append(f"and {len(names) - SHOWN_MODELS} more: chatgpt_oauth.py status --json")
-    rows += [("Models" if name is listed[0] else "", name) for name in listed]
+        shown.append(f"and {len(names) - SHOWN_MODELS} more")
+    rows += zip(["Models"] + [""] * len(shown), shown)
     rows += [("Token file", facts["token_file"]), ("Models file", facts["models_file"])]
     return [*lines, "", *(f"{label + ':' if label else '':14}{text}" for label, text in rows)]
 
 
-def life_left(when: str) -> str:
-    """An expiry as `timestamp` writes it, as people say it, and itself."""
+def format_expiry(when: Optional[str], refreshable: bool) -> str:
+    """An expiry as `timestamp` writes it, as people say it, and itself; None is unknown."""
+    if when is None:
+        return "expiry unknown" + (", auto-refreshed" if refreshable else "")
     seconds = int((parse_timestamp(when) or 0.0) - time.time())
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
     count = abs(seconds) // size
     words = f"{count} {unit}{'' if count == 1 else 's'}"
-    return f"expires in {words} ({when})" if seconds >= 0 else f"expired {words} ago ({when})"
+    if seconds >= 0:
+        return f"expires in {words} ({when})" + (", auto-refreshed" if refreshable else "")
+    return f"expired {words} ago ({when})" + (", refreshed on next use" if refreshable else "")
 
 
 def sign_in(
@@ -2250,16 +2599,24 @@ def sign_in(
 ) -> Dict[str, Any]:
     """Sign in, obtain the API key, import the models; returns what `status --json` prints.
 
-    `device`: with a device code; `open_browser`: False only shows the address (as a logged
-    warning); `timeout`: in seconds, default `callback_timeout`. Raises OAuthError.
+    `device`: with a device code; `open_browser`: False only shows the URL (as a logged warning);
+    `timeout`: in seconds, default `callback_timeout`. Raises OAuthError.
     """
     session = Session()
-    options = parse("auth", [], "")
     if timeout is not None:
-        timeout = checked("timeout", timeout, _SECONDS)
-    vars(options).update(device=device, no_browser=not open_browser, timeout=timeout)
-    command_auth(session, options, reading=False)
-    return describe(session)[0]
+        timeout = _SECONDS.check("timeout", timeout)
+    models = ModelFilter(session.settings)
+    session.prepare()
+    if device:
+        sign_in_with_device(session, models, timeout)
+    else:
+        BrowserSignIn(session, models, timeout, open_browser).run()
+    facts = describe(session)[0]
+    problem = facts["problem"]
+    return {
+        **facts,
+        "problem": sentence(problem, problem and f"chatgpt_oauth.py {problem.command}"),
+    }
 
 
 def sign_out(*, revoke: bool = True) -> None:
@@ -2267,73 +2624,109 @@ def sign_out(*, revoke: bool = True) -> None:
     end_sign_in(Session(), revoke)
 
 
-def command_auth(session: Session, options: Namespace, reading: bool = True) -> None:
-    """Sign in; `reading` allows pasting into standard input."""
-    session.store.prepare()
+def sign_in_as_told(session: Session, options: Namespace, reading: bool) -> None:
+    """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
+    models = ModelFilter(session.settings, options.include, options.exclude, options.source)
+    session.prepare()
     if options.device:
-        sign_in_with_device(session, Choice(session.settings, options), options.timeout)
+        sign_in_with_device(session, models, options.timeout)
     else:
-        BrowserSignIn(session, options).run(reading)
+        browser = not options.no_browser
+        BrowserSignIn(session, models, options.timeout, browser, reading).run()
+
+
+def command_auth(session: Session, options: Namespace) -> None:
+    """Sign in, and say what can be done then."""
+    sign_in_as_told(session, options, reading=True)
+    if session.tokens().api_key:
+        shell = SHELLS[find_shell(session.settings, "auto")]
+        line = shell.profile.format(f"{program_name()} env")
+        session.notify("info", f"To use the API key in this shell: {line}")
+    else:
+        session.notify("info", "To get an access token, run", "token")
 
 
 def command_status(session: Session, options: Namespace) -> int:
     """Say who is signed in."""
     facts, code = describe(session)
+    error = facts["problem"]
+    typed = f"{program_name()} {error.command}" if error else ""
     if options.json:
-        problem = facts["problem"] and as_started(facts["problem"])
-        print(json.dumps({**facts, "problem": problem}, indent=2))
-    else:
-        print("\n".join(printable(as_started(line)) for line in status_lines(facts)))
+        print(json.dumps({**facts, "problem": sentence(error, typed)}, indent=2))
+        return code
+    print("\n".join(map(printable, status_lines(facts, problem_line(error, typed)))))
     return code
+
+
+def problem_line(error: Optional[OAuthError], typed: str) -> str:
+    """What `status` says of a problem; that nobody is signed in is none, but has a next step."""
+    if isinstance(error, NotSignedInError):
+        return f"To sign in, run: {typed}"
+    return f"Problem: {sentence(error, typed)}" if error else ""
 
 
 def command_models(session: Session, options: Namespace) -> None:
     """List, filter and import the account's models."""
-    source, names = import_models(
-        session, Choice(session.settings, options), keep=not options.dry_run
-    )
-    facts = {"model_source": source, "models": names}
-    text = json.dumps(facts, indent=2) if options.json else "\n".join(names)
-    if text:
-        print(text)
+    include = ["*"] if options.all else options.include
+    models = ModelFilter(session.settings, include, options.exclude, options.source)
+    if options.dry_run:
+        source, entries, _ = find_models(session, models)
+        names = list(entries)
+    else:
+        source, names = import_models(session, models)
+    if options.json:
+        print(json.dumps({"model_source": source, "models": names}, indent=2))
+    elif names:
+        print("\n".join(names))
 
 
-def command_env(session: Session, options: Namespace) -> None:
+def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account id."""
     shell = find_shell(session.settings, options.shell)
-    usual, account = session.settings.api_key_env_var, "CHATGPT_OAUTH_ACCOUNT_ID"
-    usual = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else usual
-    name = checked(
-        "--name", usual if options.name is None else options.name, _RULES["api_key_env_var"]
-    )
+    account = "CHATGPT_OAUTH_ACCOUNT_ID"
+    name = options.name
+    if name is None:
+        key = session.settings.api_key_env_var
+        name = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else key
+    name = RULES["api_key_env_var"].check("--name", name)
     if name == account:
         raise UsageError(f"--name cannot be {account}", "choose another name")
-    names = [name, account] if options.access_token else [name]
-    values: List[Optional[str]] = [None, None]
+    variables: Dict[str, Optional[str]] = {name: None}
+    if options.access_token:
+        variables[account] = None
     if not options.unset:
         try:
-            tokens = session.fresh() if options.access_token else session.tokens()
-        except NotSignedInError as error:  # each new shell of somebody signed out says it: one line
-            raise NotSignedInError(f"{error}; {error.hint}") from None
-        both = [tokens.access_token, tokens.account_id]
-        values = both if options.access_token else [tokens.api_key]
-        if not values[0]:
-            raise OAuthError(
-                NO_API_KEY,
-                f"{ORGANIZATION_HINT}; to do without, run: chatgpt_oauth.py env --access-token",
-            )
-    print(shell_code(shell, dict(zip(names, values))))
+            variables = dict(zip(variables, exported_values(session, options.access_token)))
+        except NotSignedInError as error:  # each new shell says it: in one line
+            session.notify("error", f"{error}; {error.hint}", error.command)
+            return error.exit_code
+    print(shell_code(shell, variables))
+    return 0
+
+
+def exported_values(session: Session, access_token: bool) -> List[Optional[str]]:
+    """The API key; or a valid access token and the account id. Raises OAuthError."""
+    if access_token:
+        tokens = session.valid_tokens()
+        return [tokens.access_token, tokens.account_id]
+    api_key = session.tokens().api_key
+    if not api_key:
+        hint = f"{ORGANIZATION_HINT} and sign in again; to do without, run"
+        raise OAuthError(NO_API_KEY, hint, "env --access-token")
+    return [api_key]
 
 
 def command_token(session: Session, options: Namespace) -> None:
     """Print an access token that is valid now, or the API key."""
     if options.api_key and options.refresh:
         raise UsageError("--refresh and --api-key cannot be used together", "leave one of them out")
-    tokens = session.tokens() if options.api_key else session.fresh(options.refresh)
-    value = tokens.api_key if options.api_key else tokens.access_token
-    if not value:
-        raise OAuthError(NO_API_KEY, ORGANIZATION_HINT)
-    print(value)
+    if not options.api_key:
+        print(session.valid_tokens(options.refresh).access_token)
+        return
+    api_key = session.tokens().api_key
+    if not api_key:
+        raise no_api_key()
+    print(api_key)
 
 
 def command_logout(session: Session, options: Namespace) -> None:
@@ -2346,49 +2739,61 @@ def command_logout(session: Session, options: Namespace) -> None:
 # Code Puppy: the same commands through its plugin interface (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
 
-PUPPY_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
+MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
-PUPPY_COMMANDS = {
+PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
 }
 
 
-class Puppy:
+class CodePuppyPlugin:
     """Stands between Code Puppy and the commands: nothing comes out but messages."""
 
     def __init__(self) -> None:
         self.inherited: Dict[str, List[Any]] = {"custom_command": [], "custom_command_help": []}
         self.exported: Optional[str] = None
 
-    def notify(self, kind: str, *lines: str) -> None:
-        """Say `lines` through the host's emitters (kinds as in Terminal.notify)."""
+    def typed(self, command: str) -> str:
+        """A command as it is typed in the host, where it has one, else in a shell."""
+        name = "chatgpt-" + command.partition(" ")[0]
+        if name in PLUGIN_COMMANDS:
+            return f"/chatgpt-{command}"
+        import shlex
+
+        return f"python3 {shlex.quote(__file__)} {command}"
+
+    def notify(self, kind: str, text: str, command: str = "") -> None:
+        """Say `text` through the host's emitters (kinds as in Terminal.notify)."""
         from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
 
-        text = "\n".join(printable(line, 5000) for line in lines)
-        text = re.sub(r"(?m)^To (use|get) .*", "To use one of the models: /model NAME", text)
-        text = re.sub(r"chatgpt_oauth\.py (auth|status|logout)\b", r"/chatgpt-\1", text)
-        text = text.replace("chatgpt_oauth.py ", f"python3 {__file__} ")
         if kind == "countdown":  # it would be a message a second
             return
+        if kind == "command":
+            text = "    " + self.typed(text)
+        elif command:
+            text = f"{text}: {self.typed(command)}"
+        text = "\n".join(printable(line, 5000) for line in text.splitlines())
         if kind == "verbatim":  # the emitters would break it into lines
             print(f"\n{text}\n", flush=True)
             return
         from rich.text import Text  # type: ignore[import-not-found, unused-ignore]
 
+        if kind == "hint":
+            text = f"hint: {text}"
         name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
         getattr(messaging, "emit_" + name)(Text(text))  # plain strings would be read as markup
-        time.sleep(PUPPY_PAUSE)
+        time.sleep(MESSAGE_PAUSE)
 
     def on_help(self) -> List[Tuple[str, str]]:
         """Our commands, and those of the built-in plugin that are not ours."""
         entries = [entry for old in self.inherited["custom_command_help"] for entry in old() or []]
-        return [*PUPPY_COMMANDS.items(), *(e for e in entries if e[0] not in PUPPY_COMMANDS)]
+        return [*PLUGIN_COMMANDS.items(), *(e for e in entries if e[0] not in PLUGIN_COMMANDS)]
 
     def on_command(self, command: str, name: str) -> Any:
         """Carry out one of our commands; hand on what is not ours."""
-        if name not in PUPPY_COMMANDS:
+        if name not in PLUGIN_COMMANDS:
             answers = (old(command=command, name=name) for old in self.inherited["custom_command"])
             return next((answer for answer in answers if answer is not None), None)
         import io
@@ -2404,13 +2809,11 @@ class Puppy:
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
                 self._run(name[len("chatgpt-") :], command, said)
         except OAuthError as error:
-            self.notify("error", str(error))
-            if error.hint:
-                self.notify("info", f"hint: {error.hint}")
+            tell_error(self.notify, error)
         except KeyboardInterrupt:
             self.notify("warning", "Interrupted.")
         except SystemExit:  # --help
-            self.notify("info", *said.getvalue().splitlines())
+            self.notify("info", said.getvalue())
         return True
 
     def _run(self, name: str, command: str, said: Any) -> None:
@@ -2438,8 +2841,13 @@ class Puppy:
 
     def _status(self, session: Session, options: Namespace) -> None:
         facts = describe(session)[0]
-        whole = json.dumps(facts, indent=2).splitlines()
-        self.notify("info", *(whole if options.json else status_lines(facts)))
+        error = facts["problem"]
+        typed = self.typed(error.command) if error else ""
+        if options.json:
+            facts["problem"] = sentence(error, typed)
+            self.notify("info", json.dumps(facts, indent=2))
+        else:
+            self.notify("info", "\n".join(status_lines(facts, problem_line(error, typed))))
         from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
 
         tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
@@ -2454,20 +2862,26 @@ class Puppy:
             )
 
             options.no_browser = options.no_browser or should_suppress_browser()
-        if options.device or not pasted:
-            command_auth(session, options, sys.stdin is not None and sys.stdin.isatty())
-            return
-        attempt = BrowserSignIn.latest
-        if not attempt:
-            raise UsageError(
-                "no sign-in is in progress", "to start one, run: chatgpt_oauth.py auth"
-            )
+        if pasted and not options.device:
+            self._redeem_pasted(session, options, pasted[0])
+        else:
+            reading = sys.stdin is not None and sys.stdin.isatty()
+            sign_in_as_told(session, options, reading)
+        self.notify("info", "To use one of the models: /model NAME")
+
+    def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
+        """Finish a sign-in that was broken off, with the URL that its browser ended on."""
+        request = BrowserSignIn.latest
+        if not request:
+            raise UsageError("no sign-in is in progress", "to start one, run", "auth")
+        callback = Callback(request, [])
         try:
-            response = attempt.pasted(pasted[0])
+            callback.paste(url)
         except ValueError as error:
             raise UsageError(f"that URL does not work: {error}") from None
         BrowserSignIn.latest = None
-        BrowserSignIn(session, options).redeem(response, Listener([], attempt, None))
+        models = ModelFilter(session.settings, options.include, options.exclude, options.source)
+        redeem(session, models, callback)
 
     def export(self) -> None:
         """Give the host the API key, which it looks for in the environment."""
@@ -2486,34 +2900,33 @@ class Puppy:
                 if theirs and getattr(callback, "__self__", None) is not self:
                     callbacks.unregister_callback(phase, callback)
                     inherited.append(callback)
-
-        def token(**options: bool) -> Optional[str]:
-            try:
-                return get_access_token(**options)
-            except OAuthError as error:
-                self.notify("warning", str(error))
-                return None
-
         ours = {
-            "get_valid_access_token": token,
-            "refresh_access_token": lambda: token(refresh=True),
+            "get_valid_access_token": self._access_token,
+            "refresh_access_token": lambda: self._access_token(refresh=True),
         }
         for name, module in list(sys.modules.items()):
             if name.startswith(BUILTIN):
                 vars(module).update({k: f for k, f in ours.items() if hasattr(module, k)})
+
+    def _access_token(self, **options: bool) -> Optional[str]:
+        try:
+            return get_access_token(**options)
+        except OAuthError as error:
+            self.notify("warning", str(error))
+            return None
 
 
 def register_callbacks() -> None:
     """Put the three commands into the running Code Puppy, in place of the built-in plugin's."""
     from code_puppy import callbacks  # type: ignore[import-not-found, unused-ignore]
 
-    puppy = Puppy()
+    plugin = CodePuppyPlugin()
     for step in (
-        lambda: callbacks.register_callback("custom_command", puppy.on_command),
-        lambda: callbacks.register_callback("custom_command_help", puppy.on_help),
-        lambda: callbacks.register_callback("startup", puppy.take_over),
-        puppy.take_over,
-        puppy.export,
+        lambda: callbacks.register_callback("custom_command", plugin.on_command),
+        lambda: callbacks.register_callback("custom_command_help", plugin.on_help),
+        lambda: callbacks.register_callback("startup", plugin.take_over),
+        plugin.take_over,
+        plugin.export,
     ):
         try:
             step()
@@ -2534,179 +2947,206 @@ def is_plugin() -> bool:
 # main
 # ---------------------------------------------------------------------------------------------
 
-_FLAG: Fields = {"action": "store_true", "default": False}
-_GLOBS: Fields = {"action": "append", "metavar": "GLOB"}
+
+FLAG: Fields = {"action": "store_true", "default": False}
+REPEATABLE: Fields = {"action": "append", "metavar": "GLOB"}
 OPTIONS: Dict[str, Tuple[str, Fields]] = {
-    "--device": ("sign in with a one-time code, in a browser on any machine", _FLAG),
-    "--no-browser": ("print the URL instead of opening a browser", _FLAG),
+    "--device": ("sign in with a one-time code, in a browser on any machine", FLAG),
+    "--no-browser": ("print the URL instead of opening a browser", FLAG),
     "--timeout": (
         "how long to wait (default: 120; with --device: 900)",
-        {"metavar": "SECONDS", "type": lambda text: checked("--timeout", text, _SECONDS)},
+        {"metavar": "SECONDS", "type": lambda text: _SECONDS.check("--timeout", text)},
     ),
-    "--include": ("import models that match, instead of the defaults (repeatable)", _GLOBS),
-    "--exclude": ("skip models that match (repeatable)", _GLOBS),
+    "--include": ("import models that match, instead of the defaults (repeatable)", REPEATABLE),
+    "--exclude": ("skip models that match (repeatable)", REPEATABLE),
     "--source": (
         "api (billed to the API account), codex (covered by the plan) or auto",
-        {
-            "metavar": "SOURCE",
-            "type": lambda text: checked("--source", text, _RULES["model_source"]),
-        },
+        {"metavar": "SOURCE", "type": lambda text: RULES["model_source"].check("--source", text)},
     ),
-    "--all": ("import every model", _FLAG),
-    "--dry-run": ("print the models without importing them", _FLAG),
-    "--json": ("output as JSON", _FLAG),
+    "--all": ("import every model", FLAG),
+    "--dry-run": ("print the models without importing them", FLAG),
+    "--json": ("output as JSON", FLAG),
     "--shell": (
         "sh (also bash, zsh, ksh, dash), fish, csh (also tcsh), powershell, cmd, dotenv, json "
         "or auto (default: from $SHELL)",
         {"metavar": "NAME", "default": "auto"},
     ),
     "--name": ("variable to set (default: CHATGPT_OAUTH_API_KEY)", {"metavar": "VAR"}),
-    "--access-token": ("export the access token and account ID instead", _FLAG),
-    "--unset": ("print code that unsets the variables", _FLAG),
-    "--refresh": ("refresh it first, even if it is still valid", _FLAG),
-    "--api-key": ("print the API key instead", _FLAG),
-    "--local": ("do not revoke the tokens at OpenAI", _FLAG),
+    "--access-token": ("export the access token and account ID instead", FLAG),
+    "--unset": ("print code that unsets the variables", FLAG),
+    "--refresh": ("refresh it first, even if it is still valid", FLAG),
+    "--api-key": ("print the API key instead", FLAG),
+    "--local": ("do not revoke the tokens at OpenAI", FLAG),
 }
-# command: what runs it, what it does, an example (with its -h), its options
-COMMANDS: Dict[str, Tuple[Callable[..., Optional[int]], str, str, str]] = {
-    "auth": (
+
+
+class Command:
+    """A command: what runs it, what it does, its options, and examples with {0} for its name."""
+
+    def __init__(
+        self, run: Callable[..., Optional[int]], summary: str, options: str, *examples: str
+    ) -> None:
+        self.run, self.summary, self.examples = run, summary, examples
+        self.options = {flag: OPTIONS[flag] for flag in options.split()}
+
+
+COMMANDS = {
+    "auth": Command(
         command_auth,
         "sign in with ChatGPT and import its models",
-        "chatgpt_oauth.py auth\n  chatgpt_oauth.py auth --device",
         "--device --no-browser --timeout --include --exclude --source",
+        "{0}",
+        "{0} --device",
     ),
-    "status": (
+    "status": Command(
         command_status,
         "show the account, the API key and the imported models",
-        "chatgpt_oauth.py status\n  chatgpt_oauth.py status --json",
         "--json",
+        "{0}",
+        "{0} --json",
     ),
-    "models": (
+    "models": Command(
         command_models,
         "list the account's models and import them into Code Puppy",
-        "chatgpt_oauth.py models --all --dry-run\n"
-        "  chatgpt_oauth.py models --include 'gpt-5*' --exclude '*-mini'",
         "--include --exclude --all --source --dry-run --json",
+        "{0} --all --dry-run",
+        "{0} --include 'gpt-5*' --exclude '*-mini'",
     ),
-    "env": (
+    "env": Command(
         command_env,
         "print shell code that exports the API key",
-        "",
         "--shell --name --access-token --unset",
     ),
-    "token": (
+    "token": Command(
         command_token,
         "print a valid access token, refreshed if needed",
-        'curl -H "Authorization: Bearer $(chatgpt_oauth.py token)" https://...\n'
-        "  chatgpt_oauth.py token --api-key",
         "--refresh --api-key",
+        'curl -H "Authorization: Bearer $({0})" https://...',
+        "{0} --api-key",
     ),
-    "logout": (
+    "logout": Command(
         command_logout,
         "sign out and remove the tokens and imported models",
-        "chatgpt_oauth.py logout\n  chatgpt_oauth.py logout --local",
         "--local",
+        "{0}",
+        "{0} --local",
     ),
 }
+ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "status"}
 
 
 def parse(name: str, arguments: List[str], prog: str) -> Any:
-    """The options of the command `name`. Raises UsageError; -h ends in SystemExit."""
-    _, what, example, flags = COMMANDS[name]
-    options = {flag: OPTIONS[flag] for flag in flags.split()}
+    """The options of the command `name`, typed as `prog`. Raises UsageError; -h: SystemExit."""
+    command = COMMANDS[name]
     if not arguments:  # as scripts and shell profiles call: argparse would cost them its import
         import types
 
-        return types.SimpleNamespace(
-            **{
-                flag[2:].replace("-", "_"): details.get("default")
-                for flag, (_, details) in options.items()
-            }
-        )
+        defaults = {
+            flag[2:].replace("-", "_"): details.get("default")
+            for flag, (_, details) in command.options.items()
+        }
+        return types.SimpleNamespace(**defaults)
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            message = message.replace("unrecognized arguments", "unknown option or argument")
-            raise UsageError(message, f"to see the options, run: chatgpt_oauth.py {name} --help")
+            raise UsageError(message, "to see the options, run", f"{name} --help")
 
-    start, lines = prog, ["examples:", f"  {example}"]
-    if name == "env":
-        profiles = (f"  {shell}:\n    {row[3]}" for shell, row in SHELLS.items() if row[3])
-        lines = ["add one of these to your shell's profile:", *profiles]
-        path = os.path.abspath((sys.argv or [""])[0])
-        if program_name() == f"python3 {(sys.argv or [''])[0]}" and os.path.isfile(path):
-            start = f"python3 {path} env"  # a profile runs in any folder
+    summary = command.summary
     parser = Parser(
         prog=prog,
         usage=f"{prog} [options]",
-        description=f"{what[0].upper()}{what[1:]}.",
-        epilog="\n".join(lines).replace(f"chatgpt_oauth.py {name}", start),
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="\n".join(profile_help() if name == "env" else example_help(command, prog)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser._optionals.title = "options"  # "optional arguments" before Python 3.10
-    for flag, (explained, details) in options.items():
+    for flag, (explained, details) in command.options.items():
         parser.add_argument(flag, help=explained, **details)
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unknown option or argument: {' '.join(unknown)}")
+    return options
 
 
-USAGE = (
-    """
+def example_help(command: Command, prog: str) -> List[str]:
+    """The end of a command's --help."""
+    return ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
+
+
+def profile_help() -> List[str]:
+    """The end of `env --help`; a profile runs in any directory."""
+    lines = ["add one of these to your shell's profile:"]
+    for name, shell in SHELLS.items():
+        if shell.profile:
+            line = shell.profile.format(f"{program_name(absolute=True)} env --shell {name}")
+            lines += [f"  {name}:", f"    {line}"]
+    return lines
+
+
+USAGE = """\
+usage: {0} COMMAND [options]
+
+Sign in with ChatGPT and use it from the command line.
+
+commands:
+{1}
+
 options:
   -h, --help     show help (after a command: for that command)
   -V, --version  show the version
 
 examples:
-  chatgpt_oauth.py auth
-  eval "$(chatgpt_oauth.py env)"
-  chatgpt_oauth.py auth --device""",
-    """
+  {0} auth
+  eval "$({0} env)"
+  {0} auth --device"""
+USAGE_ENVIRONMENT = """
+
 environment:
   CHATGPT_OAUTH_<SETTING> overrides one setting of CHATGPT_OAUTH_CONFIG, at the
   top of the file, for one run: CHATGPT_OAUTH_CALLBACK_TIMEOUT=240
-  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE""",
-)
+  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE"""
 
 
-ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "status"}
+def usage() -> str:
+    """What the program prints without a command."""
+    commands = "\n".join(f"  {name:8}{command.summary}" for name, command in COMMANDS.items())
+    return USAGE.format(program_name(), commands)
+
+
+def unknown_command(name: str) -> UsageError:
+    """The error for a `name` that is no command, with the nearest one."""
+    from difflib import get_close_matches
+
+    kind = "option" if name.startswith("-") else "command"
+    near = get_close_matches(name, COMMANDS, 1)
+    if near:
+        return UsageError(f"unknown {kind}: {name}", "did you mean", near[0])
+    return UsageError(f"unknown {kind}: {name}", "to see the commands, run", "--help")
 
 
 def run(arguments: List[str], notify: Notify) -> int:
     """Do what the command line says; returns the exit code. Raises OAuthError."""
-    name = arguments[0] if arguments else ""
-    if name == "help":
+    if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
-        name = arguments[0]
-    name = ALIASES.get(name, name)
-    if name in ("", "-h", "--help"):
-        commands = (f"  {command:8}{row[1]}" for command, row in COMMANDS.items())
-        parts = (
-            "usage: chatgpt_oauth.py COMMAND [options]",
-            "",
-            "Sign in with ChatGPT and use it from the command line.",
-            "",
-            "commands:",
-            *commands,
-            *USAGE[: 1 + bool(name)],
-        )
-        print(as_started("\n".join(parts)), file=sys.stdout if name else sys.stderr)
-        return 0 if name else 2
+    if not arguments:
+        print(usage(), file=sys.stderr)
+        return UsageError.exit_code
+    name = ALIASES.get(arguments[0], arguments[0])
+    if name in ("-h", "--help"):
+        print(usage() + USAGE_ENVIRONMENT)
+        return 0
     if name in ("-V", "--version"):
         print(f"chatgpt_oauth {__version__}")
         return 0
     if name not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, COMMANDS, 1) or ["--help"]
-        hint = "did you mean" if near[0] in COMMANDS else "to see the commands, run"
-        kind = "option" if name.startswith("-") else "command"
-        raise UsageError(f"unknown {kind}: {name}", f"{hint}: chatgpt_oauth.py {near[0]}")
+        raise unknown_command(name)
     try:
         options = parse(name, arguments[1:], f"{program_name()} {name}")
     except SystemExit:  # after --help
         return 0
-    return COMMANDS[name][0](Session(notify=notify), options) or 0
+    return COMMANDS[name].run(Session(notify=notify), options) or 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -2722,12 +3162,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except OAuthError as error:
-        terminal.notify("error", str(error))
-        if error.hint:
-            terminal.notify("info", f"hint: {error.hint}")
+        tell_error(terminal.notify, error)
         return error.exit_code
     except KeyboardInterrupt:
-        terminal.notify("info", "Interrupted.")
+        terminal.interrupted()
         return 130
     except OSError as error:  # standard output is closed or full
         terminal.notify("error", f"cannot write to standard output: {error.strerror}")
@@ -2736,9 +3174,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         import traceback
 
         *_, (_, line) = traceback.walk_tb(error.__traceback__)  # the text could hold a secret
-        terminal.notify(
-            "error", f"internal error: {type(error).__name__} at line {line}; this is a bug"
-        )
+        name = type(error).__name__
+        terminal.notify("error", f"internal error: {name} at line {line}; this is a bug")
         return OAuthError.exit_code
 
 
