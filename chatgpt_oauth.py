@@ -764,7 +764,7 @@ def request_device_code(settings: Settings) -> DeviceCode:
 
 
 # ---------------------------------------------------------------------------------------------
-# Store: two files, and the lock under which they change
+# Store: the token file and the models file, each with the lock under which it changes
 # ---------------------------------------------------------------------------------------------
 
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
@@ -962,77 +962,61 @@ def _try_lock(descriptor: int) -> bool:
     return False
 
 
-class Store:
-    """The token file and the models file in `home`. Every method may raise StorageError."""
+class JsonFile:
+    """A JSON object in a file of `home`: read without a lock, changed under one, replaced at once.
 
-    def __init__(self, settings: Settings, notify: Notify) -> None:
+    Every method may raise StorageError.
+    """
+
+    limit = MODELS_LIMIT  # bytes
+    broken_hint = ("fix or delete the file, then try again", "")
+
+    def __init__(self, settings: Settings, notify: Notify, name: str) -> None:
         self.settings, self.notify = settings, notify
-        self.token_file = os.path.join(settings.home, "chatgpt_oauth.json")
-        self.models_file = os.path.join(settings.home, "chatgpt_models.json")
+        self.path = os.path.join(settings.home, name)
         self.reserved: Optional[Replacement] = None
 
-    def load_tokens(self) -> Optional[Tokens]:
-        """The stored sign-in, None when there is none."""
-        fields = self.read(self.token_file)
-        try:
-            return Tokens(fields) if fields.get("access_token") else None
-        except ValueError as error:
-            raise self._broken(self.token_file, str(error)) from None
-
-    def _broken(self, path: str, fault: str) -> StorageError:
-        if path == self.models_file:
-            return StorageError(f"{path}: {fault}", "fix or delete the file, then try again")
-        hint = "to start over (the file is kept as chatgpt_oauth.json.bad), run"
-        return StorageError(f"{path}: {fault}", hint, "auth")
-
-    def read(self, path: str) -> Fields:
-        """The JSON object in the file at `path`, {} where there is no file."""
+    def read(self) -> Fields:
+        """The JSON object, {} where there is no file."""
         deadline = time.monotonic() + REREAD_SECONDS
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # or a FIFO would keep us waiting
         while True:
             try:
-                with os.fdopen(os.open(path, flags), "rb") as file:
-                    self._check_file(path, file.fileno())
-                    value = json.loads(file.read(MODELS_LIMIT))
+                with os.fdopen(os.open(self.path, flags), "rb") as file:
+                    self._check(file.fileno())
+                    value = json.loads(file.read(self.limit))
                 if isinstance(value, dict):
                     return value
-                raise self._broken(path, "not a JSON object")
+                raise self.broken("not a JSON object")
             except FileNotFoundError:
                 return {}
             except OSError as error:
-                raise self._broken(path, f"cannot read: {error.strerror}") from None
+                raise self.broken(f"cannot read: {error.strerror}") from None
             except (ValueError, RecursionError):
                 if time.monotonic() > deadline:
-                    raise self._broken(path, "not valid JSON") from None
+                    raise self.broken("not valid JSON") from None
                 time.sleep(0.05)
 
-    def _check_file(self, path: str, descriptor: int) -> None:
-        """Refuse what is no plain file of ours; take others' access to the tokens away."""
+    def broken(self, fault: str) -> StorageError:
+        """The error of a file that is not what it should be."""
+        return StorageError(f"{self.path}: {fault}", *self.broken_hint)
+
+    def _check(self, descriptor: int) -> None:
+        """Refuse what is no plain file of a sane size."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise self._broken(path, "not a regular file")
-        limit = MEBIBYTE if path == self.token_file else MODELS_LIMIT
-        if facts.st_size > limit:
-            raise self._broken(path, f"larger than {limit // MEBIBYTE} MiB")
-        if path == self.models_file or sys.platform == "win32":
-            return
-        if os.geteuid() not in (0, facts.st_uid):
-            raise self._broken(path, f"owned by another user (uid {facts.st_uid})")
-        if facts.st_mode & 0o077:
-            # Where a chmod is refused or changes nothing, as on some mounts, be silent.
-            with contextlib.suppress(OSError):
-                os.fchmod(descriptor, 0o600)
-                if not os.fstat(descriptor).st_mode & 0o077:
-                    self.notify("warning", f"{path} was readable by other users; changed to 0600")
+            raise self.broken("not a regular file")
+        if facts.st_size > self.limit:
+            raise self.broken(f"larger than {self.limit // MEBIBYTE} MiB")
 
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
-        """Hold the lock that whoever writes in `home` holds, waiting `timeout` seconds at most.
+        """Hold the lock of all who change the file, waiting `timeout` seconds at most.
 
         What was reserved and not needed is gone when the lock is. Raises UnavailableError when
         another process holds it all that time.
         """
-        path = os.path.realpath(self.token_file) + ".lock"
+        path = os.path.realpath(self.path) + ".lock"
         try:
             os.makedirs(self.settings.home, mode=0o700, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -1064,50 +1048,74 @@ class Store:
             raise storage_error("lock", path, error) from None
 
     def reserve(self, size: int = 0) -> None:
-        """Make sure that a token file of `size` bytes and RESERVE more can be stored.
+        """Make sure that `size` bytes and RESERVE more can be stored.
 
         So a full disk shows itself while there is nothing to lose. The caller holds the lock;
         what is reserved serves the next `save`.
         """
         try:
-            self.reserved = Replacement(self.token_file)
+            self.reserved = Replacement(self.path)
             self.reserved.write(bytes(size + RESERVE))
         except OSError as error:
-            raise storage_error("write", self.token_file, error) from None
+            raise storage_error("write", self.path, error) from None
 
-    def save(self, fields: Fields) -> None:
-        """Store `fields` as the token file. The caller holds the lock."""
-        self._commit(self.token_file, fields, self.reserved)
-
-    def save_models(self, entries: Fields) -> None:
-        """Store `entries` as the models file. The caller holds the lock."""
-        self._commit(self.models_file, entries, None)
-
-    def _commit(self, path: str, value: Fields, reserved: Optional[Replacement]) -> None:
+    def save(self, value: Fields) -> None:
+        """Put `value` in the place of what is there. The caller holds the lock."""
         data = encode(value)
         try:
-            replacement = reserved or Replacement(path)
+            replacement = self.reserved or Replacement(self.path)
             try:
                 replacement.commit(data)
             finally:
                 replacement.close()
         except OSError as error:
-            raise storage_error("write", path, error) from None
+            raise storage_error("write", self.path, error) from None
+
+
+class TokenFile(JsonFile):
+    """The sign-in: private, and of this user alone."""
+
+    limit = MEBIBYTE
+    broken_hint = ("to start over (the file is kept beside it as .bad), run", "auth")
+
+    def load(self) -> Optional[Tokens]:
+        """The stored sign-in, None when there is none."""
+        fields = self.read()
+        try:
+            return Tokens(fields) if fields.get("access_token") else None
+        except ValueError as error:
+            raise self.broken(str(error)) from None
+
+    def _check(self, descriptor: int) -> None:
+        """Refuse another user's file, too; take others' access to ours away."""
+        super()._check(descriptor)
+        if sys.platform == "win32":
+            return
+        facts = os.fstat(descriptor)
+        if os.geteuid() not in (0, facts.st_uid):
+            raise self.broken(f"owned by another user (uid {facts.st_uid})")
+        if facts.st_mode & 0o077:
+            # Where a chmod is refused or changes nothing, as on some mounts, be silent.
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o600)
+                if not os.fstat(descriptor).st_mode & 0o077:
+                    text = f"{self.path} was readable by other users; changed to 0600"
+                    self.notify("warning", text)
 
     def set_aside(self) -> str:
-        """Rename a broken token file; returns its new path. The caller holds the lock."""
-        path = os.path.realpath(self.token_file)
+        """Rename a broken file; returns its new path. The caller holds the lock."""
+        path = os.path.realpath(self.path)
         try:
             os.replace(path, path + ".bad")
         except OSError as error:
             raise storage_error("remove", path, error) from None
         return path + ".bad"
 
-    def remove_tokens(self) -> None:
-        """Remove the token file and whatever was kept beside it. The caller holds the lock."""
-        path = os.path.realpath(self.token_file)
+    def remove(self) -> None:
+        """Remove the file and whatever was kept beside it. The caller holds the lock."""
+        path = os.path.realpath(self.path)
         try:
-            for name in (self.token_file, path, path + ".tmp", path + ".bad"):
+            for name in (self.path, path, path + ".tmp", path + ".bad"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
         except OSError as error:
@@ -1139,19 +1147,20 @@ class Session:
 
     def __init__(self, settings: Optional[Settings] = None, notify: Notify = to_log) -> None:
         self.settings, self.notify = settings or Settings(), notify
-        self.store = Store(self.settings, self.notify)
+        self.token_file = TokenFile(self.settings, notify, "chatgpt_oauth.json")
+        self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
 
     def tokens(self) -> Tokens:
         """The stored tokens as they are. Raises NotSignedInError."""
-        tokens = self.store.load_tokens()
+        tokens = self.token_file.load()
         if tokens is None:
             raise NotSignedInError
         return tokens
 
     def prepare(self) -> None:
         """Make sure that tokens can be stored, before anybody goes to fetch them."""
-        with self.store.lock():
-            self.store.reserve()
+        with self.token_file.lock():
+            self.token_file.reserve()
 
     def valid_tokens(self, refresh: bool = False) -> Tokens:
         """Tokens whose access token is valid for REFRESH_MARGIN seconds (`refresh`: a new one).
@@ -1174,14 +1183,14 @@ class Session:
 
     def _refreshed(self, old: Tokens, retry: bool) -> Tokens:
         """Newer tokens than `old`: another process's, or else our own refresh's."""
-        with self.store.lock():
+        with self.token_file.lock():
             tokens = self.tokens()
             replaced = tokens.access_token != old.access_token
             if replaced and tokens.valid_for(REFRESH_MARGIN):
                 return tokens
             self.require_refreshable(tokens)
             # The refresh token is good for one use: have a place for its successor first.
-            self.store.reserve(len(encode(tokens.fields)))
+            self.token_file.reserve(len(encode(tokens.fields)))
             return self._refresh_with_retry(tokens, retry)
 
     def require_refreshable(self, tokens: Tokens) -> None:
@@ -1233,13 +1242,13 @@ class Session:
             raise ended or OAuthError("another process changed the stored tokens", "try again")
         if ended:
             mark = {"reason": ended.reason, "refresh_token_sha256": old.fingerprint()}
-            self.store.save({**current.fields, "ended": mark})
+            self.token_file.save({**current.fields, "ended": mark})
             raise ended
         require_account(response, old.account_id)
         fields = merged(current.fields, response)
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = response["access_token"]  # no API key: see Tokens
-        self.store.save(fields)
+        self.token_file.save(fields)
         return Tokens(fields)
 
 
@@ -1767,27 +1776,27 @@ def is_ours(settings: Settings, name: str, entry: object) -> bool:
 
 def registered_models(session: Session) -> List[str]:
     """The names of our entries in the models file."""
-    entries = session.store.read(session.store.models_file)
+    entries = session.models_file.read()
     return [name for name, entry in entries.items() if is_ours(session.settings, name, entry)]
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     """Put `entries` in the place of ours in the models file; returns the names that got there.
 
-    The caller holds the lock. An entry of another program with the same name stays.
+    An entry of another program with the same name stays.
     """
-    settings, store = session.settings, session.store
-    before = store.read(store.models_file)
-    after = {k: entry for k, entry in before.items() if not is_ours(settings, k, entry)}
-    names = [name for name in entries if name not in after]
-    for name in sorted(set(entries) - set(names)):
-        session.notify(
-            "warning", f"kept the existing entry {name}, which was added by another program"
-        )
-    after.update((name, entries[name]) for name in names)
-    if after != before:
-        store.save_models(after)
-    return names
+    with session.models_file.lock():
+        before = session.models_file.read()
+        after = {k: v for k, v in before.items() if not is_ours(session.settings, k, v)}
+        names = [name for name in entries if name not in after]
+        for name in sorted(set(entries) - set(names)):
+            session.notify(
+                "warning", f"kept the existing entry {name}, which was added by another program"
+            )
+        after.update((name, entries[name]) for name in names)
+        if after != before:
+            session.models_file.save(after)
+        return names
 
 
 def model_entry(settings: Settings, source: str, model: str, length: int) -> Fields:
@@ -1833,7 +1842,7 @@ def import_models(session: Session, models: ModelFilter) -> Tuple[str, List[str]
     """
     tokens = session.tokens()
     source, entries, count = find_models(session, models)
-    with session.store.lock():
+    with session.token_file.lock():
         if not tokens.same_account(session.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
         names = register_models(session, entries)
@@ -1866,13 +1875,13 @@ def exchange_and_store(
 
     The same account keeps, for now, its API key.
     """
-    settings, store = session.settings, session.store
+    settings = session.settings
     response = exchange_code(settings, code, verifier, redirect_uri)
     fields = merged({"issuer": settings.issuer, "client_id": settings.client_id}, response)
     tokens = Tokens(fields)
     if tokens.account_id:
         fields["account_id"] = tokens.account_id
-    with store.lock():
+    with session.token_file.lock():
         old = _replaced_tokens(session)
         if old and tokens.same_account(old):
             renewed = {*SECRET_KEYS, "ended", "expires_at"}
@@ -1880,16 +1889,16 @@ def exchange_and_store(
             if old.api_key:
                 kept["api_key"] = old.api_key
             fields = {**kept, **fields}
-        store.save(fields)
+        session.token_file.save(fields)
     return old
 
 
 def _replaced_tokens(session: Session) -> Optional[Tokens]:
     """The sign-in that a new one replaces; a broken token file is kept beside it."""
     try:
-        return session.store.load_tokens()
+        return session.token_file.load()
     except StorageError as error:
-        session.notify("warning", f"{error}; moved to {session.store.set_aside()}")
+        session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
         return None
 
 
@@ -1916,7 +1925,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
         who = identity(old)["email"] or "the previous account"
         session.notify("info", f"Signed out of {who}")
         revoke_or_warn(session, old)
-    session.notify("info", f"Tokens saved in {session.store.token_file}")
+    session.notify("info", f"Tokens saved in {session.token_file.path}")
 
 
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
@@ -1958,13 +1967,13 @@ def api_key_refused(settings: Settings, api_key: str) -> bool:
 
 def _store_api_key(session: Session, tokens: Tokens, api_key: Optional[str]) -> None:
     """Store `api_key`, or with None that there is none, unless the account has changed."""
-    with session.store.lock():
-        current = session.store.load_tokens()
+    with session.token_file.lock():
+        current = session.token_file.load()
         if current and tokens.same_account(current):
             fields = {k: value for k, value in current.fields.items() if k != "api_key"}
             if api_key:
                 fields["api_key"] = api_key
-            session.store.save(fields)
+            session.token_file.save(fields)
 
 
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
@@ -2275,20 +2284,20 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 
     A broken token file is removed too; a broken models file raises, after that.
     """
-    store = session.store
+    token_file = session.token_file
     with contextlib.suppress(StorageError):
-        if not os.path.lexists(store.token_file) and not registered_models(session):
+        if not os.path.lexists(token_file.path) and not registered_models(session):
             return False
-    with store.lock():
+    with token_file.lock():
         tokens = None
         try:
-            tokens = store.load_tokens()
+            tokens = token_file.load()
         except StorageError as error:
             session.notify("warning", f"{error}; removing it anyway")
         if tokens and revoking:
             revoke_or_warn(session, tokens)
         try:
-            store.remove_tokens()
+            token_file.remove()
         finally:
             register_models(session, {})
     who = identity(tokens)["email"] if tokens else None
@@ -2508,7 +2517,7 @@ def describe(session: Session) -> Tuple[Fields, int]:
 
     `problem` is still the OAuthError: who tells it knows how a command is typed there.
     """
-    settings, store = session.settings, session.store
+    settings = session.settings
     trouble: Optional[OAuthError] = None
     tokens = names = None
     try:
@@ -2537,8 +2546,8 @@ def describe(session: Session) -> Tuple[Fields, int]:
         "access_token_expires_at": None if expiry is None else timestamp(expiry),
         "last_refresh": None if refreshed is None else timestamp(refreshed),
         "models": names,
-        "token_file": store.token_file,
-        "models_file": store.models_file,
+        "token_file": session.token_file.path,
+        "models_file": session.models_file.path,
         "model_source": source,
         "issuer": who.issuer,
         "client_id": who.client_id,
@@ -2850,7 +2859,7 @@ class CodePuppyPlugin:
             self.notify("info", "\n".join(status_lines(facts, problem_line(error, typed))))
         from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
 
-        tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var.lower()
+        tokens, variable = session.token_file.load(), session.settings.api_key_env_var.lower()
         stored = getattr(config, "get_value", lambda _: None)(variable)
         if stored and (tokens is None or stored != tokens.api_key):
             self.notify("warning", f"the Code Puppy setting {variable} overrides this API key")
@@ -2886,7 +2895,7 @@ class CodePuppyPlugin:
     def export(self) -> None:
         """Give the host the API key, which it looks for in the environment."""
         session = Session(notify=self.notify)
-        tokens, variable = session.store.load_tokens(), session.settings.api_key_env_var
+        tokens, variable = session.token_file.load(), session.settings.api_key_env_var
         if tokens and tokens.api_key and os.environ.get(variable) in (None, "", self.exported):
             self.exported = os.environ[variable] = tokens.api_key
 
