@@ -592,25 +592,48 @@ def connection_error(
     return failed
 
 
-def authorization_url(settings: Settings, redirect_uri: str, challenge: str, state: str) -> str:
+class Client:
+    """An OAuth client (RFC 6749 §2) of OpenAI's: what one way of signing in has of its own.
+
+    This one is the Codex CLI's. Whatever is not here is the same for every client.
+    """
+
+    file_name = "chatgpt_oauth.json"
+    authorization_path = "/oauth/authorize"
+    token_path = "/oauth/token"  # noqa: S105 - a path
+    revocation_path = "/oauth/revoke"
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.client_id, self.scope = settings.client_id, settings.scope
+        self.redirect_host = settings.redirect_host
+        self.ports = (settings.required_port, settings.fallback_port)
+        # Further parameters of the authorization request, which are OpenAI's own (organizations
+        # in the ID token, and its short consent page), and of the token requests.
+        self.authorization_parameters = {
+            "id_token_add_organizations": "true",
+            "codex_cli_simplified_flow": "true",
+            "originator": settings.originator,
+        }
+        self.token_parameters: Dict[str, str] = {}
+
+
+def authorization_url(client: Client, redirect_uri: str, challenge: str, state: str) -> str:
     """The authorization request as a URL for the browser (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
     import urllib.parse
 
     parameters = {
         "response_type": "code",
-        "client_id": settings.client_id,
+        "client_id": client.client_id,
         "redirect_uri": redirect_uri,
-        "scope": settings.scope,
+        "scope": client.scope,
         "code_challenge": challenge,
         "code_challenge_method": "S256",
         "state": state,
-        # OpenAI's own: organizations in the ID token, and its short consent page
-        "id_token_add_organizations": "true",
-        "codex_cli_simplified_flow": "true",
-        "originator": settings.originator,
+        **client.authorization_parameters,
     }
     query = urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote)
-    return f"{settings.issuer}/oauth/authorize?{query}"
+    return f"{client.settings.issuer}{client.authorization_path}?{query}"
 
 
 def token_response(response: Response, what: str) -> Fields:
@@ -623,17 +646,19 @@ def token_response(response: Response, what: str) -> Fields:
     return members
 
 
-def exchange_code(settings: Settings, code: str, verifier: str, redirect_uri: str) -> Fields:
+def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -> Fields:
     """Exchange an authorization code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
     form = {
         "grant_type": "authorization_code",
-        "client_id": settings.client_id,
+        "client_id": client.client_id,
         "code": code,
         "redirect_uri": redirect_uri,
         "code_verifier": verifier,
+        **client.token_parameters,
     }
-    url, what = settings.issuer + "/oauth/token", "exchange the authorization code"
-    return token_response(request_json(settings, url, what, form=form), what)
+    what = "exchange the authorization code"
+    url = client.settings.issuer + client.token_path
+    return token_response(request_json(client.settings, url, what, form=form), what)
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
@@ -655,7 +680,7 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
     return key
 
 
-def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
+def refresh_grant(client: Client, tokens: Tokens) -> Fields:
     """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the response.
 
     Raises InvalidGrantError; RequestError, whose `unprocessed` is true only if the refresh token
@@ -665,9 +690,10 @@ def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
         "grant_type": "refresh_token",
         "client_id": tokens.client_id,
         "refresh_token": tokens.refresh_token or "",
+        **client.token_parameters,
     }
     what = "refresh the access token"
-    response = request_json(settings, tokens.issuer + "/oauth/token", what, form=form)
+    response = request_json(client.settings, tokens.issuer + client.token_path, what, form=form)
     client_error = 400 <= response.status < 500
     if client_error and response.code in INVALID_GRANT_CODES:
         raise InvalidGrantError(response.code)
@@ -681,7 +707,7 @@ def refresh_grant(settings: Settings, tokens: Tokens) -> Fields:
         raise RequestError(str(error)) from None
 
 
-def revoke(settings: Settings, tokens: Tokens) -> None:
+def revoke(client: Client, tokens: Tokens) -> None:
     """Revoke the refresh token, or without one the access token (RFC 7009 §2.1)."""
     body = {"token": tokens.access_token, "token_type_hint": "access_token"}
     if tokens.refresh_token:
@@ -690,11 +716,10 @@ def revoke(settings: Settings, tokens: Tokens) -> None:
             "token_type_hint": "refresh_token",
             "client_id": tokens.client_id,
         }
-    url, what = (
-        _URL.check("the issuer", tokens.issuer) + "/oauth/revoke",
-        "revoke the refresh token",
-    )
-    response = request_json(settings, url, what, body=body, timeout=10.0)  # leave without delay
+    what = "revoke the refresh token"
+    url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
+    # Ten seconds: whoever signs out leaves without delay.
+    response = request_json(client.settings, url, what, body=body, timeout=10.0)
     if not 200 <= response.status < 300:
         raise response.error(what)
 
@@ -1147,7 +1172,8 @@ class Session:
 
     def __init__(self, settings: Optional[Settings] = None, notify: Notify = to_log) -> None:
         self.settings, self.notify = settings or Settings(), notify
-        self.token_file = TokenFile(self.settings, notify, "chatgpt_oauth.json")
+        self.client = Client(self.settings)
+        self.token_file = TokenFile(self.settings, notify, self.client.file_name)
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
 
     def tokens(self) -> Tokens:
@@ -1229,7 +1255,7 @@ class Session:
         response: Fields = {}
         ended: Optional[InvalidGrantError] = None
         try:
-            response = refresh_grant(self.settings, old)
+            response = refresh_grant(self.client, old)
         except InvalidGrantError as error:
             ended = error
         try:
@@ -1372,7 +1398,7 @@ def failure_page(error: OAuthError) -> bytes:
 class AuthorizationRequest:
     """One authorization request: its URL, and what its response is checked against."""
 
-    def __init__(self, settings: Settings, port: int) -> None:
+    def __init__(self, client: Client, port: int) -> None:
         import hashlib
         import secrets
         from base64 import urlsafe_b64encode
@@ -1383,9 +1409,9 @@ class AuthorizationRequest:
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
-        self.path = "/" + settings.redirect_path
-        self.redirect_uri = f"{settings.redirect_host}:{port}{self.path}"
-        self.url = authorization_url(settings, self.redirect_uri, challenge, self.state)
+        self.path = "/" + client.settings.redirect_path
+        self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
+        self.url = authorization_url(client, self.redirect_uri, challenge, self.state)
 
     def parse_response(self, query: str) -> Dict[str, str]:
         """The authorization response (RFC 6749 §4.1.2) in `query`, the state compared first.
@@ -1876,7 +1902,7 @@ def exchange_and_store(
     The same account keeps, for now, its API key.
     """
     settings = session.settings
-    response = exchange_code(settings, code, verifier, redirect_uri)
+    response = exchange_code(session.client, code, verifier, redirect_uri)
     fields = merged({"issuer": settings.issuer, "client_id": settings.client_id}, response)
     tokens = Tokens(fields)
     if tokens.account_id:
@@ -1931,7 +1957,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
     """Revoke as best as we can: a failure is a warning."""
     try:
-        revoke(session.settings, tokens)
+        revoke(session.client, tokens)
     except OAuthError as error:
         session.notify("warning", f"{error}; it may still be valid at OpenAI")
 
@@ -2091,10 +2117,10 @@ class BrowserSignIn:
 
     def _attempt(self) -> bool:
         """Whether somebody signed in before the time was up."""
-        port, servers, fault = open_port(self.session.settings)
+        port, servers, fault = open_port(self.session.client)
         if fault and not self.stdin.usable:
             raise OAuthError(fault, "to sign in without a port, run", "auth --device")
-        request = BrowserSignIn.latest = AuthorizationRequest(self.session.settings, port)
+        request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
         callback = Callback(request, servers)
         try:
             if fault:
@@ -2214,19 +2240,19 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
     return OAuthError(f"authorization failed ({said})", "to try again, run", "auth")
 
 
-def open_port(settings: Settings) -> Tuple[int, List[Any], str]:
+def open_port(client: Client) -> Tuple[int, List[Any], str]:
     """A registered port with its servers; or none of them, and why."""
-    ports, reason = (settings.required_port, settings.fallback_port), ""
-    for port in ports:
+    first, reason = client.ports[0], ""
+    for port in client.ports:
         try:
             return port, loopback_servers(port), ""
         except OSError as error:
             reason = reason or error.strerror or "error"
+    ports, owner = " or ".join(map(str, client.ports)), port_owner_command(first)
     return (
-        ports[0],
+        first,
         [],
-        f"cannot listen on port {ports[0]} or {ports[1]} ({reason}); "
-        f"to see what uses them, run: {port_owner_command(ports[0])}",
+        f"cannot listen on port {ports} ({reason}); to see what uses them, run: {owner}",
     )
 
 
