@@ -575,7 +575,7 @@ class Case(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# The story
+# The whole story
 # ---------------------------------------------------------------------------------------------
 
 
@@ -649,207 +649,106 @@ class StoryTest(Case):
         self.assertEqual((code, out), (0, ""))
         self.assertIn("nothing to do", err)
 
-    def test_the_authorization_url_has_what_the_codex_cli_sends(self):
-        running = self.start("auth", "--no-browser")
-        url = running.url()
-        fields = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
-        self.assertEqual(fields["originator"], ["chatgpt_oauth"])
-        self.assertEqual(
-            fields["redirect_uri"], [f"http://localhost:{self.ports[0]}/auth/callback"]
-        )
-        self.assertEqual(len(fields["state"][0]), 43)
-        self.assertNotIn("+", url)
-        visit(url)
-        self.assertEqual(running.end()[0], 0)
-        sent = [e for e in self.double.requests if e["grant"] == "code"][0]["fields"]
-        self.assertEqual(len(sent["code_verifier"]), 86)
-        for entry in self.double.requests:
-            if entry["grant"] != "authorize":
-                self.assertTrue(entry["headers"]["user-agent"].startswith("chatgpt_oauth/1.0.0"))
 
-    def test_an_account_without_an_organization_uses_its_plan(self):
-        self.double.organization = None
-        err = self.sign_in()
-        self.assertIn("missing organization_id", err)
-        self.assertIn("https://platform.openai.com", err)
-        self.assertIn("your ChatGPT plan", err)
-        self.assertNotIn("api_key", self.stored())
-        models = json.loads(self.models_file.read_text())
-        self.assertEqual(
-            models["chatgpt-gpt-5.5"],
-            {
-                "type": "chatgpt_oauth",
-                "name": "gpt-5.5",
-                "custom_endpoint": {"url": self.double.url + "/codex-backend"},
-                "context_length": 258400,
-                "oauth_source": "chatgpt-oauth-plugin",
-                "supported_settings": ["reasoning_effort", "summary", "verbosity"],
-            },
-        )
-        self.assertEqual(models["chatgpt-gpt-5.4"]["context_length"], 90000)
-        self.assertNotIn("chatgpt-gpt-5.4-secret", models)
-        sent = [e for e in self.double.requests if e["grant"] == "codex"][0]
-        self.assertEqual(sent["fields"]["client_version"], "0.169.0")
-        self.assertEqual(sent["headers"]["originator"], "chatgpt_oauth")
-        self.assertEqual(sent["headers"]["chatgpt-account-id"], "acct-1")
-        code, out, err = self.run_program("status")
-        self.assertEqual(code, 0)
-        self.assertIn("\nNo API key", out)
-        self.assert_fails(self.run_program("env"), 1, "no API key", "--access-token")
-        self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
-        code, out, err = self.run_program("env", "--access-token", "--shell", "json")
-        stored = self.stored()
-        expected = {
-            "CHATGPT_OAUTH_ACCESS_TOKEN": stored["access_token"],
-            "CHATGPT_OAUTH_ACCOUNT_ID": "acct-1",
+# ---------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------
+
+
+class SettingsTest(Case):
+    def test_every_bad_value_is_refused_by_its_name_before_anything_happens(self):
+        bad = {
+            "issuer": (
+                "http://example.com",
+                "ftp://x",
+                "",
+                "https://u:p@h",
+                "https://h?x",
+                "https://h:65536",
+            ),
+            "client_id": ("", "a b", "a\x1b"),
+            "scope": ("", "a\nb"),
+            "redirect_host": ("http://0.0.0.0", "https://localhost", ""),
+            "redirect_path": ("", "success", "a b", "a?b"),
+            "required_port": ("", "0", "65536", "x", "-1", "1.5", "\u0663"),
+            "fallback_port": ("0",),
+            "callback_timeout": ("0", "x", "inf", "nan", "-1", "1e3"),
+            "api_base_url": ("http://example.com", ""),
+            "codex_base_url": ("http://10.0.0.1", "https://"),
+            "codex_client_version": ("", "a b", "a&b"),
+            "home": ("", "~nobody-of-this-name/x"),
+            "prefix": ("", "-x", "a b"),
+            "default_context_length": ("0", "x"),
+            "model_patterns": ("", "a b"),
+            "model_excludes": ("a b",),
+            "model_source": ("", "x"),
+            "originator": ("", "a b", "a\r\nb: c"),
+            "request_timeout": ("0",),
+            "retry_window": ("x",),
+            "lock_timeout": ("x",),
+            "api_key_env_var": ("", "1a", "a-b", "a;b"),
         }
-        self.assertEqual(json.loads(out), expected)
-
-    def test_the_browser_is_told_only_when_the_tokens_are_on_disk(self):
-        seen = []
-
-        def look(handler, fields):
-            seen.append(self.token_file.exists())
-            return False
-
-        self.double.faults["key"] = look
-        self.double.delay = 0.1
-        running = self.start("auth", "--no-browser")
-        pages = visit(visit(running.url(), follow=False)[0][2]["location"], follow=False)
-        self.assertTrue(self.token_file.exists())
-        self.assertEqual(pages[0][1], 303)
-        visit(urllib.parse.urljoin(pages[0][0], "/success"))
-        self.assertEqual(running.end()[0], 0)
-        self.assertEqual(seen, [True])
-
-    def test_the_program_waits_for_the_success_page_but_not_for_long(self):
-        self.assertEqual(oauth.LINGER, 5.0)
-
-        def leave(url):
-            visit(visit(url, follow=False)[0][2]["location"], follow=False)
-
-        with mock.patch.object(oauth, "LINGER", 0.5):
-            began = time.monotonic()
-            code, out, err = self.call("auth", "--no-browser", browser=leave)
-        self.assertEqual((code, out), (0, ""), err)
-        self.assertIn("Next: ", err)
-        self.assertTrue(0.5 < time.monotonic() - began < 2)
-
-    def test_the_browser_opens_by_itself_and_sees_no_secret(self):
-        self.store(api_key="sk-before")
-        seen = self.folder / "seen.json"
-        script = self.folder / "browser.py"
-        script.write_text(
-            "import json, os, sys\n"
-            f"json.dump([sys.argv, dict(os.environ)], open({str(seen)!r}, 'w'))\n"
-            f"sys.path.insert(0, {str(pathlib.Path(HERE).parent)!r})\n"
-            "import test_chatgpt_oauth as tests\n"
-            "print('noise from the browser'); tests.visit(sys.argv[1])\n"
-        )
-        environ = {
-            "BROWSER": f"{sys.executable} {script} %s",
-            "OPENAI_API_KEY": "sk-before",
-            "CHATGPT_OAUTH_API_KEY": "sk-other",
-        }
-        code, out, err = self.run_program("auth", environ=environ)
-        self.assertEqual((code, out), (0, ""), err)
-        self.assertNotIn("noise", err)
-        arguments, inherited = json.loads(seen.read_text())
-        self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
-        self.assertIn("PATH", inherited)
-
-    def test_the_browser_is_started_without_code_from_the_folder(self):
-        trap = self.folder / "webbrowser.py"
-        trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
-        environ = {"BROWSER": f"{sys.executable} {HERE} visit %s"}
-        code, out, err = self.run_program("auth", environ=environ, cwd=str(self.folder))
-        self.assertEqual(code, 0, err)
-        self.assertFalse((self.folder / "sprung").exists())
-
-    def test_a_home_that_cannot_be_written_is_told_before_the_browser(self):
-        (self.folder / "file").write_text("")
-        environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "file")}
-        for way in ("--no-browser", "--device"):
-            result = self.run_program("auth", way, environ=environ)
-            err = self.assert_fails(result, 6, "cannot lock", "CHATGPT_OAUTH_HOME")
-            self.assertNotIn("http", err)
+        self.assertEqual(set(bad), set(oauth.CHATGPT_OAUTH_CONFIG))
+        self.store(lifetime=-10)
+        for key, values in bad.items():
+            name = "CHATGPT_OAUTH_" + key.upper()
+            for value in values:
+                with self.subTest(name, value=value):
+                    self.assert_fails(self.call("token", environ={name: value}), 2, name)
         self.assertEqual(self.double.requests, [])
 
-    def test_an_access_token_in_the_place_of_a_key_is_none(self):
-        self.fault("key", 200, json.dumps({"access_token": encode_jwt({"a": 1})}).encode())
-        err = self.sign_in()
-        self.assertIn("warning: no API key", err)
-        self.assertNotIn("api_key", self.stored())
+    def test_the_dict_at_the_top_may_be_edited_and_is_checked_too(self):
+        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"prefix": "mine-", "request_timeout": 7}):
+            settings = oauth.Settings({})
+            self.assertEqual((settings.prefix, settings.request_timeout), ("mine-", 7.0))
+        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"issuer": "http://example.com"}):
+            self.assert_fails(
+                self.call("token", environ={"CHATGPT_OAUTH_ISSUER": "x"}), 2, "ISSUER"
+            )
+            with self.assertRaisesRegex(oauth.UsageError, r'CHATGPT_OAUTH_CONFIG\["issuer"\]'):
+                oauth.Settings({})
 
-    def test_a_catalogue_that_cannot_be_had_does_not_undo_the_sign_in(self):
-        self.fault("api", 500, b"{}")
-        err = self.sign_in()
-        self.assertIn("warning: listing the models failed (HTTP 500)", err)
-        self.assertIn("Next: ", err)
-        self.assertTrue(self.stored()["api_key"])
-        self.assertFalse(self.models_file.exists())
+    def test_the_home_follows_code_puppys_rule(self):
+        home = os.path.expanduser("~")
+        self.assertEqual(oauth.Settings({}).home, os.path.join(home, ".code_puppy"))
+        self.assertEqual(oauth.Settings({"XDG_DATA_HOME": "/x"}).home, "/x/code_puppy")
+        self.assertEqual(
+            oauth.Settings({"XDG_DATA_HOME": ""}).home, os.path.join(home, ".code_puppy")
+        )
+        self.assertEqual(oauth.Settings({"CHATGPT_OAUTH_HOME": "/y"}).home, "/y")
 
-    def test_a_failed_key_exchange_does_not_undo_the_sign_in(self):
-        self.fault("key", 500, b"oops")
-        err = self.sign_in()
-        self.assertIn("warning: no API key", err)
-        self.assertIn("your ChatGPT plan", err)
+    def test_a_folder_that_is_gone_is_no_home(self):
+        code = "mkdir d; cd d; rmdir ../d; exec " + f"{sys.executable} {PROGRAM} status"
+        environ = {**self.environ, "CHATGPT_OAUTH_HOME": "x"}
+        done = subprocess.run(
+            ["sh", "-c", code], env=environ, cwd=str(self.folder), stderr=subprocess.PIPE
+        )
+        self.assertEqual(done.returncode, 2)
+        self.assertIn(b"CHATGPT_OAUTH_HOME", done.stderr)
 
-    def test_the_same_account_keeps_its_api_key_while_it_is_accepted(self):
-        self.sign_in()
-        key = self.stored()["api_key"]
-        self.store(self.stored(), mine="kept")
-        self.sign_in()
-        self.assertEqual(self.stored()["api_key"], key)
-        self.assertEqual(self.stored()["mine"], "kept")
-        self.assertEqual(self.double.count("key"), 1)
-        self.fault("api", 503, b"{}")
-        self.sign_in()
-        self.assertEqual(self.stored()["api_key"], key)
-        del self.double.faults["api"]
-        self.double.api_keys.clear()
-        self.sign_in()
-        self.assertNotEqual(self.stored()["api_key"], key)
-        self.assertEqual(self.double.count("key"), 2)
-        self.assertEqual(self.double.count("revoke"), 0)
+    def test_a_trailing_slash_does_not_matter(self):
+        settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"})
+        self.assertEqual(settings.issuer, "https://example.com/a")
 
-    def test_another_account_brings_its_own_and_the_old_sign_in_is_revoked(self):
-        self.sign_in()
-        old = self.stored()
-        self.store(old, mine="gone")
-        self.double.account, self.double.organization = "acct-2", None
-        self.sign_in()
-        self.assertNotIn("api_key", self.stored())
-        self.assertNotIn("mine", self.stored())
-        self.assertEqual(self.stored()["account_id"], "acct-2")
-        self.assertNotIn(old["refresh_token"], self.double.refresh_tokens)
-        sent = [e for e in self.double.requests if e["grant"] == "revoke"][0]["fields"]
-        self.assertEqual(sent["token_type_hint"], "refresh_token")
-        self.assertEqual(sent["client_id"], self.double.client_id)
 
-    def test_a_broken_sign_in_leaves_the_old_one_alone(self):
-        before = self.store()
-        self.fault("code", 400, b"{}")
-        running = self.start("auth", "--no-browser")
-        page = visit(running.url())[-1]
-        self.assertEqual(page[1], 400)
-        self.assertIn("The sign-in failed", page[3])
-        self.assert_fails(running.end(), 1, "exchanging the authorization code failed (HTTP 400)")
-        self.assertEqual(self.stored(), before)
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
 
-    def test_a_declined_consent_is_explained_in_page_and_terminal(self):
-        for error, description, words in (
-            ("access_denied", "The <b>user</b> \x1b[31mdeclined", "the sign-in was refused"),
-            ("access_denied", "missing_codex_entitlement", "administrator"),
-        ):
-            running = self.start("auth", "--no-browser")
-            fields = urllib.parse.parse_qs(urllib.parse.urlsplit(running.url()).query)
-            answer = {"error": error, "error_description": description, "state": fields["state"][0]}
-            page = visit(fields["redirect_uri"][0] + "?" + urllib.parse.urlencode(answer))[-1]
-            self.assertIn(words, page[3])
-            self.assertNotIn("<b>user", page[3])
-            err = self.assert_fails(running.end(), 1, words)
-            self.assertNotIn("\x1b", err + page[3])
+
+class ErrorsTest(Case):
+    def test_short_secrets_are_taken_out_of_what_a_server_says_too(self):
+        body = b'{"error": "rt_1 is odd", "error_description": "rt_1 was sent"}'
+        told = str(oauth.Answer({"rt_1"}, 400, body, None).refusal("it"))
+        self.assertEqual(told, "it failed (HTTP 400): [...] is odd: [...] was sent")
+
+    def test_no_repr_shows_a_secret(self):
+        fields = self.store(api_key="sk-1")
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            session = oauth.Session()
+            for each in (session, session.tokens(), session.store, session.settings):
+                for secret in (fields["access_token"], fields["refresh_token"], "sk-1"):
+                    self.assertNotIn(secret, repr(each))
 
     def test_nothing_secret_is_in_the_process_list(self):
         self.double.delay = 0.15
@@ -875,11 +774,557 @@ class StoryTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokens that are always good
+# Wire
 # ---------------------------------------------------------------------------------------------
 
 
-class RefreshTest(Case):
+def raw(*parts, pause=0.0):
+    """A fault that sends bytes as they are and hangs up, with `pause` seconds after each part."""
+
+    def fault(handler, _):
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            for part in parts:
+                handler.connection.sendall(part)
+                time.sleep(pause)
+            handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    return fault
+
+
+def answering(status, body=b"{}", **headers):
+    return lambda handler, _: Double.reply(handler, status, body, **headers)
+
+
+def echo(handler, fields):
+    """An error that says all that was sent, as one that lies would."""
+    said = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
+    body = json.dumps({"error": {"code": said, "message": "\x1b[31m\u202e" + said}}).encode()
+    return Double.reply(handler, 401, body)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+NO_TOKENS = dict.fromkeys(("access_token", "refresh_token", "id_token", "data", "models"), 5)
+ANSWERS = {
+    "empty": answering(200, b""),
+    "no content": answering(204, b""),
+    "a web page": answering(200, b"<!doctype html><title>Hello</title>"),
+    "a region block": answering(403, b"<html>Just a moment...</html>", Content_Type="text/html"),
+    "a list": answering(200, b"[]"),
+    "null": answering(200, b"null"),
+    "a number": answering(200, b"5"),
+    "a string": answering(200, b'"x"'),
+    "an empty object": answering(200, b"{}"),
+    "wrong types": answering(200, json.dumps(NO_TOKENS).encode()),
+    "lists of wrong types": answering(200, b'{"data": [1, null, {"id": 5}], "models": [[], {}]}'),
+    "not a number": answering(200, b'{"access_token": NaN, "expires_in": Infinity}'),
+    "tokens with spaces": answering(200, b'{"access_token": "a b", "authorization_code": "a b"}'),
+    "tokens with a newline": answering(200, b'{"access_token": "a\\nb"}'),
+    "tokens for a shell": answering(200, b'{"access_token": "a\';reboot;\'"}'),
+    "deep lists": answering(200, b"[" * 100000),
+    "deep objects": answering(200, b'{"a":' * 100000),
+    "a huge number": answering(200, b'{"access_token": ' + b"9" * 5000 + b"}"),
+    "too much": answering(200, b'"' + b"x" * (9 << 20) + b'"'),
+    "invalid UTF-8": answering(200, b'{"access_token": "\xff\xfe"}'),
+    "cut off": raw(OK + b"Content-Length: 1000\r\n\r\n{"),
+    "a broken chunk": raw(OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    "a redirect": answering(302, b"", Location="http://127.0.0.1:9/"),
+    "a redirect that keeps the body": answering(307, b"", Location="http://127.0.0.1:9/"),
+    "too many requests": answering(429, b"{}", Retry_After="99999999999999999999999"),
+    "an absurd delay": answering(503, b"{}", Retry_After="-1e999"),
+    "an error of the server": answering(500, b"oops"),
+    "a proxy that wants a password": answering(407, b"{}"),
+    "slow by a byte": raw(OK + b"Content-Length: 100\r\n\r\n", *[b"{"] * 50, pause=0.02),
+    "headers slow by a byte": raw(OK, *[b"a"] * 50, pause=0.02),
+    "silence": raw(b"", pause=0.5),
+    "hung up": raw(b""),
+    "no HTTP": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "a huge header": raw(OK + b"A: " + b"b" * 100000 + b"\r\n\r\n"),
+    "a strange status": raw(b"HTTP/1.1 999 \x1b[31mX\r\nContent-Length: 0\r\n\r\n"),
+    "what was sent": echo,
+}
+
+
+class WireTest(Case):
+    def test_the_authorization_url_has_what_the_codex_cli_sends(self):
+        running = self.start("auth", "--no-browser")
+        url = running.url()
+        fields = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
+        self.assertEqual(fields["originator"], ["chatgpt_oauth"])
+        self.assertEqual(
+            fields["redirect_uri"], [f"http://localhost:{self.ports[0]}/auth/callback"]
+        )
+        self.assertEqual(len(fields["state"][0]), 43)
+        self.assertNotIn("+", url)
+        visit(url)
+        self.assertEqual(running.end()[0], 0)
+        sent = [e for e in self.double.requests if e["grant"] == "code"][0]["fields"]
+        self.assertEqual(len(sent["code_verifier"]), 86)
+        for entry in self.double.requests:
+            if entry["grant"] != "authorize":
+                self.assertTrue(entry["headers"]["user-agent"].startswith("chatgpt_oauth/1.0.0"))
+
+    def tell(self, double, folder, endpoint):
+        """What is said when `endpoint` misbehaves, by the command that asks it."""
+        environ = {
+            **double.environment(),
+            "HOME": folder,
+            "CHATGPT_OAUTH_HOME": folder,
+            "CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2",
+            "CHATGPT_OAUTH_RETRY_WINDOW": "0.01",
+        }
+        said = []
+        session = oauth.Session(oauth.Settings(environ), lambda kind, text: said.append(text))
+        choice = oauth.Choice(session.settings)
+        fields = double.tokens(-10 if endpoint == "refresh" else None)
+        fields.update(issuer=double.url, account_id="acct-1", api_key="sk-" + "k" * 40)
+        double.api_keys.add(fields["api_key"])
+        path = pathlib.Path(folder, "chatgpt_oauth.json")
+        if endpoint not in ("usercode", "device", "code", "key"):
+            path.write_text(json.dumps(fields))
+            path.chmod(0o600)
+        code = 0
+        try:
+            if endpoint == "refresh":
+                session.fresh()
+            elif endpoint == "revoke":
+                oauth.end_sign_in(session, True)
+            elif endpoint in ("api", "codex"):
+                choice.source = endpoint
+                oauth.import_models(session, choice)
+            else:
+                oauth.sign_in_with_device(session, choice, 0.15 if endpoint == "device" else 9)
+        except oauth.OAuthError as error:
+            code = error.exit_code
+            said += [str(error), error.hint or ""]
+        if path.exists():
+            json.loads(path.read_text())
+        self.assertFalse(os.path.exists(f"{path}.tmp"))
+        return code, said
+
+    def check(self, answer, seconds):
+        with tempfile.TemporaryDirectory() as folder:
+            for endpoint in (
+                "code",
+                "key",
+                "refresh",
+                "revoke",
+                "api",
+                "codex",
+                "usercode",
+                "device",
+            ):
+                double = Double()
+                try:
+                    double.faults[endpoint] = ANSWERS[answer]
+                    began = time.monotonic()
+                    place = pathlib.Path(folder, endpoint)
+                    place.mkdir()
+                    code, said = self.tell(double, str(place), endpoint)
+                    seconds.append(time.monotonic() - began)
+                    case = (answer, endpoint, code, said)
+                    self.assertTrue(all(text.isprintable() for text in said), case)
+                    fatal = endpoint in ("code", "refresh", "api", "codex", "usercode", "device")
+                    if answer not in ("lists of wrong types", "no content"):  # success somewhere
+                        self.assertEqual(code in (1, 4, 5), fatal, case)
+                    for secret in double.secrets():
+                        self.assertNotIn(secret, "\n".join(said), case)
+                finally:
+                    double.close()
+
+    def test_every_odd_answer_of_every_endpoint_is_told_in_time(self):
+        from concurrent.futures import ThreadPoolExecutor
+
+        seconds = []
+        with mock.patch.object(oauth, "POLL_FLOOR", 0.01), ThreadPoolExecutor(12) as pool:
+            for result in [pool.submit(self.check, answer, seconds) for answer in ANSWERS]:
+                result.result()
+        self.assertGreaterEqual(len(ANSWERS), 25)
+        self.assertLess(max(seconds), 5)
+
+    def test_a_web_page_names_the_proxy_and_the_region(self):
+        answer = oauth.Answer(set(), 403, b"<html>", None)
+        self.assertIn("region", str(answer.refusal("it")))
+
+    def test_a_request_that_came_too_late_is_never_sent(self):
+        self.store(lifetime=-10)
+        look_up = socket.getaddrinfo
+
+        def slow(*arguments, **options):
+            time.sleep(0.5)
+            return look_up(*arguments, **options)
+
+        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2", "CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
+        with mock.patch.object(socket, "getaddrinfo", slow):
+            self.assert_fails(self.call("token", environ=environ), 5, "no whole answer")
+            time.sleep(0.6)
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.call("token")[0], 0)
+
+    def test_a_redirect_of_the_token_endpoint_is_not_followed(self):
+        other = Double(self.ports)
+        self.addCleanup(other.close)
+        self.store(lifetime=-10)
+        place = {"Location": other.url + "/oauth/token"}
+        self.fault("refresh", 307, b"", **place)
+        self.assert_fails(self.call("token"), 5)
+        self.assertEqual(other.requests, [])
+
+    def test_nobody_there_is_exit_5_and_the_token_is_unspent(self):
+        before = self.store(lifetime=-10)
+        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
+        self.double.close()
+        self.assert_fails(self.call("token", environ=environ), 5, "no connection to 127.0.0.1")
+        self.assertEqual(self.stored(), before)
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_an_untrusted_certificate_names_the_variable_to_set(self):
+        import ssl
+
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        request = types.SimpleNamespace(host="example.com", full_url="https://example.com/")
+        told = oauth._no_answer(request, "it", 1, {"error": error})
+        self.assertEqual(told.exit_code, 5)
+        self.assertIn("SSL_CERT_FILE", told.hint)
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_tls_through_a_proxy_with_a_certificate_of_the_networks_own(self):
+        import ssl
+
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        certificate, key = f"{folder.name}/cert.pem", f"{folder.name}/key.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+            + ["-subj", "/CN=issuer.example.com", "-keyout", key, "-out", certificate]
+            + ["-addext", "subjectAltName=DNS:issuer.example.com"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        double = Double()
+        self.addCleanup(double.close)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        double.server.socket = context.wrap_socket(double.server.socket, server_side=True)
+        seen = []
+
+        class Proxy(BaseHTTPRequestHandler):
+            def do_CONNECT(self):
+                seen.append((self.path, self.headers.get("Proxy-Authorization")))
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+                with socket.create_connection(("127.0.0.1", double.server.server_port)) as far:
+
+                    def pump(source, target):
+                        with contextlib.suppress(OSError):
+                            while True:
+                                data = source.recv(65536)
+                                if not data:
+                                    break
+                                target.sendall(data)
+                            target.shutdown(socket.SHUT_WR)
+
+                    back = threading.Thread(target=pump, args=(far, self.connection))
+                    back.start()
+                    pump(self.connection, far)
+                    back.join()
+
+            def log_message(self, *_):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+        proxy = Server(("127.0.0.1", 0), Proxy)
+        threading.Thread(target=proxy.serve_forever, args=(0.005,), daemon=True).start()
+        self.addCleanup(proxy.server_close)
+        self.addCleanup(proxy.shutdown)
+        address = f"http://user:word@127.0.0.1:{proxy.server_port}"
+        environ = {"HTTPS_PROXY": address, "NO_PROXY": "", "SSL_CERT_FILE": certificate}
+        settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com"})
+        with mock.patch.dict(os.environ, environ), mock.patch.object(oauth, "_tls_contexts", []):
+            self.assertTrue(oauth.request_user_code(settings)["user_code"])
+        basic = "Basic " + base64.b64encode(b"user:word").decode()
+        self.assertEqual(seen, [("issuer.example.com:443", basic)])
+        environ["SSL_CERT_FILE"] = os.devnull
+        fresh = mock.patch.object(oauth, "_tls_contexts", [])
+        refused = self.assertRaises(oauth.UnavailableError)
+        with mock.patch.dict(os.environ, environ), fresh, refused as caught:
+            oauth.request_user_code(settings)
+        self.assertIn("SSL_CERT_FILE", caught.exception.hint)
+        self.assertTrue(caught.exception.untouched)
+        self.assertEqual(double.count("usercode"), 1)
+
+    def test_a_proxy_that_is_not_there_is_named_and_loopback_needs_none(self):
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            proxy = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
+        environ = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "NO_PROXY": ""}
+        with mock.patch.dict(os.environ, environ):
+            settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com"})
+            with self.assertRaises(oauth.UnavailableError) as caught:
+                oauth.request_user_code(settings)
+            self.assertIn("HTTPS_PROXY", caught.exception.hint)
+            self.assertNotIn("secret", str(caught.exception) + caught.exception.hint)
+            double = Double()
+            self.addCleanup(double.close)
+            settings = oauth.Settings(double.environment())
+            self.assertTrue(oauth.request_user_code(settings)["user_code"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Store
+# ---------------------------------------------------------------------------------------------
+
+
+class StoreTest(Case):
+    def test_files_are_private_from_their_first_byte(self):
+        umask = os.umask(0)
+        self.addCleanup(os.umask, umask)
+        if shutil.which("strace"):
+            trace = self.folder / "trace"
+            done = subprocess.run(
+                ["strace", "-f", "-e", "trace=openat,chmod,fchmod,fsync,rename", "-o", str(trace)]
+                + [sys.executable, PROGRAM, "token", "--refresh"],
+                env={**self.environ, "CHATGPT_OAUTH_HOME": str(self.prepared())},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            if done.returncode == 0:
+                calls = [line for line in trace.read_text().splitlines() if "chatgpt_oauth" in line]
+                created = [line for line in calls if "O_CREAT" in line]
+                self.assertTrue(all(", 0600)" in line for line in created), created)
+                self.assertTrue(any("O_EXCL" in line for line in created))
+                self.assertFalse([line for line in calls if "chmod" in line])
+        self.sign_in()
+        self.assertEqual(self.home.stat().st_mode & 0o777, 0o700)
+        for path in (self.token_file, self.models_file, self.home / "chatgpt_oauth.json.lock"):
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
+
+    def prepared(self):
+        self.store()
+        return self.home
+
+    def test_a_symbolic_link_stays_one(self):
+        self.store(lifetime=-10)
+        elsewhere = self.folder / "elsewhere"
+        elsewhere.mkdir()
+        self.token_file.rename(elsewhere / "tokens.json")
+        self.token_file.symlink_to(elsewhere / "tokens.json")
+        self.assertEqual(self.call("token")[0], 0)
+        self.assertTrue(self.token_file.is_symlink())
+        self.assertEqual(sorted(os.listdir(elsewhere)), ["tokens.json", "tokens.json.lock"])
+        self.assertEqual(self.call("logout")[0], 0)
+        self.assertFalse(self.token_file.is_symlink())
+        self.assertEqual(os.listdir(elsewhere), ["tokens.json.lock"])
+
+    def test_a_file_that_others_can_read_is_tightened_with_a_warning(self):
+        self.store(mode=0o644)
+        code, out, err = self.call("status")
+        self.assertEqual(code, 0)
+        self.assertIn("warning: others could read", err)
+        self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
+        self.assertEqual(self.call("status")[2], "")
+
+    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
+    def test_files_that_are_not_what_they_should_be(self):
+        def directory(path):
+            path.mkdir()
+
+        def fifo(path):
+            os.mkfifo(path)
+
+        def text(content):
+            return lambda path: path.write_bytes(content)
+
+        def huge(path):
+            with path.open("wb") as file:
+                file.truncate(100 << 20)
+
+        def loop(path):
+            path.symlink_to(path)
+
+        faults = {
+            "directory": directory,
+            "FIFO": fifo,
+            "empty": text(b""),
+            "not JSON": text(b"{"),
+            "a list": text(b"[]"),
+            "null": text(b"null"),
+            "deep": text(b"[" * 100000),
+            "bytes": text(b"\xff\xfe\x00"),
+            "huge": huge,
+            "loop": loop,
+            "odd token": text(b'{"access_token": "a b"}'),
+            "number": text(b'{"access_token": 5}'),
+            "odd key": text(b'{"access_token": "a", "api_key": "\'; rm -rf ~; \'"}'),
+            "newline": text(b'{"access_token": "a", "api_key": "sk-a\\n"}'),
+        }
+        for name, fault in faults.items():
+            with self.subTest(name), tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                home = pathlib.Path(folder)
+                path = home / "chatgpt_oauth.json"
+                fault(path)
+                environ = {"CHATGPT_OAUTH_HOME": folder}
+                for command in (["token"], ["env"], ["models"], ["env", "--access-token"]):
+                    err = self.assert_fails(self.call(*command, environ=environ), 6, str(path))
+                    self.assertNotIn("rm -rf", err)
+                code, out, err = self.call("status", "--json", environ=environ)
+                self.assertEqual(code, 6)
+                self.assertFalse(json.loads(out)["authenticated"])
+                self.assertIn(str(path), json.loads(out)["problem"])
+                self.assertTrue(os.path.lexists(path))
+
+    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
+    def test_a_new_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
+        self.home.mkdir(mode=0o700)
+        self.token_file.write_text("{")
+        self.assertEqual(self.call("logout")[0], 0)
+        self.assertFalse(self.token_file.exists())
+        self.token_file.write_text("{")
+        err = self.call("auth", "--no-browser", browser=visit)[2]
+        self.assertIn(".bad", err)
+        self.assertEqual((self.home / "chatgpt_oauth.json.bad").read_text(), "{")
+        self.assertTrue(self.stored()["access_token"])
+        self.assertEqual(self.call("logout")[0], 0)
+        left = ["chatgpt_models.json", "chatgpt_oauth.json.lock"]
+        self.assertEqual(sorted(os.listdir(self.home)), left)
+
+    def test_a_torn_file_is_read_again(self):
+        fields = self.store()
+        whole = self.token_file.read_text()
+        self.token_file.write_text(whole[:50])
+        timer = threading.Timer(0.2, self.token_file.write_text, [whole])
+        timer.start()
+        self.assertEqual(self.call("token")[1], fields["access_token"] + "\n")
+        timer.join()
+
+    @unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
+    def test_a_file_of_somebody_else_is_refused_and_root_keeps_its_owner(self):
+        self.store(lifetime=-10)
+        os.chown(self.token_file, 12345, 12345)
+        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.token_file.stat().st_uid, 12345)
+        (self.home / "chatgpt_oauth.json.lock").unlink()
+        os.chown(self.home, 12345, 12345)
+        self.assertEqual(self.call("token", "--refresh")[0], 0)
+        self.assertEqual((self.home / "chatgpt_oauth.json.lock").stat().st_uid, 12345)
+        self.token_file.chmod(0o644)
+        for path in (self.folder, self.home):
+            os.chown(path, 65534, 65534)
+        with self.somebody_else():
+            self.assert_fails(self.call("token"), 6, "belongs to another user")
+        self.token_file.chmod(0o600)
+        with self.somebody_else():
+            self.assert_fails(self.call("token"), 6, "Permission denied")
+
+    def test_a_home_that_cannot_be_used(self):
+        blocked = self.folder / "file"
+        blocked.write_text("")
+        environ = {"CHATGPT_OAUTH_HOME": str(blocked)}
+        self.assert_fails(self.call("token", environ=environ), 6, "Not a directory")
+        environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
+        self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
+        self.assertFalse((self.folder / "none").exists())
+        self.assertEqual(self.call("logout", environ=environ)[0], 0)
+        self.assertFalse((self.folder / "none").exists())
+        environ = {key: value for key, value in self.environ.items() if key != "HOME"}
+        with mock.patch.dict(os.environ, environ, clear=True):
+            self.assertTrue(oauth.Settings().home.startswith("/"))
+
+    def test_a_home_that_cannot_be_written_is_told_before_the_browser(self):
+        (self.folder / "file").write_text("")
+        environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "file")}
+        for way in ("--no-browser", "--device"):
+            result = self.run_program("auth", way, environ=environ)
+            err = self.assert_fails(result, 6, "cannot lock", "CHATGPT_OAUTH_HOME")
+            self.assertNotIn("http", err)
+        self.assertEqual(self.double.requests, [])
+
+    def test_what_is_nested_too_deep_to_be_kept_is_told(self):
+        self.store(lifetime=-10)
+        text = json.dumps(self.stored())[:-1] + ', "theirs": ' + "[" * 1200 + "]" * 1200 + "}"
+        self.token_file.write_text(text)
+        code, out, err = self.call("token")
+        self.assertIn(code, (0, 6), err)
+        self.assertEqual(self.double.count("refresh"), int(code == 0))
+
+    def test_a_file_that_is_a_mount_is_written_in_place(self):
+        before = self.store(lifetime=-10)
+        busy = OSError(errno.EBUSY, "Device or resource busy")
+        with mock.patch.object(oauth.os, "replace", side_effect=busy):
+            code, out, err = self.call("token")
+        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+        self.assertNotEqual(self.stored()["refresh_token"], before["refresh_token"])
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def kill_at_random(self, kills):
+        self.store()
+        # A token that was spent by a killed process is lost; the file must be whole all the same.
+        self.double._refresh = lambda fields, headers: (200, self.double.tokens())
+        chance = random.Random(7)
+        for _ in range(kills):
+            running = self.start("token", "--refresh")
+            time.sleep(chance.uniform(0.03, 0.16))
+            running.process.send_signal(signal.SIGKILL)
+            running.end()
+            self.assertTrue(self.stored()["access_token"])
+        code, out, err = self.run_program("token", "--refresh")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(
+            sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
+        )
+
+    def test_a_killed_refresh_leaves_a_whole_file_and_no_lock(self):
+        self.kill_at_random(10)
+
+    def test_what_a_killed_process_left_is_gone_after_any_next_run(self):
+        self.store(lifetime=9999)
+        (self.home / "chatgpt_oauth.json.tmp").write_text("{")
+        self.assertEqual(self.run_program("token")[0], 0)
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_a_full_disk_shows_before_the_token_is_spent(self):
+        before = self.store(lifetime=-10)
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+        self.assert_fails(self.run_program("token", preexec_fn=limit), 6, "cannot write")
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.stored(), before)
+        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def test_a_read_only_folder_is_told_before_the_token_is_spent(self):
+        self.store(lifetime=-10)
+        if os.geteuid() == 0:
+            for path in (self.folder, self.home, self.token_file):
+                os.chown(path, 65534, 65534)
+        self.home.chmod(0o500)
+        self.addCleanup(self.home.chmod, 0o700)
+        with self.somebody_else():
+            self.assert_fails(self.call("token"), 6, "cannot lock", "writable")
+        self.assertEqual(self.double.requests, [])
+
+    def test_a_lock_that_is_never_free_is_exit_5(self):
+        import fcntl
+
+        self.store(lifetime=-10)
+        with open(self.home / "chatgpt_oauth.json.lock", "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.3"}
+            self.assert_fails(self.run_program("token", environ=environ), 5, "another process")
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.run_program("token")[0], 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Session
+# ---------------------------------------------------------------------------------------------
+
+
+class SessionTest(Case):
     def test_a_token_with_time_left_is_printed_as_it_is(self):
         stored = self.store(lifetime=1000)
         self.assertEqual(self.run_program("token"), (0, stored["access_token"] + "\n", ""))
@@ -949,30 +1394,6 @@ class RefreshTest(Case):
         self.fault("refresh", 200, json.dumps({"access_token": access}).encode())
         self.assert_fails(self.call("token"), 1, "another account")
         self.assertEqual(self.stored(), before)
-
-    def test_a_request_that_came_too_late_is_never_sent(self):
-        self.store(lifetime=-10)
-        look_up = socket.getaddrinfo
-
-        def slow(*arguments, **options):
-            time.sleep(0.5)
-            return look_up(*arguments, **options)
-
-        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2", "CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
-        with mock.patch.object(socket, "getaddrinfo", slow):
-            self.assert_fails(self.call("token", environ=environ), 5, "no whole answer")
-            time.sleep(0.6)
-        self.assertEqual(self.double.requests, [])
-        self.assertEqual(self.call("token")[0], 0)
-
-    def test_a_file_that_is_a_mount_is_written_in_place(self):
-        before = self.store(lifetime=-10)
-        busy = OSError(errno.EBUSY, "Device or resource busy")
-        with mock.patch.object(oauth.os, "replace", side_effect=busy):
-            code, out, err = self.call("token")
-        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
-        self.assertNotEqual(self.stored()["refresh_token"], before["refresh_token"])
-        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
 
     def test_a_file_that_is_torn_meanwhile_does_not_lose_the_answer(self):
         self.store(lifetime=-10)
@@ -1106,14 +1527,6 @@ class RefreshTest(Case):
         self.assert_fails(self.call("token"), 5, "may have to be renewed")
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_nobody_there_is_exit_5_and_the_token_is_unspent(self):
-        before = self.store(lifetime=-10)
-        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
-        self.double.close()
-        self.assert_fails(self.call("token", environ=environ), 5, "no connection to 127.0.0.1")
-        self.assertEqual(self.stored(), before)
-        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
-
     def test_a_token_goes_to_its_issuer_alone(self):
         other = Double(self.ports)
         self.addCleanup(other.close)
@@ -1134,15 +1547,6 @@ class RefreshTest(Case):
         self.store(lifetime=-10, issuer=None, client_id=None)
         self.assert_fails(self.call("token"), 4, "https://auth.openai.com")
         self.assertEqual(self.double.requests, [])
-
-    def test_a_redirect_of_the_token_endpoint_is_not_followed(self):
-        other = Double(self.ports)
-        self.addCleanup(other.close)
-        self.store(lifetime=-10)
-        place = {"Location": other.url + "/oauth/token"}
-        self.fault("refresh", 307, b"", **place)
-        self.assert_fails(self.call("token"), 5)
-        self.assertEqual(other.requests, [])
 
     def test_if_the_file_changed_hands_what_is_there_now_counts(self):
         self.store(lifetime=-10)
@@ -1207,10 +1611,6 @@ class RefreshTest(Case):
         self.assertEqual(running.end()[0], 130)
         self.assertLess(time.monotonic() - began, 2)
 
-
-class RaceTest(Case):
-    """With real processes, for the lock and the disk are the point."""
-
     def refresh_at_once(self, processes):
         self.store(lifetime=-10)
         self.double.requests.clear()
@@ -1222,65 +1622,6 @@ class RaceTest(Case):
     def test_many_processes_refresh_once(self):
         self.double.delay = 0.2
         self.refresh_at_once(20)
-
-    def kill_at_random(self, kills):
-        self.store()
-        # A token that was spent by a killed process is lost; the file must be whole all the same.
-        self.double._refresh = lambda fields, headers: (200, self.double.tokens())
-        chance = random.Random(7)
-        for _ in range(kills):
-            running = self.start("token", "--refresh")
-            time.sleep(chance.uniform(0.03, 0.16))
-            running.process.send_signal(signal.SIGKILL)
-            running.end()
-            self.assertTrue(self.stored()["access_token"])
-        code, out, err = self.run_program("token", "--refresh")
-        self.assertEqual((code, err), (0, ""))
-        self.assertEqual(
-            sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
-        )
-
-    def test_a_killed_refresh_leaves_a_whole_file_and_no_lock(self):
-        self.kill_at_random(10)
-
-    def test_what_a_killed_process_left_is_gone_after_any_next_run(self):
-        self.store(lifetime=9999)
-        (self.home / "chatgpt_oauth.json.tmp").write_text("{")
-        self.assertEqual(self.run_program("token")[0], 0)
-        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
-
-    def test_a_full_disk_shows_before_the_token_is_spent(self):
-        before = self.store(lifetime=-10)
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-
-        self.assert_fails(self.run_program("token", preexec_fn=limit), 6, "cannot write")
-        self.assertEqual(self.double.requests, [])
-        self.assertEqual(self.stored(), before)
-        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
-
-    def test_a_read_only_folder_is_told_before_the_token_is_spent(self):
-        self.store(lifetime=-10)
-        if os.geteuid() == 0:
-            for path in (self.folder, self.home, self.token_file):
-                os.chown(path, 65534, 65534)
-        self.home.chmod(0o500)
-        self.addCleanup(self.home.chmod, 0o700)
-        with self.somebody_else():
-            self.assert_fails(self.call("token"), 6, "cannot lock", "writable")
-        self.assertEqual(self.double.requests, [])
-
-    def test_a_lock_that_is_never_free_is_exit_5(self):
-        import fcntl
-
-        self.store(lifetime=-10)
-        with open(self.home / "chatgpt_oauth.json.lock", "w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.3"}
-            self.assert_fails(self.run_program("token", environ=environ), 5, "another process")
-        self.assertEqual(self.double.requests, [])
-        self.assertEqual(self.run_program("token")[0], 0)
 
     def test_the_newer_sign_in_wins_over_a_refresh(self):
         for delay in (0.0, 0.1):
@@ -1299,7 +1640,69 @@ class RaceTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
-# Anywhere: ports, neighbours, paste, device codes
+# Callback: its port
+# ---------------------------------------------------------------------------------------------
+
+
+class PortTest(Case):
+    def test_a_machine_without_ipv6_listens_on_127_0_0_1_alone(self):
+        bind = socket.socket.bind
+        (port,) = free_ports(1)
+        for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EADDRINUSE):
+
+            def no_ipv6(listening, address, number=number):
+                if listening.family == socket.AF_INET6:
+                    raise OSError(number, "no")
+                bind(listening, address)
+
+            with mock.patch.object(socket.socket, "bind", no_ipv6):
+                if number == errno.EADDRINUSE:
+                    with self.assertRaises(OSError):
+                        oauth.bind_loopback(port)
+                    continue
+                bound = oauth.bind_loopback(port)
+            self.assertEqual([each.getsockname() for each in bound], [("127.0.0.1", port)])
+            bound[0].close()
+
+    def test_a_second_sign_in_takes_the_other_port_and_both_complete(self):
+        first = self.start("auth", "--no-browser")
+        url = first.url()
+        second = self.start("auth", "--no-browser")
+        other = second.url()
+        self.assertIn(f"%3A{self.ports[1]}%2F", other)
+        for running, address in ((second, other), (first, url)):
+            visit(address)
+            self.assertEqual(running.end()[0], 0)
+
+    def test_a_port_of_which_one_family_is_taken_counts_as_taken(self):
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family) as taken:
+                try:
+                    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    taken.bind((address, self.ports[0]))
+                except OSError as error:
+                    self.skipTest(f"no IPv6 here: {error}")
+                taken.listen()
+                running = self.start("auth", "--no-browser")
+                self.assertIn(f"%3A{self.ports[1]}%2F", running.url())
+                running.process.kill()
+                running.end()
+
+    def test_the_port_is_free_at_once_after_ctrl_c(self):
+        running = self.start("auth", "--no-browser")
+        running.url()
+        running.process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        code, out, err = running.end()
+        self.assertEqual((code, out), (130, ""))
+        self.assertLess(time.monotonic() - began, 1)
+        self.assertTrue(err.endswith("Interrupted.\n"))
+        for each in oauth.bind_loopback(self.ports[0]):
+            each.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Callback: what it answers
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1405,39 +1808,6 @@ class CallbackTest(Case):
         self.assertEqual(self.running.end()[0], 0)
         self.assertEqual(self.double.count("code"), 1)
 
-    def test_a_second_sign_in_takes_the_other_port_and_both_complete(self):
-        second = self.start("auth", "--no-browser")
-        other = second.url()
-        self.assertIn(f"%3A{self.ports[1]}%2F", other)
-        visit(other)
-        self.assertEqual(second.end()[0], 0)
-        self.finish()
-
-    def test_a_port_of_which_one_family_is_taken_counts_as_taken(self):
-        self.finish()
-        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-            with socket.socket(family) as taken:
-                try:
-                    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    taken.bind((address, self.ports[0]))
-                except OSError as error:
-                    self.skipTest(f"no IPv6 here: {error}")
-                taken.listen()
-                running = self.start("auth", "--no-browser")
-                self.assertIn(f"%3A{self.ports[1]}%2F", running.url())
-                running.process.kill()
-                running.end()
-
-    def test_the_port_is_free_at_once_after_ctrl_c(self):
-        self.running.process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        code, out, err = self.running.end()
-        self.assertEqual((code, out), (130, ""))
-        self.assertLess(time.monotonic() - began, 1)
-        self.assertTrue(err.endswith("Interrupted.\n"))
-        for each in oauth.bind_loopback(self.ports[0]):
-            each.close()
-
     def test_bad_requests_and_idle_connections_do_not_hold_up_the_real_one(self):
         self.bombard(200, 100)
 
@@ -1486,6 +1856,284 @@ class CallbackTest(Case):
             each.close()
         code, out, err = self.running.end()
         self.assertEqual((code, out), (0, ""), err)
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------
+
+
+class ModelsTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.double.api_keys.add("sk-mine")
+        self.store(api_key="sk-mine")
+
+    def names(self, *arguments, **environ):
+        code, out, err = self.call("models", "--dry-run", *arguments, environ=environ)
+        self.assertEqual(code, 0, err)
+        return out.split()
+
+    def test_patterns_choose_the_models(self):
+        self.assertEqual(self.names(), ["chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro"])
+        self.assertEqual(self.names("--include", "dall-*"), ["chatgpt-dall-e-3"])
+        self.assertEqual(self.names("--include", "*audio*"), ["chatgpt-gpt-4o-audio-preview"])
+        self.assertEqual(self.names("--exclude", "o?-*"), ["chatgpt-gpt-4o"])
+        self.assertEqual(self.names("--include", "GPT-*"), [])
+        self.assertEqual(len(self.names("--all")), 5)
+        self.assertEqual(
+            self.names("--all", "--exclude", "gpt*"),
+            [f"chatgpt-{n}" for n in ("dall-e-3", "o1-mini", "o3-pro")],
+        )
+        self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
+        self.assertEqual(
+            self.names(CHATGPT_OAUTH_PREFIX="x-", CHATGPT_OAUTH_MODEL_PATTERNS="o3*"), ["x-o3-pro"]
+        )
+        self.assertEqual(len(self.names(CHATGPT_OAUTH_MODEL_EXCLUDES="")), 4)
+        self.assertFalse(self.models_file.exists())
+
+    def test_json_and_import(self):
+        code, out, err = self.call("models", "--json")
+        self.assertEqual(json.loads(out)["model_source"], "api")
+        self.assertEqual(
+            json.loads(out)["models"], sorted(json.loads(self.models_file.read_text()))
+        )
+        self.assertEqual(
+            json.loads(self.call("status", "--json")[1])["models"], json.loads(out)["models"]
+        )
+
+    def test_ids_that_are_none_are_left_out_with_one_warning(self):
+        self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
+        code, out, err = self.call("models", "--all", "--dry-run")
+        self.assertEqual(len(out.split()), 5)
+        self.assertIn("warning: 6 of the models", err)
+        self.assertNotIn("\x1b", out + err)
+
+    def test_ids_that_are_no_strings_are_left_out(self):
+        self.double.api_models += [None, True, 5]
+        code, out, err = self.call("models", "--all", "--dry-run")
+        self.assertEqual(len(out.split()), 5)
+        self.assertIn("warning: 3 of the models", err)
+
+    def test_a_key_that_is_refused_has_a_next_step(self):
+        self.double.api_keys.clear()
+        self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: sign in again")
+
+    def test_who_signs_out_meanwhile_gets_no_models(self):
+        def sign_out(handler, _):
+            self.token_file.unlink()
+
+        self.double.faults["api"] = sign_out
+        self.assert_fails(self.call("models"), 3, "not signed in")
+        self.assertFalse(self.models_file.exists())
+
+    def test_no_key_no_api_models(self):
+        self.store(self.stored(), api_key=None)
+        self.assert_fails(self.call("models", "--source", "api"), 1, "no API key")
+
+    def test_others_model_entries_stay(self):
+        others = {
+            "mine": {"type": "openai"},
+            "codex-gpt-6": {"oauth_source": "chatgpt-oauth-plugin"},
+            "chatgpt-mine": {"type": "openai"},
+            "chatgpt-gpt-4o": {"type": "mine"},
+            "odd": 5,
+            "chatgpt-odd": None,
+        }
+        ours = {"chatgpt-old": {"oauth_source": "chatgpt-oauth-plugin"}}
+        self.models_file.write_text(json.dumps({**others, **ours}))
+        err = self.sign_in()
+        self.assertIn("chatgpt-gpt-4o is an entry of somebody else's", err)
+        after = json.loads(self.models_file.read_text())
+        self.assertEqual({k: v for k, v in after.items() if k in others}, others)
+        self.assertEqual(set(after) - set(others), {"chatgpt-o1-mini", "chatgpt-o3-pro"})
+        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(json.loads(self.models_file.read_text()), others)
+
+    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
+    def test_a_broken_models_file_is_left_alone_and_the_tokens_go_all_the_same(self):
+        self.models_file.write_text("[")
+        err = self.call("auth", "--no-browser", browser=visit)[2]
+        self.assertIn("chatgpt_models.json is not JSON", err)
+        self.assertIn("Next: ", err)
+        self.assert_fails(self.call("models"), 6, "chatgpt_models.json is not JSON")
+        self.assertEqual(self.call("status")[0], 6)
+        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json is not JSON")
+        self.assertFalse(self.token_file.exists())
+        self.assertEqual(self.models_file.read_text(), "[")
+
+    def test_the_module_lists_them_unfiltered(self):
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            self.assertEqual(oauth.fetch_chatgpt_models(), sorted(self.double.api_models))
+            self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.4", "gpt-5.5"])
+            with self.assertRaises(oauth.UsageError):
+                oauth.fetch_chatgpt_models(source="x")
+            for timeout in ("x", 0, -1, float("nan")):
+                with self.assertRaises(oauth.UsageError):
+                    oauth.sign_in(timeout=timeout)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sign-in: with a browser
+# ---------------------------------------------------------------------------------------------
+
+
+class SignInTest(Case):
+    def test_an_account_without_an_organization_uses_its_plan(self):
+        self.double.organization = None
+        err = self.sign_in()
+        self.assertIn("missing organization_id", err)
+        self.assertIn("https://platform.openai.com", err)
+        self.assertIn("your ChatGPT plan", err)
+        self.assertNotIn("api_key", self.stored())
+        models = json.loads(self.models_file.read_text())
+        self.assertEqual(
+            models["chatgpt-gpt-5.5"],
+            {
+                "type": "chatgpt_oauth",
+                "name": "gpt-5.5",
+                "custom_endpoint": {"url": self.double.url + "/codex-backend"},
+                "context_length": 258400,
+                "oauth_source": "chatgpt-oauth-plugin",
+                "supported_settings": ["reasoning_effort", "summary", "verbosity"],
+            },
+        )
+        self.assertEqual(models["chatgpt-gpt-5.4"]["context_length"], 90000)
+        self.assertNotIn("chatgpt-gpt-5.4-secret", models)
+        sent = [e for e in self.double.requests if e["grant"] == "codex"][0]
+        self.assertEqual(sent["fields"]["client_version"], "0.169.0")
+        self.assertEqual(sent["headers"]["originator"], "chatgpt_oauth")
+        self.assertEqual(sent["headers"]["chatgpt-account-id"], "acct-1")
+        code, out, err = self.run_program("status")
+        self.assertEqual(code, 0)
+        self.assertIn("\nNo API key", out)
+        self.assert_fails(self.run_program("env"), 1, "no API key", "--access-token")
+        self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
+        code, out, err = self.run_program("env", "--access-token", "--shell", "json")
+        stored = self.stored()
+        expected = {
+            "CHATGPT_OAUTH_ACCESS_TOKEN": stored["access_token"],
+            "CHATGPT_OAUTH_ACCOUNT_ID": "acct-1",
+        }
+        self.assertEqual(json.loads(out), expected)
+
+    def test_the_browser_is_told_only_when_the_tokens_are_on_disk(self):
+        seen = []
+
+        def look(handler, fields):
+            seen.append(self.token_file.exists())
+            return False
+
+        self.double.faults["key"] = look
+        self.double.delay = 0.1
+        running = self.start("auth", "--no-browser")
+        pages = visit(visit(running.url(), follow=False)[0][2]["location"], follow=False)
+        self.assertTrue(self.token_file.exists())
+        self.assertEqual(pages[0][1], 303)
+        visit(urllib.parse.urljoin(pages[0][0], "/success"))
+        self.assertEqual(running.end()[0], 0)
+        self.assertEqual(seen, [True])
+
+    def test_the_program_waits_for_the_success_page_but_not_for_long(self):
+        self.assertEqual(oauth.LINGER, 5.0)
+
+        def leave(url):
+            visit(visit(url, follow=False)[0][2]["location"], follow=False)
+
+        with mock.patch.object(oauth, "LINGER", 0.5):
+            began = time.monotonic()
+            code, out, err = self.call("auth", "--no-browser", browser=leave)
+        self.assertEqual((code, out), (0, ""), err)
+        self.assertIn("Next: ", err)
+        self.assertTrue(0.5 < time.monotonic() - began < 2)
+
+    def test_an_access_token_in_the_place_of_a_key_is_none(self):
+        self.fault("key", 200, json.dumps({"access_token": encode_jwt({"a": 1})}).encode())
+        err = self.sign_in()
+        self.assertIn("warning: no API key", err)
+        self.assertNotIn("api_key", self.stored())
+
+    def test_a_catalogue_that_cannot_be_had_does_not_undo_the_sign_in(self):
+        self.fault("api", 500, b"{}")
+        err = self.sign_in()
+        self.assertIn("warning: listing the models failed (HTTP 500)", err)
+        self.assertIn("Next: ", err)
+        self.assertTrue(self.stored()["api_key"])
+        self.assertFalse(self.models_file.exists())
+
+    def test_a_failed_key_exchange_does_not_undo_the_sign_in(self):
+        self.fault("key", 500, b"oops")
+        err = self.sign_in()
+        self.assertIn("warning: no API key", err)
+        self.assertIn("your ChatGPT plan", err)
+
+    def test_the_same_account_keeps_its_api_key_while_it_is_accepted(self):
+        self.sign_in()
+        key = self.stored()["api_key"]
+        self.store(self.stored(), mine="kept")
+        self.sign_in()
+        self.assertEqual(self.stored()["api_key"], key)
+        self.assertEqual(self.stored()["mine"], "kept")
+        self.assertEqual(self.double.count("key"), 1)
+        self.fault("api", 503, b"{}")
+        self.sign_in()
+        self.assertEqual(self.stored()["api_key"], key)
+        del self.double.faults["api"]
+        self.double.api_keys.clear()
+        self.sign_in()
+        self.assertNotEqual(self.stored()["api_key"], key)
+        self.assertEqual(self.double.count("key"), 2)
+        self.assertEqual(self.double.count("revoke"), 0)
+
+    def test_another_account_brings_its_own_and_the_old_sign_in_is_revoked(self):
+        self.sign_in()
+        old = self.stored()
+        self.store(old, mine="gone")
+        self.double.account, self.double.organization = "acct-2", None
+        self.sign_in()
+        self.assertNotIn("api_key", self.stored())
+        self.assertNotIn("mine", self.stored())
+        self.assertEqual(self.stored()["account_id"], "acct-2")
+        self.assertNotIn(old["refresh_token"], self.double.refresh_tokens)
+        sent = [e for e in self.double.requests if e["grant"] == "revoke"][0]["fields"]
+        self.assertEqual(sent["token_type_hint"], "refresh_token")
+        self.assertEqual(sent["client_id"], self.double.client_id)
+
+    def test_a_broken_sign_in_leaves_the_old_one_alone(self):
+        before = self.store()
+        self.fault("code", 400, b"{}")
+        running = self.start("auth", "--no-browser")
+        page = visit(running.url())[-1]
+        self.assertEqual(page[1], 400)
+        self.assertIn("The sign-in failed", page[3])
+        self.assert_fails(running.end(), 1, "exchanging the authorization code failed (HTTP 400)")
+        self.assertEqual(self.stored(), before)
+
+    def test_a_declined_consent_is_explained_in_page_and_terminal(self):
+        for error, description, words in (
+            ("access_denied", "The <b>user</b> \x1b[31mdeclined", "the sign-in was refused"),
+            ("access_denied", "missing_codex_entitlement", "administrator"),
+        ):
+            running = self.start("auth", "--no-browser")
+            fields = urllib.parse.parse_qs(urllib.parse.urlsplit(running.url()).query)
+            answer = {"error": error, "error_description": description, "state": fields["state"][0]}
+            page = visit(fields["redirect_uri"][0] + "?" + urllib.parse.urlencode(answer))[-1]
+            self.assertIn(words, page[3])
+            self.assertNotIn("<b>user", page[3])
+            err = self.assert_fails(running.end(), 1, words)
+            self.assertNotIn("\x1b", err + page[3])
+
+    def test_the_time_is_up(self):
+        environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
+        result = self.run_program("auth", "--no-browser", environ=environ)
+        self.assert_fails(
+            result, 1, "no sign-in within 0.3 seconds", "Invalid Session", "--timeout"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Sign-in: with a pasted address
+# ---------------------------------------------------------------------------------------------
 
 
 class PasteTest(Case):
@@ -1547,38 +2195,6 @@ class PasteTest(Case):
         self.assertIn("--device", err)
 
     @unittest.skipUnless(POSIX, "needs a pseudo-terminal")
-    def test_the_countdown_is_in_place_unless_something_may_be_pasted(self):
-        import pty
-
-        for arguments, counted in ((["auth", "--device"], True), (["auth", "--no-browser"], False)):
-            leader, follower = pty.openpty()
-            process = subprocess.Popen(
-                [sys.executable, PROGRAM, *arguments, "--timeout", "31"],
-                env={**self.environ, "TERM": "xterm"},
-                stdin=follower,
-                stdout=follower,
-                stderr=follower,
-                start_new_session=True,
-            )
-            os.close(follower)
-            self.double.device_polls = 99
-            seen, deadline = b"", time.monotonic() + 2.5
-            while time.monotonic() < deadline and b"30 s left" not in seen:
-                seen += os.read(leader, 65536)
-            process.kill()
-            process.wait()
-            os.close(leader)
-            self.assertEqual(b"\r31 s left" in seen, counted, seen)
-            self.assertIn(b"30 s left", seen)
-
-    def test_the_time_is_up(self):
-        environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
-        result = self.run_program("auth", "--no-browser", environ=environ)
-        self.assert_fails(
-            result, 1, "no sign-in within 0.3 seconds", "Invalid Session", "--timeout"
-        )
-
-    @unittest.skipUnless(POSIX, "needs a pseudo-terminal")
     def test_at_a_terminal_the_address_is_pasted_and_enter_tries_again(self):
         import pty
 
@@ -1599,6 +2215,11 @@ class PasteTest(Case):
         os.close(leader)
         os.close(follower)
         self.assertEqual((code, out), (0, ""), err)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sign-in: with a device code
+# ---------------------------------------------------------------------------------------------
 
 
 class DeviceTest(Case):
@@ -1688,262 +2309,18 @@ class DeviceTest(Case):
         self.assertEqual(device, {"device_auth_id": "d", "user_code": "WXYZ", "interval": 7.0})
 
 
-class PortTest(unittest.TestCase):
-    def test_a_machine_without_ipv6_listens_on_127_0_0_1_alone(self):
-        bind = socket.socket.bind
-        (port,) = free_ports(1)
-        for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EADDRINUSE):
-
-            def no_ipv6(listening, address, number=number):
-                if listening.family == socket.AF_INET6:
-                    raise OSError(number, "no")
-                bind(listening, address)
-
-            with mock.patch.object(socket.socket, "bind", no_ipv6):
-                if number == errno.EADDRINUSE:
-                    with self.assertRaises(OSError):
-                        oauth.bind_loopback(port)
-                    continue
-                bound = oauth.bind_loopback(port)
-            self.assertEqual([each.getsockname() for each in bound], [("127.0.0.1", port)])
-            bound[0].close()
-
-
-class BrowserTest(unittest.TestCase):
-    def test_where_no_browser_can_be_opened_none_is_tried(self):
-        command = oauth.browser_command
-        with tempfile.TemporaryDirectory() as folder:
-            windows = pathlib.Path(folder, "rundll32.exe")
-            windows.write_text("#!/bin/sh\n")
-            windows.chmod(0o755)
-            display = {"DISPLAY": ":0"}
-            ours = [sys.executable, "-I", "-m", "webbrowser"]
-            for environ, opened, words in (
-                ({"SSH_CONNECTION": "1", **display}, [], "SSH"),
-                ({"SSH_TTY": "/dev/pts/1"}, [], "SSH"),
-                ({"BROWSER": "lynx", **display}, [], "terminal browser"),
-                ({"BROWSER": "/usr/bin/w3m %s", **display}, [], "terminal browser"),
-                ({"BROWSER": "firefox", "SSH_TTY": "x"}, ours, ""),
-                (display, ours, ""),
-                ({"WAYLAND_DISPLAY": "w"}, ours, ""),
-                ({"WSL_DISTRO_NAME": "x", "PATH": "/none"}, [], "WSL"),
-                ({"WSL_DISTRO_NAME": "x", "PATH": folder}, ["rundll32.exe"], ""),
-            ):
-                with self.subTest(environ):
-                    found, obstacle = command(environ)
-                    self.assertEqual(found[: len(opened)] or [], opened)
-                    self.assertIn(words, obstacle)
-            if sys.platform.startswith("linux"):
-                self.assertRegex(command({})[1], "display|container")
-
-
 # ---------------------------------------------------------------------------------------------
-# Files, settings, shells, people
+# Sign-out
 # ---------------------------------------------------------------------------------------------
 
 
-class StoreTest(Case):
-    def test_files_are_private_from_their_first_byte(self):
-        umask = os.umask(0)
-        self.addCleanup(os.umask, umask)
-        if shutil.which("strace"):
-            trace = self.folder / "trace"
-            done = subprocess.run(
-                ["strace", "-f", "-e", "trace=openat,chmod,fchmod,fsync,rename", "-o", str(trace)]
-                + [sys.executable, PROGRAM, "token", "--refresh"],
-                env={**self.environ, "CHATGPT_OAUTH_HOME": str(self.prepared())},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            if done.returncode == 0:
-                calls = [line for line in trace.read_text().splitlines() if "chatgpt_oauth" in line]
-                created = [line for line in calls if "O_CREAT" in line]
-                self.assertTrue(all(", 0600)" in line for line in created), created)
-                self.assertTrue(any("O_EXCL" in line for line in created))
-                self.assertFalse([line for line in calls if "chmod" in line])
-        self.sign_in()
-        self.assertEqual(self.home.stat().st_mode & 0o777, 0o700)
-        for path in (self.token_file, self.models_file, self.home / "chatgpt_oauth.json.lock"):
-            self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
-
-    def prepared(self):
-        self.store()
-        return self.home
-
-    def test_a_symbolic_link_stays_one(self):
-        self.store(lifetime=-10)
-        elsewhere = self.folder / "elsewhere"
-        elsewhere.mkdir()
-        self.token_file.rename(elsewhere / "tokens.json")
-        self.token_file.symlink_to(elsewhere / "tokens.json")
-        self.assertEqual(self.call("token")[0], 0)
-        self.assertTrue(self.token_file.is_symlink())
-        self.assertEqual(sorted(os.listdir(elsewhere)), ["tokens.json", "tokens.json.lock"])
-        self.assertEqual(self.call("logout")[0], 0)
-        self.assertFalse(self.token_file.is_symlink())
-        self.assertEqual(os.listdir(elsewhere), ["tokens.json.lock"])
-
-    def test_a_file_that_others_can_read_is_tightened_with_a_warning(self):
-        self.store(mode=0o644)
-        code, out, err = self.call("status")
-        self.assertEqual(code, 0)
-        self.assertIn("warning: others could read", err)
-        self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
-        self.assertEqual(self.call("status")[2], "")
-
-    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
-    def test_files_that_are_not_what_they_should_be(self):
-        def directory(path):
-            path.mkdir()
-
-        def fifo(path):
-            os.mkfifo(path)
-
-        def text(content):
-            return lambda path: path.write_bytes(content)
-
-        def huge(path):
-            with path.open("wb") as file:
-                file.truncate(100 << 20)
-
-        def loop(path):
-            path.symlink_to(path)
-
-        faults = {
-            "directory": directory,
-            "FIFO": fifo,
-            "empty": text(b""),
-            "not JSON": text(b"{"),
-            "a list": text(b"[]"),
-            "null": text(b"null"),
-            "deep": text(b"[" * 100000),
-            "bytes": text(b"\xff\xfe\x00"),
-            "huge": huge,
-            "loop": loop,
-            "odd token": text(b'{"access_token": "a b"}'),
-            "number": text(b'{"access_token": 5}'),
-            "odd key": text(b'{"access_token": "a", "api_key": "\'; rm -rf ~; \'"}'),
-            "newline": text(b'{"access_token": "a", "api_key": "sk-a\\n"}'),
-        }
-        for name, fault in faults.items():
-            with self.subTest(name), tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                home = pathlib.Path(folder)
-                path = home / "chatgpt_oauth.json"
-                fault(path)
-                environ = {"CHATGPT_OAUTH_HOME": folder}
-                for command in (["token"], ["env"], ["models"], ["env", "--access-token"]):
-                    err = self.assert_fails(self.call(*command, environ=environ), 6, str(path))
-                    self.assertNotIn("rm -rf", err)
-                code, out, err = self.call("status", "--json", environ=environ)
-                self.assertEqual(code, 6)
-                self.assertFalse(json.loads(out)["authenticated"])
-                self.assertIn(str(path), json.loads(out)["problem"])
-                self.assertTrue(os.path.lexists(path))
-
-    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
-    def test_a_new_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
-        self.home.mkdir(mode=0o700)
-        self.token_file.write_text("{")
-        self.assertEqual(self.call("logout")[0], 0)
-        self.assertFalse(self.token_file.exists())
-        self.token_file.write_text("{")
-        err = self.call("auth", "--no-browser", browser=visit)[2]
-        self.assertIn(".bad", err)
-        self.assertEqual((self.home / "chatgpt_oauth.json.bad").read_text(), "{")
-        self.assertTrue(self.stored()["access_token"])
-        self.assertEqual(self.call("logout")[0], 0)
-        left = ["chatgpt_models.json", "chatgpt_oauth.json.lock"]
-        self.assertEqual(sorted(os.listdir(self.home)), left)
-
+class SignOutTest(Case):
     def test_a_folder_in_the_files_place_keeps_no_model_entries(self):
         self.sign_in()
         self.token_file.unlink()
         self.token_file.mkdir()
         self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself")
         self.assertEqual(json.loads(self.models_file.read_text()), {})
-
-    def test_a_torn_file_is_read_again(self):
-        fields = self.store()
-        whole = self.token_file.read_text()
-        self.token_file.write_text(whole[:50])
-        timer = threading.Timer(0.2, self.token_file.write_text, [whole])
-        timer.start()
-        self.assertEqual(self.call("token")[1], fields["access_token"] + "\n")
-        timer.join()
-
-    @unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
-    def test_a_file_of_somebody_else_is_refused_and_root_keeps_its_owner(self):
-        self.store(lifetime=-10)
-        os.chown(self.token_file, 12345, 12345)
-        self.assertEqual(self.call("token")[0], 0)
-        self.assertEqual(self.token_file.stat().st_uid, 12345)
-        (self.home / "chatgpt_oauth.json.lock").unlink()
-        os.chown(self.home, 12345, 12345)
-        self.assertEqual(self.call("token", "--refresh")[0], 0)
-        self.assertEqual((self.home / "chatgpt_oauth.json.lock").stat().st_uid, 12345)
-        self.token_file.chmod(0o644)
-        for path in (self.folder, self.home):
-            os.chown(path, 65534, 65534)
-        with self.somebody_else():
-            self.assert_fails(self.call("token"), 6, "belongs to another user")
-        self.token_file.chmod(0o600)
-        with self.somebody_else():
-            self.assert_fails(self.call("token"), 6, "Permission denied")
-
-    def test_a_home_that_cannot_be_used(self):
-        blocked = self.folder / "file"
-        blocked.write_text("")
-        environ = {"CHATGPT_OAUTH_HOME": str(blocked)}
-        self.assert_fails(self.call("token", environ=environ), 6, "Not a directory")
-        environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
-        self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
-        self.assertFalse((self.folder / "none").exists())
-        self.assertEqual(self.call("logout", environ=environ)[0], 0)
-        self.assertFalse((self.folder / "none").exists())
-        environ = {key: value for key, value in self.environ.items() if key != "HOME"}
-        with mock.patch.dict(os.environ, environ, clear=True):
-            self.assertTrue(oauth.Settings().home.startswith("/"))
-
-    def test_others_model_entries_stay(self):
-        self.home.mkdir(mode=0o700)
-        others = {
-            "mine": {"type": "openai"},
-            "codex-gpt-6": {"oauth_source": "chatgpt-oauth-plugin"},
-            "chatgpt-mine": {"type": "openai"},
-            "chatgpt-gpt-4o": {"type": "mine"},
-            "odd": 5,
-            "chatgpt-odd": None,
-        }
-        ours = {"chatgpt-old": {"oauth_source": "chatgpt-oauth-plugin"}}
-        self.models_file.write_text(json.dumps({**others, **ours}))
-        err = self.sign_in()
-        self.assertIn("chatgpt-gpt-4o is an entry of somebody else's", err)
-        after = json.loads(self.models_file.read_text())
-        self.assertEqual({k: v for k, v in after.items() if k in others}, others)
-        self.assertEqual(set(after) - set(others), {"chatgpt-o1-mini", "chatgpt-o3-pro"})
-        self.assertEqual(self.call("logout")[0], 0)
-        self.assertEqual(json.loads(self.models_file.read_text()), others)
-
-    @mock.patch.object(oauth, "REREAD_SECONDS", 0.01)
-    def test_a_broken_models_file_is_left_alone_and_the_tokens_go_all_the_same(self):
-        self.home.mkdir(mode=0o700)
-        self.models_file.write_text("[")
-        err = self.call("auth", "--no-browser", browser=visit)[2]
-        self.assertIn("chatgpt_models.json is not JSON", err)
-        self.assertIn("Next: ", err)
-        self.assert_fails(self.call("models"), 6, "chatgpt_models.json is not JSON")
-        self.assertEqual(self.call("status")[0], 6)
-        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json is not JSON")
-        self.assertFalse(self.token_file.exists())
-        self.assertEqual(self.models_file.read_text(), "[")
-
-    def test_what_is_nested_too_deep_to_be_kept_is_told(self):
-        self.store(lifetime=-10)
-        text = json.dumps(self.stored())[:-1] + ', "theirs": ' + "[" * 1200 + "]" * 1200 + "}"
-        self.token_file.write_text(text)
-        code, out, err = self.call("token")
-        self.assertIn(code, (0, 6), err)
-        self.assertEqual(self.double.count("refresh"), int(code == 0))
 
     def test_a_failed_revocation_is_a_warning(self):
         self.store()
@@ -1964,159 +2341,9 @@ class StoreTest(Case):
         self.assertNotIn("client_id", sent)
 
 
-class ModelsTest(Case):
-    def setUp(self):
-        super().setUp()
-        self.double.api_keys.add("sk-mine")
-        self.store(api_key="sk-mine")
-
-    def names(self, *arguments, **environ):
-        code, out, err = self.call("models", "--dry-run", *arguments, environ=environ)
-        self.assertEqual(code, 0, err)
-        return out.split()
-
-    def test_patterns_choose_the_models(self):
-        self.assertEqual(self.names(), ["chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro"])
-        self.assertEqual(self.names("--include", "dall-*"), ["chatgpt-dall-e-3"])
-        self.assertEqual(self.names("--include", "*audio*"), ["chatgpt-gpt-4o-audio-preview"])
-        self.assertEqual(self.names("--exclude", "o?-*"), ["chatgpt-gpt-4o"])
-        self.assertEqual(self.names("--include", "GPT-*"), [])
-        self.assertEqual(len(self.names("--all")), 5)
-        self.assertEqual(
-            self.names("--all", "--exclude", "gpt*"),
-            [f"chatgpt-{n}" for n in ("dall-e-3", "o1-mini", "o3-pro")],
-        )
-        self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
-        self.assertEqual(
-            self.names(CHATGPT_OAUTH_PREFIX="x-", CHATGPT_OAUTH_MODEL_PATTERNS="o3*"), ["x-o3-pro"]
-        )
-        self.assertEqual(len(self.names(CHATGPT_OAUTH_MODEL_EXCLUDES="")), 4)
-        self.assertFalse(self.models_file.exists())
-
-    def test_json_and_import(self):
-        code, out, err = self.call("models", "--json")
-        self.assertEqual(json.loads(out)["model_source"], "api")
-        self.assertEqual(
-            json.loads(out)["models"], sorted(json.loads(self.models_file.read_text()))
-        )
-        self.assertEqual(
-            json.loads(self.call("status", "--json")[1])["models"], json.loads(out)["models"]
-        )
-
-    def test_ids_that_are_none_are_left_out_with_one_warning(self):
-        self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
-        code, out, err = self.call("models", "--all", "--dry-run")
-        self.assertEqual(len(out.split()), 5)
-        self.assertIn("warning: 6 of the models", err)
-        self.assertNotIn("\x1b", out + err)
-
-    def test_ids_that_are_no_strings_are_left_out(self):
-        self.double.api_models += [None, True, 5]
-        code, out, err = self.call("models", "--all", "--dry-run")
-        self.assertEqual(len(out.split()), 5)
-        self.assertIn("warning: 3 of the models", err)
-
-    def test_a_key_that_is_refused_has_a_next_step(self):
-        self.double.api_keys.clear()
-        self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: sign in again")
-
-    def test_who_signs_out_meanwhile_gets_no_models(self):
-        def sign_out(handler, _):
-            self.token_file.unlink()
-
-        self.double.faults["api"] = sign_out
-        self.assert_fails(self.call("models"), 3, "not signed in")
-        self.assertFalse(self.models_file.exists())
-
-    def test_no_key_no_api_models(self):
-        self.store(self.stored(), api_key=None)
-        self.assert_fails(self.call("models", "--source", "api"), 1, "no API key")
-
-    def test_the_module_lists_them_unfiltered(self):
-        with mock.patch.dict(os.environ, self.environ, clear=True):
-            self.assertEqual(oauth.fetch_chatgpt_models(), sorted(self.double.api_models))
-            self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.4", "gpt-5.5"])
-            with self.assertRaises(oauth.UsageError):
-                oauth.fetch_chatgpt_models(source="x")
-            for timeout in ("x", 0, -1, float("nan")):
-                with self.assertRaises(oauth.UsageError):
-                    oauth.sign_in(timeout=timeout)
-
-
-class SettingsTest(Case):
-    def test_every_bad_value_is_refused_by_its_name_before_anything_happens(self):
-        bad = {
-            "issuer": (
-                "http://example.com",
-                "ftp://x",
-                "",
-                "https://u:p@h",
-                "https://h?x",
-                "https://h:65536",
-            ),
-            "client_id": ("", "a b", "a\x1b"),
-            "scope": ("", "a\nb"),
-            "redirect_host": ("http://0.0.0.0", "https://localhost", ""),
-            "redirect_path": ("", "success", "a b", "a?b"),
-            "required_port": ("", "0", "65536", "x", "-1", "1.5", "\u0663"),
-            "fallback_port": ("0",),
-            "callback_timeout": ("0", "x", "inf", "nan", "-1", "1e3"),
-            "api_base_url": ("http://example.com", ""),
-            "codex_base_url": ("http://10.0.0.1", "https://"),
-            "codex_client_version": ("", "a b", "a&b"),
-            "home": ("", "~nobody-of-this-name/x"),
-            "prefix": ("", "-x", "a b"),
-            "default_context_length": ("0", "x"),
-            "model_patterns": ("", "a b"),
-            "model_excludes": ("a b",),
-            "model_source": ("", "x"),
-            "originator": ("", "a b", "a\r\nb: c"),
-            "request_timeout": ("0",),
-            "retry_window": ("x",),
-            "lock_timeout": ("x",),
-            "api_key_env_var": ("", "1a", "a-b", "a;b"),
-        }
-        self.assertEqual(set(bad), set(oauth.CHATGPT_OAUTH_CONFIG))
-        self.store(lifetime=-10)
-        for key, values in bad.items():
-            name = "CHATGPT_OAUTH_" + key.upper()
-            for value in values:
-                with self.subTest(name, value=value):
-                    self.assert_fails(self.call("token", environ={name: value}), 2, name)
-        self.assertEqual(self.double.requests, [])
-
-    def test_the_dict_at_the_top_may_be_edited_and_is_checked_too(self):
-        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"prefix": "mine-", "request_timeout": 7}):
-            settings = oauth.Settings({})
-            self.assertEqual((settings.prefix, settings.request_timeout), ("mine-", 7.0))
-        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"issuer": "http://example.com"}):
-            self.assert_fails(
-                self.call("token", environ={"CHATGPT_OAUTH_ISSUER": "x"}), 2, "ISSUER"
-            )
-            with self.assertRaisesRegex(oauth.UsageError, r'CHATGPT_OAUTH_CONFIG\["issuer"\]'):
-                oauth.Settings({})
-
-    def test_the_home_follows_code_puppys_rule(self):
-        home = os.path.expanduser("~")
-        self.assertEqual(oauth.Settings({}).home, os.path.join(home, ".code_puppy"))
-        self.assertEqual(oauth.Settings({"XDG_DATA_HOME": "/x"}).home, "/x/code_puppy")
-        self.assertEqual(
-            oauth.Settings({"XDG_DATA_HOME": ""}).home, os.path.join(home, ".code_puppy")
-        )
-        self.assertEqual(oauth.Settings({"CHATGPT_OAUTH_HOME": "/y"}).home, "/y")
-
-    def test_a_folder_that_is_gone_is_no_home(self):
-        code = "mkdir d; cd d; rmdir ../d; exec " + f"{sys.executable} {PROGRAM} status"
-        environ = {**self.environ, "CHATGPT_OAUTH_HOME": "x"}
-        done = subprocess.run(
-            ["sh", "-c", code], env=environ, cwd=str(self.folder), stderr=subprocess.PIPE
-        )
-        self.assertEqual(done.returncode, 2)
-        self.assertIn(b"CHATGPT_OAUTH_HOME", done.stderr)
-
-    def test_a_trailing_slash_does_not_matter(self):
-        settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"})
-        self.assertEqual(settings.issuer, "https://example.com/a")
+# ---------------------------------------------------------------------------------------------
+# Shells
+# ---------------------------------------------------------------------------------------------
 
 
 class ShellTest(Case):
@@ -2191,32 +2418,123 @@ class ShellTest(Case):
         self.assertEqual(self.run_program("env", "--unset")[0], 0)
 
 
-class PeopleTest(Case):
-    def test_help(self):
-        code, out, err = self.run_program()
-        self.assertEqual((code, out), (2, ""))
-        self.assertIn("The usual path", err)
-        code, out, err = self.run_program("-h")
-        self.assertEqual((code, err), (0, ""))
-        for command in oauth.COMMANDS:
-            self.assertIn(f"  {command}", out)
-            code, text, err = self.call(command, "-h")
+# ---------------------------------------------------------------------------------------------
+# Terminal
+# ---------------------------------------------------------------------------------------------
+
+
+class TerminalTest(Case):
+    def test_where_no_browser_can_be_opened_none_is_tried(self):
+        command = oauth.browser_command
+        with tempfile.TemporaryDirectory() as folder:
+            windows = pathlib.Path(folder, "rundll32.exe")
+            windows.write_text("#!/bin/sh\n")
+            windows.chmod(0o755)
+            display = {"DISPLAY": ":0"}
+            ours = [sys.executable, "-I", "-m", "webbrowser"]
+            for environ, opened, words in (
+                ({"SSH_CONNECTION": "1", **display}, [], "SSH"),
+                ({"SSH_TTY": "/dev/pts/1"}, [], "SSH"),
+                ({"BROWSER": "lynx", **display}, [], "terminal browser"),
+                ({"BROWSER": "/usr/bin/w3m %s", **display}, [], "terminal browser"),
+                ({"BROWSER": "firefox", "SSH_TTY": "x"}, ours, ""),
+                (display, ours, ""),
+                ({"WAYLAND_DISPLAY": "w"}, ours, ""),
+                ({"WSL_DISTRO_NAME": "x", "PATH": "/none"}, [], "WSL"),
+                ({"WSL_DISTRO_NAME": "x", "PATH": folder}, ["rundll32.exe"], ""),
+            ):
+                with self.subTest(environ):
+                    found, obstacle = command(environ)
+                    self.assertEqual(found[: len(opened)] or [], opened)
+                    self.assertIn(words, obstacle)
+            if sys.platform.startswith("linux"):
+                self.assertRegex(command({})[1], "display|container")
+
+    def test_the_browser_opens_by_itself_and_sees_no_secret(self):
+        self.store(api_key="sk-before")
+        seen = self.folder / "seen.json"
+        script = self.folder / "browser.py"
+        script.write_text(
+            "import json, os, sys\n"
+            f"json.dump([sys.argv, dict(os.environ)], open({str(seen)!r}, 'w'))\n"
+            f"sys.path.insert(0, {str(pathlib.Path(HERE).parent)!r})\n"
+            "import test_chatgpt_oauth as tests\n"
+            "print('noise from the browser'); tests.visit(sys.argv[1])\n"
+        )
+        environ = {
+            "BROWSER": f"{sys.executable} {script} %s",
+            "OPENAI_API_KEY": "sk-before",
+            "CHATGPT_OAUTH_API_KEY": "sk-other",
+        }
+        code, out, err = self.run_program("auth", environ=environ)
+        self.assertEqual((code, out), (0, ""), err)
+        self.assertNotIn("noise", err)
+        arguments, inherited = json.loads(seen.read_text())
+        self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
+        self.assertIn("PATH", inherited)
+
+    def test_the_browser_is_started_without_code_from_the_folder(self):
+        trap = self.folder / "webbrowser.py"
+        trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
+        environ = {"BROWSER": f"{sys.executable} {HERE} visit %s"}
+        code, out, err = self.run_program("auth", environ=environ, cwd=str(self.folder))
+        self.assertEqual(code, 0, err)
+        self.assertFalse((self.folder / "sprung").exists())
+
+    @unittest.skipUnless(POSIX, "needs a pseudo-terminal")
+    def test_the_countdown_is_in_place_unless_something_may_be_pasted(self):
+        import pty
+
+        for arguments, counted in ((["auth", "--device"], True), (["auth", "--no-browser"], False)):
+            leader, follower = pty.openpty()
+            process = subprocess.Popen(
+                [sys.executable, PROGRAM, *arguments, "--timeout", "31"],
+                env={**self.environ, "TERM": "xterm"},
+                stdin=follower,
+                stdout=follower,
+                stderr=follower,
+                start_new_session=True,
+            )
+            os.close(follower)
+            self.double.device_polls = 99
+            seen, deadline = b"", time.monotonic() + 2.5
+            while time.monotonic() < deadline and b"30 s left" not in seen:
+                seen += os.read(leader, 65536)
+            process.kill()
+            process.wait()
+            os.close(leader)
+            self.assertEqual(b"\r31 s left" in seen, counted, seen)
+            self.assertIn(b"30 s left", seen)
+
+    def test_encodings_that_carry_little_do_not_matter(self):
+        self.double.email = "\u00e4d\u00e4\u202e@example.com"
+        for encoding in ("ascii", "cp1252", "utf-8"):
+            environ = {"PYTHONIOENCODING": encoding}
+            running = self.start("auth", "--no-browser", environ=environ)
+            visit(running.url())
+            self.assertEqual(running.end()[0], 0)
+            code, out, err = self.run_program("status", environ=environ)
             self.assertEqual((code, err), (0, ""))
-            self.assertRegex(text, "example:|profile")
-            text = text.replace(oauth.program_name(), "python3 chatgpt_oauth.py")
-            self.assertLessEqual(max(map(len, text.splitlines())), 80)
-        self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
+            self.assertNotIn("\u202e", out)
 
-    def test_mistakes_are_named(self):
-        self.assert_fails(self.call("stauts"), 2, "stauts", "status")
-        self.assert_fails(self.call("xyzzy"), 2, "--help")
-        self.assert_fails(self.call("auth", "--devise"), 2, "--devise", "auth --help")
-        self.assert_fails(self.call("auth", "--dev"), 2)
-        for odd in ("x", "", "0", "inf"):
-            self.assert_fails(self.call("auth", "--timeout", odd), 2, "--timeout")
-        self.assert_fails(self.call("models", "--source", "x"), 2, "--source")
-        self.assert_fails(self.call("token", "--api-key", "--refresh"), 2, "--api-key")
+    def test_a_program_path_with_a_space_leaves_the_json_whole(self):
+        place = self.folder / "my folder" / "c.py"
+        place.parent.mkdir()
+        shutil.copy(PROGRAM, place)
+        done = subprocess.run(
+            [sys.executable, str(place), "status", "--json"],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+        )
+        self.assertIn(f'python3 "{place}" auth', json.loads(done.stdout)["problem"])
 
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------
+
+
+class CommandsTest(Case):
     def test_signed_out_everything_says_so(self):
         for command in ("token", "models", "env"):
             self.assert_fails(self.call(command), 3, "not signed in", "auth")
@@ -2253,85 +2571,10 @@ class PeopleTest(Case):
         self.assertEqual(self.call("token")[1], "opaque\n")
         self.assertIn("unknown", self.call("status")[1])
 
-    def test_encodings_that_carry_little_do_not_matter(self):
-        self.double.email = "\u00e4d\u00e4\u202e@example.com"
-        for encoding in ("ascii", "cp1252", "utf-8"):
-            environ = {"PYTHONIOENCODING": encoding}
-            running = self.start("auth", "--no-browser", environ=environ)
-            visit(running.url())
-            self.assertEqual(running.end()[0], 0)
-            code, out, err = self.run_program("status", environ=environ)
-            self.assertEqual((code, err), (0, ""))
-            self.assertNotIn("\u202e", out)
 
-    def test_a_program_path_with_a_space_leaves_the_json_whole(self):
-        place = self.folder / "my folder" / "c.py"
-        place.parent.mkdir()
-        shutil.copy(PROGRAM, place)
-        done = subprocess.run(
-            [sys.executable, str(place), "status", "--json"],
-            env=self.environ,
-            stdout=subprocess.PIPE,
-        )
-        self.assertIn(f'python3 "{place}" auth', json.loads(done.stdout)["problem"])
-
-    def test_a_closed_or_full_output_is_no_traceback(self):
-        fields = self.store(api_key="sk-1")
-        for code, expected in (
-            ("token 2>&-", fields["access_token"] + "\n"),
-            ("token 2>/dev/full", fields["access_token"] + "\n"),
-            ("token >&-", ""),
-            ("token >&- 2>&-", ""),
-        ):
-            command = f"{sys.executable} {PROGRAM} {code}; echo $?"
-            done = subprocess.run(["sh", "-c", command], env=self.environ, stdout=subprocess.PIPE)
-            self.assertEqual(done.stdout.decode(), expected + "0\n", code)
-        command = f"HOME=/none {sys.executable} {PROGRAM} token 2>/dev/full; echo $?"
-        done = subprocess.run(["sh", "-c", command], env=self.environ, stdout=subprocess.PIPE)
-        self.assertEqual(done.stdout, b"3\n")
-        if os.path.exists("/dev/full"):
-            with open("/dev/full", "w") as full:
-                done = subprocess.run(
-                    [sys.executable, PROGRAM, "env"],
-                    env=self.environ,
-                    stdout=full,
-                    stderr=subprocess.PIPE,
-                )
-            self.assertEqual(done.returncode, 6)
-            self.assertNotIn(b"Traceback", done.stderr)
-        code = f"{sys.executable} {PROGRAM} status | true"
-        done = subprocess.run(["sh", "-c", code], env=self.environ, stderr=subprocess.PIPE)
-        self.assertNotIn(b"Traceback", done.stderr)
-
-    def test_it_runs_as_module_zip_renamed_and_piped(self):
-        import zipfile
-
-        self.store(api_key="sk-1")
-        archive = self.folder / "x.zip"
-        with zipfile.ZipFile(archive, "w") as packed:
-            packed.write(PROGRAM, "__main__.py")
-        renamed = self.folder / "my oauth"
-        shutil.copy(PROGRAM, renamed)
-        here = {**self.environ, "PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
-        for command, stdin, name in (
-            (["-m", "chatgpt_oauth"], None, "python3 -m chatgpt_oauth"),
-            ([str(archive)], None, f"python3 {archive}"),
-            ([str(renamed)], None, f'python3 "{renamed}"'),
-            (["-"], PROGRAM, "python3 chatgpt_oauth.py"),
-        ):
-            with self.subTest(name), open(stdin or os.devnull) as source:
-                done = subprocess.run(
-                    [sys.executable, *command, "env"],
-                    env=here,
-                    stdin=source,
-                    stdout=subprocess.PIPE,
-                )
-                self.assertIn(b"sk-1", done.stdout)
-                source.seek(0)
-                done = subprocess.run(
-                    [sys.executable, *command], env=here, stdin=source, stderr=subprocess.PIPE
-                )
-                self.assertIn(f"{name} auth", done.stderr.decode())
+# ---------------------------------------------------------------------------------------------
+# Commands: the same for programs
+# ---------------------------------------------------------------------------------------------
 
 
 class ModuleTest(Case):
@@ -2381,437 +2624,6 @@ class ModuleTest(Case):
         environ = mock.patch.dict(os.environ, self.environ, clear=True)
         with environ, self.assertLogs("chatgpt_oauth", "WARNING"):
             oauth.get_access_token()
-
-    def test_no_repr_shows_a_secret(self):
-        fields = self.store(api_key="sk-1")
-        with mock.patch.dict(os.environ, self.environ, clear=True):
-            session = oauth.Session()
-            for each in (session, session.tokens(), session.store, session.settings):
-                for secret in (fields["access_token"], fields["refresh_token"], "sk-1"):
-                    self.assertNotIn(secret, repr(each))
-
-
-# ---------------------------------------------------------------------------------------------
-# Hostile answers
-# ---------------------------------------------------------------------------------------------
-
-
-def raw(*parts, pause=0.0):
-    """A fault that sends bytes as they are and hangs up, with `pause` seconds after each part."""
-
-    def fault(handler, _):
-        handler.close_connection = True
-        with contextlib.suppress(OSError):
-            for part in parts:
-                handler.connection.sendall(part)
-                time.sleep(pause)
-            handler.connection.shutdown(socket.SHUT_RDWR)
-        return True
-
-    return fault
-
-
-def answering(status, body=b"{}", **headers):
-    return lambda handler, _: Double.reply(handler, status, body, **headers)
-
-
-def echo(handler, fields):
-    """An error that says all that was sent, as one that lies would."""
-    said = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
-    body = json.dumps({"error": {"code": said, "message": "\x1b[31m\u202e" + said}}).encode()
-    return Double.reply(handler, 401, body)
-
-
-OK = b"HTTP/1.1 200 OK\r\n"
-NO_TOKENS = dict.fromkeys(("access_token", "refresh_token", "id_token", "data", "models"), 5)
-ANSWERS = {
-    "empty": answering(200, b""),
-    "no content": answering(204, b""),
-    "a web page": answering(200, b"<!doctype html><title>Hello</title>"),
-    "a region block": answering(403, b"<html>Just a moment...</html>", Content_Type="text/html"),
-    "a list": answering(200, b"[]"),
-    "null": answering(200, b"null"),
-    "a number": answering(200, b"5"),
-    "a string": answering(200, b'"x"'),
-    "an empty object": answering(200, b"{}"),
-    "wrong types": answering(200, json.dumps(NO_TOKENS).encode()),
-    "lists of wrong types": answering(200, b'{"data": [1, null, {"id": 5}], "models": [[], {}]}'),
-    "not a number": answering(200, b'{"access_token": NaN, "expires_in": Infinity}'),
-    "tokens with spaces": answering(200, b'{"access_token": "a b", "authorization_code": "a b"}'),
-    "tokens with a newline": answering(200, b'{"access_token": "a\\nb"}'),
-    "tokens for a shell": answering(200, b'{"access_token": "a\';reboot;\'"}'),
-    "deep lists": answering(200, b"[" * 100000),
-    "deep objects": answering(200, b'{"a":' * 100000),
-    "a huge number": answering(200, b'{"access_token": ' + b"9" * 5000 + b"}"),
-    "too much": answering(200, b'"' + b"x" * (9 << 20) + b'"'),
-    "invalid UTF-8": answering(200, b'{"access_token": "\xff\xfe"}'),
-    "cut off": raw(OK + b"Content-Length: 1000\r\n\r\n{"),
-    "a broken chunk": raw(OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
-    "a redirect": answering(302, b"", Location="http://127.0.0.1:9/"),
-    "a redirect that keeps the body": answering(307, b"", Location="http://127.0.0.1:9/"),
-    "too many requests": answering(429, b"{}", Retry_After="99999999999999999999999"),
-    "an absurd delay": answering(503, b"{}", Retry_After="-1e999"),
-    "an error of the server": answering(500, b"oops"),
-    "a proxy that wants a password": answering(407, b"{}"),
-    "slow by a byte": raw(OK + b"Content-Length: 100\r\n\r\n", *[b"{"] * 50, pause=0.02),
-    "headers slow by a byte": raw(OK, *[b"a"] * 50, pause=0.02),
-    "silence": raw(b"", pause=0.5),
-    "hung up": raw(b""),
-    "no HTTP": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
-    "a huge header": raw(OK + b"A: " + b"b" * 100000 + b"\r\n\r\n"),
-    "a strange status": raw(b"HTTP/1.1 999 \x1b[31mX\r\nContent-Length: 0\r\n\r\n"),
-    "what was sent": echo,
-}
-
-
-class HostileTest(unittest.TestCase):
-    def tell(self, double, folder, endpoint):
-        """What is said when `endpoint` misbehaves, by the command that asks it."""
-        environ = {
-            **double.environment(),
-            "HOME": folder,
-            "CHATGPT_OAUTH_HOME": folder,
-            "CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2",
-            "CHATGPT_OAUTH_RETRY_WINDOW": "0.01",
-        }
-        said = []
-        session = oauth.Session(oauth.Settings(environ), lambda kind, text: said.append(text))
-        choice = oauth.Choice(session.settings)
-        fields = double.tokens(-10 if endpoint == "refresh" else None)
-        fields.update(issuer=double.url, account_id="acct-1", api_key="sk-" + "k" * 40)
-        double.api_keys.add(fields["api_key"])
-        path = pathlib.Path(folder, "chatgpt_oauth.json")
-        if endpoint not in ("usercode", "device", "code", "key"):
-            path.write_text(json.dumps(fields))
-            path.chmod(0o600)
-        code = 0
-        try:
-            if endpoint == "refresh":
-                session.fresh()
-            elif endpoint == "revoke":
-                oauth.end_sign_in(session, True)
-            elif endpoint in ("api", "codex"):
-                choice.source = endpoint
-                oauth.import_models(session, choice)
-            else:
-                oauth.sign_in_with_device(session, choice, 0.15 if endpoint == "device" else 9)
-        except oauth.OAuthError as error:
-            code = error.exit_code
-            said += [str(error), error.hint or ""]
-        if path.exists():
-            json.loads(path.read_text())
-        self.assertFalse(os.path.exists(f"{path}.tmp"))
-        return code, said
-
-    def check(self, answer, seconds):
-        with tempfile.TemporaryDirectory() as folder:
-            for endpoint in (
-                "code",
-                "key",
-                "refresh",
-                "revoke",
-                "api",
-                "codex",
-                "usercode",
-                "device",
-            ):
-                double = Double()
-                try:
-                    double.faults[endpoint] = ANSWERS[answer]
-                    began = time.monotonic()
-                    place = pathlib.Path(folder, endpoint)
-                    place.mkdir()
-                    code, said = self.tell(double, str(place), endpoint)
-                    seconds.append(time.monotonic() - began)
-                    case = (answer, endpoint, code, said)
-                    self.assertTrue(all(text.isprintable() for text in said), case)
-                    fatal = endpoint in ("code", "refresh", "api", "codex", "usercode", "device")
-                    if answer not in ("lists of wrong types", "no content"):  # success somewhere
-                        self.assertEqual(code in (1, 4, 5), fatal, case)
-                    for secret in double.secrets():
-                        self.assertNotIn(secret, "\n".join(said), case)
-                finally:
-                    double.close()
-
-    def test_every_odd_answer_of_every_endpoint_is_told_in_time(self):
-        from concurrent.futures import ThreadPoolExecutor
-
-        seconds = []
-        with mock.patch.object(oauth, "POLL_FLOOR", 0.01), ThreadPoolExecutor(12) as pool:
-            for result in [pool.submit(self.check, answer, seconds) for answer in ANSWERS]:
-                result.result()
-        self.assertGreaterEqual(len(ANSWERS), 25)
-        self.assertLess(max(seconds), 5)
-
-    def test_a_web_page_names_the_proxy_and_the_region(self):
-        answer = oauth.Answer(set(), 403, b"<html>", None)
-        self.assertIn("region", str(answer.refusal("it")))
-
-    def test_short_secrets_are_taken_out_of_what_a_server_says_too(self):
-        body = b'{"error": "rt_1 is odd", "error_description": "rt_1 was sent"}'
-        told = str(oauth.Answer({"rt_1"}, 400, body, None).refusal("it"))
-        self.assertEqual(told, "it failed (HTTP 400): [...] is odd: [...] was sent")
-
-    def test_an_untrusted_certificate_names_the_variable_to_set(self):
-        import ssl
-
-        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
-        request = types.SimpleNamespace(host="example.com", full_url="https://example.com/")
-        told = oauth._no_answer(request, "it", 1, {"error": error})
-        self.assertEqual(told.exit_code, 5)
-        self.assertIn("SSL_CERT_FILE", told.hint)
-
-    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_tls_through_a_proxy_with_a_certificate_of_the_networks_own(self):
-        import ssl
-
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        certificate, key = f"{folder.name}/cert.pem", f"{folder.name}/key.pem"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-            + ["-subj", "/CN=issuer.example.com", "-keyout", key, "-out", certificate]
-            + ["-addext", "subjectAltName=DNS:issuer.example.com"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        double = Double()
-        self.addCleanup(double.close)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        double.server.socket = context.wrap_socket(double.server.socket, server_side=True)
-        seen = []
-
-        class Proxy(BaseHTTPRequestHandler):
-            def do_CONNECT(self):
-                seen.append((self.path, self.headers.get("Proxy-Authorization")))
-                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-                with socket.create_connection(("127.0.0.1", double.server.server_port)) as far:
-
-                    def pump(source, target):
-                        with contextlib.suppress(OSError):
-                            while True:
-                                data = source.recv(65536)
-                                if not data:
-                                    break
-                                target.sendall(data)
-                            target.shutdown(socket.SHUT_WR)
-
-                    back = threading.Thread(target=pump, args=(far, self.connection))
-                    back.start()
-                    pump(self.connection, far)
-                    back.join()
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-        proxy = Server(("127.0.0.1", 0), Proxy)
-        threading.Thread(target=proxy.serve_forever, args=(0.005,), daemon=True).start()
-        self.addCleanup(proxy.server_close)
-        self.addCleanup(proxy.shutdown)
-        address = f"http://user:word@127.0.0.1:{proxy.server_port}"
-        environ = {"HTTPS_PROXY": address, "NO_PROXY": "", "SSL_CERT_FILE": certificate}
-        settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com"})
-        with mock.patch.dict(os.environ, environ), mock.patch.object(oauth, "_tls_contexts", []):
-            self.assertTrue(oauth.request_user_code(settings)["user_code"])
-        basic = "Basic " + base64.b64encode(b"user:word").decode()
-        self.assertEqual(seen, [("issuer.example.com:443", basic)])
-        environ["SSL_CERT_FILE"] = os.devnull
-        fresh = mock.patch.object(oauth, "_tls_contexts", [])
-        refused = self.assertRaises(oauth.UnavailableError)
-        with mock.patch.dict(os.environ, environ), fresh, refused as caught:
-            oauth.request_user_code(settings)
-        self.assertIn("SSL_CERT_FILE", caught.exception.hint)
-        self.assertTrue(caught.exception.untouched)
-        self.assertEqual(double.count("usercode"), 1)
-
-    def test_a_proxy_that_is_not_there_is_named_and_loopback_needs_none(self):
-        with socket.socket() as closed:
-            closed.bind(("127.0.0.1", 0))
-            proxy = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
-        environ = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "NO_PROXY": ""}
-        with mock.patch.dict(os.environ, environ):
-            settings = oauth.Settings({"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com"})
-            with self.assertRaises(oauth.UnavailableError) as caught:
-                oauth.request_user_code(settings)
-            self.assertIn("HTTPS_PROXY", caught.exception.hint)
-            self.assertNotIn("secret", str(caught.exception) + caught.exception.hint)
-            double = Double()
-            self.addCleanup(double.close)
-            settings = oauth.Settings(double.environment())
-            self.assertTrue(oauth.request_user_code(settings)["user_code"])
-
-
-@contextlib.contextmanager
-def told(what):
-    """Put `what` before the message of an assertion that fails."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{what}: {error}") from None
-
-
-class Fuzzer(Case):
-    """Random answers at random endpoints, random callback requests, random token files."""
-
-    ODD = (
-        None,
-        True,
-        5,
-        -1,
-        1e308,
-        "",
-        "x",
-        "a b",
-        "\x1b[31m",
-        "\u202e",
-        [],
-        {},
-        [[]],
-        {"a": 1},
-        "9" * 4000,
-    )
-    COMMANDS = (
-        ["token"],
-        ["token", "--refresh"],
-        ["status"],
-        ["status", "--json"],
-        ["env"],
-        ["env", "--access-token"],
-        ["models"],
-        ["models", "--source", "codex", "--json"],
-        ["logout"],
-        ["auth", "--device", "--timeout", "0.05"],
-        ["auth", "--no-browser", "--timeout", "1"],
-    )
-
-    def runTest(self):
-        """One case at a time is run from outside."""
-
-    def bend(self, chance, value):
-        """`value`, a JSON object, with some of it replaced."""
-        bent = dict(value)
-        for name in list(bent):
-            if chance.random() < 0.25:
-                bent[name] = chance.choice(self.ODD)
-            elif chance.random() < 0.1:
-                del bent[name]
-            elif isinstance(bent[name], dict):
-                bent[name] = self.bend(chance, bent[name])
-        return bent
-
-    def answer(self, chance):
-        """A fault with a random status, body and headers."""
-
-        def fault(handler, fields):
-            kind = chance.randrange(6)
-            status = chance.choice((200, 200, 200, 400, 401, 403, 404, 429, 500, 503, 302))
-            if kind == 0:
-                return echo(handler, fields)
-            if kind == 1:
-                body = bytes(chance.randrange(256) for _ in range(chance.randrange(200)))
-            elif kind == 2:
-                body = json.dumps(chance.choice(self.ODD)).encode()
-            elif kind == 3:
-                codes = [*oauth.ENDING_CODES, "slow_down", "access_denied", "x"]
-                body = json.dumps({"error": chance.choice(codes)}).encode()
-            else:
-                known = {
-                    **self.double.tokens(chance.choice((-10, 100, 9999))),
-                    "data": [{"id": "gpt-" + str(chance.choice(self.ODD))}],
-                    "models": [{"slug": chance.choice(self.ODD), "context_window": 10}],
-                    "device_auth_id": "d",
-                    "user_code": "c",
-                    "interval": 0,
-                }
-                body = json.dumps(self.bend(chance, known)).encode()
-                body = body[: chance.randrange(len(body))] if chance.random() < 0.1 else body
-            return Double.reply(handler, status, body, Retry_After=chance.choice((0, "x", "1e9")))
-
-        return fault
-
-    def neighbour(self, chance, url):
-        """A browser that asks nonsense, and then perhaps what it should."""
-        place = urllib.parse.urlsplit(visit(url, follow=False)[0][2].get("location", ""))
-        good = f"GET {place.path}?{place.query} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode()
-        for _ in range(chance.randrange(4)):
-            bad = bytearray(good)
-            for _ in range(chance.randrange(1, 6)):
-                where = chance.randrange(len(bad))
-                bad[where : where + chance.randrange(3)] = bytes([chance.randrange(256)])
-            with contextlib.suppress(OSError), socket.create_connection(
-                (place.hostname, place.port), 1
-            ) as s:
-                s.sendall(bytes(bad))
-                s.settimeout(0.02)
-                s.recv(1000)
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            visit(place.geturl())
-
-    def case(self, seed):
-        chance = random.Random(seed)
-        self.double.faults.clear()
-        self.double.requests.clear()
-        for path in self.home.glob("*") if self.home.exists() else ():
-            path.unlink()
-        fields = self.store(lifetime=chance.choice((-10, 100, 9999)), api_key="sk-" + "f" * 40)
-        kind = chance.randrange(4)
-        if kind == 0:
-            self.token_file.write_text(json.dumps(self.bend(chance, fields)))
-        elif kind == 1:
-            text = json.dumps(fields).encode()
-            self.token_file.write_bytes(
-                text[: chance.randrange(len(text))] + bytes([chance.randrange(256)])
-            )
-        elif kind == 2:
-            self.token_file.unlink()
-        torn = kind == 1
-        for endpoint in ("code", "key", "refresh", "revoke", "api", "codex", "usercode", "device"):
-            if chance.random() < 0.4:
-                self.double.faults[endpoint] = self.answer(chance)
-        command = chance.choice(self.COMMANDS)
-        code, out, err = self.call(*command, browser=lambda url: self.neighbour(chance, url))
-        with told(f"seed {seed}, {command}"):
-            self.assertIn(code, (0, 1, 2, 3, 4, 5, 6))
-            self.assertNotIn("Traceback", err)
-            self.assertTrue(
-                all(line.isprintable() for line in (out + err).splitlines()), (out, err)
-            )
-            self.assert_no_secret(err)
-            self.assertNotIn("sk-" + "f" * 40, err)
-            if command[0] not in ("token", "env"):
-                self.assert_no_secret(out)
-            if code and command[0] != "status":
-                self.assertEqual(out, "")
-                self.assertRegex(err, r"(?m)^error: ")
-            if self.token_file.exists() and not (torn and code):
-                json.loads(self.token_file.read_text())
-            self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
-
-    def go(self, seconds, seed):
-        """Cases from `seed` on for so many seconds; returns how many that were."""
-        self.setUp()
-        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
-        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
-        shorter = {"POLL_FLOOR": 0.01, "REREAD_SECONDS": 0.0, "SLOW_DOWN": 0.01, "LINGER": 0.1}
-        count, began = 0, time.monotonic()
-        try:
-            with mock.patch.multiple(oauth, **shorter):
-                while time.monotonic() - began < seconds:
-                    self.case(seed + count)
-                    count += 1
-        finally:
-            self.doCleanups()
-        return count
-
-
-class FuzzTest(unittest.TestCase):
-    def test_whatever_comes_the_contract_holds(self):
-        self.assertGreater(Fuzzer().go(1, seed=1), 10)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3048,6 +2860,269 @@ class PuppyTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------
+
+
+class MainTest(Case):
+    def test_help(self):
+        code, out, err = self.run_program()
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("The usual path", err)
+        code, out, err = self.run_program("-h")
+        self.assertEqual((code, err), (0, ""))
+        for command in oauth.COMMANDS:
+            self.assertIn(f"  {command}", out)
+            code, text, err = self.call(command, "-h")
+            self.assertEqual((code, err), (0, ""))
+            self.assertRegex(text, "example:|profile")
+            text = text.replace(oauth.program_name(), "python3 chatgpt_oauth.py")
+            self.assertLessEqual(max(map(len, text.splitlines())), 80)
+        self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
+
+    def test_mistakes_are_named(self):
+        self.assert_fails(self.call("stauts"), 2, "stauts", "status")
+        self.assert_fails(self.call("xyzzy"), 2, "--help")
+        self.assert_fails(self.call("auth", "--devise"), 2, "--devise", "auth --help")
+        self.assert_fails(self.call("auth", "--dev"), 2)
+        for odd in ("x", "", "0", "inf"):
+            self.assert_fails(self.call("auth", "--timeout", odd), 2, "--timeout")
+        self.assert_fails(self.call("models", "--source", "x"), 2, "--source")
+        self.assert_fails(self.call("token", "--api-key", "--refresh"), 2, "--api-key")
+
+    def test_a_closed_or_full_output_is_no_traceback(self):
+        fields = self.store(api_key="sk-1")
+        for code, expected in (
+            ("token 2>&-", fields["access_token"] + "\n"),
+            ("token 2>/dev/full", fields["access_token"] + "\n"),
+            ("token >&-", ""),
+            ("token >&- 2>&-", ""),
+        ):
+            command = f"{sys.executable} {PROGRAM} {code}; echo $?"
+            done = subprocess.run(["sh", "-c", command], env=self.environ, stdout=subprocess.PIPE)
+            self.assertEqual(done.stdout.decode(), expected + "0\n", code)
+        command = f"HOME=/none {sys.executable} {PROGRAM} token 2>/dev/full; echo $?"
+        done = subprocess.run(["sh", "-c", command], env=self.environ, stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout, b"3\n")
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    [sys.executable, PROGRAM, "env"],
+                    env=self.environ,
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                )
+            self.assertEqual(done.returncode, 6)
+            self.assertNotIn(b"Traceback", done.stderr)
+        code = f"{sys.executable} {PROGRAM} status | true"
+        done = subprocess.run(["sh", "-c", code], env=self.environ, stderr=subprocess.PIPE)
+        self.assertNotIn(b"Traceback", done.stderr)
+
+    def test_it_runs_as_module_zip_renamed_and_piped(self):
+        import zipfile
+
+        self.store(api_key="sk-1")
+        archive = self.folder / "x.zip"
+        with zipfile.ZipFile(archive, "w") as packed:
+            packed.write(PROGRAM, "__main__.py")
+        renamed = self.folder / "my oauth"
+        shutil.copy(PROGRAM, renamed)
+        here = {**self.environ, "PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
+        for command, stdin, name in (
+            (["-m", "chatgpt_oauth"], None, "python3 -m chatgpt_oauth"),
+            ([str(archive)], None, f"python3 {archive}"),
+            ([str(renamed)], None, f'python3 "{renamed}"'),
+            (["-"], PROGRAM, "python3 chatgpt_oauth.py"),
+        ):
+            with self.subTest(name), open(stdin or os.devnull) as source:
+                done = subprocess.run(
+                    [sys.executable, *command, "env"],
+                    env=here,
+                    stdin=source,
+                    stdout=subprocess.PIPE,
+                )
+                self.assertIn(b"sk-1", done.stdout)
+                source.seek(0)
+                done = subprocess.run(
+                    [sys.executable, *command], env=here, stdin=source, stderr=subprocess.PIPE
+                )
+                self.assertIn(f"{name} auth", done.stderr.decode())
+
+
+# ---------------------------------------------------------------------------------------------
+# Whatever comes
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def told(what):
+    """Put `what` before the message of an assertion that fails."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+class Fuzzer(Case):
+    """Random answers at random endpoints, random callback requests, random token files."""
+
+    ODD = (
+        None,
+        True,
+        5,
+        -1,
+        1e308,
+        "",
+        "x",
+        "a b",
+        "\x1b[31m",
+        "\u202e",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        "9" * 4000,
+    )
+    COMMANDS = (
+        ["token"],
+        ["token", "--refresh"],
+        ["status"],
+        ["status", "--json"],
+        ["env"],
+        ["env", "--access-token"],
+        ["models"],
+        ["models", "--source", "codex", "--json"],
+        ["logout"],
+        ["auth", "--device", "--timeout", "0.05"],
+        ["auth", "--no-browser", "--timeout", "1"],
+    )
+
+    def runTest(self):
+        """One case at a time is run from outside."""
+
+    def bend(self, chance, value):
+        """`value`, a JSON object, with some of it replaced."""
+        bent = dict(value)
+        for name in list(bent):
+            if chance.random() < 0.25:
+                bent[name] = chance.choice(self.ODD)
+            elif chance.random() < 0.1:
+                del bent[name]
+            elif isinstance(bent[name], dict):
+                bent[name] = self.bend(chance, bent[name])
+        return bent
+
+    def answer(self, chance):
+        """A fault with a random status, body and headers."""
+
+        def fault(handler, fields):
+            kind = chance.randrange(6)
+            status = chance.choice((200, 200, 200, 400, 401, 403, 404, 429, 500, 503, 302))
+            if kind == 0:
+                return echo(handler, fields)
+            if kind == 1:
+                body = bytes(chance.randrange(256) for _ in range(chance.randrange(200)))
+            elif kind == 2:
+                body = json.dumps(chance.choice(self.ODD)).encode()
+            elif kind == 3:
+                codes = [*oauth.ENDING_CODES, "slow_down", "access_denied", "x"]
+                body = json.dumps({"error": chance.choice(codes)}).encode()
+            else:
+                known = {
+                    **self.double.tokens(chance.choice((-10, 100, 9999))),
+                    "data": [{"id": "gpt-" + str(chance.choice(self.ODD))}],
+                    "models": [{"slug": chance.choice(self.ODD), "context_window": 10}],
+                    "device_auth_id": "d",
+                    "user_code": "c",
+                    "interval": 0,
+                }
+                body = json.dumps(self.bend(chance, known)).encode()
+                body = body[: chance.randrange(len(body))] if chance.random() < 0.1 else body
+            return Double.reply(handler, status, body, Retry_After=chance.choice((0, "x", "1e9")))
+
+        return fault
+
+    def neighbour(self, chance, url):
+        """A browser that asks nonsense, and then perhaps what it should."""
+        place = urllib.parse.urlsplit(visit(url, follow=False)[0][2].get("location", ""))
+        good = f"GET {place.path}?{place.query} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode()
+        for _ in range(chance.randrange(4)):
+            bad = bytearray(good)
+            for _ in range(chance.randrange(1, 6)):
+                where = chance.randrange(len(bad))
+                bad[where : where + chance.randrange(3)] = bytes([chance.randrange(256)])
+            with contextlib.suppress(OSError), socket.create_connection(
+                (place.hostname, place.port), 1
+            ) as s:
+                s.sendall(bytes(bad))
+                s.settimeout(0.02)
+                s.recv(1000)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            visit(place.geturl())
+
+    def case(self, seed):
+        chance = random.Random(seed)
+        self.double.faults.clear()
+        self.double.requests.clear()
+        for path in self.home.glob("*") if self.home.exists() else ():
+            path.unlink()
+        fields = self.store(lifetime=chance.choice((-10, 100, 9999)), api_key="sk-" + "f" * 40)
+        kind = chance.randrange(4)
+        if kind == 0:
+            self.token_file.write_text(json.dumps(self.bend(chance, fields)))
+        elif kind == 1:
+            text = json.dumps(fields).encode()
+            self.token_file.write_bytes(
+                text[: chance.randrange(len(text))] + bytes([chance.randrange(256)])
+            )
+        elif kind == 2:
+            self.token_file.unlink()
+        torn = kind == 1
+        for endpoint in ("code", "key", "refresh", "revoke", "api", "codex", "usercode", "device"):
+            if chance.random() < 0.4:
+                self.double.faults[endpoint] = self.answer(chance)
+        command = chance.choice(self.COMMANDS)
+        code, out, err = self.call(*command, browser=lambda url: self.neighbour(chance, url))
+        with told(f"seed {seed}, {command}"):
+            self.assertIn(code, (0, 1, 2, 3, 4, 5, 6))
+            self.assertNotIn("Traceback", err)
+            self.assertTrue(
+                all(line.isprintable() for line in (out + err).splitlines()), (out, err)
+            )
+            self.assert_no_secret(err)
+            self.assertNotIn("sk-" + "f" * 40, err)
+            if command[0] not in ("token", "env"):
+                self.assert_no_secret(out)
+            if code and command[0] != "status":
+                self.assertEqual(out, "")
+                self.assertRegex(err, r"(?m)^error: ")
+            if self.token_file.exists() and not (torn and code):
+                json.loads(self.token_file.read_text())
+            self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+
+    def go(self, seconds, seed):
+        """Cases from `seed` on for so many seconds; returns how many that were."""
+        self.setUp()
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
+        shorter = {"POLL_FLOOR": 0.01, "REREAD_SECONDS": 0.0, "SLOW_DOWN": 0.01, "LINGER": 0.1}
+        count, began = 0, time.monotonic()
+        try:
+            with mock.patch.multiple(oauth, **shorter):
+                while time.monotonic() - began < seconds:
+                    self.case(seed + count)
+                    count += 1
+        finally:
+            self.doCleanups()
+        return count
+
+
+class FuzzTest(unittest.TestCase):
+    def test_whatever_comes_the_contract_holds(self):
+        self.assertGreater(Fuzzer().go(1, seed=1), 10)
+
+
+# ---------------------------------------------------------------------------------------------
 # Demo, stress, fuzz, bench
 # ---------------------------------------------------------------------------------------------
 
@@ -3099,11 +3174,11 @@ def demo():
 def stress():
     """The long rounds: many processes, many kills, many neighbours."""
     for number in range(10):
-        run_case(RaceTest, "refresh_at_once", 100)
+        run_case(SessionTest, "refresh_at_once", 100)
         print(
             f"round {number + 1}: 100 processes, one refresh, 100 times the same token", flush=True
         )
-    run_case(RaceTest, "kill_at_random", 200)
+    run_case(StoreTest, "kill_at_random", 200)
     print("200 kills: the file whole each time, no lock and no temporary file left", flush=True)
     run_case(CallbackTest, "bombard", 1000, 100)
     print("1,000 bad requests of ten kinds and 100 idle connections: the real one came through")
