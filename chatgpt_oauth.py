@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from socket import socket as Socket  # noqa: N812 - a class in spite of its name
     from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple
 
+    AnyFuture = Future[Any]  # novm - is not evaluated on Python 3.8
     Fields = Dict[str, Any]  # a JSON object
     Notify = Callable[..., None]  # hears a kind, a text and perhaps a command: Terminal.notify
 
@@ -413,7 +414,7 @@ def tls_context() -> Any:
     return _tls_contexts[0]
 
 
-def wait_for(future: Future[Any], seconds: float) -> bool:
+def wait_for(future: AnyFuture, seconds: float) -> bool:
     """Whether `future` is done within `seconds`, waiting in slices of WAIT_SLICE."""
     from concurrent.futures import wait
 
@@ -423,7 +424,7 @@ def wait_for(future: Future[Any], seconds: float) -> bool:
     return future.done()
 
 
-def build_opener(secure: bool, proxied: bool, reached: Future[Socket]) -> Any:
+def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
     """An opener of urllib.request for one request to an https (`secure`) or http URL.
 
     It goes through the environment's proxy if `proxied`; `reached` gets the socket when a
@@ -459,9 +460,7 @@ def build_opener(secure: bool, proxied: bool, reached: Future[Socket]) -> Any:
     )
 
 
-def send(
-    request: Any, timeout: float, limit: int, reached: Future[Socket], answered: Future[Any]
-) -> None:
+def send(request: Any, timeout: float, limit: int, reached: AnyFuture, answered: AnyFuture) -> None:
     """Carry out one HTTP exchange; `answered` gets status, `limit` + 1 bytes and Retry-After."""
     import urllib.error
 
@@ -508,8 +507,8 @@ def request_json(
     request = build_request(url, form, body, bearer, headers or {})
     # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
     # the exchange has a thread of its own and the clock is watched from here.
-    reached: Future[Socket] = Future()
-    answered: Future[Any] = Future()
+    reached: AnyFuture = Future()
+    answered: AnyFuture = Future()
     arguments = (request, timeout, limit, reached, answered)
     threading.Thread(target=send, args=arguments, daemon=True).start()
     wait_for(answered, timeout)
@@ -551,7 +550,7 @@ def build_request(
     return urllib.request.Request(url, data, head)  # noqa: S310 - Settings admits http(s) alone
 
 
-def hang_up(reached: Future[Socket]) -> None:
+def hang_up(reached: AnyFuture) -> None:
     """Let an exchange end that nobody waits for: its thread ends with its socket."""
     import socket
 
@@ -1470,8 +1469,8 @@ class Callback:
         from concurrent.futures import Future
 
         self.request, self.servers = request, servers
-        self.response: Future[Dict[str, str]] = Future()
-        self.outcome: Future[None] = Future()
+        self.response: AnyFuture = Future()
+        self.outcome: AnyFuture = Future()
         self.threads = []
         for server in servers:
             server.callback = self
@@ -1891,6 +1890,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 
 DEVICE_CODE_LIFETIME = 900.0  # seconds
 NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
+PASTE_LIMIT = 20  # lines of standard input that are looked at
 COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
 
 
@@ -2026,13 +2026,16 @@ class StandardInput:
     """Lines of standard input, each read by a thread when it is asked for.
 
     `usable` says whether anything can come, `is_terminal` whether a person types there (neither
-    unless `reading`). A thread, for a console of Windows knows no other way to wait; it reads
-    nothing unless a line is wanted, so that what comes afterwards is the next program's.
+    unless `reading`). A thread, for a console of Windows knows no other way to wait; nothing is
+    read unless a line is wanted, so that what comes afterwards is the next program's.
     """
 
     def __init__(self, reading: bool) -> None:
+        from concurrent.futures import Future
+
         self.usable = self.is_terminal = False
         self.pending = b""
+        self.line: AnyFuture = Future()
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
             self.is_terminal = reading and os.isatty(self.descriptor)
@@ -2042,35 +2045,32 @@ class StandardInput:
             if self.is_terminal and sys.platform != "win32":
                 foreground = os.tcgetpgrp(self.descriptor) == os.getpgrp()
                 self.usable = self.is_terminal = foreground
+        self.ask()
 
-    def next_line(self) -> Future[str]:
-        """The next line, "" at the end of the input; once cancelled nothing more is read."""
+    def ask(self) -> None:
+        """Wait for the next `line`, "" at the end of the input; once cancelled nothing is read."""
         import threading
         from concurrent.futures import Future
 
-        line: Future[str] = Future()
+        self.line = Future()
         if self.usable:
-            threading.Thread(target=self._read_line, args=(line,), daemon=True).start()
-        return line
+            threading.Thread(target=self._read, args=(self.line,), daemon=True).start()
 
-    def _read_line(self, line: Future[str]) -> None:
+    def _read(self, line: AnyFuture) -> None:
         import select
-        from concurrent.futures import InvalidStateError
 
-        with contextlib.suppress(OSError, InvalidStateError):
-            while b"\n" not in self.pending:
-                while (
-                    sys.platform != "win32" and not select.select([self.descriptor], [], [], 0.1)[0]
-                ):
-                    if line.cancelled():
-                        return
-                part = os.read(self.descriptor, 4096)
-                if not part:
-                    self.usable = False
-                    break
-                self.pending = self.pending[-HEAD_LIMIT:] + part
-            text, _, self.pending = self.pending.partition(b"\n")
-            line.set_result(text.decode("utf-8", "replace") + "\n" * self.usable)
+        while b"\n" not in self.pending and self.usable:
+            if sys.platform != "win32":
+                while not select.select([self.descriptor], [], [], 0.1)[0] and not line.cancelled():
+                    pass
+            if line.cancelled():
+                return
+            part = os.read(self.descriptor, 4096)
+            self.pending = self.pending[-HEAD_LIMIT:] + part
+            self.usable = bool(part)
+        text, newline, self.pending = self.pending.partition(b"\n")
+        if line.set_running_or_notify_cancel():
+            line.set_result((text + newline).decode("utf-8", "replace"))
 
 
 class BrowserSignIn:
@@ -2092,28 +2092,30 @@ class BrowserSignIn:
     ) -> None:
         self.session, self.models, self.browser = session, models, browser
         self.timeout = timeout or session.settings.callback_timeout
-        self.stdin, self.complaint = StandardInput(reading), ""
+        self.stdin = StandardInput(reading)
+        self.pastes_left = PASTE_LIMIT
 
     def run(self) -> None:
         """Sign in, or raise OAuthError."""
-        while not self._attempt():
-            if not (self.stdin.is_terminal and self._new_url_wanted()):
-                raise OAuthError(
-                    f"timed out after {self.timeout:g} seconds waiting for you to sign in",
-                    "to try again with more time, run",
-                    "auth --timeout 240",
-                )
+        try:
+            while not self._attempt():
+                if not (self.stdin.is_terminal and self._new_url_wanted()):
+                    raise OAuthError(
+                        f"timed out after {self.timeout:g} seconds waiting for you to sign in",
+                        "to try again with more time, run",
+                        "auth --timeout 240",
+                    )
+        finally:
+            self.stdin.line.cancel()
 
     def _new_url_wanted(self) -> bool:
         self.session.notify(
             "warning",
             f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL",
         )
-        line = self.stdin.next_line()
-        try:
-            return wait_for(line, NEW_URL_TIMEOUT) and bool(line.result())
-        finally:
-            line.cancel()
+        wanted = wait_for(self.stdin.line, NEW_URL_TIMEOUT) and bool(self.stdin.line.result())
+        self.stdin.ask()
+        return wanted
 
     def _attempt(self) -> bool:
         """Whether somebody signed in before the time was up."""
@@ -2167,21 +2169,16 @@ class BrowserSignIn:
         """Whether a response came, by browser or by paste, before time.monotonic() `deadline`."""
         from concurrent.futures import FIRST_COMPLETED, wait
 
-        line = self.stdin.next_line()
         seconds = 0
-        try:
-            while not callback.response.done() and time.monotonic() < deadline:
-                before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
-                self._tell_time_left(before, seconds)
-                tick = max(0.0, min(1.0, deadline - time.monotonic()))
-                either: List[Future[Any]] = [callback.response, line]
-                wait(either, tick, FIRST_COMPLETED)
-                if line.done():
-                    self._paste(callback, line.result())
-                    line = self.stdin.next_line()
-            return callback.response.done()
-        finally:
-            line.cancel()
+        while not callback.response.done() and time.monotonic() < deadline:
+            before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
+            self._tell_time_left(before, seconds)
+            tick = max(0.0, min(1.0, deadline - time.monotonic()))
+            either: List[AnyFuture] = [callback.response, self.stdin.line]
+            wait(either, tick, FIRST_COMPLETED)
+            if self.stdin.line.done():
+                self._paste(callback, self.stdin.line.result())
+        return callback.response.done()
 
     def _tell_time_left(self, before: int, seconds: int) -> None:
         if not self.stdin.is_terminal:  # it must not write over what somebody is pasting
@@ -2196,15 +2193,15 @@ class BrowserSignIn:
                 "to sign in with a code, run",
                 "auth --device",
             )
-        if not line.strip():
-            return
-        try:
-            callback.paste(line)
-        except ValueError as error:
-            complaint = f"That URL does not work: {error}"
-            if complaint != self.complaint:  # `yes |` would fill the screen
-                self.session.notify("info", complaint)
-            self.complaint = complaint
+        self.pastes_left -= 1
+        if self.pastes_left < 0:  # `yes |`: nobody pastes there
+            self.stdin.usable = False
+        self.stdin.ask()
+        if line and self.pastes_left >= 0:
+            try:
+                callback.paste(line)
+            except ValueError as error:
+                self.session.notify("info", f"That URL does not work: {error}")
 
 
 def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
