@@ -570,12 +570,20 @@ class Running:
     def end(self, seconds=LIMIT):
         """Wait for the program to end; returns (exit code, standard output, standard error)."""
         try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"not ended within {seconds} s: {self.err!r}") from None
+            self.wait(seconds)
         finally:
             self.close()
-        return code, self.out.decode(), self.err
+        return self.process.returncode, self.out.decode(), self.err
+
+    def wait(self, seconds=LIMIT):
+        """Wait for the program to end."""
+        deadline = time.monotonic() + seconds
+        for each in self.readers:  # the end of its streams is seen at once; wait() only polls
+            each.join(max(0, deadline - time.monotonic()))
+        try:
+            self.process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not ended within {seconds} s: {self.err!r}") from None
 
     def close(self):
         """End the program, if it has not ended, and let go of its streams."""
