@@ -4,7 +4,6 @@
     python3 test_chatgpt_oauth.py demo                   the whole story, told, without an account
     python3 test_chatgpt_oauth.py stress                 the long rounds of the refresh tests
     python3 test_chatgpt_oauth.py fuzz --seconds 600     random answers, requests and files
-    python3 test_chatgpt_oauth.py bench                  what the commands cost
 
 The program runs as a process wherever a person or a script would run it.  No network is needed,
 no account, and no port that something else may hold.
@@ -3246,7 +3245,7 @@ class FuzzTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# Demo, stress, fuzz, bench
+# Demo, stress, fuzz
 # ---------------------------------------------------------------------------------------------
 
 
@@ -3255,29 +3254,29 @@ def demo():
     with free_ports(2) as ports:
         double = Double(ports)
     with tempfile.TemporaryDirectory() as home:
-        keep = ("PATH", "TERM", "LANG", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "NO_COLOR")
+        keep = ("TERM", "LANG", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "NO_COLOR")
         environ = {name: os.environ[name] for name in keep if name in os.environ}
-        environ.update(double.environment(), HOME=home, SHELL="/bin/sh")
-        environ.update(
-            CHATGPT_OAUTH_REQUIRED_PORT=str(ports[0]), CHATGPT_OAUTH_FALLBACK_PORT=str(ports[1])
-        )
+        environ = {**environment(home), **environ, **double.environment(), "SHELL": "/bin/sh"}
+        environ["CHATGPT_OAUTH_REQUIRED_PORT"] = str(ports[0])
+        environ["CHATGPT_OAUTH_FALLBACK_PORT"] = str(ports[1])
         print(
             f"A double of OpenAI's servers listens on {double.url}; no account is touched.",
             flush=True,
         )
-        arguments = ["auth"]
-        if not oauth.browser_command(environ)[0]:
-            environ["BROWSER"] = f"{sys.executable} {HERE} visit %s"
+        opening = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(environ)
+        if not opening and sys.platform not in ("win32", "darwin"):
+            environ["BROWSER"] = BROWSER
             print("There is no browser here, so this demo plays one.", flush=True)
-        for arguments, told in (
-            (["auth"], "Signing in: the browser opens, the double agrees at once."),
-            (["status"], "Who is signed in?"),
-            (["models", "--dry-run"], "Which models can the account use?"),
-            (["env"], "The key, for a shell (it is the double's, and worth nothing):"),
-            (["logout"], "Signing out again:"),
+        for command, told in (
+            ("auth", "Signing in: the browser opens, the double agrees at once."),
+            ("status", "Who is signed in?"),
+            ("models --dry-run", "Which models can the account use?"),
+            ("env", "The key, for a shell (it is the double's, and worth nothing):"),
+            ("logout", "Signing out again:"),
         ):
-            print(f"\n# {told}\n$ python3 chatgpt_oauth.py {' '.join(arguments)}", flush=True)
-            code = subprocess.call([sys.executable, PROGRAM, *arguments], env=environ)
+            print(f"\n# {told}\n$ python3 chatgpt_oauth.py {command}", flush=True)
+            arguments = [sys.executable, PROGRAM, *command.split()]
+            code = subprocess.call(arguments, env=environ, timeout=TEST_LIMIT)
             if code:
                 return code
     double.close()
@@ -3305,128 +3304,6 @@ def fuzz(seconds, seed):
     return 0
 
 
-def bench(rounds):
-    """What the commands cost: medians of interleaved runs, as ratios to what they are held to."""
-    import platform
-    import statistics
-
-    with tempfile.TemporaryDirectory() as folder:
-        with free_ports(2) as ports:
-            double = Double(ports)
-        home = pathlib.Path(folder, ".code_puppy")
-        home.mkdir(mode=0o700)
-        path = home / "chatgpt_oauth.json"
-        fields = {**double.tokens(), "api_key": "sk-bench", "issuer": double.url}
-        fields.pop("expires_in")
-        path.write_text(json.dumps(fields))
-        path.chmod(0o600)
-        compiled = pathlib.Path(folder, "compiled")
-        compiled.mkdir()
-        shutil.copy(PROGRAM, compiled)
-        environ = {
-            "HOME": folder,
-            "PATH": os.environ["PATH"],
-            "SHELL": "/bin/sh",
-            **double.environment(),
-        }
-        environ.update(PYTHONPATH=str(compiled), CHATGPT_OAUTH_REQUIRED_PORT=str(ports[0]))
-        environ.update(CHATGPT_OAUTH_FALLBACK_PORT=str(ports[1]))
-
-        def cost(command):
-            began = time.perf_counter()
-            subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True)
-            return time.perf_counter() - began
-
-        python = [sys.executable]
-        script, module = [*python, PROGRAM], [*python, "-m", "chatgpt_oauth"]
-        base = [*python, "-c", "import argparse, json"]
-        commands = {
-            "base": base,
-            "jq": ["jq", "-r", ".api_key", str(path)],
-            **{name: [*script, name] for name in ("env", "token", "status")},
-            **{"-m " + name: [*module, name] for name in ("env", "token", "status")},
-            "import": [*python, "-c", "import chatgpt_oauth"],
-        }
-        if not shutil.which("jq"):
-            del commands["jq"]
-        samples = {name: [] for name in commands}
-        for command in commands.values():
-            cost(command)
-        for _ in range(rounds):
-            for name, command in commands.items():
-                samples[name].append(cost(command))
-        middle = {name: statistics.median(values) for name, values in samples.items()}
-
-        shown, ended, peak = [], [], []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            running = Running(["auth", "--no-browser"], environ)
-            url = running.url()
-            shown.append(time.perf_counter() - began)
-            place = response_to(url)
-            began = time.perf_counter()
-            visit(place)
-            running.process.wait()
-            ended.append(time.perf_counter() - began)
-            running.end()
-
-        def peak_of(command):
-            code = (
-                "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
-                "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
-                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-            )
-            done = subprocess.run(
-                [*python, "-c", code, *command], env=environ, stdout=subprocess.PIPE
-            )
-            return int(done.stdout) / 1024
-
-        peak = [peak_of([*script, "env"])]
-        browser = f"{sys.executable} {HERE} visit %s"
-        environ["BROWSER"] = browser
-        peak.append(peak_of([*script, "auth"]))
-
-        def crowd(lifetime):
-            double.delay = 0.0
-            now = json.loads(path.read_text())
-            path.write_text(json.dumps({**now, **double.tokens(lifetime)}))
-            began = time.perf_counter()
-            running = [
-                subprocess.Popen([*script, "token"], env=environ, stdout=subprocess.DEVNULL)
-                for _ in range(100)
-            ]
-            for each in running:
-                each.wait()
-            return time.perf_counter() - began
-
-        crowds = [(crowd(9999), crowd(-10)) for _ in range(3)]
-        rows = [
-            (f"{name} / import argparse, json", middle[name] / middle["base"], 1.4)
-            for name in ("env", "token", "status")
-        ]
-        rows += [
-            (f"{name} / the same", middle[name] / middle["base"], 1.3)
-            for name in ("-m env", "-m token", "-m status")
-        ]
-        if "jq" in middle:
-            rows.append(("env / jq -r .api_key", middle["env"] / middle["jq"], 1.3))
-        rows += [
-            ("import chatgpt_oauth / the same", middle["import"] / middle["base"], 1.1),
-            ("auth to its URL / the same", statistics.median(shown) / middle["base"], 2.5),
-            ("auth, callback to exit, ms", statistics.median(ended) * 1000, 60),
-            ("peak of env, MiB", peak[0], 18),
-            ("peak of a sign-in, MiB", peak[1], 30),
-            ("100 token, one refresh / none", statistics.median(b / a for a, b in crowds), 1.3),
-        ]
-        machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-        print(f"{machine}, Python {platform.python_version()}")
-        print(f"import argparse, json: {middle['base'] * 1000:.1f} ms, median of {rounds}\n")
-        for name, figure, goal in rows:
-            print(f"{name:34} {figure:8.2f}  goal {goal:g}{'' if figure <= goal else '   missed'}")
-        double.close()
-    return 0
-
-
 def main():
     parser = argparse.ArgumentParser(description="Tests of chatgpt_oauth.py beyond the suite.")
     commands = parser.add_subparsers(dest="command")
@@ -3435,8 +3312,6 @@ def main():
     fuzzing = commands.add_parser("fuzz", help="random answers, requests and files")
     fuzzing.add_argument("--seconds", type=float, default=60)
     fuzzing.add_argument("--seed", type=int, default=None)
-    benching = commands.add_parser("bench", help="what the commands cost")
-    benching.add_argument("--rounds", type=int, default=25)
     answering = commands.add_parser("odd-answers", help="a share of the suite's longest test")
     answering.add_argument("answers", nargs="+")
     visiting = commands.add_parser("visit", help="play the browser")
@@ -3449,8 +3324,6 @@ def main():
     if options.command == "fuzz":
         seed = secrets.randbelow(10**9) if options.seed is None else options.seed
         return fuzz(options.seconds, seed)
-    if options.command == "bench":
-        return bench(options.rounds)
     if options.command == "odd-answers":
         print(max(max(run_case(WireTest, "check", answer)) for answer in options.answers))
         return 0
