@@ -983,6 +983,28 @@ class SettingsTest(Case):
 
 
 class ErrorsTest(Case):
+    def test_an_error_is_one_line_and_its_hint_another(self):
+        def no_refresh_token():
+            self.store(lifetime=-10, refresh_token=None)
+
+        def nobody_there():
+            self.store(lifetime=-10)
+            self.double.close()
+
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        for exit_code, command, prepare in (
+            (3, "token", lambda: None),
+            (2, "token --refresh --api-key", lambda: None),
+            (1, "token --api-key", self.store),
+            (4, "token", no_refresh_token),
+            (6, "token", lambda: self.token_file.write_text("{")),
+            (5, "token", nobody_there),
+        ):
+            with self.subTest(exit_code):
+                prepare()
+                err = self.assert_fails(self.call(*command.split()), exit_code)
+                self.assertRegex(err, r"\Aerror: .+\n(hint: .+\n)?\Z")
+
     def test_short_secrets_are_taken_out_of_what_a_server_says_too(self):
         self.store(lifetime=-10, refresh_token="rt_1")
         self.fault(
