@@ -900,58 +900,123 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
 class Replacement:
     """A new content for the file at `path`: durable, all or nothing.
 
-    It is readable by its owner alone from its first byte, in the same directory, and never
-    chmod-ed. The caller holds the lock, so a temporary file that is there already was left by a
-    killed process. Every method may raise OSError.
+    It is written beside the file, readable by its owner alone from its first byte, and renamed
+    into place. The file itself is held open for writing meanwhile: one that cannot be written
+    shows itself at once, and takes the content where nothing can be renamed. The caller holds
+    the lock. Every method may raise OSError.
     """
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # a symbolic link stays one
         self.temporary = self.path + ".tmp"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.temporary)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.file = os.fdopen(os.open(self.temporary, flags, 0o600), "r+b")
-        _chown_like(self.file.fileno(), self.path)
+        with contextlib.ExitStack() as opened:
+            self.current = _open_current(self.path)
+            if self.current:
+                opened.enter_context(self.current)
+            self.file = opened.enter_context(_open_temporary(self.temporary, self.path))
+            self.opened = opened.pop_all()
 
     def write(self, data: bytes) -> None:
         """Make `data` the new content, on the disk."""
         _overwrite(self.file, data)
+        os.fsync(self.file.fileno())
 
     def commit(self, data: bytes) -> None:
         """Put `data` in the place of the file."""
-        self.write(data)
-        self.file.close()
         try:
+            self.write(data)
+            self.file.close()
             _replace(self.temporary, self.path)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
+        except OSError:
+            if not self.current:
                 raise
-            # A container's mount of the file itself: it can only be written in place.
-            with os.fdopen(os.open(self.path, os.O_RDWR), "r+b") as mounted:
-                _overwrite(mounted, data)
+            self._write_in_place(self.current, data)
+
+    def _write_in_place(self, current: Any, data: bytes) -> None:
+        """Without a rename: a mount of the file itself, a directory that lets nothing go."""
+        current.seek(0)
+        before = current.read()
+        try:
+            _overwrite(current, data)
+        except OSError:
+            _overwrite(current, before)
+            raise
+        with contextlib.suppress(OSError):  # a disk that fails: there is no better place
+            os.fsync(current.fileno())
 
     def close(self) -> None:
         """Leave nothing behind."""
-        self.file.close()
+        self.opened.close()
         with contextlib.suppress(OSError):
             os.unlink(self.temporary)
 
 
+def _open_current(path: str) -> Any:
+    """The file at `path`, unbuffered, for writing; None where it can or must be done without."""
+    if sys.platform == "win32":  # an open file cannot be replaced there
+        return None
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EACCES:  # its mode alone does not keep it from being replaced
+            raise
+        return None
+
+
+def _open_temporary(path: str, model: str) -> Any:
+    """A new file of the owner of `model`, unbuffered; or that of a killed process once more."""
+    if not _is_leftover(path, model):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return os.fdopen(_create(path, model), "r+b", buffering=0)
+    flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags), "r+b", buffering=0)
+
+
+def _is_leftover(path: str, model: str) -> bool:
+    """Whether a killed process of ours left the temporary file `path` beside `model`."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    plain = stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
+    if sys.platform == "win32":
+        return plain
+    owner = os.geteuid() or _owner(model).st_uid
+    return plain and facts.st_uid == owner and not facts.st_mode & 0o077
+
+
+def _create(path: str, model: str) -> int:
+    """Create a private file of the owner of `model`; raises FileExistsError where there is one."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o600)
+    _chown_like(descriptor, model)
+    return descriptor
+
+
 def _overwrite(file: Any, data: bytes) -> None:
+    """Write from the start and cut the rest last: JSON and some blanks are that JSON."""
     file.seek(0)
-    file.write(data)
-    file.truncate()  # flushes, too
-    os.fsync(file.fileno())
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    file.truncate()
+
+
+def _owner(path: str) -> os.stat_result:
+    """Who has `path`, or its directory where there is none."""
+    return os.stat(path if os.path.exists(path) else os.path.dirname(path))
 
 
 def _chown_like(descriptor: int, path: str) -> None:
-    """Give a new file of root's to the owner of `path`, or of its folder where there is none.
+    """Give what root has just created to the owner of `path`, or of its directory.
 
     Root in a container must not lock out the owner of the home that is mounted there.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
-        owner = os.stat(path if os.path.exists(path) else os.path.dirname(path))
+        owner = _owner(path)
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
@@ -964,10 +1029,12 @@ def _replace(source: str, target: str) -> None:
         time.sleep(0.05)
     os.replace(source, target)
     if sys.platform != "win32":
-        directory = os.open(os.path.dirname(target), os.O_RDONLY)
         with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
-            os.fsync(directory)
-        os.close(directory)
+            directory = os.open(os.path.dirname(target), os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     return None
 
 
@@ -1050,9 +1117,7 @@ class JsonFile:
             self._take_lock(descriptor, path, timeout)
             yield
         finally:
-            if self.reserved:
-                self.reserved.close()
-                self.reserved = None
+            self._drop_reservation()
             os.close(descriptor)
 
     def _take_lock(self, descriptor: int, path: str, timeout: Optional[float]) -> None:
@@ -1071,29 +1136,39 @@ class JsonFile:
         except OSError as error:
             raise storage_error("lock", path, error) from None
 
+    def _drop_reservation(self) -> None:
+        if self.reserved:
+            self.reserved.close()
+            self.reserved = None
+
     def reserve(self, size: int = 0) -> None:
         """Make sure that `size` bytes and RESERVE more can be stored.
 
-        So a full disk shows itself while there is nothing to lose. The caller holds the lock;
-        what is reserved serves the next `save`.
+        So a full disk, or a file that cannot be written, shows itself while there is nothing to
+        lose. The caller holds the lock; what is reserved serves the next `save`.
         """
         try:
             self.reserved = Replacement(self.path)
-            self.reserved.write(bytes(size + RESERVE))
+            self.reserved.write(b" " * (size + RESERVE))
         except OSError as error:
             raise storage_error("write", self.path, error) from None
+        current = self.reserved.current
+        if current and os.fstat(current.fileno()).st_nlink == 0:
+            raise StorageError(
+                f"{self.path} is a mount of a file that has been replaced since",
+                "mount the directory, not the file",
+            )
 
     def save(self, value: Fields) -> None:
         """Put `value` in the place of what is there. The caller holds the lock."""
         data = encode(value)
         try:
-            replacement = self.reserved or Replacement(self.path)
-            try:
-                replacement.commit(data)
-            finally:
-                replacement.close()
+            self.reserved = self.reserved or Replacement(self.path)
+            self.reserved.commit(data)
         except OSError as error:
             raise storage_error("write", self.path, error) from None
+        finally:
+            self._drop_reservation()
 
 
 class TokenFile(JsonFile):

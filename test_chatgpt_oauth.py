@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import errno
 import faulthandler
+import functools
 import gc
 import hashlib
 import http.client
@@ -630,6 +631,24 @@ needs_terminal = unittest.skipUnless(POSIX, "Windows has no pseudo-terminals of 
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
+def works(*command):
+    """Whether `command` is there, allowed and successful."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": LIMIT}
+    return bool(shutil.which(command[0])) and subprocess.run(command, **quiet).returncode == 0
+
+
+@functools.lru_cache(maxsize=None)
+def can_mount():
+    """Whether a process may have mounts of its own here."""
+    return POSIX and works("unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt")
+
+
+@functools.lru_cache(maxsize=None)
+def can_inject():
+    """Whether strace may let system calls fail here."""
+    return POSIX and works("strace", "-f", "-e", "inject=rename:error=EIO", "true")
+
+
 class Case(unittest.TestCase):
     """A double, a home and two ports for each test."""
 
@@ -697,6 +716,20 @@ class Case(unittest.TestCase):
         """The same of the program."""
         return self.run_command([sys.executable, PROGRAM, *arguments], environ, **options)
 
+    def run_mounted(self, mounts, *arguments):
+        """The same of the program, where the shell code `mounts` has been run before."""
+        if not can_mount():
+            self.skipTest("no mounts here")
+        start = [sys.executable, PROGRAM, *arguments]
+        return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
+
+    def run_injected(self, fault, *arguments):
+        """The same of the program, with a fault of strace's in its system calls."""
+        if not can_inject():
+            self.skipTest("no strace here that may inject faults")
+        strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=" + fault]
+        return self.run_command([*strace, sys.executable, PROGRAM, *arguments])
+
     def run_shell(self, code, environ=None, **options):
         """The same of a line of shell code."""
         return self.run_command(["sh", "-c", code], environ, **options)
@@ -745,6 +778,15 @@ class Case(unittest.TestCase):
             os.seteuid(before[0])
             os.setegid(before[1])
 
+    @contextlib.contextmanager
+    def somebody_else_at_home(self):
+        """The same, with the files of the test their own."""
+        if os.geteuid() == 0:
+            for path in (self.folder, *self.folder.rglob("*")):
+                os.chown(path, 65534, 65534)
+        with self.somebody_else():
+            yield
+
     def fault(self, endpoint, status, body=b"{}", **headers):
         """Let the double answer so at `endpoint` from now on."""
         self.double.faults[endpoint] = answering(status, body, **headers)
@@ -783,6 +825,18 @@ class Case(unittest.TestCase):
         for secret in self.double.secrets():
             for text in texts:
                 self.assertNotIn(secret, text)
+
+    def assert_nothing_lost(self):
+        """The stored refresh token is one that the server still takes."""
+        token = self.stored()["refresh_token"]
+        self.assertNotIn(self.double.refresh_tokens.get(token), (None, "used"))
+
+    def assert_fresh(self, result):
+        """`token` printed the stored access token, and nothing is lost; returns what it said."""
+        code, out, err = result
+        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+        self.assert_nothing_lost()
+        return err
 
     def assert_quiet(self, result):
         """The command printed its result and said nothing beside it; returns the result."""
@@ -1493,14 +1547,60 @@ class StoreTest(Case):
     @needs_modes
     def test_a_read_only_folder_is_told_before_the_token_is_spent(self):
         self.store(lifetime=-10)
-        if os.geteuid() == 0:
-            for path in (self.folder, self.home, self.token_file):
-                os.chown(path, 65534, 65534)
         self.home.chmod(0o500)
         self.addCleanup(self.home.chmod, 0o700)
-        with self.somebody_else():
+        with self.somebody_else_at_home():
             self.assert_fails(self.call("token"), 6, "cannot lock", "writable")
         self.assertEqual(self.double.requests, [])
+
+    def change_attribute(self, path, attribute):
+        """chattr, until the test is over."""
+        if not works("chattr", "+" + attribute, str(path)):
+            self.skipTest(f"no chattr +{attribute} here")
+        self.addCleanup(works, "chattr", "-" + attribute, str(path))
+
+    def test_a_read_only_mount_of_the_file_is_told_before_the_token_is_spent(self):
+        self.store(lifetime=-10)
+        path = shlex.quote(str(self.token_file))
+        mounts = f"mount --bind {path} {path}; mount -o remount,bind,ro {path}"
+        self.assert_fails(self.run_mounted(mounts, "token"), 6, str(self.token_file))
+        self.assertEqual(self.double.requests, [])
+
+    def test_an_immutable_file_is_told_before_the_token_is_spent(self):
+        self.store(lifetime=-10)
+        self.change_attribute(self.token_file, "i")
+        self.assert_fails(self.run_program("token"), 6, str(self.token_file))
+        self.assertEqual(self.double.requests, [])
+
+    def test_a_folder_that_lets_nothing_be_renamed_holds_the_answer_all_the_same(self):
+        self.store(lifetime=-10)
+        self.change_attribute(self.home, "a")
+        for number in (1, 2):  # the temporary file of the first is still there
+            self.assert_fresh(self.run_program("token", "--refresh"))
+            self.assertEqual(self.double.count("refresh"), number)
+
+    def test_a_rename_that_is_refused_does_not_lose_the_answer(self):
+        for error in ("EACCES", "EIO"):
+            self.store(lifetime=-10)
+            self.assert_fresh(self.run_injected(f"/^rename:error={error}", "token"))
+
+    def test_a_disk_that_fails_to_sync_loses_nothing(self):
+        for when, spent in (("1", 0), ("2", 1), ("2+", 1), ("3", 1)):
+            with self.subTest(when):
+                self.double.requests.clear()
+                self.store(lifetime=-10)
+                result = self.run_injected(f"fsync:error=EIO:when={when}", "token")
+                self.assertEqual(self.double.count("refresh"), spent)
+                if spent:
+                    self.assert_fresh(result)
+                else:
+                    self.assert_fails(result, 6, "Input/output error")
+
+    @needs_modes
+    def test_a_file_that_may_only_be_read_is_replaced(self):
+        self.store(lifetime=-10, mode=0o400)
+        with self.somebody_else_at_home():
+            self.assert_fresh(self.call("token"))
 
     def test_a_lock_that_is_never_free_is_exit_5(self):
         self.store(lifetime=-10)
