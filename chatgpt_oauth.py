@@ -73,9 +73,10 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "codex_client_version": "0.169.0",  # the Codex backend lists models by it
     "home": None,  # $XDG_DATA_HOME/code_puppy, else ~/.code_puppy: Code Puppy's own rule
     "prefix": "chatgpt-",
-    "default_context_length": 128000,  # tokens
+    "default_context_length": 128000,  # tokens; as shipped 258400 for a plan's models
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
+    "responses_patterns": "*-codex*,*-pro,*-pro-*",  # API models on /v1/responses alone
     "model_source": "auto",
     "originator": "chatgpt_oauth",
     "request_timeout": 30,  # seconds for one whole request, the name look-up included
@@ -142,6 +143,7 @@ RULES = {
     "default_context_length": Rule(r"[0-9]{1,10}", "a number from 1 to 1000000000", int, 1, 10**9),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
+    "responses_patterns": Rule(r"[!-~]*", _GLOBS),
     "model_source": Rule("|".join(SOURCES), "auto, api or codex"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
@@ -1772,6 +1774,10 @@ def read_head(connection: Socket) -> bytes:
 # ---------------------------------------------------------------------------------------------
 
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
+API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens, where nothing tells
+MIN_CONTEXT_LENGTH = 16000  # tokens; a catalogue that says less does not mean it
+# A catalogue's effort levels that Code Puppy knows (0.0.946, model_utils.py); `ultra` it does not.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 PAYERS = {"api": "billed to your OpenAI API account", "codex": "covered by your ChatGPT plan"}
 NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = (
@@ -1801,10 +1807,14 @@ class ModelFilter:
 
     def matches(self, name: str) -> bool:
         """Whether the whole id `name` matches, case-sensitively."""
-        from fnmatch import fnmatchcase
+        return matches_any(name, self.include) and not matches_any(name, self.exclude)
 
-        included = any(fnmatchcase(name, glob) for glob in self.include)
-        return included and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+def matches_any(name: str, globs: List[str]) -> bool:
+    """Whether the whole of `name` matches one of the patterns, case-sensitively."""
+    from fnmatch import fnmatchcase
+
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def request_api_models(settings: Settings, api_key: str) -> Response:
@@ -1828,10 +1838,11 @@ def request_plan_models(settings: Settings, tokens: Tokens) -> Response:
     )
 
 
-def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
-    """The source that `source` comes to, and its models with their context lengths in tokens.
+def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
+    """The source that `source` comes to, and its models by id, as the server describes them.
 
-    Raises OAuthError, too where an API key is asked of an account without one.
+    A plan's come in the server's order, the API's, which has none, with the newest first. Raises
+    OAuthError, too where an API key is asked of an account without one.
     """
     settings, tokens, what = session.settings, session.tokens(), "list the models"
     if source == "auto":
@@ -1855,17 +1866,14 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, int]]:
     odd = len(shown) - len(good)
     if odd:
         session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
-    lengths = {entry[name]: _context_length(settings, entry) for entry in good}
-    return source, dict(sorted(lengths.items()))
+    if source == "api":
+        good.sort(key=_created, reverse=True)
+    return source, {entry[name]: entry for entry in good}
 
 
-def _context_length(settings: Settings, entry: Fields) -> int:
-    """The window to budget with; the API's list has none, the Codex backend's the whole one."""
-    window, percent = entry.get("context_window"), entry.get("effective_context_window_percent")
-    if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
-        percent = 95
-    known = isinstance(window, (int, float)) and 2 <= window < 1e10
-    return int(window * percent / 100) if known and window else settings.default_context_length
+def _created(listed: Fields) -> float:
+    created = listed.get("created")
+    return created if isinstance(created, (int, float)) else 0
 
 
 def is_ours(settings: Settings, name: str, entry: object) -> bool:
@@ -1894,30 +1902,66 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
                 "warning", f"kept the existing entry {name}, which was added by another program"
             )
         after.update((name, entries[name]) for name in names)
-        if after != before:
+        if list(after.items()) != list(before.items()):  # their order counts, too
             session.models_file.save(after)
         return names
 
 
-def model_entry(settings: Settings, source: str, model: str, length: int) -> Fields:
-    """Code Puppy's entry for `model` (its model_factory.py; type `openai` would ignore the URL)."""
-    entry = {
-        "type": "custom_openai",
+def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
+    """Code Puppy's entry for `model`, which the server describes as `listed`."""
+    if source == "codex":
+        return plan_entry(settings, model, listed)
+    responses = matches_any(model, settings.responses_patterns.split(","))
+    return {
+        # Its type `openai` would ignore the URL (model_factory.py).
+        "type": "custom_openai_responses" if responses else "custom_openai",
         "name": model,
         "custom_endpoint": {
             "url": settings.api_base_url + "/v1",
             "api_key": "$" + settings.api_key_env_var,
         },
-        "context_length": length,
+        "context_length": settings.default_context_length,
         "oauth_source": OAUTH_SOURCE,
     }
-    if source == "codex":
-        entry.update(
-            type="chatgpt_oauth",
-            custom_endpoint={"url": settings.codex_base_url},
-            supported_settings=["reasoning_effort", "summary", "verbosity"],
-        )
+
+
+def plan_entry(settings: Settings, model: str, listed: Fields) -> Fields:
+    """Code Puppy's entry for a model that the ChatGPT plan pays for."""
+    entry = {
+        "type": "chatgpt_oauth",
+        "name": model,
+        "custom_endpoint": {"url": settings.codex_base_url},
+        "context_length": _context_length(settings, listed),
+        "oauth_source": OAUTH_SOURCE,
+        "supported_settings": ["reasoning_effort", "summary", "verbosity"],
+    }
+    levels = listed.get("supported_reasoning_levels")
+    levels = levels if isinstance(levels, list) else []
+    named = [level.get("effort") for level in levels if isinstance(level, dict)]
+    efforts = [effort for effort in EFFORTS if effort in named]
+    if efforts:
+        entry["setting_choices"] = {"reasoning_effort": efforts}
+    if listed.get("default_reasoning_level") in efforts:
+        entry["setting_defaults"] = {"reasoning_effort": listed["default_reasoning_level"]}
+    for effort in ("xhigh", "max"):  # which Code Puppy hides without these
+        if effort in efforts:
+            entry[f"supports_{effort}_reasoning"] = True
     return entry
+
+
+def _context_length(settings: Settings, listed: Fields) -> int:
+    """The tokens to budget with: the part of the window that the Codex backend calls effective."""
+    percent = listed.get("effective_context_window_percent")
+    if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
+        percent = 95
+    for name in ("context_window", "max_context_window"):
+        window = listed.get(name)
+        if isinstance(window, (int, float)) and window < 1e10:
+            length = int(window * percent / 100)
+            if length >= MIN_CONTEXT_LENGTH:
+                return length
+    default: int = settings.default_context_length
+    return PLAN_CONTEXT_LENGTH if default == API_CONTEXT_LENGTH else default
 
 
 def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, Fields], int]:
@@ -1925,8 +1969,8 @@ def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, F
     settings = session.settings
     source, listed = list_models(session, models.source)
     entries = {
-        settings.prefix + name: model_entry(settings, source, name, length)
-        for name, length in listed.items()
+        settings.prefix + name: model_entry(settings, source, name, described)
+        for name, described in listed.items()
         if models.matches(name)
     }
     if not entries:

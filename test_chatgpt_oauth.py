@@ -209,6 +209,7 @@ class Double:
         self.lifetime, self.delay = 864000, 0.0
         self.device_polls, self.device_interval = 1, "0"
         self.api_models = ["gpt-4o", "o1-mini", "gpt-4o-audio-preview", "dall-e-3", "o3-pro"]
+        self.created = {}  # seconds since 1970 by id
         self.codex_models = [
             {"slug": "gpt-5.5", "visibility": "list", "context_window": 272000},
             {"slug": "gpt-5.4-secret", "visibility": "hide", "context_window": 272000},
@@ -387,6 +388,9 @@ class Double:
         if headers.get("authorization", "")[7:] not in self.api_keys:
             return self.refuse("invalid_api_key", "Incorrect API key provided")
         models = [{"id": name, "object": "model", "owned_by": "x"} for name in self.api_models]
+        for model in models:
+            if model["id"] in self.created:
+                model["created"] = self.created[model["id"]]
         return 200, {"object": "list", "data": models}
 
     def _codex(self, fields, headers):
@@ -974,6 +978,7 @@ class SettingsTest(Case):
             "default_context_length": ("0", "x"),
             "model_patterns": ("", "a b"),
             "model_excludes": ("a b",),
+            "responses_patterns": ("a b",),
             "model_source": ("", "x"),
             "originator": ("", "a b", "a\r\nb: c"),
             "request_timeout": ("0",),
@@ -2154,9 +2159,9 @@ class ModelsTest(Case):
         self.assertEqual(len(self.names("--all")), 5)
         self.assertEqual(
             self.names("--all", "--exclude", "gpt*"),
-            [f"chatgpt-{n}" for n in ("dall-e-3", "o1-mini", "o3-pro")],
+            [f"chatgpt-{n}" for n in ("o1-mini", "dall-e-3", "o3-pro")],
         )
-        self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
+        self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.5", "chatgpt-gpt-5.4"])
         self.assertEqual(
             self.names(CHATGPT_OAUTH_PREFIX="x-", CHATGPT_OAUTH_MODEL_PATTERNS="o3*"), ["x-o3-pro"]
         )
@@ -2166,12 +2171,70 @@ class ModelsTest(Case):
     def test_json_and_import(self):
         code, out, err = self.call("models", "--json")
         self.assertEqual(json.loads(out)["model_source"], "api")
-        self.assertEqual(
-            json.loads(out)["models"], sorted(json.loads(self.models_file.read_text()))
-        )
+        self.assertEqual(json.loads(out)["models"], list(json.loads(self.models_file.read_text())))
         self.assertEqual(
             json.loads(self.call("status", "--json")[1])["models"], json.loads(out)["models"]
         )
+
+    def entries(self, *arguments, **environ):
+        """Our entries of the models file after an import."""
+        self.assertEqual(self.call("models", *arguments, environ=environ)[0], 0)
+        return json.loads(self.models_file.read_text())
+
+    def plan_entry(self, **listed):
+        """The entry of a model that the catalogue describes so."""
+        self.double.codex_models = [{"slug": "gpt-6", "visibility": "list", **listed}]
+        return self.entries("--source", "codex")["chatgpt-gpt-6"]
+
+    def test_the_newest_api_model_comes_first(self):
+        self.double.created = {"gpt-4o": 5, "o1-mini": "x", "o3-pro": 7}
+        names = ["chatgpt-o3-pro", "chatgpt-gpt-4o", "chatgpt-o1-mini"]
+        self.assertEqual(self.names(), names)
+        self.assertEqual(list(self.entries()), names)
+        self.double.created["gpt-4o"] = 9
+        self.assertEqual(list(self.entries())[0], "chatgpt-gpt-4o")
+
+    def test_api_models_that_know_responses_alone_have_another_type(self):
+        self.double.api_models = ["gpt-5-codex", "o3-pro", "gpt-5-pro-2025-10-06", "gpt-5"]
+        types = {name: entry["type"] for name, entry in self.entries().items()}
+        other = types.pop("chatgpt-gpt-5")
+        self.assertEqual(other, "custom_openai")
+        self.assertEqual(set(types.values()), {"custom_openai_responses"})
+        entries = self.entries(CHATGPT_OAUTH_RESPONSES_PATTERNS="")
+        self.assertEqual({entry["type"] for entry in entries.values()}, {"custom_openai"})
+        self.assertEqual({entry["context_length"] for entry in entries.values()}, {128000})
+
+    def test_effort_levels_are_the_catalogues(self):
+        levels = [{"effort": e} for e in ("max", "low", "xhigh", "ultra")]
+        entry = self.plan_entry(
+            supported_reasoning_levels=[*levels, "x", {"effort": []}], default_reasoning_level="low"
+        )
+        self.assertEqual(entry["setting_choices"], {"reasoning_effort": ["low", "xhigh", "max"]})
+        self.assertEqual(entry["setting_defaults"], {"reasoning_effort": "low"})
+        self.assertIs(entry["supports_xhigh_reasoning"], True)
+        self.assertIs(entry["supports_max_reasoning"], True)
+        entry = self.plan_entry(
+            supported_reasoning_levels=[{"effort": "high"}], default_reasoning_level="ultra"
+        )
+        self.assertEqual(entry["setting_choices"], {"reasoning_effort": ["high"]})
+        for name in ("setting_defaults", "supports_xhigh_reasoning", "supports_max_reasoning"):
+            self.assertNotIn(name, entry)
+        for levels in (None, "x", [], [5]):
+            self.assertNotIn("setting_choices", self.plan_entry(supported_reasoning_levels=levels))
+
+    def test_context_lengths_are_the_catalogues_where_they_can_be_meant(self):
+        def length(**listed):
+            return self.plan_entry(**listed)["context_length"]
+
+        self.assertEqual(length(context_window=272000), 258400)
+        self.assertEqual(length(context_window=100000, effective_context_window_percent=90), 90000)
+        self.assertEqual(length(context_window=100000, effective_context_window_percent=0), 95000)
+        self.assertEqual(length(max_context_window=100000), 95000)
+        self.assertEqual(length(context_window=2, max_context_window=100000), 95000)
+        for window in (None, "x", 2, 15999, 10**11, True, -5):
+            self.assertEqual(length(context_window=window), 258400)
+        entries = self.entries("--source", "codex", CHATGPT_OAUTH_DEFAULT_CONTEXT_LENGTH="64000")
+        self.assertEqual(entries["chatgpt-gpt-6"]["context_length"], 64000)
 
     def test_ids_that_are_none_are_left_out_with_one_warning(self):
         self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
@@ -2236,8 +2299,8 @@ class ModelsTest(Case):
 
     def test_the_module_lists_them_unfiltered(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
-            self.assertEqual(oauth.fetch_chatgpt_models(), sorted(self.double.api_models))
-            self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.4", "gpt-5.5"])
+            self.assertEqual(oauth.fetch_chatgpt_models(), self.double.api_models)
+            self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.5", "gpt-5.4"])
             with self.assertRaises(oauth.UsageError):
                 oauth.fetch_chatgpt_models(source="x")
             for timeout in ("x", 0, -1, float("nan")):
