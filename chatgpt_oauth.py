@@ -1040,8 +1040,24 @@ def _replace(source: str, target: str) -> None:
     return None
 
 
+def _make_directory(path: str) -> None:
+    """Make a private directory, and those above it, each of the owner of the one above it."""
+    parent = os.path.dirname(path)
+    if os.path.isdir(path) or parent == path:
+        return
+    _make_directory(parent)
+    with contextlib.suppress(FileExistsError):  # made by another process meanwhile
+        os.mkdir(path, 0o700)
+        if sys.platform != "win32":
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                _chown_like(descriptor, parent)
+            finally:
+                os.close(descriptor)
+
+
 def _try_lock(descriptor: int) -> bool:
-    """Take the exclusive lock if it is free; the system releases it when the file is closed."""
+    """Take the exclusive lock if it is free."""
     with contextlib.suppress(BlockingIOError, PermissionError):
         if sys.platform == "win32":
             import msvcrt
@@ -1053,6 +1069,38 @@ def _try_lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
+
+
+def _acquire(path: str, deadline: float) -> int:
+    """Take the lock of the file that is at `path`; returns its descriptor.
+
+    Raises UnavailableError when another process holds it until time.monotonic() `deadline`.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, descriptor)
+            while not _try_lock(descriptor):
+                if time.monotonic() >= deadline:
+                    raise UnavailableError(
+                        f"timed out waiting for another process to release {path}",
+                        "try again; if it keeps happening, stop the process that has this file "
+                        "open",
+                    )
+                time.sleep(0.01)
+            # Whoever held it may have replaced or removed the file meanwhile.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                opened.pop_all()
+                return descriptor
+
+
+def _release(descriptor: int) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        # To close it would not do: a child that was forked meanwhile has it open, too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 class JsonFile:
@@ -1109,34 +1157,39 @@ class JsonFile:
         What was reserved and not needed is gone when the lock is. Raises UnavailableError when
         another process holds it all that time.
         """
-        path = os.path.realpath(self.path) + ".lock"
-        try:
-            os.makedirs(self.settings.home, mode=0o700, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise storage_error("lock", path, error) from None
-        try:
-            self._take_lock(descriptor, path, timeout)
-            yield
-        finally:
-            self._drop_reservation()
-            os.close(descriptor)
-
-    def _take_lock(self, descriptor: int, path: str, timeout: Optional[float]) -> None:
         timeout = self.settings.lock_timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        try:
-            _chown_like(descriptor, os.path.dirname(path))
-            while not _try_lock(descriptor):
+        with contextlib.ExitStack() as held:
+            try:
+                self._take_locks(held, deadline)
+            except OSError as error:
+                raise storage_error("lock", self._lock_path(), error) from None
+            held.callback(self._drop_reservation)
+            yield
+
+    def _lock_path(self) -> str:
+        return os.path.realpath(self.path) + ".lock"
+
+    def _take_locks(self, held: contextlib.ExitStack, deadline: float) -> None:
+        """Take the lock beside the file, then that of the file itself.
+
+        The second, for a container has the file mounted in a home of its own, where another lock
+        lies beside it; and somebody may tidy the first one away.
+        """
+        _make_directory(self.settings.home)
+        lock = self._lock_path()
+        while True:
+            with contextlib.suppress(FileExistsError):
+                os.close(_create(lock, os.path.dirname(lock)))
+            try:
+                held.callback(_release, _acquire(lock, deadline))
+                break
+            except FileNotFoundError:  # removed meanwhile
                 if time.monotonic() >= deadline:
-                    raise UnavailableError(
-                        f"timed out waiting for another process to release {path}",
-                        "try again; if it keeps happening, stop the process that has this file "
-                        "open",
-                    )
-                time.sleep(0.01)
-        except OSError as error:
-            raise storage_error("lock", path, error) from None
+                    raise
+        if sys.platform != "win32":  # where a lock would keep readers out
+            with contextlib.suppress(OSError):  # none, or one that `reserve` will refuse
+                held.callback(_release, _acquire(os.path.realpath(self.path), deadline))
 
     def _drop_reservation(self) -> None:
         if self.reserved:

@@ -520,10 +520,10 @@ def response_to(url):
 class Running:
     """The program at work: both its streams are read as they come, and no wait is endless."""
 
-    def __init__(self, arguments, environ, **options):
+    def __init__(self, command, environ, **options):
         options.setdefault("stdin", subprocess.DEVNULL)
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
+            command,
             env=environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -704,7 +704,8 @@ class Case(unittest.TestCase):
 
     def start(self, *arguments, environ=None, **options):
         """The program as a process, at work."""
-        running = Running(arguments, self.environ_with(environ), **options)
+        command = [sys.executable, PROGRAM, *arguments]
+        running = Running(command, self.environ_with(environ), **options)
         self.addCleanup(running.close)
         return running
 
@@ -733,6 +734,14 @@ class Case(unittest.TestCase):
             self.skipTest("no strace here that may inject faults")
         strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=" + fault]
         return self.run_command([*strace, sys.executable, PROGRAM, *arguments])
+
+    def start_python(self, code):
+        """A Python at work that runs `code`, which may import the program."""
+        code = f"import sys; sys.path.insert(0, {str(pathlib.Path(PROGRAM).parent)!r})\n{code}"
+        command = [sys.executable, "-c", code]
+        running = Running(command, self.environ, stdin=subprocess.PIPE, start_new_session=True)
+        self.addCleanup(running.close)
+        return running
 
     def run_shell(self, code, environ=None, **options):
         """The same of a line of shell code."""
@@ -1606,6 +1615,94 @@ class StoreTest(Case):
         self.store(lifetime=-10, mode=0o400)
         with self.somebody_else_at_home():
             self.assert_fresh(self.call("token"))
+
+    def another_home(self):
+        """A home with a place where the token file can be mounted."""
+        other = self.folder / "other"
+        other.mkdir(mode=0o700)
+        (other / "chatgpt_oauth.json").touch(mode=0o600)
+        return other
+
+    def refresh_in_two_homes(self, rounds):
+        """Refresh at once in two homes, of which one has the other's token file mounted."""
+        if not can_mount():
+            self.skipTest("no mounts here")
+        other = self.another_home()
+        script = (
+            'mount --bind "$1/chatgpt_oauth.json" "$2/chatgpt_oauth.json"\n'
+            'CHATGPT_OAUTH_HOME="$3" "$5" "$6" token >"$7.1" 2>&1 & one=$!\n'
+            "sleep 0.2\n"
+            'CHATGPT_OAUTH_HOME="$4" "$5" "$6" token >"$7.2" 2>&1 & two=$!\n'
+            "code=0; wait $one || code=$?; echo $code\n"
+            "code=0; wait $two || code=$?; echo $code\n"
+        )
+        said = self.folder / "said"
+        self.double.delay = 0.4
+        for first, second in [(self.home, other), (other, self.home)] * rounds:
+            self.store(lifetime=-10)
+            self.double.requests.clear()
+            arguments = [self.home, other, first, second, sys.executable, PROGRAM, said]
+            command = ["unshare", "-m", "sh", "-ec", script, "sh", *map(str, arguments)]
+            codes = self.run_command(command)[1].split()
+            told = [pathlib.Path(f"{said}.{number}").read_text() for number in (1, 2)]
+            self.assertEqual(self.double.count("refresh"), 1, told)
+            self.assert_nothing_lost()
+            self.assertEqual(codes[0], "0", told)
+            if codes[1] != "0":  # the mount still shows the file that was replaced
+                self.assertEqual(codes[1], "6", told)
+                self.assertIn("mount the directory", told[1])
+
+    def test_one_mounted_file_in_two_homes_is_refreshed_once(self):
+        self.refresh_in_two_homes(1)
+
+    def test_a_mount_of_a_file_that_was_replaced_is_not_refreshed(self):
+        self.store(lifetime=-10)
+        other = self.another_home()
+        path, place = (shlex.quote(f"{home}/chatgpt_oauth.json") for home in (self.home, other))
+        mounts = f"mount --bind {path} {place}; cp -p {path} {path}.new; mv {path}.new {path}; "
+        mounts += f"export CHATGPT_OAUTH_HOME={shlex.quote(str(other))}"
+        self.assert_fails(self.run_mounted(mounts, "token"), 6, "mount the directory")
+        self.assertEqual(self.double.requests, [])
+
+    @needs_modes
+    def test_a_lock_file_that_was_removed_does_not_let_two_refresh_at_once(self):
+        self.store(lifetime=-10)
+        self.double.delay = 0.5
+        first = self.start("token")
+        wait_for(lambda: self.double.count("refresh"))
+        os.unlink(f"{self.token_file}.lock")
+        second = self.start("token")
+        self.assertEqual({self.assert_fresh(first.end()), self.assert_fresh(second.end())}, {""})
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_child_that_was_forked_meanwhile_keeps_no_lock(self):
+        self.store(lifetime=-10)
+        self.double.delay = 0.5
+        code = """
+import os, threading, time, warnings, chatgpt_oauth as oauth
+warnings.simplefilter("ignore")
+thread = threading.Thread(target=oauth.get_access_token)
+thread.start()
+sys.stdin.readline()
+if os.fork() == 0:
+    os.close(1)
+    os.close(2)
+    time.sleep(60)
+    os._exit(0)
+thread.join()
+os._exit(0)
+"""
+        running = self.start_python(code)
+        self.addCleanup(os.killpg, running.process.pid, signal.SIGKILL)  # the child, too
+        wait_for(lambda: self.double.count("refresh"))
+        running.type(b"")
+        self.assertEqual(running.end()[0], 0)
+        self.double.delay = 0
+        environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "1"}
+        self.assertEqual(
+            self.assert_fresh(self.run_program("token", "--refresh", environ=environ)), ""
+        )
 
     def test_a_lock_that_is_never_free_is_exit_5(self):
         self.store(lifetime=-10)
