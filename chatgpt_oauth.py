@@ -1240,6 +1240,53 @@ class TokenFile(JsonFile):
         except ValueError as error:
             raise self.broken(str(error)) from None
 
+    @contextlib.contextmanager
+    def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
+        """Hold the lock, with what a killed process left put in order first."""
+        with super().lock(timeout):
+            self._recover()
+            yield
+
+    def exists(self) -> bool:
+        """Whether there is anything of a sign-in, whole or not."""
+        return os.path.lexists(self.path) or os.path.lexists(self._temporary())
+
+    def _temporary(self) -> str:
+        return os.path.realpath(self.path) + ".tmp"
+
+    def _recover(self) -> None:
+        """Store what a killed process had received and not yet put into place.
+
+        Its refresh token is the only good one; the one in the file is spent.
+        """
+        successor = self._successor()
+        if successor:
+            self.save(successor)
+        with contextlib.suppress(OSError):  # of no use, and in nobody's way
+            os.unlink(self._temporary())
+
+    def _successor(self) -> Fields:
+        """A complete sign-in that is newer than the file, or {}."""
+        path, temporary = os.path.realpath(self.path), self._temporary()
+        try:
+            if not _is_leftover(temporary, path):
+                return {}
+            with os.fdopen(os.open(temporary, os.O_RDONLY), "rb") as file:
+                fields = json.loads(file.read(self.limit))
+            whole = isinstance(fields, dict) and Tokens(fields).access_token
+            return fields if whole and not self._is_newer_than(temporary) else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+
+    def _is_newer_than(self, temporary: str) -> bool:
+        """Whether the file is whole and was written after `temporary`, in place and unlocked."""
+        try:
+            if not self.load():
+                return False
+        except StorageError:  # torn: written in place, and not to the end
+            return False
+        return os.stat(self.path).st_mtime_ns > os.stat(temporary).st_mtime_ns
+
     def _check(self, descriptor: int) -> None:
         """Refuse another user's file, too; take others' access to ours away."""
         super()._check(descriptor)
@@ -1269,7 +1316,7 @@ class TokenFile(JsonFile):
         """Remove the file and whatever was kept beside it. The caller holds the lock."""
         path = os.path.realpath(self.path)
         try:
-            for name in (self.path, path, path + ".tmp", path + ".bad"):
+            for name in (self.path, path, self._temporary(), path + ".bad"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
         except OSError as error:
@@ -2481,7 +2528,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     """
     token_file = session.token_file
     with contextlib.suppress(StorageError):
-        if not os.path.lexists(token_file.path) and not registered_models(session):
+        if not token_file.exists() and not registered_models(session):
             return False
     with token_file.lock():
         tokens = None

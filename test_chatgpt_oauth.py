@@ -1538,11 +1538,87 @@ class StoreTest(Case):
     def test_a_killed_refresh_leaves_a_whole_file_and_no_lock(self):
         self.kill_at_random(10)
 
-    def test_what_a_killed_process_left_is_gone_after_the_next_refresh(self):
-        self.store(lifetime=9999)
-        (self.home / "chatgpt_oauth.json.tmp").write_text("{")
-        self.assertEqual(self.run_program("token", "--refresh")[0], 0)
-        self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+    def kill_at(self, call, rounds):
+        """Kill a refresh as it enters a system call; whoever comes next is still signed in."""
+        for _ in range(rounds):
+            self.store(lifetime=-10)
+            code, out, err = self.run_injected(f"{call}:signal=SIGKILL:error=EIO", "token")
+            self.assertEqual((code, out), (-signal.SIGKILL, ""), err)
+            self.assertEqual(self.assert_fresh(self.run_program("token")), "")
+            self.assertEqual(
+                sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
+            )
+
+    def test_killed_at_any_step_of_a_refresh_nobody_is_signed_out(self):
+        for call in ("/^rename", "fsync:when=2", "fsync:when=3", "ftruncate:when=2", "sendto"):
+            with self.subTest(call):
+                self.kill_at(call, 1)
+
+    def leave(self, content):
+        """What a process left that was killed before it put this into place."""
+        leftover = self.home / "chatgpt_oauth.json.tmp"
+        leftover.write_text(content if isinstance(content, str) else json.dumps(content))
+        leftover.chmod(0o600)
+        return leftover
+
+    def test_what_a_killed_process_had_received_counts(self):
+        for rest in ("", " " * 99):
+            old = self.store(lifetime=-10)
+            self.double.refresh_tokens[old["refresh_token"]] = "used"
+            new = {**old, **self.double.tokens()}
+            leftover = self.leave(json.dumps(new) + rest)
+            self.assertEqual(self.assert_fresh(self.run_program("token")), "")
+            self.assertEqual(self.stored(), new)
+            self.assertFalse(leftover.exists())
+        self.token_file.write_text(json.dumps(new)[:50])  # killed while it wrote in place
+        self.leave(new)
+        self.assert_done(self.run_program("logout"))
+        self.assertNotIn(new["refresh_token"], self.double.refresh_tokens)
+        self.leave({**old, **self.double.tokens()})  # of a first sign-in
+        self.assert_done(self.run_program("logout"))
+        self.assertFalse(leftover.exists() or self.token_file.exists())
+
+    def test_what_a_killed_process_had_not_finished_is_removed(self):
+        old = self.store(lifetime=-10)
+        planted = json.dumps({**old, "refresh_token": "rt_planted"})
+        for content in ("", "{", " " * 99, planted + "\0" * 99, "[]", '{"access_token": "a b"}'):
+            with self.subTest(content):
+                self.store(lifetime=-10)
+                leftover = self.leave(content)
+                self.assertEqual(self.assert_fresh(self.call("token")), "")
+                self.assertFalse(leftover.exists())
+
+    @needs_modes
+    def test_what_is_older_or_not_ours_is_not_taken_for_an_answer(self):
+        elsewhere = self.folder / "elsewhere"
+
+        def older(leftover):
+            os.utime(leftover, (time.time() - 60, time.time() - 60))
+
+        def link(leftover):
+            leftover.rename(elsewhere)
+            leftover.symlink_to(elsewhere)
+
+        def hard_link(leftover):
+            os.link(leftover, elsewhere)
+
+        def readable(leftover):
+            leftover.chmod(0o644)
+
+        def somebody_elses(leftover):
+            os.chown(leftover, 65534, 65534)
+
+        root = [somebody_elses] if os.geteuid() == 0 else []
+        for change in [older, link, hard_link, readable, *root]:
+            with self.subTest(change.__name__):
+                old = self.store(lifetime=-10)
+                leftover = self.leave({**old, "refresh_token": "rt_planted"})
+                change(leftover)
+                self.assertEqual(self.assert_fresh(self.call("token")), "")
+                self.assertFalse(os.path.lexists(leftover))
+                if elsewhere.exists():
+                    self.assertIn("rt_planted", elsewhere.read_text())
+                    elsewhere.unlink()
 
     @unittest.skipUnless(POSIX, "Windows limits no file's size")
     def test_a_full_disk_shows_before_the_token_is_spent(self):
