@@ -1149,6 +1149,15 @@ class JsonFile:
             raise self.broken("not a regular file")
         if facts.st_size > self.limit:
             raise self.broken(f"larger than {self.limit // MEBIBYTE} MiB")
+        self._check_link(self.path, facts)
+
+    def _check_link(self, path: str, facts: os.stat_result) -> None:
+        """As root, refuse another user's link to what is not theirs: it would be given away."""
+        if sys.platform != "win32" and os.geteuid() == 0:
+            owner = os.lstat(path).st_uid
+            if owner not in (0, facts.st_uid):
+                text = f"{path}: another user (uid {owner}) made it a link to a file of others"
+                raise StorageError(text, "remove it, then try again")
 
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
@@ -1176,6 +1185,12 @@ class JsonFile:
         The second, for a container has the file mounted in a home of its own, where another lock
         lies beside it; and somebody may tidy the first one away.
         """
+        for path in (self.settings.home, self.path):
+            if os.path.exists(path):
+                self._check_link(path, os.stat(path))
+            elif os.path.lexists(path):  # the file must not be created wherever it points
+                text = f"{path}: a link that leads nowhere"
+                raise StorageError(text, "remove it, then try again")
         _make_directory(self.settings.home)
         lock = self._lock_path()
         while True:

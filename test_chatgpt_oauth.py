@@ -632,6 +632,7 @@ def environment(folder):
 needs_signals = unittest.skipUnless(POSIX, "a signal is no Ctrl-C on Windows")
 needs_modes = unittest.skipUnless(POSIX, "Windows knows no owners and modes of this kind")
 needs_terminal = unittest.skipUnless(POSIX, "Windows has no pseudo-terminals of this kind")
+needs_root = unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
@@ -1454,7 +1455,7 @@ class StoreTest(Case):
         self.token_file.write_text(whole)
         self.assertEqual(self.assert_quiet(running.end()), fields["access_token"] + "\n")
 
-    @unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
+    @needs_root
     def test_a_file_of_somebody_else_is_refused_and_root_keeps_its_owner(self):
         self.store(lifetime=-10)
         os.chown(self.token_file, 12345, 12345)
@@ -1472,6 +1473,89 @@ class StoreTest(Case):
         self.token_file.chmod(0o600)
         with self.somebody_else():
             self.assert_fails(self.call("token"), 6, "Permission denied")
+
+    def lure_root(self):
+        """A home of another user's, and a file of root's that root could be led to."""
+        self.store(lifetime=-10)
+        for path in (self.folder, self.home, self.token_file):
+            os.chown(path, 65534, 65534)
+        target = self.folder / "target"
+        target.write_text(json.dumps({"access_token": "roots"}))
+        target.chmod(0o644)
+        return target
+
+    def assert_untouched(self, target, content='{"access_token": "roots"}'):
+        facts = target.stat()
+        self.assertEqual((facts.st_uid, facts.st_mode & 0o777), (0, 0o644))
+        self.assertEqual(target.read_text(), content)
+        self.assertEqual(self.double.requests, [])
+
+    def link(self, path, target):
+        """Let another user make `path` a link."""
+        path.symlink_to(target)
+        os.lchown(path, 65534, 65534)
+
+    @needs_root
+    def test_root_gives_no_file_away_through_a_lock_that_is_a_link(self):
+        target = self.lure_root()
+        self.link(self.home / "chatgpt_oauth.json.lock", target)
+        for command in (["token"], ["auth", "--device"], ["logout", "--local"]):
+            self.assert_fails(self.call(*command), 6, "cannot lock")
+            self.assert_untouched(target)
+
+    @needs_root
+    def test_root_touches_nothing_through_another_users_link(self):
+        commands = (["token"], ["env"], ["logout", "--local"], ["auth", "--device"])
+        for content in ('{"access_token": "roots"}', "no JSON"):
+            target = self.lure_root()
+            target.write_text(content)
+            self.token_file.unlink()
+            self.link(self.token_file, target)
+            for command in commands:
+                with self.subTest(command, content=content):
+                    self.assert_fails(self.call(*command), 6, str(self.token_file))
+                    self.assert_untouched(target, content)
+            self.assertEqual(self.call("status")[0], 6)
+            self.assert_untouched(target, content)
+            self.token_file.unlink()
+
+    @needs_root
+    def test_root_follows_no_users_link_to_another_home(self):
+        target = self.lure_root()
+        other = self.folder / "roots"
+        other.mkdir(mode=0o700)
+        target.write_text(self.token_file.read_text())
+        target.rename(other / "chatgpt_oauth.json")
+        shutil.rmtree(self.home)
+        self.link(self.home, other)
+        content = (other / "chatgpt_oauth.json").read_text()
+        for command in (["token", "--refresh"], ["logout", "--local"], ["auth", "--device"]):
+            self.assert_fails(self.call(*command), 6, str(self.home))
+            self.assertEqual((other / "chatgpt_oauth.json").read_text(), content)
+        self.assertEqual(self.double.requests, [])
+
+    @needs_root
+    def test_a_home_that_root_creates_belongs_to_the_user(self):
+        os.chown(self.folder, 65534, 65534)
+        self.double.device_polls = 0
+        deeper = {"XDG_DATA_HOME": str(self.folder / "a" / "b")}
+        self.assert_done(self.call("auth", "--device", environ=deeper))
+        self.assertTrue((self.folder / "a/b/code_puppy/chatgpt_oauth.json").exists())
+        self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {65534})
+
+    @needs_modes
+    def test_a_link_that_leads_nowhere_creates_nothing_there(self):
+        elsewhere = self.folder / "elsewhere"
+        elsewhere.mkdir()
+        for name in ("chatgpt_oauth.json.lock", "chatgpt_oauth.json"):
+            with self.subTest(name):
+                shutil.rmtree(self.home, ignore_errors=True)
+                self.home.mkdir(mode=0o700)
+                (self.home / name).symlink_to(elsewhere / "new")
+                result = self.call("auth", "--device")
+                self.assert_fails(result, 6, str(self.home / name))
+                self.assertEqual(os.listdir(elsewhere), [])
+        self.assertEqual(self.double.requests, [])
 
     def test_a_home_that_cannot_be_used(self):
         blocked = self.folder / "file"
