@@ -266,7 +266,7 @@ MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
-WAIT_SLICE = 0.5  # seconds; Ctrl-C waits no longer on Windows, where a wait is not interrupted
+WAIT_SLICE = 0.05  # seconds; Ctrl-C waits no longer on Windows, where a wait is not interrupted
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
 INVALID_GRANT_CODES = {
     "refresh_token_reused": "its refresh token was used by another program",
@@ -417,12 +417,18 @@ def tls_context() -> Any:
 
 
 def wait_for(future: AnyFuture, seconds: float) -> bool:
-    """Whether `future` is done within `seconds`, waiting in slices of WAIT_SLICE."""
+    """Whether `future` is done within `seconds`, in which this process is not stopped.
+
+    Counted in slices, of which Ctrl-Z or a frozen container can use up one: when the process
+    goes on, a response that has come meanwhile is still taken.
+    """
     from concurrent.futures import wait
 
-    deadline = time.monotonic() + seconds
-    while not future.done() and time.monotonic() < deadline:
-        wait([future], max(0.0, min(WAIT_SLICE, deadline - time.monotonic())))
+    while not future.done() and seconds > 0:
+        began = time.monotonic()
+        wait([future], min(WAIT_SLICE, seconds))
+        seconds -= min(WAIT_SLICE, time.monotonic() - began)
+    wait([future], WAIT_SLICE)  # the last slice may have been the one
     return future.done()
 
 
@@ -440,6 +446,7 @@ def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
     class Connection(base):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
+            self.sock.settimeout(None)  # whoever waits has the clock, and hangs up
             # InvalidStateError if nobody waits any more: a token must not be spent in vain.
             reached.set_result(self.sock)
 
@@ -513,11 +520,13 @@ def request_json(
     answered: AnyFuture = Future()
     arguments = (request, timeout, limit, reached, answered)
     threading.Thread(target=send, args=arguments, daemon=True).start()
-    wait_for(answered, timeout)
-    unsent = reached.cancel()  # from here on nothing is sent that was not
-    if not answered.done() or answered.exception():
+    try:
+        wait_for(answered, timeout)
+    finally:
+        unsent = reached.cancel()  # from here on nothing is sent that was not
         if not answered.done():
             hang_up(reached)
+    if not answered.done() or answered.exception():
         error = answered.exception() if answered.done() else None
         raise connection_error(request, what, timeout, error, unsent)
     status, content, retry_after = answered.result()

@@ -2111,6 +2111,23 @@ class SessionTest(Case):
         self.store({**fields, "api_key": self.double.tokens()["access_token"]})  # an older one
         self.assert_fails(self.call("env"), 1, "no API key")
 
+    def stop_and_go(self, rounds, timeout):
+        """Stop a refresh for longer than a request may take, while its answer comes."""
+        self.double.delay = 0.1
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = str(timeout)
+        for number in range(rounds):
+            self.store(lifetime=-10)
+            running = self.start("token")
+            wait_for(lambda count=number + 1: self.double.count("refresh") == count)
+            running.process.send_signal(signal.SIGSTOP)
+            time.sleep(1.5 * timeout)
+            running.process.send_signal(signal.SIGCONT)
+            self.assertEqual(self.assert_fresh(running.end()), "")
+
+    @needs_signals
+    def test_a_stop_that_outlasts_the_timeout_loses_no_answer(self):
+        self.stop_and_go(2, 0.5)
+
     @needs_signals
     def test_ctrl_c_does_not_lose_the_answer(self):
         self.store(lifetime=-10)
