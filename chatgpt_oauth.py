@@ -443,7 +443,17 @@ def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
 
     base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
+    class FinalResponse(http.client.HTTPResponse):
+        def begin(self) -> None:
+            super().begin()
+            # Of what may come before it (RFC 9110 §15.2) http.client skips 100 alone.
+            while 100 < self.status < 200 and self.status != 101:
+                self.headers = None  # type: ignore[assignment]
+                super().begin()
+
     class Connection(base):  # type: ignore[misc]
+        response_class = FinalResponse
+
         def connect(self) -> None:
             super().connect()
             self.sock.settimeout(None)  # whoever waits has the clock, and hangs up

@@ -1283,6 +1283,25 @@ class WireTest(Case):
         self.assertEqual(self.double.requests, [])
         self.assertEqual(self.call("token")[0], 0)
 
+    def test_early_hints_are_not_taken_for_the_answer(self):
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"
+        for early in (
+            hints,
+            b"HTTP/1.1 102 Processing\r\n\r\n" * 3,
+            b"HTTP/1.1 100 Continue\r\n\r\n" + hints,
+        ):
+            for parts in (1, 3):
+                self.store(lifetime=-10)
+                body = json.dumps(self.double.tokens()).encode()
+                head = OK + f"Content-Length: {len(body)}\r\n\r\n".encode()
+                whole = [early, head, body] if parts == 3 else [early + head + body]
+                self.double.faults["refresh"] = raw(*whole, pause=0.02)
+                self.assertEqual(self.assert_fresh(self.call("token")), "")
+        self.store(lifetime=-10)
+        self.double.faults["refresh"] = raw(*[hints] * 60, pause=0.02)
+        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.3"}
+        self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
+
     def test_a_redirect_of_the_token_endpoint_is_not_followed(self):
         other = self.another_double()
         self.store(lifetime=-10)
