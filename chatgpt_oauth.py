@@ -335,6 +335,12 @@ def text_or_none(value: object) -> Optional[str]:
     return value if isinstance(value, str) and value else None
 
 
+def seconds_or_none(value: object) -> Optional[float]:
+    """`value`, a number or a string of digits, as seconds; None when it is neither."""
+    text = "" if isinstance(value, bool) else str(value)
+    return float(text) if re.fullmatch(_DECIMAL, text, re.ASCII) else None
+
+
 class Response:
     """A server's response: its `status`, its `data` (parsed JSON or None), and its error.
 
@@ -657,12 +663,13 @@ def authorization_url(client: Client, redirect_uri: str, challenge: str, state: 
 
 
 def token_response(response: Response, what: str) -> Fields:
-    """The members of a token endpoint's response (RFC 6749 §5.1), its tokens checked."""
+    """The members of a token endpoint's response (RFC 6749 §5.1), its access token checked.
+
+    What is optional is checked where it is used: no fault in it may cost the rest.
+    """
     members = response.json_object(what)
-    for name in ("access_token", "refresh_token", "id_token"):
-        value = members.get(name)
-        if not is_b64token(value) and (value is not None or name == "access_token"):
-            raise OAuthError(f"could not {what}: the response has no valid {name}")
+    if not is_b64token(members.get("access_token")):
+        raise OAuthError(f"could not {what}: the response has no valid access_token")
     return members
 
 
@@ -754,10 +761,8 @@ class DeviceCode:
     def __init__(self, members: Fields) -> None:
         self.device_auth_id = text_or_none(members.get("device_auth_id"))
         self.user_code = text_or_none(members.get("user_code") or members.get("usercode"))
-        self.interval = 5.0
-        with contextlib.suppress(UsageError):
-            rule = Rule(_DECIMAL, "", float, 0, 900)
-            self.interval = max(POLL_FLOOR, rule.check("interval", members.get("interval")))
+        interval = seconds_or_none(members.get("interval"))
+        self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), 60.0)
         self.pause = self.interval
 
     def poll(self, settings: Settings) -> Optional[Fields]:
@@ -1480,17 +1485,17 @@ class Session:
             mark = {"reason": ended.reason, "refresh_token_sha256": old.fingerprint()}
             self.token_file.save({**current.fields, "ended": mark})
             raise ended
-        require_account(response, old.account_id)
-        fields = merged(current.fields, response)
+        fields = merged(current.fields, response, self.notify)
+        require_account(fields, old.account_id)
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = response["access_token"]  # no API key: see Tokens
         self.token_file.save(fields)
         return Tokens(fields)
 
 
-def require_account(response: Fields, account_id: Optional[str]) -> None:
+def require_account(fields: Fields, account_id: Optional[str]) -> None:
     """Raise OAuthError if a refreshed token is another account's."""
-    for token in (response["access_token"], response.get("id_token")):
+    for token in (fields["access_token"], fields.get("id_token")):
         account = auth_claims(token).get("chatgpt_account_id")
         if account and account_id and account != account_id:
             raise OAuthError(
@@ -1498,13 +1503,21 @@ def require_account(response: Fields, account_id: Optional[str]) -> None:
             )
 
 
-def merged(fields: Fields, response: Fields) -> Fields:
-    """`fields` with what a token endpoint responded; what it omits stays as it was."""
+def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
+    """`fields` with what a token endpoint responded; what it omits stays as it was.
+
+    So does what is no valid token; that is a warning, and the good ones are kept.
+    """
     kept = {k: value for k, value in fields.items() if k not in ("expires_at", "ended")}
-    names = ("access_token", "refresh_token", "id_token")
-    new = {name: response[name] for name in names if response.get(name)}
-    lifetime = response.get("expires_in")
-    if isinstance(lifetime, (int, float)) and 0 < lifetime < 1e9:
+    new = {"access_token": response["access_token"]}
+    for name in ("refresh_token", "id_token"):
+        value = response.get(name)
+        if is_b64token(value):
+            new[name] = value
+        elif value not in (None, ""):
+            notify("warning", f"ignored the {name} in the response, which is not a valid token")
+    lifetime = seconds_or_none(response.get("expires_in"))
+    if lifetime:
         new["expires_at"] = timestamp(time.time() + lifetime)
     return {**kept, **new, "last_refresh": timestamp(time.time())}
 
@@ -2156,7 +2169,8 @@ def exchange_and_store(
     """
     settings = session.settings
     response = exchange_code(session.client, code, verifier, redirect_uri)
-    fields = merged({"issuer": settings.issuer, "client_id": settings.client_id}, response)
+    fields = {"issuer": settings.issuer, "client_id": settings.client_id}
+    fields = merged(fields, response, session.notify)
     tokens = Tokens(fields)
     if tokens.account_id:
         fields["account_id"] = tokens.account_id

@@ -1951,6 +1951,30 @@ class SessionTest(Case):
             self.assertEqual(after[name], before[name])
         self.assertNotIn("expires_at", after)
 
+    def test_an_odd_optional_member_does_not_throw_good_tokens_away(self):
+        for name in ("id_token", "refresh_token"):
+            for odd in ("", "a b", 5, [], {}, False):
+                with self.subTest(name, odd=odd):
+                    before = self.store(lifetime=-10)
+                    answer = {**self.double.tokens(), name: odd}
+                    self.fault("refresh", 200, json.dumps(answer).encode())
+                    code, out, err = self.call("token")
+                    self.assertEqual((code, out), (0, answer["access_token"] + "\n"), err)
+                    self.assertEqual(f"warning: ignored the {name}" in err, odd != "", err)
+                    expected = {**answer, name: before[name]}
+                    for each in ("access_token", "refresh_token", "id_token"):
+                        self.assertEqual(self.stored()[each], expected[each])
+
+    def test_a_lifetime_may_be_a_string_of_digits_and_is_no_boolean(self):
+        good, bad = ("3600", 3600, 3600.5), (True, "x", "-5", -5, 0, "\u0663", "9" * 4000, [])
+        for lifetime in (*good, *bad):
+            with self.subTest(lifetime):
+                self.store(lifetime=-10)
+                answer = {"access_token": "opaque", "expires_in": lifetime}
+                self.fault("refresh", 200, json.dumps(answer).encode())
+                self.assertEqual(self.call("token")[:2], (0, "opaque\n"))
+                self.assertEqual("expires_at" in self.stored(), lifetime in good)
+
     def test_an_answer_for_another_account_is_refused(self):
         before = self.store(lifetime=0)
         answer = json.dumps(self.double.tokens(account="acct-9")).encode()
@@ -2730,6 +2754,18 @@ class SignInTest(Case):
         self.assertIn("Sign-in failed", page[3])
         self.assert_fails(running.end(), 1, "could not exchange the authorization code (HTTP 400)")
         self.assertEqual(self.stored(), before)
+
+    def test_an_odd_optional_member_does_not_undo_a_sign_in(self):
+        for name in ("id_token", "refresh_token"):
+            for odd in ("", "a b", 5):
+                with self.subTest(name, odd=odd):
+                    answer = {**self.double.tokens(), name: odd}
+                    self.fault("code", 200, json.dumps(answer).encode())
+                    err = self.sign_in()
+                    self.assertEqual(self.stored()["access_token"], answer["access_token"])
+                    self.assertNotIn(name, self.stored())
+                    self.assertEqual(f"ignored the {name}" in err, odd != "")
+                    self.assertEqual(self.call("logout", "--local")[0], 0)
 
     def test_a_declined_consent_is_explained_in_page_and_terminal(self):
         for error, description, words in (
