@@ -3451,11 +3451,13 @@ def run(arguments: List[str], notify: Notify) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line `argv` (default: the process's own); returns the exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif hasattr(stream, "reconfigure"):
+            # Bare newlines: a bash on Windows would take the carriage return into the API key.
+            stream.reconfigure(errors="backslashreplace", newline="\n")
     terminal = Terminal(dict(os.environ))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
         sys.stdout.flush()
