@@ -138,7 +138,7 @@ RULES = {
     "api_base_url": _URL,
     "codex_base_url": _URL,
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.169.0"),
-    "home": Rule(r"(?!~)[^\0]+", "a directory path (the default needs HOME to be set)"),
+    "home": Rule(r"(?!~)[^\0]+", "a directory path"),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
     "default_context_length": Rule(r"[0-9]{1,10}", "a number from 1 to 1000000000", int, 1, 10**9),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
@@ -170,7 +170,7 @@ class Settings:
             name = "CHATGPT_OAUTH_" + key.upper()
             value = self.environ.get(name, CHATGPT_OAUTH_CONFIG.get(key))
             if key == "home":
-                value = os.path.expanduser(self._default_home() if value is None else str(value))
+                value = self._default_home() if value is None else os.path.expanduser(str(value))
             elif name not in self.environ:
                 name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
             vars(self)[key] = rule.check(name, value)
@@ -180,10 +180,16 @@ class Settings:
             raise UsageError(
                 "CHATGPT_OAUTH_HOME is a relative path and the current directory is gone"
             ) from None
+        if self.home.startswith("\\\\.\\"):  # what Windows makes of CON, NUL, COM1
+            raise UsageError("CHATGPT_OAUTH_HOME must be a directory path, not a device's name")
 
     def _default_home(self) -> str:
         base = self.environ.get("XDG_DATA_HOME")
-        return os.path.join(base, "code_puppy") if base else "~/.code_puppy"
+        home = os.path.expanduser(os.path.join(base, "code_puppy") if base else "~/.code_puppy")
+        if not base and home.startswith("~"):  # nor does the system know an account's directory
+            variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
+            raise UsageError(f"{variable} is not set", f"set {variable} or CHATGPT_OAUTH_HOME")
+        return home
 
 
 # ---------------------------------------------------------------------------------------------

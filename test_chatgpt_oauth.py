@@ -1008,10 +1008,10 @@ class SettingsTest(Case):
     def test_the_dict_at_the_top_may_be_edited_and_is_checked_too(self):
         self.double.api_keys.add("sk-mine")
         self.store(api_key="sk-mine")
-        edited = {"prefix": "mine-", "request_timeout": 0.2}
-        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, edited):
+        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"prefix": "mine-"}):
             code, out, err = self.call("models", "--dry-run")
             self.assertEqual(out.split(), ["mine-gpt-4o", "mine-o1-mini", "mine-o3-pro"])
+        with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"request_timeout": 0.2}):
             self.double.delay = 1
             self.assert_fails(self.call("models"), 5, "0.2 s")
         with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"issuer": "http://example.com"}):
@@ -1032,6 +1032,26 @@ class SettingsTest(Case):
             code, out, err = self.call("status", "--json", environ=environ)
             path = os.path.join(home, "chatgpt_oauth.json")
             self.assertEqual(json.loads(out)["token_file"], path)
+
+    def test_a_person_without_a_home_is_told_which_variable_to_set(self):
+        with contextlib.ExitStack() as stack:
+            if POSIX:
+                import pwd
+
+                unknown = mock.patch.object(pwd, "getpwuid", side_effect=KeyError)
+                stack.enter_context(unknown)
+            gone = dict.fromkeys(("HOME", "USERPROFILE"))
+            name = "HOME" if POSIX else "USERPROFILE"
+            err = self.assert_fails(self.call("status", environ=gone), 2, f"{name} is not set")
+            self.assertIn(f"set {name} or CHATGPT_OAUTH_HOME", err)
+            environ = {**gone, "CHATGPT_OAUTH_HOME": str(self.home)}
+            self.assertEqual(self.call("status", environ=environ)[0], 3)
+
+    @unittest.skipUnless(sys.platform == "win32", "only Windows has names of devices everywhere")
+    def test_the_name_of_a_device_is_no_home(self):
+        for name in ("con", "nul", "com1", "aux.txt"):
+            result = self.call("auth", environ={"CHATGPT_OAUTH_HOME": name})
+            self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME must be", "device")
 
     @unittest.skipUnless(POSIX, "a directory that is in use cannot be removed on Windows")
     def test_a_folder_that_is_gone_is_no_home(self):
