@@ -1396,6 +1396,7 @@ class Session:
         self.client = Client(self.settings)
         self.token_file = TokenFile(self.settings, notify, self.client.file_name)
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
+        self.imported: List[str] = []  # the models that this session imported
 
     def tokens(self) -> Tokens:
         """The stored tokens as they are. Raises NotSignedInError."""
@@ -2035,10 +2036,15 @@ def is_ours(settings: Settings, name: str, entry: object) -> bool:
     return marked and name.startswith(settings.prefix)
 
 
-def registered_models(session: Session) -> List[str]:
-    """The names of our entries in the models file."""
+def registered_entries(session: Session) -> Dict[str, Fields]:
+    """Our entries in the models file. Raises StorageError."""
     entries = session.models_file.read()
-    return [name for name, entry in entries.items() if is_ours(session.settings, name, entry)]
+    return {name: e for name, e in entries.items() if is_ours(session.settings, name, e)}
+
+
+def registered_models(session: Session) -> List[str]:
+    """The names of our entries in the models file. Raises StorageError."""
+    return list(registered_entries(session))
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
@@ -2142,7 +2148,7 @@ def import_models(session: Session, models: ModelFilter) -> Tuple[str, List[str]
     with session.token_file.lock():
         if not tokens.same_account(session.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
-        names = register_models(session, entries)
+        names = session.imported = register_models(session, entries)
     session.notify("done", f"{len(names)} of {count} models imported, {PAYERS[source]}")
     return source, names
 
@@ -3043,6 +3049,8 @@ def command_logout(session: Session, options: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 # Code Puppy: the same commands through its plugin interface (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
+# Tried with 0.0.229 and with 0.0.946 with its core plugins 0.0.100. `CodePuppy` is the host:
+# whatever reaches into it stands there. `CodePuppyPlugin` is what we do in it.
 
 MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
@@ -3050,15 +3058,277 @@ PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
+    "codex-auth": "The same as /chatgpt-auth",
+    "codex-status": "The same as /chatgpt-status",
+    "codex-logout": "The same as /chatgpt-logout",
+    "models": "List the models that Code Puppy can use",
 }
+
+
+def host_module(name: str) -> Any:
+    """A module that is there inside the host alone."""
+    import importlib
+
+    return importlib.import_module(name)
+
+
+def has_module(name: str) -> bool:
+    """Whether this release of the host has the module `name`."""
+    try:
+        host_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+class CodePuppy:
+    """The host: everything that reaches into it, each with the release and the reason."""
+
+    def __init__(self) -> None:
+        self.callbacks = host_module("code_puppy.callbacks")
+        # The plugin that is being loaded, which is this one; 0.0.229 does not say.
+        self.plugin = getattr(self.callbacks, "get_loading_context", lambda: None)()
+        # 0.0.229 has no model that a plan can pay for, and a type that it does not know makes it
+        # send the prompt to another provider, without a word.
+        self.has_plan_models = has_module("code_puppy.chatgpt_codex_client")
+
+    def emit(self, kind: str, text: str) -> None:
+        """Show `text` (kinds as in Terminal.notify)."""
+        messaging = host_module("code_puppy.messaging")
+        plain = host_module("rich.text").Text(text)  # a str would be read as markup
+        name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
+        getattr(messaging, "emit_" + name)(plain)
+        time.sleep(MESSAGE_PAUSE)
+
+    def enabled(self) -> bool:
+        """Whether this plugin is enabled now (0.0.946: `disabled_plugins` and /plugins)."""
+        ask = getattr(self.callbacks, "is_callback_owner_enabled", lambda _: True)
+        return bool(ask(self.plugin))
+
+    def home(self) -> str:
+        """The host's own directory; 0.0.229 has no DATA_DIR, and knows no XDG_DATA_HOME."""
+        config = host_module("code_puppy.config")
+        return str(getattr(config, "DATA_DIR", None) or config.CONFIG_DIR)
+
+    def setting(self, name: str) -> Optional[str]:
+        """What /set has stored under `name`; the host prefers it to the environment."""
+        config = host_module("code_puppy.config")
+        return text_or_none(config.get_value(name.lower()))
+
+    def setting_removal(self, name: str) -> str:
+        """How to remove a setting: 0.0.946 refuses an empty value for a key."""
+        if has_module("code_puppy.shared_credentials"):
+            return f"to remove that setting, run: code-puppy --setup auth logout {name}"
+        return f"to remove that setting, type: /set {name.lower()}="
+
+    def has_responses_type(self) -> bool:
+        """Whether an entry's type may be custom_openai_responses (not in 0.0.229)."""
+        factory = host_module("code_puppy.model_factory")
+        return "custom_openai_responses" in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ())
+
+    def suppresses_browser(self) -> bool:
+        """Whether the host runs where no browser shall open; 0.0.229 has no such wish."""
+        common = host_module("code_puppy.tools.common")
+        return bool(getattr(common, "should_suppress_browser", lambda: False)())
+
+    def model_names(self) -> List[str]:
+        """All models that /model can choose."""
+        return list(host_module("code_puppy.model_factory").ModelFactory.load_config())
+
+    def model_in_use(self) -> Optional[str]:
+        """The model of the next prompt."""
+        config = host_module("code_puppy.config")
+        return text_or_none(config.get_global_model_name())
+
+    def forget_model(self) -> None:
+        """Let the next prompt build its model anew, with the key of now.
+
+        The agent at work goes on with the model that it began with (0.0.946 does the same in
+        model_switching.py), and what was looked up in the models file is remembered.
+        """
+        agents, config = host_module("code_puppy.agents"), host_module("code_puppy.config")
+        config.clear_model_cache()
+        agents.get_current_agent()._code_generation_agent = None
+
+    def register(self, phase: str, function: Callable[..., Any]) -> None:
+        """Register a callback of ours."""
+        self.callbacks.register_callback(phase, function)
+
+    def wrap_builtin(self, phase: str, wrap: Callable[[Any], Any]) -> None:
+        """Put `wrap(theirs)` in the place of the built-in plugin's callback.
+
+        It stays the built-in's own, so that the host drops it when that plugin is disabled
+        (0.0.946), and asks `enabled()` itself: a disabled plugin of ours changes nothing.
+        """
+        callbacks = self.callbacks
+        try:
+            registered = callbacks.get_callbacks(phase, include_disabled=True)
+        except TypeError:  # a release that disables none
+            registered = callbacks.get_callbacks(phase)
+        for theirs in list(registered):
+            if not str(getattr(theirs, "__module__", "")).startswith(BUILTIN):
+                continue
+            owner = getattr(callbacks, "get_callback_owner", lambda _: None)(theirs)
+            callbacks.unregister_callback(phase, theirs)
+            context = callbacks.set_loading_context(owner) if owner else None
+            try:
+                callbacks.register_callback(phase, wrap(theirs))
+            finally:
+                if owner:
+                    callbacks.clear_loading_context(context)
+
+    def replace_builtin(self, name: str, ours: Callable[..., Any]) -> None:
+        """Let the built-in plugin's modules call `ours` instead of their function `name`.
+
+        They share our files, and write them in place, without a lock.
+        """
+        for module_name, module in list(sys.modules.items()):
+            theirs = vars(module).get(name) if module_name.startswith(BUILTIN) else None
+            if theirs is None or module_name == __name__:
+                continue
+
+            def choose(*args: Any, _theirs: Any = theirs, **options: Any) -> Any:
+                return (ours if self.enabled() else _theirs)(*args, **options)
+
+            setattr(module, name, choose)
 
 
 class CodePuppyPlugin:
     """Stands between Code Puppy and the commands: nothing comes out but messages."""
 
-    def __init__(self) -> None:
-        self.inherited: Dict[str, List[Any]] = {"custom_command": [], "custom_command_help": []}
+    def __init__(self, host: CodePuppy) -> None:
+        self.host = host
         self.exported: Optional[str] = None
+
+    def register(self) -> None:
+        """Put our commands and models into the host, in place of the built-in plugin's."""
+        for step in (self._take_files, self._take_commands, self._take_models, self._start_export):
+            try:
+                step()
+            except Exception as error:  # what a release lacks is done without
+                to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
+
+    def _take_commands(self) -> None:
+        self.host.wrap_builtin("custom_command", self.without_our_commands)
+        self.host.wrap_builtin("custom_command_help", self.without_our_help)
+        self.host.register("custom_command", self.on_command)
+        self.host.register("custom_command_help", self.on_help)
+
+    def _take_files(self) -> None:
+        config, host = CHATGPT_OAUTH_CONFIG, self.host
+        config["home"] = config["home"] or host.home()
+        host.replace_builtin("get_valid_access_token", self.access_token)
+        host.replace_builtin("refresh_access_token", lambda: self.access_token(refresh=True))
+        host.replace_builtin("load_stored_tokens", self.stored_fields)
+        host.replace_builtin("save_chatgpt_models", self.save_models)
+
+    def _take_models(self) -> None:
+        if not self.host.has_responses_type():
+            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
+
+    def _start_export(self) -> None:
+        if self.host.enabled():
+            self.export_at_start()
+
+    # In place of the built-in plugin's ------------------------------------------------------
+
+    def without_our_commands(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        """The built-in's `custom_command`: the host asks all plugins, so it must not hear ours."""
+
+        def custom_command(command: str, name: str) -> Any:
+            ours = name in PLUGIN_COMMANDS and self.host.enabled()
+            return None if ours else theirs(command=command, name=name)
+
+        return custom_command
+
+    def without_our_help(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        """The built-in's `custom_command_help`, less what we say ourselves."""
+
+        def custom_command_help() -> Any:
+            entries = theirs() or []
+            enabled = self.host.enabled()
+            return [entry for entry in entries if not (enabled and entry[0] in PLUGIN_COMMANDS)]
+
+        return custom_command_help
+
+    def access_token(self, refresh: bool = False) -> Optional[str]:
+        """A valid access token, None (and a warning) where there is none."""
+        try:
+            return Session(notify=self.notify).valid_tokens(refresh).access_token
+        except OAuthError as error:
+            tell_error(self.notify, error, "warning")
+            return None
+
+    def stored_fields(self) -> Optional[Fields]:
+        """The token file's content, None where it has no sign-in; what is wrong `status` tells."""
+        with contextlib.suppress(OAuthError):
+            return Session(notify=self.notify).tokens().fields
+        return None
+
+    def save_models(self, models: Fields) -> bool:
+        """Store all models; the built-in drops every entry with our mark, ours stay."""
+        try:
+            session = Session(notify=self.notify)
+            with session.models_file.lock():
+                session.models_file.save({**models, **registered_entries(session)})
+        except OAuthError as error:
+            tell_error(self.notify, error)
+            return False
+        return True
+
+    # The API key ----------------------------------------------------------------------------
+
+    def export_at_start(self) -> None:
+        """Give the host the stored API key, which it looks for in its environment.
+
+        A value that the person has set stays, unless it can be no key: the setup guide's `jq`
+        line makes it `null` for who is not signed in yet.
+        """
+        session = Session(notify=self.notify)
+        variable = session.settings.api_key_env_var
+        if not can_be_api_key(os.environ.get(variable)):
+            self._export(variable, self._stored_key(session))
+
+    def export_after_change(self, session: Session) -> None:
+        """Let the key follow a sign-in or sign-out, whatever was there before."""
+        self._export(session.settings.api_key_env_var, self._stored_key(session))
+
+    def export_again(self, session: Session) -> None:
+        """Let the key follow what another program, such as the command line, has done."""
+        variable, key = session.settings.api_key_env_var, self._stored_key(session)
+        held = os.environ.get(variable)
+        overridden = self._tell_override(session)
+        if key and held not in (key, self.exported) and can_be_api_key(held) and not overridden:
+            text = f"{variable} held another API key; this session uses the stored one from now on"
+            self.notify("warning", text)
+        if held != key and (key or held == self.exported):
+            self._export(variable, key)
+            self._forget_model()
+
+    def _tell_override(self, session: Session) -> bool:
+        """Whether the host goes by a key of its own settings, and then also say so."""
+        variable = session.settings.api_key_env_var
+        setting = self.host.setting(variable)
+        overridden = setting is not None and setting != self._stored_key(session)
+        if overridden:
+            text = f"the Code Puppy setting {variable.lower()} overrides this API key"
+            self.notify("warning", text)
+            self.notify("hint", self.host.setting_removal(variable))
+        return overridden
+
+    def _stored_key(self, session: Session) -> Optional[str]:
+        with contextlib.suppress(StorageError):  # which `status` tells
+            tokens = session.token_file.load()
+            return tokens.api_key if tokens else None
+        return None
+
+    def _export(self, variable: str, key: Optional[str]) -> None:
+        self.exported = key
+        os.environ.pop(variable, None)
+        if key:
+            os.environ[variable] = key
+
+    # Commands -------------------------------------------------------------------------------
 
     def typed(self, command: str) -> str:
         """A command as it is typed in the host, where it has one, else in a shell."""
@@ -3071,8 +3341,6 @@ class CodePuppyPlugin:
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
         """Say `text` through the host's emitters (kinds as in Terminal.notify)."""
-        from code_puppy import messaging  # type: ignore[import-not-found, unused-ignore]
-
         if kind == "countdown":  # it would be a message a second
             return
         if kind == "command":
@@ -3082,25 +3350,17 @@ class CodePuppyPlugin:
         text = "\n".join(printable(line, 5000) for line in text.splitlines())
         if kind == "verbatim":  # the emitters would break it into lines
             print(f"\n{text}\n", flush=True)
-            return
-        from rich.text import Text  # type: ignore[import-not-found, unused-ignore]
-
-        if kind == "hint":
-            text = f"hint: {text}"
-        name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
-        getattr(messaging, "emit_" + name)(Text(text))  # plain strings would be read as markup
-        time.sleep(MESSAGE_PAUSE)
+        else:
+            self.host.emit(kind, f"hint: {text}" if kind == "hint" else text)
 
     def on_help(self) -> List[Tuple[str, str]]:
-        """Our commands, and those of the built-in plugin that are not ours."""
-        entries = [entry for old in self.inherited["custom_command_help"] for entry in old() or []]
-        return [*PLUGIN_COMMANDS.items(), *(e for e in entries if e[0] not in PLUGIN_COMMANDS)]
+        """Our commands, for the host's /help."""
+        return list(PLUGIN_COMMANDS.items())
 
-    def on_command(self, command: str, name: str) -> Any:
-        """Carry out one of our commands; hand on what is not ours."""
+    def on_command(self, command: str, name: str) -> Optional[bool]:
+        """Carry out one of our commands; None for all others."""
         if name not in PLUGIN_COMMANDS:
-            answers = (old(command=command, name=name) for old in self.inherited["custom_command"])
-            return next((answer for answer in answers if answer is not None), None)
+            return None
         import io
         import signal
         import threading
@@ -3112,7 +3372,7 @@ class CodePuppyPlugin:
                     # The host swallows Ctrl-C; while we wait it means what it says.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
-                self._run(name[len("chatgpt-") :], command, said)
+                self._run(name, command, said)
         except OAuthError as error:
             tell_error(self.notify, error)
         except KeyboardInterrupt:
@@ -3122,27 +3382,65 @@ class CodePuppyPlugin:
         return True
 
     def _run(self, name: str, command: str, said: Any) -> None:
+        if name == "models":
+            self._list_models()
+            return
+        name = name.rpartition("-")[2]
         words = [word.strip("'\"") for word in command.split()[1:]]
+        urls = [word for word in words if "://" in word or "state=" in word]
         with contextlib.redirect_stdout(said):
-            options = parse(name, [w for w in words if "?" not in w], "/chatgpt-" + name)
+            options = parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
         session = Session(notify=self.notify)
         if name == "status":
             self._status(session, options)
             return
+        stored, entries = self.stored_fields(), self._entries(session)
+        in_use = self.host.model_in_use()
+        try:
+            if name == "auth":
+                self._sign_in(session, options, urls)
+            else:
+                command_logout(session, options)
+        finally:
+            if name == "logout" or self.stored_fields() != stored:
+                self.export_after_change(session)
+                self._forget_model()
+        self._tell_models(session, in_use if in_use in entries else None)
         if name == "auth":
-            self._sign_in(session, options, [word for word in words if "?" in word])
-            self.export()
-        else:
-            command_logout(session, options)
-            variable = session.settings.api_key_env_var
-            if self.exported and os.environ.get(variable) == self.exported:
-                del os.environ[variable]
-        try:  # the agent at work goes on with the key that it began with; a new one is built anew
-            from code_puppy import agents  # type: ignore[import-not-found, unused-ignore]
+            self._tell_override(session)
 
-            agents.get_current_agent()._code_generation_agent = None
-        except Exception as error:
+    def _forget_model(self) -> None:
+        try:
+            self.host.forget_model()
+        except (ImportError, AttributeError) as error:  # a release that remembers none
             to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
+
+    def _list_models(self) -> None:
+        in_use = self.host.model_in_use()
+        names = self.host.model_names()
+        lines = [f"{name} (in use)" if name == in_use else name for name in names]
+        self.notify("info", "\n".join(lines or ["There are no models."]))
+
+    def _entries(self, session: Session) -> Dict[str, Fields]:
+        with contextlib.suppress(StorageError):  # which the commands tell
+            return registered_entries(session)
+        return {}
+
+    def _tell_models(self, session: Session, in_use: Optional[str]) -> None:
+        """What became of our models; `in_use` was one of them, and is the next prompt's."""
+        entries = self._entries(session)
+        plan = any(entry.get("type") == "chatgpt_oauth" for entry in entries.values())
+        usable = self.host.has_plan_models or not plan
+        choice = next(iter(entries), "NAME") if usable else "NAME"
+        if not usable:
+            text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for"
+            self.notify("warning", f"{text}; prompts to them go to another provider")
+            self.notify("hint", "to use them, update it: pip install --upgrade code-puppy")
+        if in_use and in_use not in entries:
+            self.notify("warning", f"the model in use, {in_use}, is no longer there")
+            self.notify("hint", f"to choose another model, type: /model {choice}")
+        elif session.imported and usable:
+            self.notify("info", f"To use one of the models, type: /model {choice}")
 
     def _status(self, session: Session, options: Namespace) -> None:
         facts = describe(session)[0]
@@ -3153,26 +3451,15 @@ class CodePuppyPlugin:
             self.notify("info", json.dumps(facts, indent=2))
         else:
             self.notify("info", "\n".join(status_lines(facts, problem_line(error, typed))))
-        from code_puppy import config  # type: ignore[import-not-found, unused-ignore]
+        self.export_again(session)
 
-        tokens, variable = session.token_file.load(), session.settings.api_key_env_var.lower()
-        stored = getattr(config, "get_value", lambda _: None)(variable)
-        if stored and (tokens is None or stored != tokens.api_key):
-            self.notify("warning", f"the Code Puppy setting {variable} overrides this API key")
-
-    def _sign_in(self, session: Session, options: Namespace, pasted: List[str]) -> None:
-        with contextlib.suppress(ImportError):  # a release without it has no such wish
-            from code_puppy.tools.common import (  # type: ignore[import-not-found, unused-ignore]
-                should_suppress_browser,
-            )
-
-            options.no_browser = options.no_browser or should_suppress_browser()
-        if pasted and not options.device:
-            self._redeem_pasted(session, options, pasted[0])
+    def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
+        options.no_browser = options.no_browser or self.host.suppresses_browser()
+        if urls and not options.device:
+            self._redeem_pasted(session, options, urls[0])
         else:
             reading = sys.stdin is not None and sys.stdin.isatty()
             sign_in_as_told(session, options, reading)
-        self.notify("info", "To use one of the models: /model NAME")
 
     def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
         """Finish a sign-in that was broken off, with the URL that its browser ended on."""
@@ -3188,55 +3475,15 @@ class CodePuppyPlugin:
         models = ModelFilter(session.settings, options.include, options.exclude, options.source)
         redeem(session, models, callback)
 
-    def export(self) -> None:
-        """Give the host the API key, which it looks for in the environment."""
-        session = Session(notify=self.notify)
-        tokens, variable = session.token_file.load(), session.settings.api_key_env_var
-        if tokens and tokens.api_key and os.environ.get(variable) in (None, "", self.exported):
-            self.exported = os.environ[variable] = tokens.api_key
 
-    def take_over(self) -> None:
-        """Take the built-in plugin's commands, and let it fetch its tokens through us."""
-        from code_puppy import callbacks  # type: ignore[import-not-found, unused-ignore]
-
-        for phase, inherited in self.inherited.items():
-            for callback in callbacks.get_callbacks(phase):
-                theirs = getattr(callback, "__module__", "").startswith(BUILTIN)
-                if theirs and getattr(callback, "__self__", None) is not self:
-                    callbacks.unregister_callback(phase, callback)
-                    inherited.append(callback)
-        ours = {
-            "get_valid_access_token": self._access_token,
-            "refresh_access_token": lambda: self._access_token(refresh=True),
-        }
-        for name, module in list(sys.modules.items()):
-            if name.startswith(BUILTIN):
-                vars(module).update({k: f for k, f in ours.items() if hasattr(module, k)})
-
-    def _access_token(self, **options: bool) -> Optional[str]:
-        try:
-            return get_access_token(**options)
-        except OAuthError as error:
-            self.notify("warning", str(error))
-            return None
+def can_be_api_key(value: Optional[str]) -> bool:
+    """Whether a variable's value can be an API key; a JWT is an access token."""
+    return value != "null" and is_b64token(value) and not decode_claims(value)
 
 
 def register_callbacks() -> None:
-    """Put the three commands into the running Code Puppy, in place of the built-in plugin's."""
-    from code_puppy import callbacks  # type: ignore[import-not-found, unused-ignore]
-
-    plugin = CodePuppyPlugin()
-    for step in (
-        lambda: callbacks.register_callback("custom_command", plugin.on_command),
-        lambda: callbacks.register_callback("custom_command_help", plugin.on_help),
-        lambda: callbacks.register_callback("startup", plugin.take_over),
-        plugin.take_over,
-        plugin.export,
-    ):
-        try:
-            step()
-        except Exception as error:  # what a release lacks is done without
-            to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
+    """Make this file a plugin of the running Code Puppy."""
+    CodePuppyPlugin(CodePuppy()).register()
 
 
 def is_plugin() -> bool:

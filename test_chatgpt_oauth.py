@@ -3304,71 +3304,132 @@ class ModuleTest(Case):
 # ---------------------------------------------------------------------------------------------
 
 
-class PuppyTest(Case):
-    """The adapter, against a small stand-in for the host's modules."""
+class Host:
+    """A small stand-in for the modules of Code Puppy, of a `release`, and its built-in plugin."""
 
-    def host(self, phases=("custom_command", "custom_command_help", "startup"), builtin=True):
-        """Modules as Code Puppy has them; returns its callbacks by phase, and what is emitted."""
-        registered, said = {phase: [] for phase in phases}, []
+    BUILTIN = "code_puppy_core_plugins.chatgpt_oauth"
 
-        def register_callback(phase, function):
-            if phase not in registered:
-                raise ValueError(f"Unsupported phase: {phase}")
-            registered[phase].append(function)
-
-        callbacks = types.ModuleType("code_puppy.callbacks")
-        callbacks.register_callback = register_callback
-        callbacks.unregister_callback = lambda phase, function: registered[phase].remove(function)
-        callbacks.get_callbacks = lambda phase: list(registered.get(phase, []))
-        messaging = types.ModuleType("code_puppy.messaging")
-        for kind in ("info", "success", "warning", "error"):
-            emit = lambda text, kind=kind: said.append((kind, str(text)))  # noqa: E731
-            setattr(messaging, "emit_" + kind, emit)
-        config = types.ModuleType("code_puppy.config")
-        config.get_value = lambda name: None
-        text = types.ModuleType("rich.text")
-        text.Text = str
-        modules = {
-            "code_puppy": types.ModuleType("code_puppy"),
-            "code_puppy.callbacks": callbacks,
-            "code_puppy.messaging": messaging,
-            "code_puppy.config": config,
-            "rich": types.ModuleType("rich"),
-            "rich.text": text,
-        }
+    def __init__(self, home, release="new", builtin=True):
+        self.home, self.release = home, release
+        self.phases = {"custom_command": [], "custom_command_help": []}
+        if release == "new":
+            self.phases["register_model_type"] = []
+        self.context, self.owners, self.disabled = None, {}, set()
+        self.said, self.settings, self.model = [], {}, None
         self.agent = types.SimpleNamespace(_code_generation_agent="old")
-        agents = modules["code_puppy.agents"] = types.ModuleType("code_puppy.agents")
-        agents.get_current_agent = lambda: self.agent
-        modules["code_puppy"].agents = agents
-        modules["code_puppy"].messaging = messaging
-        modules["code_puppy"].callbacks = callbacks
-        modules["code_puppy"].config = config
+        self.modules = {}
+        for name in ("code_puppy", "code_puppy.messaging", "code_puppy.tools", "pydantic_ai"):
+            self.module(name)
+        self.callbacks = self.module("code_puppy.callbacks")
+        self.module("code_puppy.agents", get_current_agent=lambda: self.agent)
+        self.module("rich", text=self.module("rich.text", Text=str))
+        self.config = self.module(
+            "code_puppy.config",
+            CONFIG_DIR=str(home),
+            get_value=self.settings.get,
+            get_global_model_name=lambda: self.model,
+            clear_model_cache=lambda: None,
+        )
+        self.factory = self.module(
+            "code_puppy.model_factory", ModelFactory=types.SimpleNamespace(load_config=self.models)
+        )
+        self.common = self.module("code_puppy.tools.common")
+        for kind in ("info", "success", "warning", "error"):
+            emit = lambda text, kind=kind: self.said.append((kind, str(text)))  # noqa: E731
+            setattr(self.modules["code_puppy.messaging"], "emit_" + kind, emit)
+        self.callbacks.register_callback = self.register
+        self.callbacks.unregister_callback = lambda phase, f: self.phases[phase].remove(f)
+        self.callbacks.get_callbacks = lambda phase: list(self.phases.get(phase, ()))
+        if release == "new":
+            self.make_new()
         if builtin:
-            name = "code_puppy_core_plugins.chatgpt_oauth.register_callbacks"
-            plugin = types.ModuleType(name)
-            code = (
-                "def on_command(command, name):\n"
-                "    return 'builtin ' + name if 'codex' in name else None\n"
-                "def on_help():\n    return [('chatgpt-auth', 'old'), ('codex-status', 'old')]\n"
-                "def get_valid_access_token():\n    return 'old'\n"
-                "def refresh_access_token():\n    return 'old'\n"
-            )
-            exec(code, vars(plugin))
-            modules[name] = plugin
-            registered["custom_command"].append(plugin.on_command)
-            registered["custom_command_help"].append(plugin.on_help)
-        patched = mock.patch.dict(sys.modules, modules)
-        patched.start()
-        self.addCleanup(patched.stop)
-        environ = mock.patch.dict(os.environ, self.environ, clear=True)
-        environ.start()
-        self.addCleanup(environ.stop)
-        self.modules, self.registered, self.said = modules, registered, said
+            self.load_builtin()
+
+    def module(self, name, **contents):
+        module = self.modules[name] = types.ModuleType(name)
+        vars(module).update(contents)
+        return module
+
+    def make_new(self):
+        """What 0.0.946 has and 0.0.229 has not."""
+        self.callbacks.get_callbacks = self.registered
+        self.callbacks.get_loading_context = lambda: self.context
+        self.callbacks.set_loading_context = self.enter
+        self.callbacks.clear_loading_context = self.enter
+        self.callbacks.get_callback_owner = self.owners.get
+        self.callbacks.is_callback_owner_enabled = lambda owner: owner not in self.disabled
+        self.config.DATA_DIR = str(self.home)
+        self.common.should_suppress_browser = lambda: False
+        self.factory._CUSTOM_OPENAI_MODEL_TYPES = {"custom_openai", "custom_openai_responses"}
+        self.module("code_puppy.shared_credentials")
+        self.module("code_puppy.chatgpt_codex_client")
+
+    def load_builtin(self):
+        code = (
+            "def on_command(command, name):\n"
+            "    return f'built-in {name}' if name[:5] in ('chatg', 'codex') else None\n"
+            "def on_help():\n"
+            "    return [(n, 'old') for n in ('chatgpt-auth', 'codex-status', 'codex-imagegen')]\n"
+            "def model_types():\n"
+            "    return [{'type': 'chatgpt_oauth', 'handler': 'built-in'}]\n"
+            "def get_valid_access_token():\n    return 'old'\n"
+            "def refresh_access_token():\n    return 'old'\n"
+            "def load_stored_tokens():\n    raise ValueError('broken')\n"
+            "def save_chatgpt_models(models):\n    return 'old'\n"
+        )
+        self.builtin = self.module(self.BUILTIN + ".register_callbacks")
+        exec(code, vars(self.builtin))
+        before = self.enter("chatgpt_oauth")
+        self.register("custom_command", self.builtin.on_command)
+        self.register("custom_command_help", self.builtin.on_help)
+        if self.release == "new":
+            self.register("register_model_type", self.builtin.model_types)
+        self.enter(before)
+
+    def enter(self, context):
+        before, self.context = self.context, context
+        return before
+
+    def register(self, phase, function):
+        if phase not in self.phases:
+            raise ValueError(f"Unsupported phase: {phase}")
+        self.phases[phase].append(function)
+        self.owners[function] = self.context
+
+    def registered(self, phase, include_disabled=False):
+        everyone = self.phases.get(phase, ())
+        return [f for f in everyone if include_disabled or self.owners[f] not in self.disabled]
+
+    def models(self):
+        """What the host reads of the models file."""
+        path = self.home / "chatgpt_models.json"
+        return {"synthetic": {}, **(json.loads(path.read_text()) if path.exists() else {})}
+
+
+class PuppyCase(Case):
+    """Code Puppy with this file as a plugin."""
+
+    def setUp(self):
+        super().setUp()
+        self.stdin = io.StringIO()
+        self.installed = contextlib.ExitStack()
+        self.addCleanup(self.installed.close)
+
+    def host(self, release="new", builtin=True):
+        """The stand-in, in the place of the real modules."""
+        self.puppy = Host(self.home, release, builtin)
+        self.said = self.puppy.said
+        self.installed.close()
+        self.installed.enter_context(mock.patch.dict(sys.modules, self.puppy.modules))
+        self.installed.enter_context(mock.patch.dict(os.environ, self.environ, clear=True))
 
     def load(self, name="chatgpt_oauth_file.register_callbacks"):
+        """The program, loaded by the host as a plugin, or by whoever else."""
         spec = importlib.util.spec_from_file_location(name, PROGRAM)
         module = importlib.util.module_from_spec(spec)
+        before = self.puppy.enter("mine" if name.endswith("register_callbacks") else None)
         spec.loader.exec_module(module)
+        self.puppy.enter(before)
         shorter = mock.patch.multiple(module, MESSAGE_PAUSE=0, **self.seconds)
         shorter.start()
         self.addCleanup(shorter.stop)
@@ -3378,116 +3439,167 @@ class PuppyTest(Case):
         name = text[1:].split()[0]
         out = Saying(browser)
         self.said.clear()
-        with contextlib.redirect_stdout(out), mock.patch.object(sys, "stdin", io.StringIO()):
-            answers = [each(command=text, name=name) for each in self.registered["custom_command"]]
+        with contextlib.redirect_stdout(out), mock.patch.object(sys, "stdin", self.stdin):
+            registered = self.puppy.callbacks.get_callbacks("custom_command")
+            answers = [each(command=text, name=name) for each in registered]
         out.wait()
         return next((a for a in answers if a is not None), None), out.getvalue()
 
     def texts(self):
         return "\n".join(text for _, text in self.said)
 
+    def key(self):
+        """The API key that the host would use."""
+        return os.environ.get("CHATGPT_OAUTH_API_KEY")
+
+    def another_account(self, organization=None):
+        """From now on another account signs in."""
+        self.double.account, self.double.email = "acct-2", "bob@example.com"
+        self.double.organization = organization
+
+
+class PuppyTest(PuppyCase):
+    """The adapter, against a small stand-in for the host's modules."""
+
+    # Registering ----------------------------------------------------------------------------
+
     def test_a_plain_import_registers_nothing(self):
         self.host()
         for name in ("chatgpt_oauth", "some.chatgpt_oauth", "__main__x"):
             self.load(name)
-        self.assertEqual(len(self.registered["custom_command"]), 1)
+        self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
         with mock.patch.dict(sys.modules):
             for name in list(sys.modules):
                 if name.startswith("code_puppy"):
                     del sys.modules[name]
             self.load()
-        self.assertEqual(len(self.registered["custom_command"]), 1)
+        self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
 
     def test_it_registers_when_the_host_loads_it(self):
         for name in ("x.register_callbacks", "code_puppy.plugins.chatgpt_oauth_file"):
-            self.host()
+            self.host(builtin=False)
             self.load(name)
-            self.assertEqual(len(self.registered["custom_command"]), 1)
-            self.assertEqual(len(self.registered["startup"]), 1)
-        self.host()
-        self.modules["code_puppy.callbacks"].get_loading_context = lambda: "mine"
-        self.load("mine")
-        self.assertEqual(len(self.registered["startup"]), 1)
+            self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
+        self.host(builtin=False)
+        self.puppy.context = "mine"
+        self.puppy.enter = lambda context: None
+        self.load("whatever")
+        self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
 
-    def test_the_builtin_plugins_commands_are_taken_over_and_the_others_handed_on(self):
+    def test_the_aliases_are_ours_and_whatever_else_the_builtin_has_stays(self):
         self.host()
         self.load()
-        self.assertEqual(len(self.registered["custom_command"]), 1)
-        names = [name for name, _ in self.registered["custom_command_help"][0]()]
-        self.assertEqual(
-            names, ["chatgpt-auth", "chatgpt-status", "chatgpt-logout", "codex-status"]
-        )
-        self.assertEqual(self.command("/codex-status")[0], "builtin codex-status")
+        for name in ("/codex-status", "/chatgpt-status"):
+            self.assertEqual(self.command(name), (True, ""))
+            self.assertIn("ChatGPT OAuth: Not authenticated", self.texts())
+        self.assertEqual(self.command("/codex-imagegen"), ("built-in codex-imagegen", ""))
+        self.assertEqual(self.command("/codex-auth --help")[0], True)
+        self.assertIn("\nexamples:\n  /chatgpt-auth\n  /chatgpt-auth --device", self.texts())
         self.assertIsNone(self.command("/other")[0])
+        helped = [e for f in self.puppy.registered("custom_command_help") for e in f()]
+        names = sorted(name for name, _ in helped)
+        commands = [f"{a}-{b}" for a in ("chatgpt", "codex") for b in ("auth", "logout", "status")]
+        self.assertEqual(names, sorted([*commands, "codex-imagegen", "models"]))
 
-    def test_a_builtin_that_comes_later_is_taken_over_at_startup(self):
+    def test_a_disabled_plugin_gives_everything_back(self):
         self.host()
-        late = {p: self.registered[p].pop() for p in ("custom_command", "custom_command_help")}
+        self.store(api_key="sk-1")
+        self.puppy.disabled.add("mine")
         self.load()
-        for phase, callback in late.items():
-            self.registered[phase].append(callback)
-        self.registered["startup"][0]()
-        self.assertEqual(len(self.registered["custom_command"]), 1)
-        self.assertEqual(self.command("/codex-status")[0], "builtin codex-status")
+        self.assertIsNone(self.key())
+        for disabled in (True, False, True):
+            (self.puppy.disabled.add if disabled else self.puppy.disabled.discard)("mine")
+            answer = self.command("/chatgpt-status")[0]
+            self.assertEqual(answer, "built-in chatgpt-status" if disabled else True)
+            self.assertEqual(self.puppy.builtin.get_valid_access_token() == "old", disabled)
+            helped = [n for f in self.puppy.registered("custom_command_help") for n, _ in f()]
+            self.assertEqual(helped.count("chatgpt-auth"), 1)
+            self.assertEqual("models" in helped, not disabled)
 
-    def test_the_builtin_fetches_its_tokens_through_us(self):
+    def test_a_disabled_builtin_is_not_missed(self):
+        self.host()
+        self.puppy.disabled.add("chatgpt_oauth")
+        self.load()
+        self.assertIsNone(self.command("/codex-imagegen")[0])
+        self.assertEqual(self.command("/codex-status")[0], True)
+
+    def test_the_builtin_uses_the_files_through_us(self):
         self.host()
         self.store(lifetime=-10)
         self.load()
-        plugin = self.modules["code_puppy_core_plugins.chatgpt_oauth.register_callbacks"]
+        plugin = self.puppy.builtin
         self.assertEqual(plugin.get_valid_access_token(), self.stored()["access_token"])
         self.assertEqual(plugin.refresh_access_token(), self.stored()["access_token"])
         self.assertEqual(self.double.count("refresh"), 2)
+        self.assertEqual(plugin.load_stored_tokens(), self.stored())
+        self.token_file.write_text("{broken")
+        self.assertIsNone(plugin.load_stored_tokens())
+        self.assertEqual(self.said, [])  # which /chatgpt-status tells
         self.token_file.unlink()
         self.assertIsNone(plugin.get_valid_access_token())
         self.assertIn("not signed in", self.texts())
 
+    def test_the_builtin_cannot_lose_our_models(self):
+        self.host()
+        self.load()
+        self.command("/chatgpt-auth")
+        before = json.loads(self.models_file.read_text())
+        self.assertTrue(self.puppy.builtin.save_chatgpt_models({"codex-x": {"type": "x"}}))
+        after = json.loads(self.models_file.read_text())
+        self.assertEqual(after, {"codex-x": {"type": "x"}, **before})
+        self.models_file.write_text("[")
+        self.said.clear()
+        self.assertIs(self.puppy.builtin.save_chatgpt_models({}), False)
+        self.assertIn("not valid JSON", self.texts())
+        self.assertEqual(self.models_file.read_text(), "[")
+
+    # Signing in and out ---------------------------------------------------------------------
+
     def test_signing_in_and_out(self):
         self.host()
         self.load()
-        self.assertEqual(self.command("/chatgpt-status"), (True, ""))
-        self.assertIn("ChatGPT OAuth: Not authenticated", self.texts())
+        self.command("/chatgpt-status")
         self.assertIn("/chatgpt-auth", self.texts())
         answer, printed = self.command("/chatgpt-auth")
         self.assertTrue(answer)
         self.assertRegex(printed.strip(), r"^http\S+$")  # the address alone, whole
         self.assertIn(("success", "Signed in as ada@example.com"), self.said)
-        self.assertIn("To use one of the models: /model", self.texts())
-        self.assertIsNone(self.agent._code_generation_agent)
-        self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], self.stored()["api_key"])
+        self.assertEqual(self.said[-1][1], "To use one of the models, type: /model chatgpt-gpt-4o")
+        self.assertIsNone(self.puppy.agent._code_generation_agent)
+        self.assertEqual(self.key(), self.stored()["api_key"])
         self.assert_no_secret(self.texts(), printed)
         self.command("/chatgpt-status")
         self.assertIn("API key available", self.texts())
-        self.modules["code_puppy.config"].get_value = lambda name: "sk-stale"
-        self.command("/chatgpt-status")
-        self.assertIn("chatgpt_oauth_api_key overrides", self.texts())
         self.command("/chatgpt-logout")
-        self.assertNotIn("CHATGPT_OAUTH_API_KEY", os.environ)
+        self.assertIsNone(self.key())
         self.assertFalse(self.token_file.exists())
 
-    def test_a_key_that_the_person_has_set_stays(self):
+    def test_a_failed_import_does_not_end_with_the_use_of_a_model(self):
         self.host()
-        self.store(api_key="sk-1")
-        os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
         self.load()
-        self.command("/chatgpt-logout")
-        self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], "sk-mine")
+        self.command("/chatgpt-auth")
+        self.fault("api", 500)
+        self.command("/chatgpt-auth")
+        self.assertIn("could not list the models (HTTP 500)", self.texts())
+        self.assertNotIn("/model ", self.texts())
 
-    def test_the_stored_key_is_there_at_start(self):
+    def test_a_broken_token_file_is_told_once(self):
         self.host()
-        self.store(api_key="sk-1")
+        self.store()
+        self.token_file.write_text("{broken")
         self.load()
-        self.assertEqual(os.environ["CHATGPT_OAUTH_API_KEY"], "sk-1")
+        self.assertEqual(self.said, [])
+        self.command("/chatgpt-status")
+        self.assertEqual(self.texts().count("not valid JSON"), 1)
 
     def test_arguments_are_honoured(self):
         self.host()
         self.load()
-        self.command("/chatgpt-auth --device")
+        self.command("/chatgpt-auth --device --include gpt-4?")
         self.assertIn("Signed in", self.texts())
+        self.assertEqual(list(json.loads(self.models_file.read_text())), ["chatgpt-gpt-4o"])
         self.command("/chatgpt-auth --nonsense")
         self.assertIn(("error", "unknown option or argument: --nonsense"), self.said)
-        self.assertEqual(self.command("/chatgpt-auth -h"), (True, ""))
-        self.assertIn("\nexamples:\n  /chatgpt-auth\n  /chatgpt-auth --device", self.texts())
         self.command("/chatgpt-status --json")
         self.assertTrue(json.loads(self.texts())["authenticated"])
         self.command("/chatgpt-auth --device --source 'nonsense'")
@@ -3516,14 +3628,164 @@ class PuppyTest(Case):
         timer.start()
         self.assertEqual(self.command("/chatgpt-auth", browser=None)[0], True)
         timer.join(LIMIT)
-        self.assertIn(("warning", "Interrupted."), self.said)
+        self.assertEqual(self.said[-1], ("warning", "Interrupted."))
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
 
+    # The API key ----------------------------------------------------------------------------
+
+    def test_the_stored_key_is_there_at_start_unless_the_person_has_set_one(self):
+        for own, expected in (
+            (None, "sk-1"),
+            ("", "sk-1"),
+            ("null", "sk-1"),
+            (encode_jwt({"exp": 1}), "sk-1"),
+            ("not a key", "sk-1"),
+            ("sk-mine", "sk-mine"),
+        ):
+            with self.subTest(own):
+                self.host()
+                self.store(api_key="sk-1")
+                if own is not None:
+                    os.environ["CHATGPT_OAUTH_API_KEY"] = own
+                self.load()
+                self.assertEqual(self.key(), expected)
+
+    def test_signed_out_a_value_that_can_be_no_key_goes(self):
+        self.host()
+        os.environ["CHATGPT_OAUTH_API_KEY"] = "null"
+        self.load()
+        self.assertIsNone(self.key())
+
+    def test_the_key_follows_the_sign_in(self):
+        self.host()
+        self.load()
+        os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
+        self.command("/chatgpt-auth --timeout 0.1", browser=None)
+        self.assertEqual(self.key(), "sk-mine")  # nobody has signed in
+        self.command("/chatgpt-auth")
+        self.assertEqual(self.key(), self.stored()["api_key"])
+        self.another_account()
+        self.command("/chatgpt-auth")
+        self.assertIsNone(self.key())
+        os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
+        self.command("/chatgpt-status")
+        self.assertEqual(self.key(), "sk-mine")
+        self.command("/chatgpt-logout")
+        self.assertIsNone(self.key())
+
+    def test_a_broken_models_file_does_not_keep_the_key(self):
+        self.host()
+        self.store(api_key="sk-1")
+        self.models_file.write_text("[")
+        self.load()
+        self.command("/chatgpt-logout")
+        self.assertIn("not valid JSON", self.texts())
+        self.assertIsNone(self.key())
+
+    def test_status_picks_up_what_another_program_has_done(self):
+        self.host()
+        self.store(api_key="sk-1")
+        self.load()
+        self.store(api_key="sk-2")
+        self.command("/chatgpt-status")
+        self.assertEqual(self.key(), "sk-2")
+        self.assertNotIn("another API key", self.texts())  # it was ours
+        self.assertIsNone(self.puppy.agent._code_generation_agent)
+        os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
+        self.command("/codex-status")
+        self.assertEqual(self.key(), "sk-2")
+        self.assertIn("CHATGPT_OAUTH_API_KEY held another API key", self.texts())
+        self.token_file.unlink()
+        self.command("/chatgpt-status")
+        self.assertIsNone(self.key())
+
+    def test_a_setting_of_the_hosts_that_overrides_the_key_is_told_with_the_way_out(self):
+        for release, way in (
+            ("new", "run: code-puppy --setup auth logout CHATGPT_OAUTH_API_KEY"),
+            ("old", "type: /set chatgpt_oauth_api_key="),
+        ):
+            self.host(release)
+            self.store(api_key="sk-1")
+            self.load()
+            self.puppy.settings["chatgpt_oauth_api_key"] = "sk-stale"
+            for command in ("/chatgpt-status", "/chatgpt-auth"):
+                self.command(command)
+                self.assertIn("setting chatgpt_oauth_api_key overrides", self.texts())
+                self.assertIn(way, self.texts())
+            self.puppy.settings["chatgpt_oauth_api_key"] = self.stored()["api_key"]
+            self.command("/chatgpt-status")
+            self.assertNotIn("overrides", self.texts())
+
+    # Models ---------------------------------------------------------------------------------
+
+    def test_models_lists_all_that_can_be_chosen(self):
+        self.host()
+        self.load()
+        self.command("/chatgpt-auth")
+        self.puppy.model = "chatgpt-o3-pro"
+        self.assertEqual(self.command("/models")[0], True)
+        names = ["synthetic", "chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro (in use)"]
+        self.assertEqual(self.texts().split("\n"), names)
+
+    def test_a_model_in_use_that_is_gone_is_told(self):
+        self.host()
+        self.load()
+        self.command("/chatgpt-auth")
+        self.puppy.model = "chatgpt-gpt-4o"
+        self.another_account()
+        self.command("/chatgpt-auth")
+        self.assertIn("the model in use, chatgpt-gpt-4o, is no longer there", self.texts())
+        self.assertEqual(
+            self.said[-1][1], "hint: to choose another model, type: /model chatgpt-gpt-5.5"
+        )
+        self.puppy.model = "chatgpt-gpt-5.5"
+        self.command("/chatgpt-logout")
+        self.assertIn("the model in use, chatgpt-gpt-5.5, is no longer there", self.texts())
+        self.assertIn("type: /model NAME", self.texts())
+        self.puppy.model = "synthetic"
+        self.command("/chatgpt-auth")
+        self.command("/chatgpt-logout")
+        self.assertNotIn("/model", self.texts())
+
+    def test_an_old_release_is_told_that_it_has_no_plan_models(self):
+        self.host("old")
+        self.load()
+        self.double.organization = None
+        self.command("/chatgpt-auth")
+        self.assertIn("cannot use models that a ChatGPT plan pays for", self.texts())
+        self.assertIn("pip install --upgrade code-puppy", self.texts())
+        self.assertNotIn("/model ", self.texts())
+        self.puppy.model = "chatgpt-gpt-5.5"
+        self.command("/chatgpt-logout")
+        self.assertIn("the model in use, chatgpt-gpt-5.5, is no longer there", self.texts())
+        self.puppy.model = None
+        self.host("new")
+        self.load()
+        self.command("/chatgpt-auth")
+        self.assertNotIn("pip", self.texts())
+
+    def test_an_old_release_has_no_type_for_responses(self):
+        for release, kind in (("old", "custom_openai"), ("new", "custom_openai_responses")):
+            self.host(release)
+            self.load()
+            self.command("/chatgpt-auth")
+            models = json.loads(self.models_file.read_text())
+            self.assertEqual(models["chatgpt-o3-pro"]["type"], kind)
+
+    def test_the_files_are_where_the_host_has_its_own(self):
+        elsewhere = str(self.folder / "elsewhere")
+        for release, name in (("old", "CONFIG_DIR"), ("new", "DATA_DIR")):
+            self.host(release)
+            setattr(self.puppy.config, name, f"{elsewhere}-{release}")
+            os.environ["XDG_DATA_HOME"] = str(self.folder / "xdg")
+            self.load()
+            self.command("/chatgpt-status")
+            self.assertIn(f"{elsewhere}-{release}{os.sep}chatgpt_oauth.json", self.texts())
+
     def test_a_release_that_lacks_things_is_no_failure(self):
-        self.host(phases=("custom_command", "custom_command_help"), builtin=False)
-        del self.modules["code_puppy.callbacks"].unregister_callback
-        del self.modules["code_puppy.config"].get_value
-        del self.modules["code_puppy.agents"].get_current_agent
+        self.host("old", builtin=False)
+        del self.puppy.callbacks.unregister_callback
+        del self.puppy.modules["code_puppy.agents"].get_current_agent
         self.load()
         self.assertEqual(self.command("/chatgpt-status")[0], True)
         self.assertIn("Not authenticated", self.texts())
