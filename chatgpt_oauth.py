@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from concurrent.futures import Future
     from socket import socket as Socket  # noqa: N812 - a class in spite of its name
-    from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple
+    from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple, Type
 
     AnyFuture = Future[Any]  # novm - is not evaluated on Python 3.8
     Fields = Dict[str, Any]  # a JSON object
@@ -2169,7 +2169,6 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 DEVICE_CODE_LIFETIME = 900.0  # seconds
 NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
 PASTE_LIMIT = 20  # lines of standard input that are looked at
-COUNTDOWN_MARKS = (90, 60, 30, 10)  # seconds left that are worth a line
 
 
 def exchange_and_store(
@@ -2360,6 +2359,8 @@ class BrowserSignIn:
     """
 
     latest: Optional[AuthorizationRequest] = None  # of this process; its URL may be pasted later
+    countdown_marks: Tuple[int, ...] = (90, 60, 30, 10)  # seconds left that are worth a line
+    paste_note = ""  # what else to know about pasting here
 
     def __init__(
         self,
@@ -2425,7 +2426,8 @@ class BrowserSignIn:
         if obstacle or not callback.servers:
             self._show_ways(obstacle, callback)
         elif self.stdin.is_terminal:
-            notify("info", "If the browser ends on an error page, paste that page's URL here.")
+            page = "If the browser ends on an error page, paste that page's URL here"
+            notify("info", f"{page}{self.paste_note}.")
         if self.stdin.is_terminal:
             notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
 
@@ -2435,9 +2437,8 @@ class BrowserSignIn:
         if obstacle:
             notify("info", f"No browser was opened: {obstacle}. Any browser will do:")
         if self.stdin.usable:
-            notify(
-                "info", "- If the browser ends on a page that does not load, paste its URL here."
-            )
+            page = "- If the browser ends on a page that does not load, paste its URL here"
+            notify("info", f"{page}{self.paste_note}.")
         if callback.servers:
             notify("info", "- To let it reach this machine, first run this where the browser is:")
             notify("info", f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE")
@@ -2462,7 +2463,7 @@ class BrowserSignIn:
     def _tell_time_left(self, before: int, seconds: int) -> None:
         if not self.stdin.is_terminal:  # it must not write over what somebody is pasting
             self.session.notify("countdown", str(seconds))
-        elif any(seconds <= mark < before for mark in COUNTDOWN_MARKS):
+        elif any(seconds <= mark < before for mark in self.countdown_marks):
             self.session.notify("info", f"{seconds} seconds left")
 
     def _paste(self, callback: Callback, line: str) -> None:
@@ -2480,7 +2481,10 @@ class BrowserSignIn:
             try:
                 callback.paste(line)
             except ValueError as error:
-                self.session.notify("info", f"That URL does not work: {error}")
+                self._refuse_line(line, str(error))
+
+    def _refuse_line(self, line: str, fault: str) -> None:
+        self.session.notify("info", f"That URL does not work: {fault}")
 
 
 def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
@@ -2935,7 +2939,9 @@ def sign_out(*, revoke: bool = True) -> None:
     end_sign_in(Session(), revoke)
 
 
-def sign_in_as_told(session: Session, options: Namespace, reading: bool) -> None:
+def sign_in_as_told(
+    session: Session, options: Namespace, reading: bool, way: Type[BrowserSignIn] = BrowserSignIn
+) -> None:
     """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     session.prepare()
@@ -2943,7 +2949,7 @@ def sign_in_as_told(session: Session, options: Namespace, reading: bool) -> None
         sign_in_with_device(session, models, options.timeout)
     else:
         browser = not options.no_browser
-        BrowserSignIn(session, models, options.timeout, browser, reading).run()
+        way(session, models, options.timeout, browser, reading).run()
 
 
 def command_auth(session: Session, options: Namespace) -> None:
@@ -3191,6 +3197,51 @@ class CodePuppy:
                 return (ours if self.enabled() else _theirs)(*args, **options)
 
             setattr(module, name, choose)
+
+
+class PromptSignIn(BrowserSignIn):
+    """The sign-in at the host's prompt, where people type as they did before."""
+
+    countdown_marks = (60, 30)
+    paste_note = " and press Enter (it does not show while you paste)"
+
+    def _new_url_wanted(self) -> bool:
+        return False  # the prompt comes back
+
+    def _await_response(self, callback: Callback, deadline: float) -> bool:
+        try:
+            with self._echo_off():
+                return super()._await_response(callback, deadline)
+        finally:
+            if not callback.response.done():
+                text = "To finish this sign-in with the URL that the browser ends on, run"
+                self.session.notify("info", text, "auth URL")
+
+    @contextlib.contextmanager
+    def _echo_off(self) -> Iterator[None]:
+        """Show nothing of what is typed: our messages would run into it."""
+        if sys.platform == "win32" or not self.stdin.is_terminal:
+            yield
+            return
+        import termios
+
+        before = termios.tcgetattr(self.stdin.descriptor)
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, before)
+
+    def _refuse_line(self, line: str, fault: str) -> None:
+        text = f"That URL does not work: {fault}"
+        if line.startswith("/"):
+            text = "Still waiting for the sign-in; press Ctrl-C first to use another command."
+        elif "=" not in line:
+            text = (
+                "Still waiting for the sign-in; only the URL that the browser ends on helps here."
+            )
+        self.session.notify("info", text)
 
 
 class CodePuppyPlugin:
@@ -3459,7 +3510,7 @@ class CodePuppyPlugin:
             self._redeem_pasted(session, options, urls[0])
         else:
             reading = sys.stdin is not None and sys.stdin.isatty()
-            sign_in_as_told(session, options, reading)
+            sign_in_as_told(session, options, reading, PromptSignIn)
 
     def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
         """Finish a sign-in that was broken off, with the URL that its browser ended on."""

@@ -3613,10 +3613,12 @@ class PuppyTest(PuppyCase):
         shown = []
         self.command("/chatgpt-auth --timeout 0.1", browser=shown.append)
         self.assertIn("timed out after 0.1 seconds", self.texts())
+        self.assertIn("the browser ends on, run: /chatgpt-auth URL", self.texts())
         self.command("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
         self.assertIn("it belongs to a different sign-in", self.texts())
         self.command(f"/chatgpt-auth {response_to(shown[0])}")
         self.assertIn("Signed in", self.texts())
+        self.assertNotIn("URL", self.texts())
 
     @needs_signals
     def test_ctrl_c_comes_back_to_the_prompt(self):
@@ -3628,8 +3630,43 @@ class PuppyTest(PuppyCase):
         timer.start()
         self.assertEqual(self.command("/chatgpt-auth", browser=None)[0], True)
         timer.join(LIMIT)
+        self.assertIn("run: /chatgpt-auth URL", self.texts())
         self.assertEqual(self.said[-1], ("warning", "Interrupted."))
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
+
+    @needs_terminal
+    def test_what_is_typed_while_it_waits_is_answered_and_does_not_show(self):
+        import pty
+        import termios
+
+        self.host()
+        self.load()
+        leader, follower = pty.openpty()
+        self.addCleanup(os.close, leader)
+        self.stdin = os.fdopen(follower)
+        self.addCleanup(self.stdin.close)
+        local_flags = lambda: termios.tcgetattr(follower)[3]  # noqa: E731
+        before, shown = local_flags(), []
+        for seconds, told in (("91", False), ("60.5", True)):
+            arguments = (f"/chatgpt-auth --timeout {seconds}", shown.append)
+            waiting = threading.Thread(target=self.command, args=arguments, daemon=True)
+            waiting.start()
+            wait_for(lambda: "Ctrl-C to cancel" in self.texts())
+            wait_for(lambda: local_flags() == before & ~termios.ECHO)
+            for line, answer in (
+                ("/model gpt", "press Ctrl-C first to use another command"),
+                ("hello", "only the URL that the browser ends on helps here"),
+                ("http://localhost/?code=1", "That URL does not work: it must start with"),
+            ):
+                os.write(leader, line.encode() + b"\n")
+                wait_for(lambda text=answer: text in self.texts())
+            time.sleep(1.1)
+            self.assertEqual("60 seconds left" in self.texts(), told)
+            self.assertEqual("seconds left" in self.texts(), told)
+            os.write(leader, response_to(shown[-1]).encode() + b"\n")
+            waiting.join(LIMIT)
+            self.assertIn("Signed in", self.texts())
+            self.assertEqual(local_flags(), before)
 
     # The API key ----------------------------------------------------------------------------
 
