@@ -70,6 +70,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "callback_timeout": 120,  # seconds for the whole sign-in in the browser
     "api_base_url": "https://api.openai.com",
     "codex_base_url": "https://chatgpt.com/backend-api/codex",
+    "usage_url": "https://chatgpt.com/backend-api/wham/usage",
     "codex_client_version": "0.169.0",  # the Codex backend lists models by it
     "home": None,  # $XDG_DATA_HOME/code_puppy, else ~/.code_puppy: Code Puppy's own rule
     "prefix": "chatgpt-",
@@ -137,6 +138,7 @@ RULES = {
     "callback_timeout": _SECONDS,
     "api_base_url": _URL,
     "codex_base_url": _URL,
+    "usage_url": _URL,
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.169.0"),
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
@@ -3060,6 +3062,7 @@ def command_logout(session: Session, options: Namespace) -> None:
 
 MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
+USAGE_PAGE = "https://chatgpt.com/settings/usage"
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
@@ -3198,6 +3201,149 @@ class CodePuppy:
 
             setattr(module, name, choose)
 
+    def show_usage_of(self, plan_models: Set[str]) -> None:
+        """Let the usage line count `plan_models`: it tests for the prefix codex- (0.0.946)."""
+        spinner = host_module("code_puppy.messaging.spinner")
+        theirs = spinner._codex_usage_suffix
+
+        def suffix() -> str:
+            if not self.enabled() or self.model_in_use() not in plan_models:
+                return str(theirs())
+            usage = self.callbacks.get_usage_status()
+            return f" · Codex {usage}" if usage else ""
+
+        spinner._codex_usage_suffix = suffix
+
+    def refresh_usage(self, url: str, tokens: Tokens) -> None:
+        """Let the built-in plugin ask for the plan's usage: once a minute, in the background."""
+        usage: Any = sys.modules.get(BUILTIN[0] + ".usage")  # not in 0.0.229
+        if usage:
+            usage._USAGE_URL = url
+            usage.refresh_usage_in_background(tokens.access_token, tokens.account_id or "")
+
+    def plan_model(
+        self,
+        entry: Fields,
+        agent: Dict[str, str],
+        credentials: Callable[[], Dict[str, str]],
+        tell: Notify,
+    ) -> Any:
+        """The model for an entry that the plan pays for; see `plan_model_class`.
+
+        `agent` are the headers that say which program asks: the host's client sets its own
+        User-Agent in the place of a single request's.
+        """
+        endpoint = entry["custom_endpoint"]
+        # It makes of a request what the Codex backend understands.
+        http_client = host_module("code_puppy.chatgpt_codex_client").create_codex_async_client(
+            headers={**agent, **endpoint.get("headers", {})},
+            verify=host_module("code_puppy.http_utils").get_cert_bundle_path(),
+        )
+        client = host_module("openai").AsyncOpenAI(
+            api_key="replaced-by-credentials",
+            base_url=endpoint["url"],
+            max_retries=0,  # the host tries again itself
+            http_client=http_client,
+        )
+        provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
+        return plan_model_class()(entry["name"], provider, credentials, tell)
+
+
+def plan_model_class() -> Any:
+    """The host's model for the Responses API, with the headers `credentials()` at each request.
+
+    The built-in plugin's model takes one access token when it is built, and so is refused for
+    the rest of the session once that has expired (0.0.946). Only the host's event loop runs
+    this; `credentials` waits in a thread.
+    """
+    import asyncio
+
+    http_error = host_module("pydantic_ai.exceptions").ModelHTTPError
+    base: Any = host_module("pydantic_ai.models.openai").OpenAIResponsesModel
+
+    class PlanModel(base):  # type: ignore[misc]
+        def __init__(
+            self, name: str, provider: Any, headers: Callable[[], Dict[str, str]], tell: Notify
+        ) -> None:
+            super().__init__(name, provider=provider)
+            self._headers, self._tell = headers, tell
+
+        async def request(
+            self, messages: Any, model_settings: Any, model_request_parameters: Any
+        ) -> Any:
+            async with self.request_stream(
+                messages, model_settings, model_request_parameters
+            ) as stream:
+                async for _ in stream:
+                    pass
+                return stream.get()
+
+        @contextlib.asynccontextmanager
+        async def request_stream(
+            self, messages: Any, model_settings: Any, *rest: Any, **more: Any
+        ) -> Any:
+            loop = asyncio.get_running_loop()
+            try:
+                headers = await loop.run_in_executor(None, self._headers)
+            except OAuthError as error:
+                raise self._stopped(error) from None
+            wanted = {**(model_settings or {}), "extra_headers": headers}
+            refusal = None
+            try:
+                async with super().request_stream(messages, wanted, *rest, **more) as stream:
+                    yield stream
+            except http_error as error:
+                refusal = plan_refusal(error.status_code, error.body)
+                if not refusal:
+                    raise
+            if refusal:  # out here: the host tries again when a cause of an error is a 429
+                raise self._stopped(refusal)
+
+        async def _process_streamed_response(self, response: Any, *rest: Any, **more: Any) -> Any:
+            events = PlanEvents(response, self._stopped)
+            return await super()._process_streamed_response(events, *rest, **more)
+
+        def _stopped(self, error: OAuthError) -> Exception:
+            """The one exception that the host does not answer with ten tries and a traceback.
+
+            It shows no text of its own (0.0.946, agents/_runtime.py), so the text is told here.
+            """
+            tell_error(self._tell, error)
+            return InterruptedError(str(error))
+
+    return PlanModel
+
+
+class PlanEvents:
+    """The events of one response, which pydantic-ai reads; a failure in their midst is an error.
+
+    Of its own it passes over `response.failed` in silence (2.51).
+    """
+
+    def __init__(self, stream: Any, stopped: Callable[[OAuthError], Exception]) -> None:
+        self.stream, self.stopped, self.close = stream, stopped, stream.close
+
+    async def __aiter__(self) -> Any:
+        async for event in self.stream:
+            if event.type == "response.failed":
+                fault = event.response.error
+                code, text = getattr(fault, "code", None), getattr(fault, "message", None)
+                refusal = plan_refusal(0, {"code": code})
+                said = f"OpenAI could not finish the response ({text or code or 'no reason given'})"
+                raise self.stopped(refusal or OAuthError(said, "try again"))
+            yield event
+
+
+def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
+    """What to tell a person about a refused request; None: the host knows what to do."""
+    fields = fault if isinstance(fault, dict) else {}
+    code = str(fields.get("code") or fields.get("type") or "")
+    if "usage_limit" in code:
+        return OAuthError("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}")
+    if status == 401:
+        return SignInEndedError("OpenAI does not accept this sign-in any more")
+    return None
+
 
 class PromptSignIn(BrowserSignIn):
     """The sign-in at the host's prompt, where people type as they did before."""
@@ -3250,6 +3396,7 @@ class CodePuppyPlugin:
     def __init__(self, host: CodePuppy) -> None:
         self.host = host
         self.exported: Optional[str] = None
+        self.plan_models: Set[str] = set()
 
     def register(self) -> None:
         """Put our commands and models into the host, in place of the built-in plugin's."""
@@ -3276,6 +3423,10 @@ class CodePuppyPlugin:
     def _take_models(self) -> None:
         if not self.host.has_responses_type():
             CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
+        if self.host.has_plan_models:
+            self.host.wrap_builtin("register_model_type", self.without_our_model_types)
+            self.host.register("register_model_type", self.model_types)
+            self.host.show_usage_of(self.plan_models)
 
     def _start_export(self) -> None:
         if self.host.enabled():
@@ -3302,6 +3453,10 @@ class CodePuppyPlugin:
 
         return custom_command_help
 
+    def without_our_model_types(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        """The built-in's `register_model_type`, while we are disabled: the first handler counts."""
+        return lambda: [] if self.host.enabled() else theirs()
+
     def access_token(self, refresh: bool = False) -> Optional[str]:
         """A valid access token, None (and a warning) where there is none."""
         try:
@@ -3326,6 +3481,35 @@ class CodePuppyPlugin:
             tell_error(self.notify, error)
             return False
         return True
+
+    # Models that the plan pays for ----------------------------------------------------------
+
+    def model_types(self) -> List[Fields]:
+        """The types of models that we make, and what makes them."""
+        return [{"type": "chatgpt_oauth", "handler": self.codex_model}]
+
+    def codex_model(self, name: str, entry: Fields, _: Fields) -> Any:
+        """The model for an entry of the Codex backend.
+
+        This must not fail: the host would take another model, and another payer, in silence.
+        """
+        self.plan_models.add(name)
+        version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
+        with contextlib.suppress(UsageError):  # a bad setting, which the first request tells
+            version = Settings().codex_client_version
+        # It serves newer models to the Codex CLI alone, which it knows by these.
+        agent = {"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"}
+        return self.host.plan_model(entry, agent, self.codex_credentials, self.notify)
+
+    def codex_credentials(self) -> Dict[str, str]:
+        """The headers that the Codex backend goes by, both of one sign-in. Raises OAuthError."""
+        session = Session(notify=self.notify)
+        tokens = session.valid_tokens()
+        self.host.refresh_usage(session.settings.usage_url, tokens)
+        headers = {"Authorization": f"Bearer {tokens.access_token}"}
+        if tokens.account_id:
+            headers["ChatGPT-Account-Id"] = tokens.account_id
+        return headers
 
     # The API key ----------------------------------------------------------------------------
 

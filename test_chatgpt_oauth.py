@@ -10,6 +10,7 @@ no account, and no port that something else may hold.
 """
 
 import argparse
+import asyncio
 import base64
 import collections
 import concurrent.futures
@@ -982,6 +983,7 @@ class SettingsTest(Case):
             "callback_timeout": ("0", "x", "inf", "nan", "-1", "1e3"),
             "api_base_url": ("http://example.com", ""),
             "codex_base_url": ("http://10.0.0.1", "https://"),
+            "usage_url": ("http://10.0.0.1",),
             "codex_client_version": ("", "a b", "a&b"),
             "home": ("", "~nobody-of-this-name/x"),
             "prefix": ("", "-x", "a b"),
@@ -3304,6 +3306,57 @@ class ModuleTest(Case):
 # ---------------------------------------------------------------------------------------------
 
 
+class ModelHTTPError(Exception):
+    """pydantic-ai's."""
+
+    def __init__(self, status_code, body):
+        super().__init__(status_code, body)
+        self.status_code, self.body = status_code, body
+
+
+class Stream:
+    """A response of the Responses API, as openai gives it."""
+
+    def __init__(self, *events):
+        self.events, self.close = events, None
+
+    async def __aiter__(self):
+        for event in self.events:
+            yield types.SimpleNamespace(**event)
+
+
+class ResponsesModel:
+    """pydantic-ai's OpenAIResponsesModel: `backend` answers in the place of a server."""
+
+    backend = None
+
+    def __init__(self, name, provider):
+        self.name, self.provider = name, provider
+
+    @contextlib.asynccontextmanager
+    async def request_stream(self, messages, model_settings, parameters, run_context=None):
+        answer = ResponsesModel.backend(model_settings["extra_headers"])
+        yield await self._process_streamed_response(answer, parameters)
+
+    async def _process_streamed_response(self, response, parameters):
+        return Streamed(response)
+
+
+class Streamed:
+    """What pydantic-ai makes of a stream; `response.failed` it passes over."""
+
+    def __init__(self, stream):
+        self.stream, self.text = stream, ""
+
+    async def __aiter__(self):
+        async for event in self.stream:
+            self.text += getattr(event, "delta", "")
+            yield event
+
+    def get(self):
+        return self.text
+
+
 class Host:
     """A small stand-in for the modules of Code Puppy, of a `release`, and its built-in plugin."""
 
@@ -3315,7 +3368,7 @@ class Host:
         if release == "new":
             self.phases["register_model_type"] = []
         self.context, self.owners, self.disabled = None, {}, set()
-        self.said, self.settings, self.model = [], {}, None
+        self.said, self.settings, self.model, self.usage = [], {}, None, "week 66%"
         self.agent = types.SimpleNamespace(_code_generation_agent="old")
         self.modules = {}
         for name in ("code_puppy", "code_puppy.messaging", "code_puppy.tools", "pydantic_ai"):
@@ -3358,11 +3411,21 @@ class Host:
         self.callbacks.clear_loading_context = self.enter
         self.callbacks.get_callback_owner = self.owners.get
         self.callbacks.is_callback_owner_enabled = lambda owner: owner not in self.disabled
+        self.callbacks.get_usage_status = lambda: self.usage
         self.config.DATA_DIR = str(self.home)
         self.common.should_suppress_browser = lambda: False
         self.factory._CUSTOM_OPENAI_MODEL_TYPES = {"custom_openai", "custom_openai_responses"}
         self.module("code_puppy.shared_credentials")
-        self.module("code_puppy.chatgpt_codex_client")
+        self.spinner = self.module(
+            "code_puppy.messaging.spinner", _codex_usage_suffix=lambda: "theirs"
+        )
+        make = lambda **options: options  # noqa: E731
+        self.module("code_puppy.chatgpt_codex_client", create_codex_async_client=make)
+        self.module("code_puppy.http_utils", get_cert_bundle_path=lambda: True)
+        self.module("openai", AsyncOpenAI=make)
+        self.module("pydantic_ai.exceptions", ModelHTTPError=ModelHTTPError)
+        self.module("pydantic_ai.models.openai", OpenAIResponsesModel=ResponsesModel)
+        self.module("pydantic_ai.providers.openai", OpenAIProvider=make)
 
     def load_builtin(self):
         code = (
@@ -3379,6 +3442,11 @@ class Host:
         )
         self.builtin = self.module(self.BUILTIN + ".register_callbacks")
         exec(code, vars(self.builtin))
+        self.asked_usage = []
+        self.module(
+            self.BUILTIN + ".usage",
+            refresh_usage_in_background=lambda *asked: self.asked_usage.append(asked),
+        )
         before = self.enter("chatgpt_oauth")
         self.register("custom_command", self.builtin.on_command)
         self.register("custom_command_help", self.builtin.on_help)
@@ -3404,6 +3472,11 @@ class Host:
         """What the host reads of the models file."""
         path = self.home / "chatgpt_models.json"
         return {"synthetic": {}, **(json.loads(path.read_text()) if path.exists() else {})}
+
+    def handler(self, kind="chatgpt_oauth"):
+        """What makes a model of this type: the first one that is offered."""
+        offered = [t for f in self.callbacks.get_callbacks("register_model_type") for t in f()]
+        return next(t["handler"] for t in offered if t["type"] == kind)
 
 
 class PuppyCase(Case):
@@ -3511,6 +3584,7 @@ class PuppyTest(PuppyCase):
             (self.puppy.disabled.add if disabled else self.puppy.disabled.discard)("mine")
             answer = self.command("/chatgpt-status")[0]
             self.assertEqual(answer, "built-in chatgpt-status" if disabled else True)
+            self.assertEqual(self.puppy.handler() == "built-in", disabled)
             self.assertEqual(self.puppy.builtin.get_valid_access_token() == "old", disabled)
             helped = [n for f in self.puppy.registered("custom_command_help") for n, _ in f()]
             self.assertEqual(helped.count("chatgpt-auth"), 1)
@@ -3522,6 +3596,7 @@ class PuppyTest(PuppyCase):
         self.load()
         self.assertIsNone(self.command("/codex-imagegen")[0])
         self.assertEqual(self.command("/codex-status")[0], True)
+        self.assertNotEqual(self.puppy.handler(), "built-in")
 
     def test_the_builtin_uses_the_files_through_us(self):
         self.host()
@@ -3828,6 +3903,121 @@ class PuppyTest(PuppyCase):
         self.assertIn("Not authenticated", self.texts())
         self.assertEqual(self.command("/chatgpt-auth")[0], True)
         self.assertIn("Signed in", self.texts())
+
+
+class PuppyModelTest(PuppyCase):
+    """The models that the ChatGPT plan pays for, as the host builds and asks them."""
+
+    def setUp(self):
+        super().setUp()
+        self.host()
+        self.headers = []
+        patched = mock.patch.object(ResponsesModel, "backend", self.backend)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def backend(self, headers):
+        """The Codex backend: it refuses a token that has expired."""
+        self.headers.append(headers)
+        claims = headers["Authorization"].split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(claims + "=="))
+        if claims["exp"] < time.time():
+            raise ModelHTTPError(401, {"detail": "token expired"})
+        return Stream({"type": "text", "delta": "Hel"}, {"type": "text", "delta": "lo"})
+
+    def model(self):
+        """The model that the host builds for an entry of ours."""
+        self.load()
+        entry = {"name": "gpt-6", "custom_endpoint": {"url": self.double.url + "/codex"}}
+        return self.puppy.handler()("chatgpt-gpt-6", {"type": "chatgpt_oauth", **entry}, {})
+
+    def ask(self, model, count=1):
+        """What `count` requests at the same time give."""
+
+        async def ask_all():
+            return await asyncio.gather(*(model.request([], None, None) for _ in range(count)))
+
+        return asyncio.run(ask_all())
+
+    def test_each_request_has_a_valid_token_of_the_account_of_now(self):
+        self.store()
+        model = self.model()
+        self.assertEqual(self.ask(model), ["Hello"])
+        self.store(lifetime=-10)
+        self.assertEqual(self.ask(model, 3), ["Hello"] * 3)
+        self.assertEqual(self.double.count("refresh"), 1)
+        self.another_account()
+        self.store()
+        self.assertEqual(self.ask(model), ["Hello"])
+        self.assertEqual(
+            [h["ChatGPT-Account-Id"] for h in self.headers], ["acct-1"] * 4 + ["acct-2"]
+        )
+        self.assertEqual(len({h["Authorization"] for h in self.headers}), 3)
+        self.assertEqual(self.puppy.asked_usage[-1][1], "acct-2")
+        sent = model.provider["openai_client"]["http_client"]["headers"]
+        self.assertEqual(sent["originator"], "codex_cli_rs")
+        self.assertEqual(sent["User-Agent"], "codex_cli_rs/0.169.0")
+
+    def assert_stopped(self, model, *words):
+        """The host is told to stop, in one message, and nothing makes it try again."""
+        self.said.clear()
+        with self.assertRaises(InterruptedError) as caught:
+            self.ask(model)
+        cause = caught.exception.__cause__ or caught.exception.__context__
+        self.assertNotIsInstance(cause, ModelHTTPError)
+        self.assertEqual([kind for kind, _ in self.said].count("error"), 1)
+        for word in words:
+            self.assertIn(word, self.texts())
+
+    def test_who_is_signed_out_is_told_so_and_nothing_is_sent(self):
+        model = self.model()
+        self.assert_stopped(model, "not signed in to ChatGPT", "/chatgpt-auth")
+        self.assertEqual(self.headers, [])
+
+    def test_a_bad_setting_is_told_at_the_request(self):
+        os.environ["CHATGPT_OAUTH_CODEX_CLIENT_VERSION"] = "a b"
+        self.assert_stopped(self.model(), "CHATGPT_OAUTH_CODEX_CLIENT_VERSION must be")
+
+    def test_a_usage_limit_is_told_once_and_not_tried_again(self):
+        self.store()
+        model = self.model()
+        limited = ModelHTTPError(429, {"code": "usage_limit_reached"})
+        with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=limited)):
+            self.assert_stopped(model, "usage limit is reached", "settings/usage")
+        failed = types.SimpleNamespace(code="usage_limit_reached", message="x")
+        response = types.SimpleNamespace(error=failed)
+        stream = Stream({"type": "response.failed", "response": response})
+        with mock.patch.object(ResponsesModel, "backend", lambda _: stream):
+            self.assert_stopped(model, "usage limit is reached")
+            failed.code = "server_error"
+            self.assert_stopped(model, "could not finish the response (x)", "try again")
+
+    def test_a_sign_in_that_is_refused_has_a_next_step(self):
+        self.store()
+        model = self.model()
+        refused = ModelHTTPError(401, {"detail": "no"})
+        with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
+            self.assert_stopped(model, "does not accept this sign-in", "/chatgpt-auth")
+
+    def test_other_failures_are_the_hosts(self):
+        self.store()
+        model = self.model()
+        for error in (ModelHTTPError(500, None), ModelHTTPError(429, {"code": "rate_limit"})):
+            refusing = mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=error))
+            with refusing, self.assertRaises(ModelHTTPError):
+                self.ask(model)
+        self.assertEqual(self.said, [])
+
+    def test_the_usage_line_counts_our_models(self):
+        self.model()
+        suffix = self.puppy.spinner._codex_usage_suffix
+        self.assertEqual(suffix(), "theirs")
+        self.puppy.model = "chatgpt-gpt-6"
+        self.assertEqual(suffix(), " \u00b7 Codex week 66%")
+        self.puppy.usage = ""
+        self.assertEqual(suffix(), "")
+        self.puppy.disabled.add("mine")
+        self.assertEqual(suffix(), "theirs")
 
 
 # ---------------------------------------------------------------------------------------------
