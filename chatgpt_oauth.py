@@ -2374,6 +2374,8 @@ class BrowserSignIn:
     ) -> None:
         self.session, self.models, self.browser = session, models, browser
         self.timeout = timeout or session.settings.callback_timeout
+        # Before there are threads: two that import at once break Python 3.8's import from a zip.
+        tls_context()
         self.stdin = StandardInput(reading)
         self.pastes_left = PASTE_LIMIT
 
@@ -2411,7 +2413,6 @@ class BrowserSignIn:
                 self.session.notify("warning", fault)
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)
-            tls_context()
             if not self._await_response(callback, deadline):
                 return False
             redeem(self.session, self.models, callback)
