@@ -1567,6 +1567,14 @@ def get_access_token(*, refresh: bool = False) -> str:
     return Session().valid_tokens(refresh).access_token
 
 
+def get_account_id() -> Optional[str]:
+    """The account's id, for requests that name it beside the access token; None when unknown.
+
+    Raises NotSignedInError or StorageError.
+    """
+    return Session().tokens().account_id
+
+
 def get_api_key() -> Optional[str]:
     """The stored API key, None when the account has none. Raises NotSignedInError, StorageError."""
     return Session().tokens().api_key
@@ -3038,15 +3046,28 @@ def exported_values(session: Session, access_token: bool) -> List[Optional[str]]
 
 def command_token(session: Session, options: Namespace) -> None:
     """Print an access token that is valid now, or the API key."""
-    if options.api_key and options.refresh:
-        raise UsageError("--refresh and --api-key cannot be used together", "leave one of them out")
-    if not options.api_key:
-        print(session.valid_tokens(options.refresh).access_token)
+    for flag, given in (("--refresh", options.refresh), ("--json", options.json)):
+        if given and options.api_key:
+            raise UsageError(
+                f"{flag} and --api-key cannot be used together", "leave one of them out"
+            )
+    if options.api_key:
+        api_key = session.tokens().api_key
+        if not api_key:
+            raise no_api_key()
+        print(api_key)
         return
-    api_key = session.tokens().api_key
-    if not api_key:
-        raise no_api_key()
-    print(api_key)
+    tokens = session.valid_tokens(options.refresh)
+    if options.json:
+        expiry = tokens.expires_at()
+        facts = {
+            "access_token": tokens.access_token,
+            "account_id": tokens.account_id,
+            "expires_at": None if expiry is None else timestamp(expiry),
+        }
+        print(json.dumps(facts))
+    else:
+        print(tokens.access_token)
 
 
 def command_logout(session: Session, options: Namespace) -> None:
@@ -3808,7 +3829,7 @@ COMMANDS = {
     "token": Command(
         command_token,
         "print a valid access token, refreshed if needed",
-        "--refresh --api-key",
+        "--refresh --api-key --json",
         'curl -H "Authorization: Bearer $({0})" https://...',
         "{0} --api-key",
     ),

@@ -3245,6 +3245,31 @@ class CommandsTest(Case):
         self.assertIn("unknown", self.call("status")[1])
 
 
+class TokenTest(Case):
+    def test_json_is_one_line_for_other_programs(self):
+        fields = self.store(lifetime=9000)
+        out = self.assert_quiet(self.call("token", "--json"))
+        self.assertEqual(out.count("\n"), 1)
+        expiry = time.time() + 9000
+        facts = json.loads(out)
+        self.assertEqual(set(facts), {"access_token", "account_id", "expires_at"})
+        self.assertEqual(facts["access_token"], fields["access_token"])
+        self.assertEqual(facts["account_id"], "acct-1")
+        self.assertIn(
+            facts["expires_at"],
+            [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(expiry - back)) for back in range(9)],
+        )
+        self.store({"access_token": "opaque"})
+        facts = json.loads(self.call("token", "--json")[1])
+        self.assertEqual(facts, {"access_token": "opaque", "account_id": None, "expires_at": None})
+
+    def test_json_is_refreshed_when_due(self):
+        self.store(lifetime=-10)
+        facts = json.loads(self.assert_quiet(self.call("token", "--json")))
+        self.assertEqual(facts["access_token"], self.stored()["access_token"])
+        self.assertEqual(self.double.count("refresh"), 1)
+
+
 # ---------------------------------------------------------------------------------------------
 # Commands: the same for programs
 # ---------------------------------------------------------------------------------------------
@@ -3271,6 +3296,7 @@ class ModuleTest(Case):
             self.assertEqual(oauth.get_access_token(), self.stored()["access_token"])
             self.assertNotEqual(oauth.get_access_token(refresh=True), "")
             self.assertEqual(oauth.get_api_key(), "sk-1")
+            self.assertEqual(oauth.get_account_id(), "acct-1")
             oauth.sign_out()
             self.assertEqual(self.double.count("revoke"), 1)
             self.assertFalse(self.token_file.exists())
@@ -4050,6 +4076,7 @@ class MainTest(Case):
             self.assert_fails(self.call("auth", "--timeout", odd), 2, "--timeout")
         self.assert_fails(self.call("models", "--source", "x"), 2, "--source")
         self.assert_fails(self.call("token", "--api-key", "--refresh"), 2, "--api-key")
+        self.assert_fails(self.call("token", "--api-key", "--json"), 2, "--api-key")
 
     @needs_sh
     def test_a_closed_or_full_output_is_no_traceback(self):
