@@ -1955,7 +1955,10 @@ def no_api_key(message: str = NO_API_KEY) -> OAuthError:
 
 
 class ModelFilter:
-    """Which models are imported: glob patterns to include and to exclude, and the source."""
+    """Which models are imported: glob patterns to include and to exclude, and the source.
+
+    `given` says that somebody typed a pattern, and did not leave it to the settings.
+    """
 
     def __init__(
         self,
@@ -1968,6 +1971,7 @@ class ModelFilter:
         self.include = include or settings.model_patterns.split(",")
         self.exclude = excludes.split(",") + (exclude or [])
         self.source = source or settings.model_source
+        self.given = bool(include or exclude)
 
     def matches(self, name: str) -> bool:
         """Whether the whole id `name` matches, case-sensitively."""
@@ -2134,7 +2138,10 @@ def _context_length(settings: Settings, listed: Fields) -> int:
 
 
 def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, Fields], int]:
-    """The source, the entries of the models that match, and how many models there are."""
+    """The source, the entries of the models that match, and how many models there are.
+
+    Raises OAuthError, too when patterns were given of which none matches.
+    """
     settings = session.settings
     source, listed = list_models(session, models.source)
     entries = {
@@ -2143,8 +2150,14 @@ def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, F
         if models.matches(name)
     }
     if not entries:
-        session.notify("warning", f"none of the account's {len(listed)} models match the filter")
-        session.notify("hint", "to see them all, run", "models --all --dry-run")
+        none = OAuthError(
+            f"none of the account's {len(listed)} models match the filter",
+            "to see them all, run",
+            "models --all --dry-run",
+        )
+        if models.given:
+            raise none
+        tell_error(session.notify, none, "warning")
     return source, entries, len(listed)
 
 

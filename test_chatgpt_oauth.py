@@ -2494,7 +2494,6 @@ class ModelsTest(Case):
         self.assertEqual(self.names("--include", "dall-*"), ["chatgpt-dall-e-3"])
         self.assertEqual(self.names("--include", "*audio*"), ["chatgpt-gpt-4o-audio-preview"])
         self.assertEqual(self.names("--exclude", "o?-*"), ["chatgpt-gpt-4o"])
-        self.assertEqual(self.names("--include", "GPT-*"), [])
         self.assertEqual(len(self.names("--all")), 5)
         self.assertEqual(
             self.names("--all", "--exclude", "gpt*"),
@@ -2506,6 +2505,34 @@ class ModelsTest(Case):
         )
         self.assertEqual(len(self.names(CHATGPT_OAUTH_MODEL_EXCLUDES="")), 4)
         self.assertFalse(self.models_file.exists())
+
+    def test_given_patterns_that_match_nothing_leave_the_entries_alone(self):
+        self.assertEqual(self.call("models")[0], 0)
+        before = self.models_file.read_text()
+        for arguments in (
+            ("--include", "GPT-*"),
+            ("--exclude", "*"),
+            ("--include", "x*", "--json"),
+            ("--include", "x*", "--dry-run"),
+        ):
+            result = self.call("models", *arguments)
+            self.assert_fails(result, 1, "none of the account's 5 models", "models --all --dry-run")
+            self.assertEqual(self.models_file.read_text(), before)
+        err = self.sign_in("--include", "GPT-*")
+        self.assertIn("warning: none of the account's 5 models match", err)
+        self.assertEqual(self.models_file.read_text(), before)
+        environ = {"CHATGPT_OAUTH_MODEL_PATTERNS": "GPT-*"}
+        code, out, err = self.call("models", environ=environ)
+        self.assertEqual((code, out), (0, ""))
+        self.assertIn("warning: none of the account's 5 models match", err)
+        self.assertEqual(json.loads(self.models_file.read_text()), {})
+
+    def test_a_new_order_of_the_same_models_is_written(self):
+        self.assertEqual(self.call("models", "--source", "codex")[0], 0)
+        self.double.codex_models.reverse()
+        self.assertEqual(self.call("models", "--source", "codex")[0], 0)
+        names = list(json.loads(self.models_file.read_text()))
+        self.assertEqual(names, ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
 
     def test_json_and_import(self):
         code, out, err = self.call("models", "--json")
