@@ -3805,12 +3805,20 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
 
 
 class Command:
-    """A command: what runs it, what it does, its options, and examples with {0} for its name."""
+    """A command: what runs it, what it does, its options, and examples with {0} for its name.
+
+    `tail` is what may follow the options, behind a `--`.
+    """
 
     def __init__(
-        self, run: Callable[..., Optional[int]], summary: str, options: str, *examples: str
+        self,
+        run: Callable[..., Optional[int]],
+        summary: str,
+        options: str,
+        *examples: str,
+        tail: str = "",
     ) -> None:
-        self.run, self.summary, self.examples = run, summary, examples
+        self.run, self.summary, self.examples, self.tail = run, summary, examples, tail
         self.options = {flag: OPTIONS[flag] for flag in options.split()}
 
 
@@ -3859,27 +3867,63 @@ COMMANDS = {
 ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "status"}
 
 
-def parse(name: str, arguments: List[str], prog: str) -> Any:
+def parse(name: str, arguments: List[str], prog: str = "") -> Any:
     """The options of the command `name`, typed as `prog`. Raises UsageError; -h: SystemExit."""
     command = COMMANDS[name]
-    if not arguments:  # as scripts and shell profiles call: argparse would cost them its import
-        import types
+    end = arguments.index("--") if command.tail and "--" in arguments else len(arguments)
+    options = parse_plain(command, arguments[:end])
+    if options is None:
+        options = parse_any(name, arguments[:end], prog or f"{program_name()} {name}")
+    options.command = arguments[end + 1 :]
+    return options
 
-        defaults = {
-            flag[2:].replace("-", "_"): details.get("default")
-            for flag, (_, details) in command.options.items()
-        }
-        return types.SimpleNamespace(**defaults)
+
+def parse_plain(command: Command, arguments: List[str]) -> Any:
+    """The options when they are as scripts and shell profiles write them, else None.
+
+    The import of argparse costs as much as all else that `env` does.
+    """
+    import types
+
+    options = types.SimpleNamespace()
+    for flag, (_, details) in command.options.items():
+        setattr(options, attribute_name(flag), details.get("default"))
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if flag not in command.options:
+            return None
+        details = command.options[flag][1]
+        name = attribute_name(flag)
+        value: Any = True
+        if details is not FLAG:
+            if not rest or rest[0].startswith("-"):
+                return None
+            value = details.get("type", str)(rest.pop(0))
+        if details is REPEATABLE:
+            value = [*(getattr(options, name) or []), value]
+        setattr(options, name, value)
+    return options
+
+
+def attribute_name(flag: str) -> str:
+    """What argparse calls the value of `flag`."""
+    return flag[2:].replace("-", "_")
+
+
+def parse_any(name: str, arguments: List[str], prog: str) -> Any:
+    """The options as argparse understands them. Raises UsageError; -h: SystemExit."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message, "to see the options, run", f"{name} --help")
 
+    command = COMMANDS[name]
     summary = command.summary
     parser = Parser(
         prog=prog,
-        usage=f"{prog} [options]",
+        usage=f"%(prog)s [options]{command.tail}",  # it would take a % in `prog` for its own
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog="\n".join(profile_help() if name == "env" else example_help(command, prog)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -3890,8 +3934,21 @@ def parse(name: str, arguments: List[str], prog: str) -> Any:
         parser.add_argument(flag, help=explained, **details)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"unknown option or argument: {' '.join(unknown)}")
+        raise unknown_argument(name, unknown)
     return options
+
+
+def unknown_argument(name: str, unknown: List[str]) -> UsageError:
+    """The error for what is no option of the command `name`, with the nearest one."""
+    from difflib import get_close_matches
+
+    message = f"unknown option or argument: {' '.join(unknown)}"
+    near = get_close_matches(unknown[0].partition("=")[0], COMMANDS[name].options, 1)
+    if near:
+        return UsageError(message, "did you mean", f"{name} {near[0]}")
+    if COMMANDS[name].tail:
+        return UsageError(message, "to run a command, type", f"{name}{COMMANDS[name].tail}")
+    return UsageError(message, "to see the options, run", f"{name} --help")
 
 
 def example_help(command: Command, prog: str) -> List[str]:
@@ -3953,7 +4010,7 @@ def unknown_command(name: str) -> UsageError:
 def run(arguments: List[str], notify: Notify) -> int:
     """Do what the command line says; returns the exit code. Raises OAuthError."""
     if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:2], "--help"]
+        arguments = [*arguments[1:2], "--help"] if arguments[1:] != ["help"] else ["--help"]
     if not arguments:
         print(usage(), file=sys.stderr)
         return UsageError.exit_code
@@ -3967,7 +4024,7 @@ def run(arguments: List[str], notify: Notify) -> int:
     if name not in COMMANDS:
         raise unknown_command(name)
     try:
-        options = parse(name, arguments[1:], f"{program_name()} {name}")
+        options = parse(name, arguments[1:])
     except SystemExit:  # after --help
         return 0
     return COMMANDS[name].run(Session(notify=notify), options) or 0

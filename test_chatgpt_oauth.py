@@ -4097,13 +4097,36 @@ class MainTest(Case):
     def test_mistakes_are_named(self):
         self.assert_fails(self.call("stauts"), 2, "stauts", "status")
         self.assert_fails(self.call("xyzzy"), 2, "--help")
-        self.assert_fails(self.call("auth", "--devise"), 2, "--devise", "auth --help")
-        self.assert_fails(self.call("auth", "--dev"), 2)
+        self.assert_fails(
+            self.call("auth", "--devise"), 2, "--devise", "did you mean: ", "--device"
+        )
+        self.assert_fails(self.call("status", "--jsn"), 2, "--jsn", "did you mean: ", "--json")
+        self.assert_fails(self.call("auth", "--dev"), 2, "unknown option or argument: --dev")
+        self.assert_fails(self.call("auth", "xyzzy"), 2, "xyzzy", "auth --help")
+        self.assert_fails(self.call("auth", "--timeout"), 2, "--timeout", "auth --help")
+        self.assert_fails(self.call("auth", "--timeout", "--device"), 2, "--timeout", "auth --help")
         for odd in ("x", "", "0", "inf"):
             self.assert_fails(self.call("auth", "--timeout", odd), 2, "--timeout")
         self.assert_fails(self.call("models", "--source", "x"), 2, "--source")
         self.assert_fails(self.call("token", "--api-key", "--refresh"), 2, "--api-key")
         self.assert_fails(self.call("token", "--api-key", "--json"), 2, "--api-key")
+
+    def test_the_names_that_people_type(self):
+        self.assertEqual(self.call("whoami"), self.call("status"))
+        self.assertEqual(self.call("login", "--no-browser", browser=visit)[0], 0)
+        self.assertEqual(self.call("signin", "--no-browser", browser=visit)[0], 0)
+        self.assertEqual(self.call("signout")[0], 0)
+        self.assertFalse(self.token_file.exists())
+        self.assertEqual(self.call("-V"), self.call("--version"))
+        for arguments in (["help"], ["help", "help"], ["--help"]):
+            self.assertEqual(self.call(*arguments), self.call("-h"))
+        self.assertEqual(self.call("help", "login"), self.call("auth", "-h"))
+        self.assert_fails(self.call("help", "stauts"), 2, "did you mean: ", "status")
+
+    def test_an_option_with_an_equals_sign_is_the_same(self):
+        self.store(api_key="sk-1")
+        self.assertEqual(self.call("env", "--shell=fish"), self.call("env", "--shell", "fish"))
+        self.assertIn("set -gx", self.call("env", "--shell=fish")[1])
 
     @needs_sh
     def test_a_closed_or_full_output_is_no_traceback(self):
