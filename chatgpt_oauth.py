@@ -5,6 +5,7 @@
     status    show the account, the API key and the imported models
     models    list the account's models and import them into Code Puppy
     env       print shell code that exports the API key
+    exec      run a command with the API key in its environment
     token     print a valid access token, refreshed if needed
     logout    sign out and remove the tokens and imported models
 
@@ -20,7 +21,8 @@ lock that all processes share, for OpenAI's refresh tokens are good for one use:
 that refresh at the same moment one would be signed out.
 
 The token file holds what its name says.  Whoever can read it can use the account; it is written
-readable by its owner alone, and no command but `env` and `token` prints from it.
+readable by its owner alone, and no command but `env` and `token` prints from it; `exec` hands the
+key on to one process.
 
 Unofficial: not made, endorsed or supported by OpenAI.  Licence: MIT.
 """
@@ -257,6 +259,16 @@ class StorageError(OAuthError):
     """A file cannot be read, is not what it should be, or cannot be written."""
 
     exit_code = 6
+
+
+class ExecError(OAuthError):
+    """`exec` could not run its command: 127 where there is none of that name, else 126 (POSIX)."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        why = "command not found" if missing else f"cannot run it: {error.strerror}"
+        super().__init__(f"{name}: {why}")
+        self.exit_code = 127 if missing else 126
 
 
 def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
@@ -3026,20 +3038,11 @@ def command_models(session: Session, options: Namespace) -> None:
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account id."""
     shell = find_shell(session.settings, options.shell)
-    account = "CHATGPT_OAUTH_ACCOUNT_ID"
-    name = options.name
-    if name is None:
-        key = session.settings.api_key_env_var
-        name = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else key
-    name = RULES["api_key_env_var"].check("--name", name)
-    if name == account:
-        raise UsageError(f"--name cannot be {account}", "choose another name")
-    variables: Dict[str, Optional[str]] = {name: None}
-    if options.access_token:
-        variables[account] = None
+    names = exported_names(session.settings, options)
+    variables: Dict[str, Optional[str]] = dict.fromkeys(names)
     if not options.unset:
         try:
-            variables = dict(zip(variables, exported_values(session, options.access_token)))
+            variables = exported_variables(session, options, names, "env --access-token")
         except NotSignedInError as error:  # each new shell says it: in one line
             session.notify("error", f"{error}; {error.hint}", error.command)
             return error.exit_code
@@ -3047,16 +3050,72 @@ def command_env(session: Session, options: Namespace) -> int:
     return 0
 
 
-def exported_values(session: Session, access_token: bool) -> List[Optional[str]]:
-    """The API key; or a valid access token and the account id. Raises OAuthError."""
-    if access_token:
+def exported_names(settings: Settings, options: Namespace) -> List[str]:
+    """The variables that `env` and `exec` set. Raises UsageError."""
+    account = "CHATGPT_OAUTH_ACCOUNT_ID"
+    name = options.name
+    if name is None:
+        name = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else settings.api_key_env_var
+    name = RULES["api_key_env_var"].check("--name", name)
+    if name == account:
+        raise UsageError(f"--name cannot be {account}", "choose another name")
+    return [name, account] if options.access_token else [name]
+
+
+def exported_variables(
+    session: Session, options: Namespace, names: List[str], keyless: str
+) -> Dict[str, Optional[str]]:
+    """The API key; or a valid access token and the account id.
+
+    `keyless` is the command that does without a key. Raises OAuthError.
+    """
+    if options.access_token:
         tokens = session.valid_tokens()
-        return [tokens.access_token, tokens.account_id]
+        return dict(zip(names, (tokens.access_token, tokens.account_id)))
     api_key = session.tokens().api_key
     if not api_key:
         hint = f"{ORGANIZATION_HINT} and sign in again; to do without, run"
-        raise OAuthError(NO_API_KEY, hint, "env --access-token")
-    return [api_key]
+        raise OAuthError(NO_API_KEY, hint, keyless)
+    return {names[0]: api_key}
+
+
+def command_exec(session: Session, options: Namespace) -> int:
+    """Run a command that has the API key in its environment; the shell never sees it."""
+    if not any(options.command[:1]):  # `exec -- "$EDITOR"` without an EDITOR is none, too
+        raise UsageError("no command to run was given", "to run one, type", "exec -- COMMAND")
+    names = exported_names(session.settings, options)
+    keyless = "exec --access-token -- COMMAND"
+    variables = exported_variables(session, options, names, keyless)
+    inherited = {k: v for k, v in session.settings.environ.items() if k not in variables}
+    environ = {**inherited, **{k: v for k, v in variables.items() if v is not None}}
+    try:
+        return run_instead(options.command, environ)
+    except OSError as error:
+        raise ExecError(options.command[0], error) from None
+
+
+def run_instead(command: List[str], environ: Dict[str, str]) -> int:
+    """Let `command` take this process's place; on Windows, wait and return its exit code.
+
+    Raises OSError when it cannot be run.
+    """
+    if sys.platform != "win32":
+        import signal
+
+        # Python ignores these two, and what is ignored stays so in the program that follows.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(command[0], command, environ)  # noqa: S606 - a list of arguments, no shell
+    import shutil
+    import subprocess
+
+    # CreateProcess looks for .exe files alone; `npm` and its like are .cmd files.
+    program = shutil.which(command[0], path=environ.get("PATH")) or command[0]
+    process = subprocess.Popen([program, *command[1:]], env=environ)  # noqa: S603 - no shell
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):  # the command heard Ctrl-C, too
+            code = process.wait()
+            return code - (1 << 32) if code >= 1 << 31 else code  # as os._exit takes it
 
 
 def command_token(session: Session, options: Namespace) -> None:
@@ -3848,6 +3907,14 @@ COMMANDS = {
         command_env,
         "print shell code that exports the API key",
         "--shell --name --access-token --unset",
+    ),
+    "exec": Command(
+        command_exec,
+        "run a command with the API key in its environment",
+        "--name --access-token",
+        "{0} -- python3 my_script.py",
+        "{0} --name OPENAI_API_KEY -- aider",
+        tail=" -- COMMAND [ARGUMENT...]",
     ),
     "token": Command(
         command_token,

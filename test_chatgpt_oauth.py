@@ -3297,6 +3297,97 @@ class TokenTest(Case):
         self.assertEqual(self.double.count("refresh"), 1)
 
 
+class ExecTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.show = [
+            sys.executable,
+            "-c",
+            "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))",
+        ]
+
+    def shown(self, *arguments, environ=None):
+        """The arguments and the environment that a command was given by `exec`."""
+        return json.loads(self.assert_quiet(self.run_program(*arguments, environ=environ)))
+
+    def test_the_command_alone_has_the_key(self):
+        self.store(api_key="sk-1")
+        environ = {"MINE": "kept", "CHATGPT_OAUTH_API_KEY": "old"}
+        odd = ["--", "-h", "a b", "it's", "", "--name"]
+        arguments, seen = self.shown("exec", "--", *self.show, *odd, environ=environ)
+        self.assertEqual(arguments, odd)
+        self.assertEqual(seen["CHATGPT_OAUTH_API_KEY"], "sk-1")
+        self.assertEqual(seen["MINE"], "kept")
+        seen = self.shown("exec", "--name", "OPENAI_API_KEY", "--", *self.show)[1]
+        self.assertEqual(seen["OPENAI_API_KEY"], "sk-1")
+        self.assertNotIn("CHATGPT_OAUTH_API_KEY", seen)
+
+    def test_the_access_token_is_refreshed_and_comes_with_its_account(self):
+        self.store(lifetime=-10)
+        seen = self.shown("exec", "--access-token", "--", *self.show)[1]
+        self.assertEqual(seen["CHATGPT_OAUTH_ACCESS_TOKEN"], self.stored()["access_token"])
+        self.assertEqual(seen["CHATGPT_OAUTH_ACCOUNT_ID"], "acct-1")
+        self.assertNotIn("CHATGPT_OAUTH_API_KEY", seen)
+        self.store({"access_token": "opaque"})
+        environ = {"CHATGPT_OAUTH_ACCOUNT_ID": "another"}
+        out = self.run_program("exec", "--access-token", "--", *self.show, environ=environ)[1]
+        self.assertNotIn("CHATGPT_OAUTH_ACCOUNT_ID", json.loads(out)[1])
+
+    def test_the_exit_code_and_the_streams_are_the_commands(self):
+        self.store(api_key="sk-1")
+        code = "import sys; sys.stderr.write(sys.stdin.read()); print('out'); sys.exit(77)"
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(b"in")
+            stdin.seek(0)
+            result = self.run_program("exec", "--", sys.executable, "-c", code, stdin=stdin)
+        self.assertEqual((result[0], result[1].split(), result[2]), (77, ["out"], "in"))
+
+    def test_nothing_is_run_without_a_key(self):
+        mark = self.folder / "ran"
+        command = [sys.executable, "-c", f"open({str(mark)!r}, 'w')"]
+        self.assert_fails(self.run_program("exec", "--", *command), 3, "not signed in")
+        self.store()
+        words = ("no API key", "exec --access-token -- COMMAND")
+        self.assert_fails(self.run_program("exec", "--", *command), 1, *words)
+        self.store(lifetime=-10, refresh_token=None)
+        result = self.run_program("exec", "--access-token", "--", *command)
+        self.assert_fails(result, 4, "sign in again")
+        self.assertFalse(mark.exists())
+
+    def test_a_command_that_cannot_be_run_is_named(self):
+        self.store(api_key="sk-1")
+        self.assert_fails(self.run_program("exec", "--", "no-such-xyzzy"), 127, "no-such-xyzzy")
+        self.assert_fails(self.run_program("exec", "--", "/no/such/xyzzy"), 127, "/no/such/xyzzy")
+        if POSIX:
+            plain = self.folder / "plain"
+            plain.write_text("x")
+            self.assert_fails(self.run_program("exec", "--", str(plain)), 126, "Permission denied")
+
+    def test_what_is_no_command_is_wrong_usage(self):
+        self.store(api_key="sk-1")
+        self.assert_fails(self.run_program("exec"), 2, "no command", "exec -- COMMAND")
+        self.assert_fails(self.run_program("exec", "--"), 2, "no command")
+        self.assert_fails(self.run_program("exec", "--", "", "x"), 2, "no command")
+        self.assert_fails(self.run_program("exec", "ls"), 2, "ls", "exec -- COMMAND")
+        self.assert_fails(self.run_program("exec", "--nam", "X", "--", "ls"), 2, "--name")
+        self.assert_fails(self.run_program("exec", "--name", "1x", "--", "ls"), 2, "--name")
+
+    @needs_signals
+    def test_the_command_takes_the_programs_place(self):
+        self.store(api_key="sk-1")
+        code = "import os, signal; print(os.getpid(), signal.getsignal(signal.SIGINT) is not None)"
+        running = self.start("exec", "--", sys.executable, "-c", code)
+        pid = running.process.pid
+        self.assertEqual(running.end()[1].split()[0], str(pid))
+
+    @needs_sh
+    @needs_signals
+    def test_a_command_ends_with_its_pipe_as_without_us(self):
+        self.store(api_key="sk-1")
+        line = shell_line(sys.executable, PROGRAM) + " exec -- sh -c 'yes; echo $? >&2' | head -n 1"
+        self.assertEqual(self.run_shell(line), (0, "y\n", "141\n"))
+
+
 # ---------------------------------------------------------------------------------------------
 # Commands: the same for programs
 # ---------------------------------------------------------------------------------------------
