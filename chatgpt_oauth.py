@@ -1008,7 +1008,8 @@ def _open_current(path: str) -> Any:
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno != errno.EACCES:  # its mode alone does not keep it from being replaced
+        # Its mode alone does not keep a file from being replaced; a directory is moved away.
+        if error.errno not in (errno.EACCES, errno.EISDIR):
             raise
         return None
 
@@ -2215,23 +2216,36 @@ def exchange_and_store(
 
     The same account keeps, for now, its API key.
     """
+    with session.token_file.lock():
+        old = _replaced_tokens(session)
+        session.token_file.reserve(len(encode(old.fields)) if old else 0)
+        with signals_deferred():  # none may come between the response and the disk
+            response = exchange_code(session.client, code, verifier, redirect_uri)
+            _store_sign_in(session, response, old)
+    return old
+
+
+def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens]) -> None:
+    """Store the tokens in `response`, or revoke what nobody would have."""
     settings = session.settings
-    response = exchange_code(session.client, code, verifier, redirect_uri)
     fields = {"issuer": settings.issuer, "client_id": settings.client_id}
     fields = merged(fields, response, session.notify)
     tokens = Tokens(fields)
     if tokens.account_id:
         fields["account_id"] = tokens.account_id
-    with session.token_file.lock():
-        old = _replaced_tokens(session)
-        if old and tokens.same_account(old):
-            renewed = {*SECRET_KEYS, "ended", "expires_at"}
-            kept = {k: value for k, value in old.fields.items() if k not in renewed}
-            if old.api_key:
-                kept["api_key"] = old.api_key
-            fields = {**kept, **fields}
+    same_account = old is not None and tokens.same_account(old)
+    if old and same_account:
+        renewed = {*SECRET_KEYS, "ended", "expires_at"}
+        kept = {k: value for k, value in old.fields.items() if k not in renewed}
+        if old.api_key:
+            kept["api_key"] = old.api_key
+        fields = {**kept, **fields}
+    try:
         session.token_file.save(fields)
-    return old
+    except OAuthError:
+        if not same_account:  # else it could end the sign-in that is still stored
+            revoke_or_warn(session, tokens)
+        raise
 
 
 def _replaced_tokens(session: Session) -> Optional[Tokens]:

@@ -1487,6 +1487,11 @@ class StoreTest(Case):
         left = ["chatgpt_models.json", "chatgpt_models.json.lock", "chatgpt_oauth.json.lock"]
         self.assertEqual(sorted(os.listdir(self.home)), left)
 
+    def test_a_new_sign_in_moves_away_a_folder_in_the_files_place(self):
+        self.token_file.mkdir(parents=True)
+        self.sign_in()
+        self.assertTrue((self.home / "chatgpt_oauth.json.bad").is_dir())
+
     def test_a_torn_file_is_read_again(self):
         fields = self.store()
         whole = self.token_file.read_text()
@@ -2815,6 +2820,42 @@ class SignInTest(Case):
                     self.assertNotIn(name, self.stored())
                     self.assertEqual(f"ignored the {name}" in err, odd != "")
                     self.assertEqual(self.call("logout", "--local")[0], 0)
+
+    def fill_the_disk(self, running):
+        """Let the disk of a sign-in be full when its tokens come."""
+        resource = importlib.import_module("resource")
+        if not hasattr(resource, "prlimit"):
+            self.skipTest("no limits of another process here")
+
+        def fill(*_):
+            resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (10, 10))
+
+        self.double.faults["code"] = fill
+
+    @needs_signals
+    def test_a_sign_in_that_cannot_be_stored_is_revoked(self):
+        self.double.device_polls = 0
+        for way in ("--no-browser", "--device"):
+            self.double.requests.clear()
+            running = self.start("auth", way)
+            self.fill_the_disk(running)
+            if way == "--no-browser":
+                self.assertEqual(visit(running.url())[-1][1], 400)
+            self.assert_fails(running.end(), 6, str(self.token_file))
+            self.assertEqual(self.double.count("revoke"), 1)
+            self.assertEqual(self.double.refresh_tokens, {})
+            self.assertFalse(self.token_file.exists())
+
+    @needs_signals
+    def test_a_sign_in_that_cannot_be_stored_leaves_the_old_one_whole(self):
+        before = self.store()
+        running = self.start("auth", "--no-browser")
+        self.fill_the_disk(running)
+        visit(running.url())
+        self.assert_fails(running.end(), 6, str(self.token_file))
+        self.assertEqual(self.stored(), before)
+        self.assertEqual(self.double.count("revoke"), 0)  # it could end the whole grant
+        self.assert_nothing_lost()
 
     def test_a_declined_consent_is_explained_in_page_and_terminal(self):
         for error, description, words in (
