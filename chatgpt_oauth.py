@@ -1391,6 +1391,10 @@ class TokenFile(JsonFile):
 
 RETRY_PAUSE = 0.5  # seconds before the second try of a refresh; doubled for each further one
 RETRY_PAUSE_LIMIT = 4.0  # seconds
+EXIT_GRACE = 5.0  # seconds beyond a request's, to store what came while the program ends
+# What ends a process; the others only where nobody handles them: a host's alarm goes on.
+ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+OTHER_SIGNALS = ("SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM", "SIGPROF")
 REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
 
 
@@ -1474,7 +1478,7 @@ class Session:
         pause = RETRY_PAUSE
         while True:
             try:
-                with signals_deferred():  # none may come between the response and the disk
+                with uninterrupted(self.settings):
                     return self._refresh_once(old)
             except RequestError as error:
                 if not error.unprocessed:
@@ -1547,8 +1551,33 @@ def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
 
 
 @contextlib.contextmanager
+def uninterrupted(settings: Settings) -> Iterator[None]:
+    """Let the block end before the process does: none may come between response and disk.
+
+    Signals wait, and a second one acts at once. In another thread, where they cannot be held
+    back, the end of the main thread waits.
+    """
+    import atexit
+    import threading
+
+    process, done = os.getpid(), threading.Event()
+
+    def wait() -> None:
+        if os.getpid() == process:  # a forked child has not got the thread
+            done.wait(settings.request_timeout + EXIT_GRACE)
+
+    atexit.register(wait)
+    try:
+        with signals_deferred():
+            yield
+    finally:
+        done.set()
+        atexit.unregister(wait)
+
+
+@contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Hold back Ctrl-C, SIGTERM and SIGHUP until the block is done; a second one acts at once."""
+    """Hold back what would end the process until the block is done; a second one acts at once."""
     import signal
 
     before: Dict[int, Any] = {}
@@ -1562,9 +1591,12 @@ def signals_deferred() -> Iterator[None]:
         restore()
         held.append(number)
 
+    ending = [getattr(signal, name, None) for name in ENDING_SIGNALS]
+    other = [getattr(signal, name, None) for name in OTHER_SIGNALS]
     with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+        for number in filter(None, ending + other):
+            handler = signal.getsignal(number)
+            if handler == signal.SIG_DFL or (number in ending and callable(handler)):
                 before[number] = signal.signal(number, hold)
     try:
         yield
@@ -2219,7 +2251,7 @@ def exchange_and_store(
     with session.token_file.lock():
         old = _replaced_tokens(session)
         session.token_file.reserve(len(encode(old.fields)) if old else 0)
-        with signals_deferred():  # none may come between the response and the disk
+        with uninterrupted(session.settings):
             response = exchange_code(session.client, code, verifier, redirect_uri)
             _store_sign_in(session, response, old)
     return old

@@ -2199,6 +2199,62 @@ class SessionTest(Case):
         self.stop_and_go(2, 0.5)
 
     @needs_signals
+    def test_signals_that_end_a_process_do_not_lose_the_answer(self):
+        import resource
+
+        def dump_no_core():
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+        self.double.delay = 0.2
+        for name in ("SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGXCPU"):
+            with self.subTest(name):
+                self.double.requests.clear()
+                old = self.store(lifetime=-10)["refresh_token"]
+                running = self.start("token", preexec_fn=dump_no_core)
+                wait_for(lambda: self.double.count("refresh"))
+                running.process.send_signal(getattr(signal, name))
+                self.assertEqual(running.end()[:2], (-getattr(signal, name), ""))
+                wait_for(lambda old=old: self.double.refresh_tokens[old] == "used")
+                self.assert_nothing_lost()
+
+    @needs_signals
+    def test_the_end_of_the_main_thread_does_not_lose_what_another_fetches(self):
+        before = self.store(lifetime=-10)
+        self.double.delay = 0.5
+        code = """
+import os, threading, time, chatgpt_oauth as oauth
+threading.Thread(target=oauth.get_access_token, daemon=True).start()
+sys.stdin.readline()
+if os.fork() == 0:  # a child has not got the thread, and need not wait for it
+    sys.exit()
+began = time.monotonic()
+os.wait()
+print(time.monotonic() - began, flush=True)
+time.sleep(60)
+"""
+        running = self.start_python(code)
+        wait_for(lambda: self.double.count("refresh"))
+        running.type(b"")
+        time.sleep(0.1)
+        running.process.send_signal(signal.SIGINT)
+        code, out, err = running.end()
+        self.assertLess(float(out), 0.4)
+        self.assertEqual(self.double.refresh_tokens[before["refresh_token"]], "used")
+        self.assert_nothing_lost()
+
+    def test_a_program_that_ends_does_not_wait_for_a_thread_that_fetches_nothing(self):
+        self.store(lifetime=-10)
+        code = """
+import threading, time, chatgpt_oauth as oauth
+threading.Thread(target=oauth.get_access_token, daemon=True).start()
+time.sleep(0.2)
+"""
+        with self.holding_lock():
+            began = time.monotonic()
+            self.start_python(code).end()
+            self.assertLess(time.monotonic() - began, 3)
+
+    @needs_signals
     def test_ctrl_c_does_not_lose_the_answer(self):
         self.store(lifetime=-10)
         self.double.delay = 0.5
@@ -2823,7 +2879,8 @@ class SignInTest(Case):
 
     def fill_the_disk(self, running):
         """Let the disk of a sign-in be full when its tokens come."""
-        resource = importlib.import_module("resource")
+        import resource
+
         if not hasattr(resource, "prlimit"):
             self.skipTest("no limits of another process here")
 
