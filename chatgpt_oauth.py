@@ -373,6 +373,7 @@ class Response:
     def __init__(self, status: int, body: bytes, retry_after: str, sent: Set[str]) -> None:
         self.status, self.sent = status, sent
         self.is_html = body.lstrip()[:1] == b"<"
+        self.is_unauthorized = status == 401 and not self.is_html  # a web page is a proxy's
         self.retry_after = parse_retry_after(retry_after)
         try:
             self.data = json.loads(body)
@@ -2053,6 +2054,14 @@ def request_plan_models(settings: Settings, tokens: Tokens) -> Response:
     )
 
 
+def plan_models_response(session: Session) -> Response:
+    """What the Codex backend answers; an access token that was withdrawn is refreshed once."""
+    response = request_plan_models(session.settings, session.valid_tokens())
+    if response.is_unauthorized:
+        response = request_plan_models(session.settings, session.valid_tokens(refresh=True))
+    return response
+
+
 def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     """The source that `source` comes to, and its models by id, as the server describes them.
 
@@ -2063,14 +2072,14 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     if source == "auto":
         source = "api" if tokens.api_key else "codex"
     if source == "codex":
-        response = request_plan_models(settings, session.valid_tokens())
+        response = plan_models_response(session)
         key, name = "models", "slug"
     elif tokens.api_key:
         response = request_api_models(settings, tokens.api_key)
         key, name = "data", "id"
     else:
         raise no_api_key()
-    if response.status == 401:
+    if response.is_unauthorized:
         refused = response.error(what)
         raise OAuthError(str(refused), "to sign in again, run", "auth")
     listed = response.json_object(what).get(key)
@@ -2347,7 +2356,7 @@ def obtain_api_key(session: Session) -> None:
 def api_key_refused(settings: Settings, api_key: str) -> bool:
     """Whether the API says that the key is no good; one that cannot be asked is kept."""
     try:
-        return request_api_models(settings, api_key).status == 401
+        return request_api_models(settings, api_key).is_unauthorized
     except OAuthError:
         return False
 

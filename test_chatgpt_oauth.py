@@ -2680,6 +2680,21 @@ class ModelsTest(Case):
         self.double.api_keys.clear()
         self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to sign in again, run: ")
 
+    def test_an_access_token_that_was_withdrawn_is_refreshed_once(self):
+        def counts():
+            return self.double.count("refresh"), self.double.count("codex")
+
+        command = ("models", "--source", "codex", "--dry-run")
+        self.fault("codex", 401, b"<html>")
+        self.assert_fails(self.call(*command), 5, "web page")
+        self.assertEqual(counts(), (0, 1))
+        self.fault_once("codex", 401)
+        self.assertIn("gpt-5.5", self.assert_quiet(self.call(*command)))
+        self.assertEqual(counts(), (1, 3))
+        self.fault("codex", 401)
+        self.assert_fails(self.call(*command), 1, "HTTP 401", "auth")
+        self.assertEqual(counts(), (2, 5))
+
     def test_who_signs_out_meanwhile_gets_no_models(self):
         def sign_out(handler, _):
             self.token_file.unlink()
@@ -2831,9 +2846,10 @@ class SignInTest(Case):
         self.assertEqual(self.stored()["api_key"], key)
         self.assertEqual(self.stored()["mine"], "kept")
         self.assertEqual(self.double.count("key"), 1)
-        self.fault("api", 503, b"{}")
-        self.sign_in()
-        self.assertEqual(self.stored()["api_key"], key)
+        for status, body in ((503, b"{}"), (401, b"<html>")):  # nobody says that it is no good
+            self.fault("api", status, body)
+            self.sign_in()
+            self.assertEqual(self.stored()["api_key"], key)
         del self.double.faults["api"]
         self.double.api_keys.clear()
         self.sign_in()
