@@ -249,6 +249,10 @@ class SignInEndedError(OAuthError):
         super().__init__(message, "to sign in again, run", "auth")
 
 
+class RefusedError(OAuthError):
+    """A server does not accept the API key or the access token."""
+
+
 class UnavailableError(OAuthError):
     """Network, proxy, certificate or lock trouble; nothing is lost."""
 
@@ -2062,6 +2066,43 @@ def plan_models_response(session: Session) -> Response:
     return response
 
 
+def list_usage(session: Session) -> List[Fields]:
+    """The windows of the plan's usage limits, the shortest first, as `status --json` has them.
+
+    The endpoint is undocumented, the Codex CLI asks it, and it may vanish. Raises OAuthError.
+    """
+    settings, tokens, what = session.settings, session.valid_tokens(), "get the plan's usage"
+    headers = {"ChatGPT-Account-Id": tokens.account_id} if tokens.account_id else {}
+    response = request_json(
+        settings, settings.usage_url, what, bearer=tokens.access_token, headers=headers
+    )
+    limits = response.json_object(what).get("rate_limit")
+    if not isinstance(limits, dict):
+        raise OAuthError(f"could not {what}: the response has no rate limits")
+    windows = [limits.get("primary_window"), limits.get("secondary_window")]
+    known = [_usage_window(window) for window in windows if isinstance(window, dict)]
+    return sorted(filter(None, known), key=lambda window: float(window["window_seconds"]))
+
+
+def _usage_window(window: Fields) -> Optional[Fields]:
+    """One window, or None when it does not tell how long it is or how much of it is used."""
+    length, used = _number(window, "limit_window_seconds"), _number(window, "used_percent")
+    if length is None or used is None:
+        return None
+    resets, left = _number(window, "reset_at"), _number(window, "reset_after_seconds")
+    if resets is None and left is not None:
+        resets = time.time() + left
+    when = None if resets is None else timestamp(resets)
+    return {"window_seconds": length, "used_percent": used, "resets_at": when}
+
+
+def _number(fields: Fields, name: str) -> Optional[float]:
+    """The number of that name, None where there is none that can be meant."""
+    value = fields.get(name)
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e11
+    return value if known else None
+
+
 def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     """The source that `source` comes to, and its models by id, as the server describes them.
 
@@ -2079,9 +2120,9 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
         key, name = "data", "id"
     else:
         raise no_api_key()
-    if response.is_unauthorized:
-        refused = response.error(what)
-        raise OAuthError(str(refused), "to sign in again, run", "auth")
+    if response.status in (401, 403) and not response.is_html:
+        again = ("to sign in again, run", "auth") if response.status == 401 else ()
+        raise RefusedError(str(response.error(what)), *again)
     listed = response.json_object(what).get(key)
     if not isinstance(listed, list):
         raise OAuthError(f"could not {what}: the response has no list of models")
@@ -2091,13 +2132,8 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     if odd:
         session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
     if source == "api":
-        good.sort(key=_created, reverse=True)
+        good.sort(key=lambda each: _number(each, "created") or 0, reverse=True)
     return source, {entry[name]: entry for entry in good}
-
-
-def _created(listed: Fields) -> float:
-    created = listed.get("created")
-    return created if isinstance(created, (int, float)) else 0
 
 
 def is_ours(settings: Settings, name: str, entry: object) -> bool:
@@ -2911,8 +2947,61 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
 SHOWN_MODELS = 10  # in `status`, one a line
 
 
-def describe(session: Session) -> Tuple[Fields, int]:
-    """What `status --json` prints, and its exit code. Offline; holds no secret.
+class OnlineCheck:
+    """What OpenAI says of the stored sign-in now. A question that fails hides no other.
+
+    `facts` is `online` of `status --json`, and `said` the same in a person's words. `problem` is
+    what keeps the sign-in from being used, or None; `code` the exit code for it, or 0.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.facts: Fields = {"api_key": None, "access_token": None, "usage": []}
+        self.said = {"api_key": "there is none", "access_token": "", "usage": ""}
+        self.errors: Dict[str, OAuthError] = {}
+        self.problem: Optional[OAuthError] = None
+        self.code = 0
+        try:
+            stored = session.tokens()
+        except OAuthError:  # which `describe` tells; there is nothing to ask about
+            self.said = {}
+            return
+        if stored.api_key:
+            self._ask_for_models("api_key", "api")
+        self._ask_for_models("access_token", "codex")
+        self._ask_for_usage()
+        self._judge()
+
+    def _ask_for_models(self, name: str, source: str) -> None:
+        try:
+            count = len(list_models(self.session, source)[1])
+            self.facts[name] = "accepted"
+            self.said[name] = f"accepted, {count} model{'' if count == 1 else 's'}"
+        except OAuthError as error:
+            refused = isinstance(error, (RefusedError, SignInEndedError))
+            self.facts[name] = "refused" if refused else "unreachable"
+            self.said[name] = f"{self.facts[name]}: {error}"
+            self.errors[name] = error
+
+    def _ask_for_usage(self) -> None:
+        try:
+            self.facts["usage"] = list_usage(self.session)
+            self.said["usage"] = "OpenAI tells none"
+        except OAuthError as error:
+            self.said["usage"] = f"unknown: {error}"
+
+    def _judge(self) -> None:
+        asked = {self.facts["api_key"], self.facts["access_token"]} - {None}
+        if self.facts["access_token"] == "refused":  # noqa: S105 - a verdict
+            self.code = SignInEndedError.exit_code
+        elif asked == {"unreachable"}:
+            self.code = UnavailableError.exit_code
+        if self.code:
+            self.problem = self.errors["access_token"]
+
+
+def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fields, int]:
+    """What `status --json` prints, and its exit code. It asks nobody; holds no secret.
 
     `problem` is still the OAuthError: who tells it knows how a command is typed there.
     """
@@ -2930,6 +3019,9 @@ def describe(session: Session) -> Tuple[Fields, int]:
         names = registered_models(session)
     except StorageError as error:
         trouble, code = trouble or error, code or error.exit_code
+    if online:
+        trouble, code = trouble or online.problem, code or online.code
+        usable = usable and code != SignInEndedError.exit_code
     who = tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
     expiry = who.expires_at()
     refreshed = parse_timestamp(who.fields.get("last_refresh"))
@@ -2951,6 +3043,7 @@ def describe(session: Session) -> Tuple[Fields, int]:
         "issuer": who.issuer,
         "client_id": who.client_id,
         "problem": trouble,
+        **({"online": online.facts} if online else {}),
     }, code
 
 
@@ -2962,8 +3055,13 @@ def sentence(error: Optional[OAuthError], typed: str) -> Optional[str]:
     return f"{error}; {step}" if step else str(error)
 
 
-def status_lines(facts: Fields, problem: str) -> List[str]:
-    """`facts`, as `describe` gives them, for people; the first two as the setup guide has them."""
+def status_lines(
+    facts: Fields, problem: str, online: Optional[OnlineCheck] = None, live: bool = False
+) -> List[str]:
+    """`facts`, as `describe` gives them, for people; the first two as the setup guide has them.
+
+    `live`: they read them on a terminal.
+    """
     expiry = facts["access_token_expires_at"]
     lines = [
         "ChatGPT OAuth: " + ("Authenticated" if facts["authenticated"] else "Not authenticated")
@@ -2979,27 +3077,61 @@ def status_lines(facts: Fields, problem: str) -> List[str]:
             ("Access token", format_expiry(expiry, refreshable=not problem)),
         ]
     lines += [problem] if problem else []
+    rows += online_rows(online, live) if online and online.said else []
     names = facts["models"]
     shown = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
     if names and len(names) > SHOWN_MODELS:
         shown.append(f"and {len(names) - SHOWN_MODELS} more")
-    rows += zip(["Models"] + [""] * len(shown), shown)
+    rows += labelled("Models", shown)
     rows += [("Token file", facts["token_file"]), ("Models file", facts["models_file"])]
     return [*lines, "", *(f"{label + ':' if label else '':14}{text}" for label, text in rows)]
+
+
+def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
+    """`texts` as rows, of which the first one has the label."""
+    return list(zip([label] + [""] * len(texts), texts))
+
+
+def online_rows(online: OnlineCheck, live: bool) -> List[Tuple[str, str]]:
+    """What OpenAI said, for people."""
+    usage = [usage_line(window, live) for window in online.facts["usage"]]
+    return [
+        ("API key", online.said["api_key"]),
+        ("ChatGPT plan", online.said["access_token"]),
+        *labelled("Usage", usage or [online.said["usage"]]),
+    ]
+
+
+def usage_line(window: Fields, live: bool) -> str:
+    """A window of the plan's usage limits: `5 hours: 32% used, resets in 2 hours (...)`."""
+    percent, resets = window["used_percent"], window["resets_at"]
+    tenths = min(10, max(0, round(percent / 10)))
+    bar = "#" * tenths + "." * (10 - tenths) + " " if live else ""
+    when = f", resets {format_distance(resets)}" if resets else ""
+    return f"{duration(window['window_seconds'])}: {bar}{percent:g}% used{when}"
+
+
+def duration(seconds: float) -> str:
+    """`seconds`, in the largest unit that they fill, as people say it."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
+    count = int(abs(seconds)) // size
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
+def format_distance(when: str) -> str:
+    """How far a time that `timestamp` wrote is from now, and itself: `in 9 days (...)`."""
+    seconds = int((parse_timestamp(when) or 0.0) - time.time())
+    return f"{'in ' * (seconds >= 0)}{duration(seconds)}{' ago' * (seconds < 0)} ({when})"
 
 
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
     """An expiry as `timestamp` writes it, as people say it, and itself; None is unknown."""
     if when is None:
         return "expiry unknown" + (", auto-refreshed" if refreshable else "")
-    seconds = int((parse_timestamp(when) or 0.0) - time.time())
-    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
-    count = abs(seconds) // size
-    words = f"{count} {unit}{'' if count == 1 else 's'}"
-    if seconds >= 0:
-        return f"expires in {words} ({when})" + (", auto-refreshed" if refreshable else "")
-    return f"expired {words} ago ({when})" + (", refreshed on next use" if refreshable else "")
+    if (parse_timestamp(when) or 0.0) >= time.time():
+        return f"expires {format_distance(when)}" + (", auto-refreshed" if refreshable else "")
+    return f"expired {format_distance(when)}" + (", refreshed on next use" if refreshable else "")
 
 
 def sign_in(
@@ -3058,13 +3190,15 @@ def command_auth(session: Session, options: Namespace) -> None:
 
 def command_status(session: Session, options: Namespace) -> int:
     """Say who is signed in."""
-    facts, code = describe(session)
+    online = OnlineCheck(session) if options.online else None
+    facts, code = describe(session, online)
     error = facts["problem"]
     typed = f"{program_name()} {error.command}" if error else ""
     if options.json:
         print(json.dumps({**facts, "problem": sentence(error, typed)}, indent=2))
         return code
-    print("\n".join(map(printable, status_lines(facts, problem_line(error, typed)))))
+    lines = status_lines(facts, problem_line(error, typed), online, sys.stdout.isatty())
+    print("\n".join(map(printable, lines)))
     return code
 
 
@@ -3829,14 +3963,16 @@ class CodePuppyPlugin:
             self.notify("info", f"To use one of the models, type: /model {choice}")
 
     def _status(self, session: Session, options: Namespace) -> None:
-        facts = describe(session)[0]
+        online = OnlineCheck(session) if options.online else None
+        facts = describe(session, online)[0]
         error = facts["problem"]
         typed = self.typed(error.command) if error else ""
         if options.json:
             facts["problem"] = sentence(error, typed)
             self.notify("info", json.dumps(facts, indent=2))
         else:
-            self.notify("info", "\n".join(status_lines(facts, problem_line(error, typed))))
+            lines = status_lines(facts, problem_line(error, typed), online)
+            self.notify("info", "\n".join(lines))
         self.export_again(session)
 
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
@@ -3904,6 +4040,7 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--all": ("import every model", FLAG),
     "--dry-run": ("print the models without importing them", FLAG),
     "--json": ("output as JSON", FLAG),
+    "--online": ("ask OpenAI, too: are key and token accepted, how much of the plan is used", FLAG),
     "--shell": (
         "sh (also bash, zsh, ksh, dash), fish, csh (also tcsh), powershell, cmd, dotenv, json "
         "or auto (default: from $SHELL)",
@@ -3947,8 +4084,9 @@ COMMANDS = {
     "status": Command(
         command_status,
         "show the account, the API key and the imported models",
-        "--json",
+        "--json --online",
         "{0}",
+        "{0} --online",
         "{0} --json",
     ),
     "models": Command(

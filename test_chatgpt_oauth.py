@@ -147,6 +147,7 @@ ENDPOINTS = {
     "revoke": Endpoint("/oauth/revoke", None, "logout", False),
     "api": Endpoint("/v1/models", None, "models --source api", True),
     "codex": Endpoint("/codex-backend/models", None, "models --source codex", True),
+    "usage": Endpoint("/backend-api/wham/usage", None, "status --online", False),
     "usercode": Endpoint("/api/accounts/deviceauth/usercode", None, "auth --device", True),
     "device": Endpoint("/api/accounts/deviceauth/token", None, "auth --device", True),
     "chat": Endpoint("/v1/chat/completions", None, None, True),  # Code Puppy's
@@ -209,6 +210,21 @@ class Double:
         self.organization = "org-1"
         self.lifetime, self.delay = 864000, 0.0
         self.device_polls, self.device_interval = 1, "0"
+        self.rate_limit = {
+            "allowed": True,
+            "limit_reached": False,
+            "primary_window": {
+                "used_percent": 32,
+                "limit_window_seconds": 604800,
+                "reset_after_seconds": 86400,
+                "reset_at": int(time.time()) + 86400,
+            },
+            "secondary_window": {
+                "used_percent": 7.5,
+                "limit_window_seconds": 18000,
+                "reset_after_seconds": 3700,
+            },
+        }
         self.api_models = ["gpt-4o", "o1-mini", "gpt-4o-audio-preview", "dall-e-3", "o3-pro"]
         self.created = {}  # seconds since 1970 by id
         self.codex_models = [
@@ -240,6 +256,7 @@ class Double:
             "CHATGPT_OAUTH_ISSUER": self.url,
             "CHATGPT_OAUTH_API_BASE_URL": self.url,
             "CHATGPT_OAUTH_CODEX_BASE_URL": self.url + "/codex-backend",
+            "CHATGPT_OAUTH_USAGE_URL": self.url + "/backend-api/wham/usage",
         }
 
     # What it gives away -------------------------------------------------------------------
@@ -400,6 +417,13 @@ class Double:
         if not fields.get("client_version") or not headers.get("chatgpt-account-id"):
             return 400, {"detail": "client_version or account missing"}
         return 200, {"models": self.codex_models}
+
+    def _usage(self, fields, headers):
+        if headers.get("authorization", "")[7:] not in self.access_tokens:
+            return 401, {"detail": "Unauthorized"}
+        if headers.get("chatgpt-account-id") != self.account:
+            return 403, {"detail": "wrong account"}
+        return 200, {"plan_type": self.plan, "rate_limit": self.rate_limit}
 
     def _usercode(self, fields, headers):
         device, code = "dev_" + secrets.token_urlsafe(12), "ABCD-EFGH"
@@ -3500,6 +3524,135 @@ class ExecTest(Case):
         self.store(api_key="sk-1")
         line = shell_line(sys.executable, PROGRAM) + " exec -- sh -c 'yes; echo $? >&2' | head -n 1"
         self.assertEqual(self.run_shell(line), (0, "y\n", "141\n"))
+
+
+class OnlineStatusTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.double.api_keys.add("sk-mine")
+        self.store(api_key="sk-mine")
+
+    def online(self, exit_code=0, **options):
+        """What `status --online --json` prints under `online`, and its problem."""
+        code, out, err = self.call("status", "--online", "--json", **options)
+        self.assertEqual((code, err), (exit_code, ""))
+        self.assert_no_secret(out)
+        facts = json.loads(out)
+        return facts["online"], facts["problem"]
+
+    def test_all_is_well(self):
+        online, problem = self.online()
+        self.assertIsNone(problem)
+        self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "accepted"))
+        short, long = online["usage"]
+        self.assertEqual((short["window_seconds"], short["used_percent"]), (18000, 7.5))
+        self.assertEqual((long["window_seconds"], long["used_percent"]), (604800, 32))
+        for window in online["usage"]:
+            self.assertRegex(window["resets_at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        out = self.assert_quiet(self.call("status", "--online"))
+        self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nAPI key available\n"))
+        self.assertIn("API key:      accepted, 5 models\n", out)
+        self.assertIn("ChatGPT plan: accepted, 2 models\n", out)
+        self.assertIn("Usage:        5 hours: 7.5% used, resets in 1 hour (", out)
+        self.assertIn("\n              7 days: 32% used, resets in ", out)
+        self.assert_no_secret(out)
+
+    def test_offline_stays_offline(self):
+        self.assertNotIn("online", json.loads(self.assert_quiet(self.call("status", "--json"))))
+        self.assertEqual(self.double.requests, [])
+
+    def test_the_token_is_refreshed_first_when_due(self):
+        self.store(lifetime=-10, api_key="sk-mine")
+        self.assertEqual(self.online()[0]["access_token"], "accepted")
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_without_a_key_there_is_none_to_ask_about(self):
+        self.store()
+        online, problem = self.online()
+        self.assertEqual((online["api_key"], online["access_token"]), (None, "accepted"))
+        self.assertEqual(self.double.count("api"), 0)
+        self.assertIn("API key:      there is none\n", self.call("status", "--online")[1])
+
+    def test_signed_out_is_as_offline(self):
+        self.token_file.unlink()
+        online, problem = self.online(3)
+        self.assertEqual(online, {"api_key": None, "access_token": None, "usage": []})
+        self.assertIn("not signed in", problem)
+        self.assertEqual(self.call("status", "--online"), self.call("status"))
+        self.assertEqual(self.double.requests, [])
+
+    def test_a_refused_key_does_not_hide_the_rest(self):
+        self.double.api_keys.clear()
+        online, problem = self.online()
+        self.assertEqual((online["api_key"], online["access_token"]), ("refused", "accepted"))
+        self.assertEqual(len(online["usage"]), 2)
+        out = self.call("status", "--online")[1]
+        self.assertIn("API key:      refused: could not list the models (HTTP 401)", out)
+
+    def test_a_refused_sign_in_is_exit_4(self):
+        self.double.access_tokens.clear()
+        online, problem = self.online(4)
+        self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "refused"))
+        self.assertEqual(online["usage"], [])
+        self.assertIn("to sign in again, run: ", problem)
+        code, out, err = self.call("status", "--online")
+        self.assertEqual((code, err), (4, ""))
+        self.assertIn("ChatGPT OAuth: Not authenticated\n", out)
+        self.assertIn("\nProblem: ", out)
+
+    def test_a_sign_in_that_has_ended_is_refused(self):
+        self.store(lifetime=-10, refresh_token="rt_gone")
+        online, problem = self.online(4)
+        self.assertEqual((online["api_key"], online["access_token"]), (None, "refused"))
+        self.assertIn("your session has ended", problem)
+
+    def test_a_web_page_is_nobody_reached(self):
+        for endpoint in ("api", "codex", "usage"):
+            self.fault(endpoint, 403, b"<html>", Content_Type="text/html")
+        online, problem = self.online(5)
+        expected = {"api_key": "unreachable", "access_token": "unreachable", "usage": []}
+        self.assertEqual(online, expected)
+        self.assertIn("got a web page instead of JSON", problem)
+        code, out, err = self.call("status", "--online")
+        self.assertEqual((code, err), (5, ""))
+        self.assertIn("ChatGPT OAuth: Authenticated\n", out)
+        self.assertIn("Usage:        unknown: could not get the plan's usage (HTTP 403)", out)
+
+    def test_an_endpoint_that_has_vanished_is_one_line(self):
+        self.fault("usage", 404, b"{}")
+        self.assertEqual(self.online()[0]["usage"], [])
+        out = self.assert_quiet(self.call("status", "--online"))
+        self.assertIn("Usage:        unknown: could not get the plan's usage (HTTP 404)\n", out)
+        for answer in (b"[]", b"{}", b'{"rate_limit": null}', b'{"rate_limit": {}}'):
+            self.fault("usage", 200, answer)
+            self.assertEqual(self.online()[0]["usage"], [])
+
+    def test_odd_windows_are_left_out_and_odd_values_are_unknown(self):
+        self.double.rate_limit = {
+            "primary_window": {"used_percent": 101, "limit_window_seconds": 90, "reset_at": "soon"},
+            "secondary_window": {"used_percent": True, "limit_window_seconds": 1e99},
+        }
+        window = {"window_seconds": 90, "used_percent": 101, "resets_at": None}
+        self.assertEqual(self.online()[0]["usage"], [window])
+        self.assertIn("Usage:        1 minute: 101% used\n", self.call("status", "--online")[1])
+
+    def test_half_an_outage_is_none(self):
+        self.fault("codex", 500)
+        online, problem = self.online()
+        self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "unreachable"))
+        self.assertEqual(len(online["usage"]), 2)
+
+    @needs_terminal
+    def test_bars_are_for_a_terminal(self):
+        import pty
+
+        leader, follower = pty.openpty()
+        with os.fdopen(leader, "rb", 0) as screen, os.fdopen(follower, "wb", 0) as terminal:
+            self.run_program("status", "--online", stdout=terminal)
+            said = screen.read(65536).decode()
+        self.assertIn("5 hours: #......... 7.5% used", said)
+        self.assertIn("7 days: ###....... 32% used", said)
+        self.assertNotIn("##", self.run_program("status", "--online")[1])
 
 
 # ---------------------------------------------------------------------------------------------
