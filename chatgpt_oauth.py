@@ -2286,6 +2286,14 @@ NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time 
 PASTE_LIMIT = 20  # lines of standard input that are looked at
 
 
+def prepare_sign_in(session: Session) -> None:
+    """Make sure that tokens can be stored, and say whose a new sign-in replaces."""
+    session.prepare()
+    with contextlib.suppress(NotSignedInError, StorageError):  # a broken file is told of later
+        who = identity(session.tokens())["email"] or "an account without an email address"
+        session.notify("info", f"You are signed in as {who}; a new sign-in replaces that.")
+
+
 def exchange_and_store(
     session: Session, code: str, verifier: str, redirect_uri: str
 ) -> Optional[Tokens]:
@@ -3146,7 +3154,7 @@ def sign_in(
     if timeout is not None:
         timeout = _SECONDS.check("timeout", timeout)
     models = ModelFilter(session.settings)
-    session.prepare()
+    prepare_sign_in(session)
     if device:
         sign_in_with_device(session, models, timeout)
     else:
@@ -3169,7 +3177,7 @@ def sign_in_as_told(
 ) -> None:
     """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
-    session.prepare()
+    prepare_sign_in(session)
     if options.device:
         sign_in_with_device(session, models, options.timeout)
     else:

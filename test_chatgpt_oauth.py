@@ -2818,6 +2818,13 @@ class SignInTest(Case):
         }
         self.assertEqual(json.loads(out), expected)
 
+    def test_it_says_first_whom_it_replaces(self):
+        self.assertNotIn("replaces", self.sign_in())
+        self.double.email = "bob@example.com"
+        err = self.sign_in()
+        self.assertTrue(err.startswith("You are signed in as ada@example.com; "), err)
+        self.assertIn("Signed in as bob@example.com\n", err)
+
     def test_the_browser_is_told_only_when_the_tokens_are_on_disk(self):
         seen = []
 
