@@ -81,6 +81,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
     "responses_patterns": "*-codex*,*-pro,*-pro-*",  # API models on /v1/responses alone
     "model_source": "auto",
+    "workspace": "",  # the id of the only ChatGPT workspace to sign in to; "": whichever it is
     "originator": "chatgpt_oauth",
     "request_timeout": 30,  # seconds for one whole request, the name look-up included
     "retry_window": 20,  # seconds in which another try of a refresh may start
@@ -127,6 +128,7 @@ _DECIMAL = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
 _SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
 _PORT = Rule(r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
 _GLOBS = "glob patterns separated by commas"
+_WORKSPACE = Rule(r"[\w.-]{1,128}", "a workspace ID (letters, digits and . _ -)")
 RULES = {
     "issuer": _URL,
     "client_id": _WORD,
@@ -149,6 +151,7 @@ RULES = {
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
     "responses_patterns": Rule(r"[!-~]*", _GLOBS),
     "model_source": Rule("|".join(SOURCES), "auto, api or codex"),
+    "workspace": Rule(f"(?:{_WORKSPACE.pattern})?", _WORKSPACE.meaning),
     "originator": _WORD,
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
@@ -165,6 +168,7 @@ class Settings:
     """
 
     if TYPE_CHECKING:
+        workspace: str
 
         def __getattr__(self, key: str) -> Any: ...
 
@@ -668,6 +672,8 @@ class Client:
             "codex_cli_simplified_flow": "true",
             "originator": settings.originator,
         }
+        if settings.workspace:
+            self.authorization_parameters["allowed_workspace_id"] = settings.workspace
         self.token_parameters: Dict[str, str] = {}
 
 
@@ -1701,6 +1707,7 @@ class AuthorizationRequest:
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
+        self.workspace = client.settings.workspace
         self.path = "/" + client.settings.redirect_path
         self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
         self.url = authorization_url(client, self.redirect_uri, challenge, self.state)
@@ -2284,6 +2291,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 DEVICE_CODE_LIFETIME = 900.0  # seconds
 NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
 PASTE_LIMIT = 20  # lines of standard input that are looked at
+WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")  # a part of these plans' names
 
 
 def prepare_sign_in(session: Session) -> None:
@@ -2297,9 +2305,10 @@ def prepare_sign_in(session: Session) -> None:
 def exchange_and_store(
     session: Session, code: str, verifier: str, redirect_uri: str
 ) -> Optional[Tokens]:
-    """Exchange the code and store the tokens; returns those stored before. Raises OAuthError.
+    """Exchange the code and store the tokens; returns those stored before.
 
-    The same account keeps, for now, its API key.
+    The same account keeps, for now, its API key. Raises OAuthError, too when the sign-in is for
+    another workspace than the setting names.
     """
     with session.token_file.lock():
         old = _replaced_tokens(session)
@@ -2316,6 +2325,12 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens]) ->
     fields = {"issuer": settings.issuer, "client_id": settings.client_id}
     fields = merged(fields, response, session.notify)
     tokens = Tokens(fields)
+    if settings.workspace and tokens.account_id != settings.workspace:
+        raise OAuthError(
+            f"signed in to workspace {tokens.account_id or 'unknown'} instead of "
+            f"{settings.workspace}; nothing was stored",
+            "try again, and choose that workspace in the browser",
+        )
     if tokens.account_id:
         fields["account_id"] = tokens.account_id
     same_account = old is not None and tokens.same_account(old)
@@ -2348,8 +2363,8 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     What fails is a warning.
     """
     tokens = session.tokens()
-    email = identity(tokens)["email"]
-    session.notify("done", f"Signed in as {email}" if email else "Signed in")
+    email, workspace = identity(tokens)["email"], workspace_label(tokens)
+    session.notify("done", f"Signed in{f' as {email}' if email else ''}{workspace}")
     try:
         obtain_api_key(session)
     except OAuthError as error:
@@ -2422,18 +2437,30 @@ def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     return {
         "email": text_or_none(decode_claims(tokens.id_token).get("email")),
         "plan": text_or_none(auth.get("chatgpt_plan_type")),
-        "organization_id": text_or_none(auth.get("organization_id") or _organization(auth)),
+        "organization_id": text_or_none(
+            auth.get("organization_id") or _organization(auth).get("id")
+        ),
     }
 
 
-def _organization(auth: Fields) -> object:
-    """The id of the default organization among the claims, else of the first, else None."""
+def _organization(auth: Fields) -> Fields:
+    """The default organization among the claims, else the first, else {}."""
     listed = auth.get("organizations")
     if not isinstance(listed, list):
-        return None
+        return {}
     known: List[Fields] = [entry for entry in listed if isinstance(entry, dict)]
     default = [entry for entry in known if entry.get("is_default") is True]
-    return next((entry.get("id") for entry in default + known), None)
+    return next(iter(default + known), {})
+
+
+def workspace_label(tokens: Tokens) -> str:
+    """The workspace of a sign-in, to stand behind the account; "" when it is a person's own."""
+    auth = tokens.auth_claims()
+    plan = str(auth.get("chatgpt_plan_type"))
+    if not tokens.account_id or not any(word in plan for word in WORKSPACE_PLANS):
+        return ""
+    title = text_or_none(_organization(auth).get("title"))
+    return f" (workspace {f'{title}, ' if title else ''}{tokens.account_id})"
 
 
 class StandardInput:
@@ -3177,6 +3204,9 @@ def sign_in_as_told(
 ) -> None:
     """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
+    if options.workspace:
+        session.settings.workspace = options.workspace
+        session.client = Client(session.settings)  # which asks for the workspace
     prepare_sign_in(session)
     if options.device:
         sign_in_with_device(session, models, options.timeout)
@@ -4002,6 +4032,7 @@ class CodePuppyPlugin:
         except ValueError as error:
             raise UsageError(f"that URL does not work: {error}") from None
         BrowserSignIn.latest = None
+        session.settings.workspace = request.workspace
         models = ModelFilter(session.settings, options.include, options.exclude, options.source)
         redeem(session, models, callback)
 
@@ -4045,6 +4076,10 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
         "api (billed to the API account), codex (covered by the plan) or auto",
         {"metavar": "SOURCE", "type": lambda text: RULES["model_source"].check("--source", text)},
     ),
+    "--workspace": (
+        "sign in to this ChatGPT workspace (its ID), to no other",
+        {"metavar": "ID", "type": lambda text: _WORKSPACE.check("--workspace", text)},
+    ),
     "--all": ("import every model", FLAG),
     "--dry-run": ("print the models without importing them", FLAG),
     "--json": ("output as JSON", FLAG),
@@ -4085,7 +4120,7 @@ COMMANDS = {
     "auth": Command(
         command_auth,
         "sign in with ChatGPT and import its models",
-        "--device --no-browser --timeout --include --exclude --source",
+        "--device --no-browser --timeout --include --exclude --source --workspace",
         "{0}",
         "{0} --device",
     ),

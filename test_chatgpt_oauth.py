@@ -207,7 +207,7 @@ class Double:
         self.redirect_uris = {f"http://localhost:{port}/auth/callback" for port in ports}
         self.client_id = "app_EMoamEEZ73f0CkXaXp7hrann"
         self.account, self.email, self.plan = "acct-1", "ada@example.com", "plus"
-        self.organization = "org-1"
+        self.organization, self.title = "org-1", None
         self.lifetime, self.delay = 864000, 0.0
         self.device_polls, self.device_interval = 1, "0"
         self.rate_limit = {
@@ -266,7 +266,8 @@ class Double:
         account = account or self.account
         claims = {"chatgpt_account_id": account, "chatgpt_plan_type": self.plan}
         if self.organization:
-            claims["organizations"] = [{"id": self.organization, "is_default": True}]
+            organization = {"id": self.organization, "is_default": True, "title": self.title}
+            claims["organizations"] = [organization]
         lifetime = self.lifetime if lifetime is None else lifetime
         expiry = int(time.time()) + lifetime
         unique = secrets.token_hex(4)
@@ -1011,6 +1012,7 @@ class SettingsTest(Case):
             "codex_client_version": ("", "a b", "a&b"),
             "home": ("", "~nobody-of-this-name/x"),
             "prefix": ("", "-x", "a b"),
+            "workspace": ("a b", "a/b", "x" * 129),
             "default_context_length": ("0", "x"),
             "model_patterns": ("", "a b"),
             "model_excludes": ("a b",),
@@ -2825,6 +2827,35 @@ class SignInTest(Case):
         self.assertTrue(err.startswith("You are signed in as ada@example.com; "), err)
         self.assertIn("Signed in as bob@example.com\n", err)
 
+    def test_a_workspace_is_asked_for_and_no_other_is_taken(self):
+        before = self.store()
+        for arguments, environ in (
+            (("--workspace", "acct-2"), {}),
+            (("--workspace", "acct-2"), {"CHATGPT_OAUTH_WORKSPACE": "acct-1"}),
+            ((), {"CHATGPT_OAUTH_WORKSPACE": "acct-2"}),
+        ):
+            result = self.call("auth", "--no-browser", *arguments, environ=environ, browser=visit)
+            self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
+            self.assertEqual(self.double.asked("authorize")[-1]["allowed_workspace_id"], "acct-2")
+            self.assertEqual(self.stored(), before)
+        result = self.call("auth", "--device", "--workspace", "acct-2")
+        self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
+        self.assertEqual(self.stored(), before)
+        self.double.account = "acct-2"
+        self.sign_in("--workspace", "acct-2")
+        self.assertEqual(self.stored()["account_id"], "acct-2")
+        self.sign_in()
+        self.assertNotIn("allowed_workspace_id", self.double.asked("authorize")[-1])
+
+    def test_the_workspace_of_a_sign_in_is_told(self):
+        self.double.plan = "team"
+        self.assertIn("Signed in as ada@example.com (workspace acct-1)\n", self.sign_in())
+        self.double.plan, self.double.title = "enterprise_cbp_usage_based", "Acme \x1b[1mInc."
+        err = self.sign_in()
+        self.assertIn("Signed in as ada@example.com (workspace Acme ?[1mInc., acct-1)\n", err)
+        self.double.plan = "pro"
+        self.assertIn("Signed in as ada@example.com\n", self.sign_in())
+
     def test_the_browser_is_told_only_when_the_tokens_are_on_disk(self):
         seen = []
 
@@ -4112,6 +4143,15 @@ class PuppyTest(PuppyCase):
         self.command(f"/chatgpt-auth {response_to(shown[0])}")
         self.assertIn("Signed in", self.texts())
         self.assertNotIn("URL", self.texts())
+
+    def test_a_pasted_address_is_of_the_workspace_that_was_asked_for(self):
+        self.host()
+        self.load()
+        shown = []
+        self.command("/chatgpt-auth --workspace acct-2 --timeout 0.1", browser=shown.append)
+        self.command(f"/chatgpt-auth {response_to(shown[0])}")
+        self.assertIn("workspace acct-1 instead of acct-2", self.texts())
+        self.assertFalse(self.token_file.exists())
 
     @needs_signals
     def test_ctrl_c_comes_back_to_the_prompt(self):
