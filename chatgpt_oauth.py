@@ -8,6 +8,7 @@
     exec      run a command with the API key in its environment
     token     print a valid access token, refreshed if needed
     logout    sign out and remove the tokens and imported models
+    install   make this file the command chatgpt-oauth (uninstall takes that back)
 
 How data flows.  `auth` sends the browser to an authorization request (RFC 6749 §4.1, with PKCE,
 RFC 7636) and listens on the loopback interface (RFC 8252 §7.3) for the authorization response; a
@@ -852,6 +853,7 @@ def request_device_code(settings: Settings) -> DeviceCode:
 
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
+PRIVATE = 0o600  # the mode of a file that its owner alone may read
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
 
 
@@ -959,20 +961,20 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
 class Replacement:
     """A new content for the file at `path`: durable, all or nothing.
 
-    It is written beside the file, readable by its owner alone from its first byte, and renamed
+    It is written beside the file, with its `mode` (less the umask) from its first byte, and renamed
     into place. The file itself is held open for writing meanwhile: one that cannot be written
     shows itself at once, and takes the content where nothing can be renamed. The caller holds
     the lock. Every method may raise OSError.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, mode: int = PRIVATE) -> None:
         self.path = os.path.realpath(path)  # a symbolic link stays one
         self.temporary = self.path + ".tmp"
         with contextlib.ExitStack() as opened:
             self.current = _open_current(self.path)
             if self.current:
                 opened.enter_context(self.current)
-            self.file = opened.enter_context(_open_temporary(self.temporary, self.path))
+            self.file = opened.enter_context(_open_temporary(self.temporary, self.path, mode))
             self.opened = opened.pop_all()
 
     def write(self, data: bytes) -> None:
@@ -1025,12 +1027,12 @@ def _open_current(path: str) -> Any:
         return None
 
 
-def _open_temporary(path: str, model: str) -> Any:
+def _open_temporary(path: str, model: str, mode: int) -> Any:
     """A new file of the owner of `model`, unbuffered; or that of a killed process once more."""
-    if not _is_leftover(path, model):
+    if mode != PRIVATE or not _is_leftover(path, model):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        return os.fdopen(_create(path, model), "r+b", buffering=0)
+        return os.fdopen(_create(path, model, mode), "r+b", buffering=0)
     flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags), "r+b", buffering=0)
 
@@ -1048,10 +1050,10 @@ def _is_leftover(path: str, model: str) -> bool:
     return plain and facts.st_uid == owner and not facts.st_mode & 0o077
 
 
-def _create(path: str, model: str) -> int:
-    """Create a private file of the owner of `model`; raises FileExistsError where there is one."""
+def _create(path: str, model: str, mode: int) -> int:
+    """Create a file of the owner of `model`; raises FileExistsError where there is one."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = os.open(path, flags, mode)
     _chown_like(descriptor, model)
     return descriptor
 
@@ -1098,14 +1100,14 @@ def _replace(source: str, target: str) -> None:
     return None
 
 
-def _make_directory(path: str) -> None:
-    """Make a private directory, and those above it, each of the owner of the one above it."""
+def _make_directory(path: str, mode: int = 0o700) -> None:
+    """Make a directory, and those above it, each of the owner of the one above it."""
     parent = os.path.dirname(path)
     if os.path.isdir(path) or parent == path:
         return
-    _make_directory(parent)
+    _make_directory(parent, mode)
     with contextlib.suppress(FileExistsError):  # made by another process meanwhile
-        os.mkdir(path, 0o700)
+        os.mkdir(path, mode)
         if sys.platform != "win32":
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -1150,6 +1152,18 @@ def _acquire(path: str, deadline: float) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 opened.pop_all()
                 return descriptor
+
+
+def _acquire_made(path: str, deadline: float) -> int:
+    """The same of a lock file, which is made where there is none."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.close(_create(path, os.path.dirname(path), PRIVATE))
+        try:
+            return _acquire(path, deadline)
+        except FileNotFoundError:  # removed meanwhile
+            if time.monotonic() >= deadline:
+                raise
 
 
 def _release(descriptor: int) -> None:
@@ -1250,16 +1264,7 @@ class JsonFile:
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         _make_directory(self.settings.home)
-        lock = self._lock_path()
-        while True:
-            with contextlib.suppress(FileExistsError):
-                os.close(_create(lock, os.path.dirname(lock)))
-            try:
-                held.callback(_release, _acquire(lock, deadline))
-                break
-            except FileNotFoundError:  # removed meanwhile
-                if time.monotonic() >= deadline:
-                    raise
+        held.callback(_release, _acquire_made(self._lock_path(), deadline))
         if sys.platform != "win32":  # where a lock would keep readers out
             with contextlib.suppress(OSError):  # none, or one that `reserve` will refuse
                 held.callback(_release, _acquire(os.path.realpath(self.path), deadline))
@@ -2786,24 +2791,30 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 class Shell:
     """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
 
-    `profile` evaluates what the command {0} prints. Only b64tokens and identifiers get into the
-    statements, so their quotes cannot be broken out of.
+    `profile` evaluates what the command {0} prints; `search` lets it find commands in the quoted
+    directory {0}. Only b64tokens and identifiers get into the statements, so their quotes cannot
+    be broken out of.
     """
 
-    def __init__(self, assign: str, unset: str, separator: str, profile: str) -> None:
+    def __init__(
+        self, assign: str, unset: str, separator: str, profile: str, search: str = ""
+    ) -> None:
         self.assign, self.unset = assign, unset
-        self.separator, self.profile = separator, profile
+        self.separator, self.profile, self.search = separator, profile, search
 
 
 SHELLS = {
-    "sh": Shell("export {0}='{1}'", "unset {0}", ";\n", 'eval "$({0})"'),
-    "fish": Shell("set -gx {0} '{1}'", "set -e {0}", ";\n", "{0} | source"),
-    "csh": Shell("setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `{0}`"),
+    "sh": Shell("export {0}='{1}'", "unset {0}", ";\n", 'eval "$({0})"', 'export PATH={0}:"$PATH"'),
+    "fish": Shell("set -gx {0} '{1}'", "set -e {0}", ";\n", "{0} | source", "fish_add_path {0}"),
+    "csh": Shell(
+        "setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `{0}`", 'setenv PATH {0}:"$PATH"'
+    ),
     "powershell": Shell(
         "$env:{0} = '{1}'",
         "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
         ";\n",
         "{0} | Out-String | iex",
+        "$env:PATH = {0} + ';' + $env:PATH",
     ),
     "cmd": Shell('set "{0}={1}"', 'set "{0}="', "\n", "for /f \"delims=\" %i in ('{0}') do @%i"),
     "dotenv": Shell("{0}={1}", "{0}=", "\n", ""),
@@ -2814,6 +2825,23 @@ SHELL_ALIASES = {
     "tcsh": "csh",
     "pwsh": "powershell",
 }
+
+
+PROFILES = {
+    "bash": "~/.bashrc",
+    "zsh": "~/.zshrc",
+    "fish": "~/.config/fish/config.fish",
+    "tcsh": "~/.tcshrc",
+    "csh": "~/.cshrc",
+    "powershell": "$PROFILE",
+}
+
+
+def shell_quote(shell: str, word: str) -> str:
+    """`word` as the `shell` takes it, whatever is in it."""
+    import shlex
+
+    return "'" + word.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(word)
 
 
 def find_shell(settings: Settings, name: str) -> str:
@@ -2842,6 +2870,8 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
 # Terminal: the one object that talks to a person
 # ---------------------------------------------------------------------------------------------
 
+COMMAND = "chatgpt-oauth"  # as `install` calls it
+LAUNCHERS = (COMMAND, COMMAND + ".cmd")  # on POSIX, on Windows
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
@@ -2850,8 +2880,6 @@ def program_name(absolute: bool = False) -> str:
 
     `absolute`: in any directory, as the profile of a shell does.
     """
-    import shlex
-
     python = "python" if sys.platform == "win32" else "python3"
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__":
@@ -2860,9 +2888,20 @@ def program_name(absolute: bool = False) -> str:
     if path in ("", "-", "-c"):
         return f"{python} chatgpt_oauth.py"
     directory, name = os.path.split(path)
-    if directory in os.environ.get("PATH", "").split(os.pathsep) and os.access(path, os.X_OK):
-        return shlex.quote(name)
-    return f"{python} {shlex.quote(os.path.abspath(path) if absolute else path)}"
+    searched = map(os.path.normpath, os.environ.get("PATH", "").split(os.pathsep))
+    if os.path.normpath(directory) in searched and os.access(path, os.X_OK):
+        return COMMAND if name in LAUNCHERS else quote_path(name)
+    whole = quote_path(os.path.abspath(path) if absolute else path)
+    return whole if name in LAUNCHERS else f"{python} {whole}"
+
+
+def quote_path(path: str) -> str:
+    """`path` as it is typed here; on Windows for PowerShell and the command prompt alike."""
+    if sys.platform == "win32":
+        return f'"{path}"' if " " in path else path
+    import shlex
+
+    return shlex.quote(path)
 
 
 class Terminal:
@@ -3375,6 +3414,295 @@ def command_logout(session: Session, options: Namespace) -> None:
     """Revoke the sign-in and remove what it left."""
     if not end_sign_in(session, not options.local):
         session.notify("info", "Not signed in; nothing to do.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Install: this file as a command of its own, and as Code Puppy's plugin
+# ---------------------------------------------------------------------------------------------
+
+# What each of our files holds, in every version. Whatever else stands in its place stays.
+PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
+LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
+# How Python is to start. Imported, the file is compiled once for each Python that comes here; as
+# a script it would be compiled at every start, which takes longer than all else that `env` does.
+LAUNCH_CODE = (
+    "import sys; del sys.argv[0]; sys.path.insert(0, sys.argv.pop(1)); "
+    "import chatgpt_oauth; chatgpt_oauth.run_program()"
+)
+# -I -S: no code of the current folder, of PYTHONPATH or of site-packages. A shell in between
+# allows any path, where the kernel's #! has limits of length and takes no space. No variables:
+# one of the same name that is exported would change for the program.
+POSIX_LAUNCHER = """\
+#!/bin/sh
+# {mark}
+gone() {{
+  printf 'error: %s is gone\\n' "$1" >&2
+  echo 'hint: to install it again, run: python3 chatgpt_oauth.py install' >&2
+  exit 6
+}}
+[ -f {python} ] || gone {python}
+[ -f {program} ] || gone {program}
+exec {python} -I -S -c '{code}' "$0" {directory} "$@"
+"""
+# The last line is one: cmd reads on in the file after each, and `uninstall` removes it.
+WINDOWS_LAUNCHER = """\
+@echo off
+rem {mark}
+if exist {python} if exist {program} goto start
+echo error: {python} or {program} is gone 1>&2
+echo hint: to install it again, run: python chatgpt_oauth.py install 1>&2
+exit /b 6
+:start
+{python} -I -S -c "{code}" "%~f0" {directory} %* & exit /b
+"""
+
+
+class InstallPaths:
+    """Where `install` puts what: the program, its launcher (in `bin_directory`) and the plugin.
+
+    What differs between the platforms stands here and in `launcher_content`.
+    """
+
+    def __init__(self, environ: Dict[str, str], bin_directory: Optional[str]) -> None:
+        if sys.platform == "win32":
+            data = environ.get("LOCALAPPDATA") or r"~\AppData\Local"
+            binaries, name = os.path.join(data, "Programs", "chatgpt_oauth"), LAUNCHERS[1]
+        else:
+            data = environ.get("XDG_DATA_HOME", "")
+            if not os.path.isabs(data):  # the XDG Base Directory Specification: to be ignored
+                data = "~/.local/share"
+            binaries, name = "~/.local/bin", LAUNCHERS[0]
+        self.directory = absolute_path(os.path.join(data, "chatgpt_oauth"))
+        self.program = os.path.join(self.directory, "chatgpt_oauth.py")
+        self.lock = os.path.join(self.directory, "install.lock")
+        self.bin_directory = absolute_path(bin_directory or binaries)
+        self.launcher = os.path.join(self.bin_directory, name)
+        self.code_puppy = absolute_path("~/.code_puppy")
+        self.plugin = os.path.join(
+            self.code_puppy, "plugins", "chatgpt_oauth_file", "register_callbacks.py"
+        )
+
+    def includes_plugin(self, options: Namespace) -> bool:
+        """Whether the options, or else a Code Puppy that is there, ask for the plugin."""
+        if options.code_puppy and options.no_code_puppy:
+            raise UsageError(
+                "--code-puppy and --no-code-puppy cannot be used together",
+                "leave one of them out",
+            )
+        there = os.path.isdir(self.code_puppy)
+        return options.code_puppy or (there and not options.no_code_puppy)
+
+
+def absolute_path(path: str) -> str:
+    """`path`, from the home directory where it begins with `~`. Raises UsageError."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UsageError("the home directory is not known", "set HOME, then try again")
+    return os.path.abspath(expanded)
+
+
+def launcher_content(paths: InstallPaths) -> bytes:
+    """The file that starts this very Python with the installed program."""
+    facts = {
+        "python": lasting_python(),
+        "program": paths.program,
+        "directory": paths.directory,
+    }
+    words = {"mark": LAUNCHER_MARK, "code": LAUNCH_CODE}
+    if sys.platform != "win32":
+        import shlex
+
+        quoted = {name: shlex.quote(path) for name, path in facts.items()}
+        return os.fsencode(POSIX_LAUNCHER.format(**quoted, **words))
+    quoted = {name: '"' + path.replace("%", "%%") + '"' for name, path in facts.items()}
+    text = WINDOWS_LAUNCHER.format(**quoted, **words)
+    try:
+        return text.replace("\n", "\r\n").encode("oem")  # cmd reads no other encoding
+    except UnicodeEncodeError:
+        paths_named = ", ".join(quoted.values())
+        raise StorageError(f"the command prompt cannot read one of {paths_named}") from None
+
+
+def lasting_python() -> str:
+    """This Python's path; of a virtual environment, the one that it was made from.
+
+    The launcher sees no packages, so it need not end with the environment. Links are followed no
+    further than out of it: the names outside, such as /usr/bin/python3, outlive updates.
+    """
+    python = sys.executable
+    if not python:
+        raise OAuthError("Python cannot find its own executable")
+    if sys.prefix == sys.base_prefix:
+        return python
+    if sys.platform == "win32":
+        return str(getattr(sys, "_base_executable", python))  # no link there, but a starter
+    while os.path.islink(python) and python.startswith(os.path.join(sys.prefix, "")):
+        target = os.path.join(os.path.dirname(python), os.readlink(python))
+        python = os.path.normpath(target)
+    return python
+
+
+def own_source() -> bytes:
+    """This file. Raises UsageError when the program was not read from one."""
+    source = b""
+    with contextlib.suppress(OSError):
+        source = file_content(str(globals().get("__file__", "")))
+    if PROGRAM_MARK not in source or b"\0" in source:  # compiled code has one
+        raise UsageError(
+            "the program was not started from a file that could be installed",
+            "download chatgpt_oauth.py, then run",
+            "install",
+        )
+    return source
+
+
+def file_content(path: str) -> bytes:
+    """What is in the file at `path`; a mebibyte is more than any of ours has."""
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
+        return file.read(MEBIBYTE)
+
+
+def is_installed(path: str, mark: bytes) -> bool:
+    """Whether a file of ours is at `path`. Raises StorageError where something else is."""
+    try:
+        if stat.S_ISREG(os.lstat(path).st_mode) and mark in file_content(path):
+            return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read: {error.strerror}") from None
+    raise StorageError(
+        f"{path}: not made by chatgpt_oauth, so it is left alone",
+        "rename or remove it, then try again (--bin DIR chooses another place for the command, "
+        "--no-code-puppy does without the plugin)",
+    )
+
+
+def installed_files(paths: InstallPaths, plugin: bool) -> Dict[str, bytes]:
+    """The path of each file that `install` puts somewhere, and its mark."""
+    files = {paths.launcher: LAUNCHER_MARK.encode(), paths.program: PROGRAM_MARK}
+    return {**files, paths.plugin: PROGRAM_MARK} if plugin else files
+
+
+def command_install(session: Session, options: Namespace) -> None:
+    """Make this file a command, and Code Puppy's plugin where there is Code Puppy."""
+    paths, notify = InstallPaths(session.settings.environ, options.bin), session.notify
+    plugin = paths.includes_plugin(options)
+    source = own_source()
+    contents = {paths.program: source, paths.launcher: launcher_content(paths)}
+    if plugin:
+        contents[paths.plugin] = source
+    for path, mark in installed_files(paths, plugin).items():
+        is_installed(path, mark)
+    try:
+        for path in contents:
+            _make_directory(os.path.dirname(path), 0o755)
+        deadline = time.monotonic() + session.settings.lock_timeout
+        with contextlib.ExitStack() as held:
+            held.callback(_release, _acquire_made(paths.lock, deadline))
+            put_in_place(contents, paths.launcher)
+            compile_program(paths.program)
+    except OSError as error:
+        raise storage_error("write", error.filename or paths.directory, error) from None
+    sys.argv[0] = paths.launcher  # so is the program called from here on
+    notify("done", f"Installed the command {paths.launcher}")
+    notify("info", f"It runs the copy {paths.program}")
+    if plugin:
+        notify("done", f"Installed the Code Puppy plugin {paths.plugin}")
+    tell_how_to_use(session, paths)
+
+
+def put_in_place(contents: Dict[str, bytes], executable: str) -> None:
+    """Replace each file by its new content; when one has no place, none is replaced."""
+    with contextlib.ExitStack() as stack:
+        replacements = []
+        for path, content in contents.items():
+            replacement = Replacement(path, 0o755 if path == executable else 0o644)
+            stack.callback(replacement.close)
+            replacement.write(content)
+            replacements.append((replacement, content))
+        for replacement, content in replacements:
+            replacement.commit(content)
+
+
+def compile_program(path: str) -> None:
+    """Compile the program ahead of its first start. Raises OSError."""
+    import py_compile
+
+    py_compile.compile(
+        path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP
+    )
+
+
+def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
+    """Say whether the shell finds the command, and which lines its profile may have."""
+    import shutil
+
+    notify, environ = session.notify, session.settings.environ
+    name = os.path.basename(environ.get("SHELL") or "sh")
+    try:
+        shell = find_shell(session.settings, "auto")
+    except UsageError:  # one that we don't know; it may understand this one's line
+        shell = "sh"
+    profile = PROFILES.get(shell if sys.platform == "win32" else name, "~/.profile")
+    found = shutil.which(COMMAND, path=environ.get("PATH"))
+    if found is None:
+        notify("warning", f"{paths.bin_directory} is not in PATH")
+        line = SHELLS[shell].search.format(shell_quote(shell, paths.bin_directory))
+        notify("info", f"To add it, put this line into {profile}:")
+        notify("info", f"    {line}")
+    elif not os.path.samefile(found, paths.launcher):
+        notify("warning", f"another {COMMAND} comes first in PATH: {found}")
+    else:
+        notify("info", f"{paths.bin_directory} is in PATH; to see what it can do, run", "--help")
+    start = program_name()
+    if shell == "powershell" and not start.startswith(COMMAND):
+        start = f"& {start}"  # or it takes a quoted path for a text
+    code = SHELLS[shell].profile.format(f"{start} env --shell {shell}")
+    notify("info", f"To have the API key in each new shell, put this line into {profile}:")
+    notify("info", f"    {code}")
+
+
+def command_uninstall(session: Session, options: Namespace) -> None:
+    """Remove what `install` made, and nothing else."""
+    paths = InstallPaths(session.settings.environ, options.bin)
+    plugin = paths.includes_plugin(options)
+    files = installed_files(paths, plugin)
+    present = [path for path, mark in files.items() if is_installed(path, mark)]
+    if not present:
+        session.notify("info", "Not installed; nothing to do.")
+        return
+    for path in present:
+        remove_program(path)
+        session.notify("done", f"Removed {path}")
+    if paths.program in present:
+        with contextlib.suppress(OSError):  # another install has it open, or it was never there
+            os.unlink(paths.lock)
+    for directory in (os.path.dirname(paths.plugin), paths.directory):
+        with contextlib.suppress(OSError):  # something else is in it
+            os.rmdir(directory)
+    if os.path.lexists(session.token_file.path):
+        session.notify("info", f"Your sign-in stays in {session.token_file.path}")
+    session.notify("info", "If your shell's profile has a line for it, remove that, too.")
+
+
+def remove_program(path: str) -> None:
+    """Remove the file at `path` with what Python compiled from it. Raises StorageError."""
+    import glob
+
+    directory, name = os.path.split(path)
+    cache = os.path.join(directory, "__pycache__")
+    compiled = os.path.join(glob.escape(cache), glob.escape(name[:-3]) + ".*.pyc")
+    try:
+        os.unlink(path)
+        for each in glob.glob(compiled) if name.endswith(".py") else []:
+            os.unlink(each)
+        with contextlib.suppress(FileNotFoundError):  # left by an `install` that was killed
+            os.unlink(path + ".tmp")
+        with contextlib.suppress(OSError):  # there is none, or something else is in it
+            os.rmdir(cache)
+    except OSError as error:
+        raise storage_error("remove", path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4095,6 +4423,13 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--refresh": ("refresh it first, even if it is still valid", FLAG),
     "--api-key": ("print the API key instead", FLAG),
     "--local": ("do not revoke the tokens at OpenAI", FLAG),
+    "--bin": (
+        r"directory for the command (default: ~/.local/bin; on Windows "
+        r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
+        {"metavar": "DIR"},
+    ),
+    "--code-puppy": ("install the Code Puppy plugin, even where there is no ~/.code_puppy", FLAG),
+    "--no-code-puppy": ("leave Code Puppy alone", FLAG),
 }
 
 
@@ -4165,6 +4500,19 @@ COMMANDS = {
         "--local",
         "{0}",
         "{0} --local",
+    ),
+    "install": Command(
+        command_install,
+        "make this file the command chatgpt-oauth, and Code Puppy's plugin",
+        "--bin --code-puppy --no-code-puppy",
+        "{0}",
+        "{0} --bin ~/bin",
+    ),
+    "uninstall": Command(
+        command_uninstall,
+        "remove what install made; the sign-in stays",
+        "--bin --code-puppy --no-code-puppy",
+        "{0}",
     ),
 }
 ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "status"}
@@ -4295,7 +4643,7 @@ environment:
 
 def usage() -> str:
     """What the program prints without a command."""
-    commands = "\n".join(f"  {name:8}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
     return USAGE.format(program_name(), commands)
 
 
@@ -4365,11 +4713,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         return OAuthError.exit_code
 
 
-if __name__ == "__main__":
+def run_program() -> NoReturn:
+    """Be the program: carry out the process's command line, then end the process."""
     exit_code = main()
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     # Not sys.exit(): no waiting for a connection's thread, no taking apart of what ends anyway.
     os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    run_program()
 if is_plugin():
     register_callbacks()

@@ -26,6 +26,7 @@ import io
 import json
 import os
 import pathlib
+import py_compile
 import random
 import re
 import secrets
@@ -55,7 +56,17 @@ POSIX = os.name == "posix"
 LIMIT = 60  # seconds: no wait for a process, a thread or a socket is longer
 WORKERS = 4  # processes that share the longest test
 TEST_LIMIT = 300  # seconds in which a test that hangs in this process is ended, with all others
-COMMANDS = ("auth", "status", "models", "env", "token", "logout")
+COMMANDS = (
+    "auth",
+    "status",
+    "models",
+    "env",
+    "exec",
+    "token",
+    "logout",
+    "install",
+    "uninstall",
+)
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
 INVALID_GRANT_CODES = (
     "refresh_token_reused",
@@ -3748,6 +3759,337 @@ class ModuleTest(Case):
         environ = mock.patch.dict(os.environ, self.environ, clear=True)
         with environ, self.assertLogs("chatgpt_oauth", "WARNING"):
             oauth.get_access_token()
+
+
+# ---------------------------------------------------------------------------------------------
+# Install
+# ---------------------------------------------------------------------------------------------
+
+
+class InstallTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.settle(self.folder)
+
+    def settle(self, home):
+        """Let `home` be the person's home directory."""
+        home.mkdir(exist_ok=True)
+        if POSIX:
+            self.data, self.bin = home / ".local/share", home / ".local/bin"
+        else:
+            self.data = home / "AppData" / "Local"
+            self.bin = self.data / "Programs" / "chatgpt_oauth"
+        self.program = self.data / "chatgpt_oauth" / "chatgpt_oauth.py"
+        self.launcher = self.bin / ("chatgpt-oauth" if POSIX else "chatgpt-oauth.cmd")
+        self.plugin = home / ".code_puppy/plugins/chatgpt_oauth_file/register_callbacks.py"
+        path = os.pathsep.join((str(self.bin), os.environ["PATH"]))
+        self.environ.update(HOME=str(home), USERPROFILE=str(home), PATH=path, SHELL="/bin/bash")
+
+    def install(self, *arguments, **options):
+        """Install; returns what was said."""
+        return self.assert_done(self.run_program("install", *arguments, **options))
+
+    def run_installed(self, *arguments, **options):
+        """(exit code, standard output, standard error) of the installed command."""
+        return self.run_command([str(self.launcher), *arguments], **options)
+
+    def files(self):
+        """Every file under the folder, but what Python compiled."""
+        found = (path for path in self.folder.rglob("*") if not path.is_dir())
+        return {str(path): path.read_bytes() for path in found if path.suffix != ".pyc"}
+
+    def test_the_file_becomes_a_command(self):
+        self.store(api_key="sk-1")
+        said = self.install("--no-code-puppy")
+        self.assertIn(f"Installed the command {self.launcher}\n", said)
+        self.assertIn(f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", said)
+        self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
+        self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
+        out = self.assert_quiet(self.run_installed("env", "--shell", "sh"))
+        self.assertEqual(out, "export CHATGPT_OAUTH_API_KEY='sk-1'\n")
+        self.assertFalse(self.plugin.exists())
+
+    def test_hints_say_how_it_was_started(self):
+        self.install()
+        said = self.run_installed("token")[2]
+        self.assertIn("hint: to sign in, run: chatgpt-oauth auth\n", said)
+        self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h")[1])
+        environ = {"PATH": os.environ["PATH"]}
+        said = self.run_installed("token", environ=environ)[2]
+        self.assertIn(f"hint: to sign in, run: {self.launcher} auth\n", said)
+
+    def test_no_code_from_elsewhere_is_run(self):
+        self.store(api_key="sk-1")
+        self.install()
+        trap = self.folder / "trap"
+        trap.mkdir()
+        for name in ("json", "contextlib", "chatgpt_oauth", "sitecustomize"):
+            (trap / f"{name}.py").write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
+        environ = {"PYTHONPATH": str(trap), "PYTHONHOME": str(trap), "PYTHONSTARTUP": str(trap)}
+        result = self.run_installed("env", environ=environ, cwd=str(trap))
+        self.assertIn("sk-1", self.assert_quiet(result))
+        self.assertFalse((self.folder / "sprung").exists())
+
+    @needs_sh
+    def test_paths_may_hold_anything(self):
+        for name in (
+            'it\'s a "home"',
+            "a $HOME `id` %PATH% \\x",
+            "\u00e4 \u20ac",
+            "new\nline",
+            "-n",
+        ):
+            with self.subTest(name):
+                self.settle(self.folder / name)
+                self.install("--code-puppy")
+                self.assertEqual(self.run_installed("status")[0], 3)
+                self.assertEqual(self.run_installed("--version")[::2], (0, ""))
+                self.assertTrue(self.plugin.exists())
+                self.assert_done(self.run_installed("uninstall"))
+                self.assertFalse(self.launcher.exists())
+
+    @needs_sh
+    def test_the_environment_of_the_command_is_the_persons(self):
+        self.store(api_key="sk-1")
+        self.install()
+        code = (
+            "import os; shells = ('PWD', 'OLDPWD', 'SHLVL', '_'); "
+            "print(sorted(each for each in os.environ.items() if each[0] not in shells))"
+        )
+        show = [sys.executable, "-c", code]
+        mine = {"python": "1", "directory": "2", "program": "3", "file": "4", "PYTHONPATH": "/x"}
+        environ = {"CHATGPT_OAUTH_API_KEY": "sk-1", **mine}
+        out = self.assert_quiet(self.run_installed("exec", "--", *show, environ=environ))
+        self.assertEqual(out, self.run_command(show, environ)[1])
+
+    def test_a_virtual_environment_may_go_afterwards(self):
+        place = self.folder / "venv"
+        make = [sys.executable, "-m", "venv", "--without-pip", str(place)]
+        code, out, err = self.run_command(make)
+        if code and not POSIX:
+            self.skipTest("the embeddable Python for Windows makes no virtual environments")
+        self.assertEqual(code, 0, err)
+        python = place / ("bin/python" if POSIX else "Scripts/python.exe")
+        self.assert_done(self.run_command([str(python), PROGRAM, "install"]))
+        shutil.rmtree(place)
+        self.assertEqual(self.run_installed("--version")[::2], (0, ""))
+
+    @needs_sh
+    def test_a_python_that_has_moved_is_named(self):
+        python = self.folder / "a python"
+        python.symlink_to(sys.executable)
+        self.assert_done(self.run_command([str(python), PROGRAM, "install"]))
+        self.assertEqual(self.run_installed("--version")[0], 0)
+        python.unlink()
+        err = self.assert_fails(self.run_installed("token"), 6, f"error: {python} is gone\n")
+        self.assertIn("hint: to install it again, run: python3 chatgpt_oauth.py install\n", err)
+        self.install()
+        shutil.rmtree(self.program.parent)
+        self.assert_fails(self.run_installed("token"), 6, f"error: {self.program} is gone\n")
+
+    def test_what_is_not_ours_is_left_alone(self):
+        for place in (self.launcher, self.program, self.plugin):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("#!/bin/sh\nmine\n")
+            before = self.files()
+            for command in ("install", "uninstall"):
+                result = self.run_program(command, "--code-puppy")
+                self.assert_fails(result, 6, f"{place}: not made by chatgpt_oauth", "--bin")
+                self.assertEqual(self.files(), before)
+            place.unlink()
+            place.mkdir()
+            self.assert_fails(self.run_program("install", "--code-puppy"), 6, str(place))
+            place.rmdir()
+        elsewhere = self.folder / "bin"
+        self.launcher.write_text("mine")
+        self.install("--bin", str(elsewhere))
+        self.assertEqual(self.launcher.read_text(), "mine")
+        self.assertTrue((elsewhere / self.launcher.name).exists())
+
+    @needs_modes
+    def test_a_link_to_our_own_file_is_not_written_through(self):
+        source = self.folder / "chatgpt_oauth.py"
+        shutil.copy(PROGRAM, source)
+        self.bin.mkdir(parents=True)
+        self.launcher.symlink_to(source)
+        self.assert_fails(self.run_program("install"), 6, str(self.launcher))
+        self.assertEqual(source.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
+
+    def test_over_itself_and_over_an_older_copy(self):
+        older = pathlib.Path(PROGRAM).read_text().replace(oauth.__version__, "0.0.1")
+        old = self.folder / "old" / "chatgpt_oauth.py"
+        old.parent.mkdir()
+        old.write_text(older)
+        self.assert_done(self.run_command([sys.executable, str(old), "install", "--code-puppy"]))
+        self.assertEqual(self.run_installed("-V")[1], "chatgpt_oauth 0.0.1\n")
+        self.assert_done(self.run_installed("install", "--code-puppy"))
+        self.assertEqual(self.run_installed("-V")[1], "chatgpt_oauth 0.0.1\n")
+        self.install()
+        self.assertEqual(self.run_installed("-V")[1], f"chatgpt_oauth {oauth.__version__}\n")
+        self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
+
+    @needs_modes
+    def test_the_umask_decides_who_may_run_it(self):
+        for umask, modes in ((0o022, (0o755, 0o644)), (0o077, (0o700, 0o600)), (0, (0o755, 0o644))):
+            self.assert_done(self.run_shell(f"umask {umask:o}; exec {self.line('install')}"))
+            places = self.launcher, self.program
+            self.assertEqual(tuple(p.stat().st_mode & 0o777 for p in places), modes)
+
+    def line(self, *arguments):
+        """The program and `arguments` for a shell."""
+        return shell_line(sys.executable, PROGRAM, *arguments)
+
+    @needs_modes
+    def test_a_place_that_cannot_be_written_changes_nothing(self):
+        self.folder.chmod(0o755)
+        with mock.patch.object(sys, "argv", list(sys.argv)):  # nobody else may import all modules
+            self.assertEqual(self.call("install", "--code-puppy")[0], 0)
+        for place in (self.bin, self.data, self.plugin.parent):
+            shutil.rmtree(self.folder / ".local", ignore_errors=True)
+            shutil.rmtree(self.home, ignore_errors=True)
+            for each in (self.bin, self.data, self.plugin.parent):
+                each.mkdir(parents=True, exist_ok=True)
+            for each in self.folder.rglob("*"):
+                each.chmod(0o777)
+            place.chmod(0o555)
+            with self.somebody_else():
+                result = self.call("install", "--code-puppy")
+            self.assert_fails(result, 6, f"cannot write {place}", "permissions")
+            left = {path for path in self.files() if not path.endswith(".lock")}
+            self.assertEqual(left, set(), place)
+            place.chmod(0o755)
+
+    @needs_signals
+    def test_a_kill_at_any_moment_leaves_a_command_that_works_or_none(self):
+        self.install()
+        began = time.monotonic()
+        self.install()
+        whole = time.monotonic() - began
+        worked = 0
+        for tenth in range(12):
+            if tenth == 6:
+                self.assert_done(self.run_program("uninstall"))
+            running = self.start("install")
+            time.sleep(whole * tenth / 10)
+            running.process.kill()
+            running.end()
+            if self.launcher.exists():
+                worked += 1
+                self.assertEqual(self.run_installed("--version")[::2], (0, ""))
+        self.assertGreaterEqual(worked, 6)
+        self.install()
+        self.assertEqual([p for p in self.files() if p.endswith(".tmp")], [])
+
+    def test_many_at_once(self):
+        running = [self.start("install", "--code-puppy") for _ in range(6)]
+        for each in running:
+            self.assert_done(each.end())
+        self.assertEqual(self.run_installed("--version")[::2], (0, ""))
+        self.assertEqual([p for p in self.files() if p.endswith(".tmp")], [])
+
+    def test_read_from_standard_input_there_is_nothing_to_copy(self):
+        with open(PROGRAM, "rb") as stdin:
+            result = self.run_command([sys.executable, "-", "install"], stdin=stdin)
+        hint = "download chatgpt_oauth.py, then run: python"
+        self.assert_fails(result, 2, "not started from a file", hint)
+        self.assertEqual(self.files(), {})
+
+    def test_compiled_code_is_not_copied(self):
+        compiled = self.folder / "c.pyc"
+        py_compile.compile(PROGRAM, cfile=str(compiled), doraise=True)
+        result = self.run_command([sys.executable, str(compiled), "install"])
+        self.assert_fails(result, 2, "download chatgpt_oauth.py")
+        self.assertEqual(self.files(), {})
+
+    def test_the_plugin_comes_where_code_puppy_is(self):
+        self.install()
+        self.assertFalse(self.plugin.exists())
+        self.home.mkdir()
+        self.assertNotIn("Code Puppy", self.install("--no-code-puppy"))
+        self.assertFalse(self.plugin.exists())
+        self.assertIn(f"Installed the Code Puppy plugin {self.plugin}\n", self.install())
+        self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
+        both = self.run_program("install", "--code-puppy", "--no-code-puppy")
+        self.assert_fails(both, 2, "--no-code-puppy")
+
+    def test_places_follow_the_options_and_the_environment(self):
+        data = self.folder / "data"
+        name = "XDG_DATA_HOME" if POSIX else "LOCALAPPDATA"
+        place = self.folder / "x y"
+        self.install("--bin", "x y", environ={name: str(data)}, cwd=str(self.folder))
+        self.assertTrue((data / "chatgpt_oauth" / "chatgpt_oauth.py").exists())
+        self.assertEqual(self.run_command([str(place / self.launcher.name), "-V"])[0], 0)
+        self.assertFalse(self.program.exists())
+        if POSIX:
+            self.install(environ={name: "data"}, cwd=str(self.folder))
+            self.assertTrue(self.program.exists())
+
+    def test_uninstall_takes_back_what_install_put_there_and_no_sign_in(self):
+        before = self.store(api_key="sk-1")
+        self.install()
+        self.run_installed("status", environ={"PYTHONDONTWRITEBYTECODE": None})
+        (self.plugin.parent / "__pycache__").mkdir()
+        (self.plugin.parent / "__pycache__" / "register_callbacks.cpython-312.pyc").touch()
+        said = self.assert_done(self.run_installed("uninstall"))
+        self.assertIn(f"Removed {self.launcher}\n", said)
+        self.assertIn(f"Your sign-in stays in {self.token_file}\n", said)
+        self.assertEqual(list(self.files()), [str(self.token_file)])
+        self.assertEqual(self.stored(), before)
+        self.assertFalse(self.plugin.parent.exists())
+        self.assertFalse(self.program.parent.exists())
+        said = self.assert_done(self.run_program("uninstall"))
+        self.assertEqual(said, "Not installed; nothing to do.\n")
+
+    def test_uninstall_leaves_what_it_did_not_bring(self):
+        self.home.mkdir()
+        self.install()
+        mine = [self.program.parent / "mine", self.plugin.parent / "mine", self.bin / "mine"]
+        for each in mine:
+            each.touch()
+        self.assert_done(self.run_program("uninstall", "--no-code-puppy"))
+        self.assertTrue(self.plugin.exists())
+        self.assert_done(self.run_program("uninstall"))
+        self.assertEqual(set(self.files()), set(map(str, mine)))
+
+    def test_another_command_of_the_name_is_told_of(self):
+        first = self.folder / "first"
+        first.mkdir()
+        other = first / self.launcher.name
+        other.write_text("#!/bin/sh\n")
+        other.chmod(0o755)
+        path = os.pathsep.join((str(first), self.environ["PATH"]))
+        said = self.install(environ={"PATH": path})
+        warning = f"warning: another chatgpt-oauth comes first in PATH: {other}\n"
+        self.assertIn(warning.lower(), said.lower())  # Windows takes the suffix from PATHEXT
+
+    @needs_sh
+    def test_the_lines_for_the_profile_work_in_the_persons_shell(self):
+        self.settle(self.folder / "it's a home")
+        self.home = self.folder / "it's a home" / ".code_puppy"
+        self.token_file = self.home / "chatgpt_oauth.json"
+        self.store(api_key="sk-1")
+        profiles = {
+            "bash": "~/.bashrc",
+            "zsh": "~/.zshrc",
+            "fish": "~/.config/fish/config.fish",
+            "tcsh": "~/.tcshrc",
+            "dash": "~/.profile",
+            "nu": "~/.profile",
+        }
+        for name, profile in profiles.items():
+            shell = shutil.which("sh" if name == "nu" else name)
+            if not shell:
+                continue
+            with self.subTest(name):
+                environ = {"PATH": os.environ["PATH"], "SHELL": f"/usr/bin/{name}"}
+                said = self.install(environ=environ)
+                self.assertIn(f"warning: {self.bin} is not in PATH\n", said)
+                self.assertEqual(said.count(f" put this line into {profile}:\n"), 2)
+                lines = re.findall(r"(?m)^    (.+)$", said)
+                lines += ["echo $CHATGPT_OAUTH_API_KEY", "chatgpt-oauth --version"]
+                result = self.run_command([shell, "-c", "\n".join(lines)], environ)
+                out = self.assert_quiet(result)
+                self.assertEqual(out.split(), ["sk-1", "chatgpt_oauth", oauth.__version__])
 
 
 # ---------------------------------------------------------------------------------------------
