@@ -3639,7 +3639,8 @@ class OnlineStatusTest(Case):
         self.assertIn("API key:      refused: could not list the models (HTTP 401)", out)
 
     def test_a_refused_sign_in_is_exit_4(self):
-        self.double.access_tokens.clear()
+        for endpoint in ("codex", "usage"):
+            self.fault(endpoint, 401, b'{"detail": "Unauthorized"}')
         online, problem = self.online(4)
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "refused"))
         self.assertEqual(online["usage"], [])
