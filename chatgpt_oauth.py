@@ -498,23 +498,21 @@ def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
             # InvalidStateError if nobody waits any more: a token must not be spent in vain.
             reached.set_result(self.sock)
 
-    class HTTPHandler(urllib.request.HTTPHandler):
+    class Handler(urllib.request.HTTPHandler):
+        https_request = urllib.request.HTTPHandler.http_request
+
         def http_open(self, request: Any) -> Any:
             return self.do_open(Connection, request)
 
-    class HTTPSHandler(urllib.request.HTTPSHandler):
         def https_open(self, request: Any) -> Any:
             return self.do_open(Connection, request, context=tls_context())
 
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        # A 307 would carry the code and the verifier, or the refresh token, to wherever it points.
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
-    proxy = urllib.request.ProxyHandler(None if proxied else {})
-    return urllib.request.build_opener(
-        proxy, NoRedirect, HTTPSHandler(context=tls_context()) if secure else HTTPHandler
-    )
+    # These two alone: no status is an exception, and no redirect is followed. A 307 would carry
+    # the code and the verifier, or the refresh token, to wherever it points.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(None if proxied else {}))
+    opener.add_handler(Handler())
+    return opener
 
 
 def send(request: Any, timeout: float, limit: int, reached: AnyFuture, answered: AnyFuture) -> None:
@@ -524,13 +522,9 @@ def send(request: Any, timeout: float, limit: int, reached: AnyFuture, answered:
     try:
         proxied = not is_loopback(request.full_url)
         opener = build_opener(request.type == "https", proxied, reached)
-        try:
-            response = opener.open(request, timeout=timeout)
-        except urllib.error.HTTPError as error:  # any status but 2xx; it is a response, too
-            response = error
-        with response:
+        with opener.open(request, timeout=timeout) as response:
             body = response.read(limit + 1)
-            answered.set_result((response.status, body, response.headers.get("Retry-After")))
+            answered.set_result((response.status, body, response.headers.get("Retry-After", "")))
     except Exception as error:
         # URLError wraps what went wrong before a response; nothing else's `reason` is an error.
         wrapped = error.reason if isinstance(error, urllib.error.URLError) else None
@@ -568,21 +562,22 @@ def request_json(
     answered: AnyFuture = Future()
     arguments = (request, timeout, limit, reached, answered)
     threading.Thread(target=send, args=arguments, daemon=True).start()
+    in_time = False
     try:
-        wait_for(answered, timeout)
+        in_time = wait_for(answered, timeout)
     finally:
         unsent = reached.cancel()  # from here on nothing is sent that was not
-        if not answered.done():
-            hang_up(reached)
-    if not answered.done() or answered.exception():
-        error = answered.exception() if answered.done() else None
+        if not in_time and not unsent:
+            hang_up(reached.result())
+    error = answered.exception() if in_time else TimeoutError()
+    if error:
         raise connection_error(request, what, timeout, error, unsent)
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
     private = ("code", "code_verifier", "refresh_token", "subject_token", "token")
     secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
-    return Response(status, content, str(retry_after), secrets)
+    return Response(status, content, retry_after, secrets)
 
 
 def build_request(
@@ -609,19 +604,18 @@ def build_request(
     return urllib.request.Request(url, data, head)  # noqa: S310 - Settings admits http(s) alone
 
 
-def hang_up(reached: AnyFuture) -> None:
-    """Let an exchange end that nobody waits for: its thread ends with its socket."""
+def hang_up(connection: Socket) -> None:
+    """End a connection; a thread that reads from it wakes up."""
     import socket
 
-    if not reached.cancelled():
-        with contextlib.suppress(OSError):
-            reached.result().shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def connection_error(
-    request: Any, what: str, timeout: float, error: Optional[BaseException], unsent: bool
+    request: Any, what: str, timeout: float, error: BaseException, unsent: bool
 ) -> RequestError:
-    """What to tell a person about a request without a response; `error` None: its time was up."""
+    """What to tell a person about a request without a response."""
     import socket
     import ssl
     import urllib.request
@@ -631,7 +625,7 @@ def connection_error(
     hint = "check your network connection, then try again"
     if proxied and not is_loopback(request.full_url):
         hint = "check HTTPS_PROXY and your network connection, then try again"
-    if error is None or isinstance(error, (TimeoutError, socket.timeout)):
+    if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
     elif isinstance(error, ssl.SSLError):
         why = getattr(error, "verify_message", "") or error.reason or type(error).__name__
@@ -1903,7 +1897,8 @@ def callback_server_class() -> Any:
 
         def process_request(self, request: Any, client_address: Any) -> None:
             self.headless[request] = None
-            self._hang_up(list(self.headless)[:-MAX_CONNECTIONS])
+            for oldest in list(self.headless)[:-MAX_CONNECTIONS]:
+                hang_up(oldest)
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
@@ -1912,12 +1907,8 @@ def callback_server_class() -> Any:
 
         def server_close(self) -> None:
             super().server_close()
-            self._hang_up(list(self.headless))
-
-        def _hang_up(self, connections: List[Socket]) -> None:
-            for connection in connections:  # its thread wakes up and ends
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            for each in list(self.headless):
+                hang_up(each)
 
         def handle_error(self, *_: Any) -> None:
             """A client that went away, or no thread for it: nothing that a person must hear."""
