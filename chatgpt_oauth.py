@@ -571,7 +571,7 @@ def request_json(
             hang_up(reached.result())
     error = answered.exception() if in_time else TimeoutError()
     if error:
-        raise connection_error(request, what, timeout, error, unsent)
+        raise connection_error(url, what, timeout, error, unsent)
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
@@ -613,17 +613,18 @@ def hang_up(connection: Socket) -> None:
 
 
 def connection_error(
-    request: Any, what: str, timeout: float, error: BaseException, unsent: bool
+    url: str, what: str, timeout: float, error: BaseException, unsent: bool
 ) -> RequestError:
     """What to tell a person about a request without a response."""
     import socket
     import ssl
+    import urllib.parse
     import urllib.request
 
-    host = request.host
+    host = urllib.parse.urlsplit(url).netloc
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     hint = "check your network connection, then try again"
-    if proxied and not is_loopback(request.full_url):
+    if proxied and not is_loopback(url):
         hint = "check HTTPS_PROXY and your network connection, then try again"
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"

@@ -1396,7 +1396,8 @@ class WireTest(Case):
         self.assertEqual(proxy.seen, [("issuer.example.com:443", basic)])
         refusing = {"SSL_CERT_FILE": os.devnull}
         result = self.run_program("token", "--refresh", environ=refusing)
-        self.assert_fails(result, 5, "SSL_CERT_FILE")
+        server = "a trusted TLS connection to issuer.example.com (self"  # and no proxy's name
+        self.assert_fails(result, 5, server, "SSL_CERT_FILE")
         self.assertEqual(self.double.count("refresh"), 1)
         self.assert_quiet(self.run_program("token", "--refresh", environ=trusting))
 
@@ -1409,8 +1410,11 @@ class WireTest(Case):
             self.assert_quiet(self.run_program("token", environ=environ))
             self.store(lifetime=-10, issuer="https://issuer.example.com")
             environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
-            err = self.assert_fails(self.run_program("token", environ=environ), 5, "HTTPS_PROXY")
-            self.assertNotIn("secret", err)
+            for exempt in ("", "localhost,127.0.0.1"):  # the second one is the proxy's own host
+                environ["NO_PROXY"] = exempt
+                result = self.run_program("token", environ=environ)
+                err = self.assert_fails(result, 5, "connection to issuer.example.com", "HTTPS_PROXY")
+                self.assertNotIn("secret", err)
 
 
 # ---------------------------------------------------------------------------------------------
