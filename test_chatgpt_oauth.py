@@ -1361,12 +1361,15 @@ class WireTest(Case):
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.3"}
         self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
 
-    def test_a_redirect_of_the_token_endpoint_is_not_followed(self):
+    def test_a_redirect_of_no_endpoint_is_followed(self):
         other = self.another_double()
-        self.store(lifetime=-10)
-        place = {"Location": other.url + "/oauth/token"}
-        self.fault("refresh", 307, b"", **place)
-        self.assert_fails(self.call("token"), 5)
+        for endpoint in ASKED:
+            for status, place in ((302, other.url), (307, other.url), (308, "http://[")):
+                with self.subTest(endpoint, status=status):
+                    self.double.faults = {endpoint: answering(status, b"", Location=place + "/x")}
+                    code, err = self.tell(endpoint)
+                    self.assertEqual(bool(code), ENDPOINTS[endpoint].fatal)
+                    self.assertIn(f"(HTTP {status}): unexpected redirect", err)
         self.assertEqual(other.requests, [])
 
     def test_nobody_there_is_exit_5_and_the_token_is_unspent(self):
@@ -1401,6 +1404,22 @@ class WireTest(Case):
         self.assertEqual(self.double.count("refresh"), 1)
         self.assert_quiet(self.run_program("token", "--refresh", environ=trusting))
 
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_a_tls_alert_after_the_handshake_is_told_as_one(self):
+        certificate = self.network()[1]
+        alert = b"\x15\x03\x03\x00\x02\x02\x50"  # RFC 8446 §6: fatal, internal_error
+
+        def fault(handler, _):
+            handler.close_connection = True
+            os.write(handler.connection.fileno(), alert)
+            return True
+
+        self.double.faults["refresh"] = fault
+        result = self.run_program("token", environ={"SSL_CERT_FILE": certificate})
+        server = "a trusted TLS connection to issuer.example.com ("
+        err = self.assert_fails(result, 5, server, "you may have to sign in again")
+        self.assertNotIn("str", err)
+
     def test_a_proxy_that_is_not_there_is_named_and_loopback_needs_none(self):
         with bind("127.0.0.1") as deaf:
             proxy = f"http://user:secret@127.0.0.1:{deaf.getsockname()[1]}"
@@ -1413,7 +1432,9 @@ class WireTest(Case):
             for exempt in ("", "localhost,127.0.0.1"):  # the second one is the proxy's own host
                 environ["NO_PROXY"] = exempt
                 result = self.run_program("token", environ=environ)
-                err = self.assert_fails(result, 5, "connection to issuer.example.com", "HTTPS_PROXY")
+                err = self.assert_fails(
+                    result, 5, "connection to issuer.example.com", "HTTPS_PROXY"
+                )
                 self.assertNotIn("secret", err)
 
 
