@@ -4867,6 +4867,14 @@ class MainTest(Case):
             self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
 
+    def test_help_of_a_program_in_a_folder_with_a_percent_sign(self):
+        place = self.folder / "100% ours" / "c.py"
+        place.parent.mkdir()
+        shutil.copy(PROGRAM, place)
+        for command in COMMANDS:
+            said = self.assert_quiet(self.run_command([sys.executable, str(place), command, "-h"]))
+            self.assertEqual(said.split("\n")[0], f"usage: python3 '{place}' {command} [options]")
+
     def test_mistakes_are_named(self):
         self.assert_fails(self.call("stauts"), 2, "stauts", "status")
         self.assert_fails(self.call("xyzzy"), 2, "--help")
