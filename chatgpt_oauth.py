@@ -3249,12 +3249,16 @@ def sign_in_as_told(
 def command_auth(session: Session, options: Namespace) -> None:
     """Sign in, and say what can be done then."""
     sign_in_as_told(session, options, reading=True)
-    if session.tokens().api_key:
-        shell = SHELLS[find_shell(session.settings, "auto")]
-        line = shell.profile.format(f"{program_name()} env")
-        session.notify("info", f"To use the API key in this shell: {line}")
-    else:
+    if not session.tokens().api_key:
         session.notify("info", "To get an access token, run", "token")
+        return
+    try:
+        shell = SHELLS[find_shell(session.settings, "auto")]
+    except UsageError:  # an unknown shell; nobody asked for it
+        session.notify("info", "To use the API key in a shell, see", "env --help")
+        return
+    line = shell.profile.format(f"{program_name()} env")
+    session.notify("info", f"To use the API key in this shell: {line}")
 
 
 def command_status(session: Session, options: Namespace) -> int:

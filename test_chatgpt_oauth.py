@@ -3447,6 +3447,15 @@ class TerminalTest(Case):
 
 
 class CommandsTest(Case):
+    def test_an_unknown_shell_does_not_undo_a_sign_in(self):
+        environ = {"SHELL": "/usr/bin/nu"}
+        result = self.call("auth", "--no-browser", environ=environ, browser=visit)
+        if POSIX:
+            self.assertRegex(
+                self.assert_done(result), "To use the API key in a shell, see: .* env -"
+            )
+        self.assert_quiet(self.call("status"))
+
     def test_signed_out_everything_says_so(self):
         for command in ("token", "models", "env"):
             self.assert_fails(self.call(command), 3, "not signed in", "auth")
