@@ -3440,7 +3440,8 @@ gone() {{
 [ -f {program} ] || gone {program}
 exec {python} -I -S -c '{code}' "$0" {directory} "$@"
 """
-# The last line is one: cmd reads on in the file after each, and `uninstall` removes it.
+# One last line: cmd reads the file on after each, and `uninstall` removes it. `goto :eof` leaves
+# the exit code as it is.
 WINDOWS_LAUNCHER = """\
 @echo off
 rem {mark}
@@ -3449,7 +3450,7 @@ echo error: {python} or {program} is gone 1>&2
 echo hint: to install it again, run: python chatgpt_oauth.py install 1>&2
 exit /b 6
 :start
-{python} -I -S -c "{code}" "%~f0" {directory} %* & exit /b
+{python} -I -S -c "{code}" "%~f0" {directory} %* & goto :eof
 """
 
 

@@ -3846,12 +3846,12 @@ class InstallTest(Case):
 
     def test_hints_say_how_it_was_started(self):
         self.install()
-        said = self.run_installed("token")[2]
-        self.assertIn("hint: to sign in, run: chatgpt-oauth auth\n", said)
+        hint = "hint: to sign in, run: chatgpt-oauth auth\n"
+        self.assert_fails(self.run_installed("token"), 3, hint)
         self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h")[1])
         environ = {"PATH": os.environ["PATH"]}
-        said = self.run_installed("token", environ=environ)[2]
-        self.assertIn(f"hint: to sign in, run: {self.launcher} auth\n", said)
+        hint = f"hint: to sign in, run: {self.launcher} auth\n"
+        self.assert_fails(self.run_installed("token", environ=environ), 3, hint)
 
     def test_no_code_from_elsewhere_is_run(self):
         self.store(api_key="sk-1")
