@@ -3590,7 +3590,10 @@ def command_install(session: Session, options: Namespace) -> None:
     if plugin:
         contents[paths.plugin] = source
     for path, mark in installed_files(paths, plugin).items():
-        is_installed(path, mark)
+        # On Windows the launcher may be running, and what is open there cannot be replaced.
+        same = is_installed(path, mark) and file_content(path) == contents[path]
+        if same and sys.platform == "win32":
+            del contents[path]
     try:
         for path in contents:
             _make_directory(os.path.dirname(path), 0o755)
