@@ -2288,6 +2288,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 DEVICE_CODE_LIFETIME = 900.0  # seconds
 NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
 PASTE_LIMIT = 20  # lines of standard input that are looked at
+LINE_LIMIT = 8192  # bytes of one; an authorization response is shorter
 WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")  # a part of these plans' names
 
 
@@ -2464,15 +2465,14 @@ class StandardInput:
     """Lines of standard input, each read by a thread when it is asked for.
 
     `usable` says whether anything can come, `is_terminal` whether a person types there (neither
-    unless `reading`). A thread, for a console of Windows knows no other way to wait; nothing is
-    read unless a line is wanted, so that what comes afterwards is the next program's.
+    unless `reading`). A thread, for a console of Windows knows no other way to wait; no byte is
+    read beyond a line that is wanted, so that what comes afterwards is the next program's.
     """
 
     def __init__(self, reading: bool) -> None:
         from concurrent.futures import Future
 
         self.usable = self.is_terminal = False
-        self.pending = b""
         self.line: AnyFuture = Future()
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
@@ -2486,7 +2486,7 @@ class StandardInput:
         self.ask()
 
     def ask(self) -> None:
-        """Wait for the next `line`, "" at the end of the input; once cancelled nothing is read."""
+        """Wait for the next `line`, "" at the end of the input."""
         import threading
         from concurrent.futures import Future
 
@@ -2494,21 +2494,28 @@ class StandardInput:
         if self.usable:
             threading.Thread(target=self._read, args=(self.line,), daemon=True).start()
 
+    def close(self) -> None:
+        """Read nothing more."""
+        self.usable = self.is_terminal = False
+        self.line.cancel()
+
     def _read(self, line: AnyFuture) -> None:
         import select
 
-        while b"\n" not in self.pending and self.usable:
-            if sys.platform != "win32":
-                while not select.select([self.descriptor], [], [], 0.1)[0] and not line.cancelled():
-                    pass
-            if line.cancelled():
-                return
-            part = os.read(self.descriptor, 4096)
-            self.pending = self.pending[-HEAD_LIMIT:] + part
-            self.usable = bool(part)
-        text, newline, self.pending = self.pending.partition(b"\n")
+        text = bytearray()
+        with contextlib.suppress(OSError):  # a terminal that is gone: the end of the input
+            while len(text) < LINE_LIMIT and not text.endswith(b"\n"):
+                ready = sys.platform == "win32" or select.select([self.descriptor], [], [], 0.1)[0]
+                if line.cancelled():
+                    return
+                if not ready:
+                    continue
+                byte = os.read(self.descriptor, 1)
+                if not byte:
+                    break
+                text += byte
         if line.set_running_or_notify_cancel():
-            line.set_result((text + newline).decode("utf-8", "replace"))
+            line.set_result(text.decode("utf-8", "replace"))
 
 
 class BrowserSignIn:
@@ -2548,7 +2555,7 @@ class BrowserSignIn:
                         "auth --timeout 240",
                     )
         finally:
-            self.stdin.line.cancel()
+            self.stdin.close()
 
     def _new_url_wanted(self) -> bool:
         self.session.notify(
@@ -2573,6 +2580,7 @@ class BrowserSignIn:
             self._show_url(callback)
             if not self._await_response(callback, deadline):
                 return False
+            self.stdin.close()  # what is typed from now on is the next program's
             redeem(self.session, self.models, callback)
             return True
         finally:
@@ -2628,21 +2636,23 @@ class BrowserSignIn:
             self.session.notify("info", f"{seconds} seconds left")
 
     def _paste(self, callback: Callback, line: str) -> None:
-        if not line and not callback.servers:
-            raise OAuthError(
-                "cannot listen on a port, and standard input is closed",
-                "to sign in with a code, run",
-                "auth --device",
-            )
-        self.pastes_left -= 1
-        if self.pastes_left < 0:  # `yes |`: nobody pastes there
-            self.stdin.usable = False
-        self.stdin.ask()
-        if line and self.pastes_left >= 0:
-            try:
-                callback.paste(line)
-            except ValueError as error:
+        """Take the response from a `line` of the input ("" at its end), or ask for another one."""
+        try:
+            callback.paste(line)
+            return
+        except ValueError as error:
+            if line:
                 self._refuse_line(line, str(error))
+        self.pastes_left -= 1
+        if not line or not self.pastes_left:  # `yes |`: nobody pastes there
+            self.stdin.close()
+            if not callback.servers:
+                raise OAuthError(
+                    "cannot listen on a port, and standard input is closed",
+                    "to sign in with a code, run",
+                    "auth --device",
+                )
+        self.stdin.ask()
 
     def _refuse_line(self, line: str, fault: str) -> None:
         self.session.notify("info", f"That URL does not work: {fault}")

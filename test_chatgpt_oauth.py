@@ -138,6 +138,12 @@ def shell_line(*arguments):
 BROWSER = shell_line(sys.executable, HERE, "visit") + " %s"
 
 
+def memory(process_id):
+    """The KiB of memory that a process has, 0 where the system does not say."""
+    status = pathlib.Path(f"/proc/{process_id}/status")
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
+
+
 # ---------------------------------------------------------------------------------------------
 # The double of OpenAI's servers
 # ---------------------------------------------------------------------------------------------
@@ -2553,12 +2559,6 @@ class CallbackTest(Case):
     def bombard(self, requests, idle):
         """`requests` bad ones of ten kinds and `idle` silent connections, then the real one."""
 
-        def memory():
-            status = pathlib.Path(f"/proc/{self.running.process.pid}/status")
-            return (
-                int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
-            )
-
         host = f"Host: localhost:{self.ports[0]}\r\n".encode()
         chance = random.Random(5)
         good = f"/auth/callback?code=x&state={self.state}".encode()
@@ -2575,7 +2575,7 @@ class CallbackTest(Case):
             lambda: b"GET " + good + b"\0 HTTP/1.1\r\n" + host + b"\r\n",
         )
         self.ask("/warm")
-        before = memory()
+        before = memory(self.running.process.pid)
         silent = []
         for _ in range(idle):
             silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
@@ -2586,7 +2586,7 @@ class CallbackTest(Case):
                 sender.sendall(bad)
                 if number % 3 == 0 and number % 10 != 3:
                     sender.recv(100)
-        self.assertLess(memory() - before, 20 * 1024)
+        self.assertLess(memory(self.running.process.pid) - before, 20 * 1024)
         began = time.monotonic()
         pages = visit(self.url)
         self.assertLess(time.monotonic() - began, 1)
@@ -3078,6 +3078,87 @@ class PasteTest(Case):
         running.type(place.encode() + b"\r")
         running.process.stdin.close()
         self.assertNotIn(code, self.assert_done(running.end()))
+
+    def test_a_line_may_be_quoted_or_the_query_alone(self):
+        for form in ('"{0}"', "'{0}'", "<{0}>", " {0} ", "{1}", '"{1}"', "{0}#", "{2}"):
+            with self.subTest(form):
+                running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+                place = response_to(running.url())
+                line = form.format(place, place.partition("?")[2], place.partition("//")[2])
+                running.type(line.encode())
+                self.assert_done(running.end())
+
+    def pipe(self):
+        """The ends of a pipe, as files."""
+        source, sink = os.pipe()
+        ends = os.fdopen(source, "rb", 0), os.fdopen(sink, "wb", 0)
+        for each in ends:
+            self.addCleanup(each.close)
+        return ends
+
+    def test_what_comes_after_the_pasted_line_is_left_to_the_next_program(self):
+        source, sink = self.pipe()
+        running = self.start("auth", "--no-browser", stdin=source)
+        sink.write(b"hello\n" + response_to(running.url()).encode() + b"\nmine\n")
+        sink.close()
+        self.assert_done(running.end())
+        self.assertEqual(source.read(), b"mine\n")
+
+    @unittest.skipUnless(POSIX, "Windows cannot wait for a pipe")
+    def test_what_comes_after_the_browsers_response_is_left_to_the_next_program(self):
+        source, sink = self.pipe()
+        running = self.start("auth", "--no-browser", stdin=source)
+
+        def type_ahead(handler, _):
+            time.sleep(0.2)  # a reader that is told to stop sees it after 0.1 s
+            sink.write(b"mine\n")
+            time.sleep(0.2)
+
+        self.double.faults["key"] = type_ahead
+        visit(running.url())
+        self.assert_done(running.end())
+        sink.close()
+        self.assertEqual(source.read(), b"mine\n")
+
+    def test_endless_input_takes_no_memory_and_no_time(self):
+        for endless in (b"y\n" * 5000, b"y" * 10000):
+            with self.subTest(endless[:2]):
+                running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+
+                def pour(running=running, endless=endless):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            running.process.stdin.write(endless)
+
+                threading.Thread(target=pour, daemon=True).start()
+                url = running.url()
+                time.sleep(1)
+                self.assertLess(memory(running.process.pid), 64 << 10)
+                began = time.monotonic()
+                self.assertEqual(visit(url)[-1][1], 200)
+                self.assertLess(time.monotonic() - began, 1)
+                self.assertLess(self.assert_done(running.end()).count("does not work"), 21)
+
+    def test_the_end_of_the_input_after_half_a_line_without_a_port_is_told(self):
+        self.take_ports()
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        running.url()
+        running.process.stdin.write(b"half a line")
+        running.process.stdin.close()
+        self.assert_fails(
+            running.end(10), 1, "not complete", "standard input is closed", "--device"
+        )
+
+    @needs_terminal
+    def test_a_terminal_that_goes_away_is_the_end_of_the_input(self):
+        leader, follower = os.openpty()
+        self.addCleanup(os.close, follower)
+        running = self.start("auth", "--no-browser", stdin=follower, start_new_session=True)
+        url = running.url()
+        os.close(leader)
+        time.sleep(0.2)
+        visit(url)
+        self.assertNotIn("Exception", self.assert_done(running.end()))
 
     def test_the_end_of_the_input_ends_nothing(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
