@@ -295,6 +295,8 @@ MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
+RETRY_PAUSE = 0.5  # seconds before the second try of a request; doubled for each further one
+RETRY_PAUSE_LIMIT = 4.0  # seconds
 WAIT_SLICE = 0.05  # seconds; Ctrl-C waits no longer on Windows, where a wait is not interrupted
 # The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
 INVALID_GRANT_CODES = {
@@ -311,11 +313,27 @@ class RequestError(UnavailableError):
     """A request without a response that can be used.
 
     `unprocessed` is true only if it certainly had no effect; `retry_after` are the seconds for
-    which the server asks to be left alone, or None.
+    which the server asks to be left alone, or None; infinite where no time helps.
     """
 
     unprocessed = False
     retry_after: Optional[float] = None
+
+
+class Retry:
+    """The tries of one request: none starts more than `window` seconds after the first."""
+
+    def __init__(self, window: float) -> None:
+        self.deadline = time.monotonic() + window
+        self.pause = RETRY_PAUSE
+
+    def wait(self, error: RequestError) -> None:
+        """Wait for the next try; raises `error` where there must be none."""
+        pause = max(self.pause, error.retry_after or 0.0)  # an "at once" is no leave to flood
+        if not error.unprocessed or time.monotonic() + pause > self.deadline:
+            raise error
+        time.sleep(pause)
+        self.pause = min(self.pause * 2, RETRY_PAUSE_LIMIT)
 
 
 class InvalidGrantError(SignInEndedError):
@@ -624,6 +642,7 @@ def connection_error(
     host = urllib.parse.urlsplit(url).netloc
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     hint = "check your network connection, then try again"
+    retry_after = None
     if proxied and not is_loopback(url):
         hint = "check HTTPS_PROXY and your network connection, then try again"
     if isinstance(error, (TimeoutError, socket.timeout)):
@@ -632,6 +651,7 @@ def connection_error(
         why = getattr(error, "verify_message", "") or error.reason or type(error).__name__
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
         hint = "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
+        retry_after = float("inf")
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
@@ -641,7 +661,7 @@ def connection_error(
         name = type(error).__name__
         fault = f"{host} closed the connection or did not send valid HTTP ({name})"
     failed = RequestError(f"could not {what}: {fault}", hint)
-    failed.unprocessed = unsent
+    failed.unprocessed, failed.retry_after = unsent, retry_after
     return failed
 
 
@@ -1400,8 +1420,6 @@ class TokenFile(JsonFile):
 # Session: the one place that decides to refresh
 # ---------------------------------------------------------------------------------------------
 
-RETRY_PAUSE = 0.5  # seconds before the second try of a refresh; doubled for each further one
-RETRY_PAUSE_LIMIT = 4.0  # seconds
 EXIT_GRACE = 5.0  # seconds beyond a request's, to store what came while the program ends
 # What ends a process; the others only where nobody handles them: a host's alarm goes on.
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -1485,8 +1503,7 @@ class Session:
 
     def _refresh_with_retry(self, old: Tokens, retry: bool) -> Tokens:
         """Refresh, and try again (if `retry`) while the refresh token is certainly unspent."""
-        deadline = time.monotonic() + self.settings.retry_window
-        pause = RETRY_PAUSE
+        tries = Retry(self.settings.retry_window if retry else 0.0)
         while True:
             try:
                 with uninterrupted(self.settings):
@@ -1498,11 +1515,7 @@ class Session:
                         "try again; if that fails, run",
                         "auth",
                     ) from None
-                wait = pause if error.retry_after is None else error.retry_after
-                if not retry or time.monotonic() + wait > deadline:
-                    raise
-            time.sleep(wait)
-            pause = min(pause * 2, RETRY_PAUSE_LIMIT)
+                tries.wait(error)
 
     def _refresh_once(self, old: Tokens) -> Tokens:
         """One try: store what came, unless another process stored something meanwhile."""
@@ -2311,10 +2324,15 @@ def exchange_and_store(
     with session.token_file.lock():
         old = _replaced_tokens(session)
         session.token_file.reserve(len(encode(old.fields)) if old else 0)
-        with uninterrupted(session.settings):
-            response = exchange_code(session.client, code, verifier, redirect_uri)
-            _store_sign_in(session, response, old)
-    return old
+        tries = Retry(session.settings.retry_window)
+        while True:
+            try:
+                with uninterrupted(session.settings):
+                    response = exchange_code(session.client, code, verifier, redirect_uri)
+                    _store_sign_in(session, response, old)
+                return old
+            except RequestError as error:
+                tries.wait(error)
 
 
 def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens]) -> None:

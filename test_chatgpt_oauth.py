@@ -1390,8 +1390,10 @@ class WireTest(Case):
     def test_an_untrusted_certificate_names_the_variable_to_set(self):
         self.network()
         before = self.stored()
-        environ = {"SSL_CERT_FILE": os.devnull}
+        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "10"}  # nothing is tried again
+        began = time.monotonic()
         self.assert_fails(self.run_program("token", environ=environ), 5, "SSL_CERT_FILE")
+        self.assertLess(time.monotonic() - began, 5)
         self.assertEqual(self.double.requests, [])
         self.assertEqual(self.stored(), before)
 
@@ -2178,6 +2180,16 @@ class SessionTest(Case):
                 else:
                     self.assert_fails(result, 5)
                     self.assertEqual("have to sign in again" in result[2], status in (500, 502))
+
+    def test_a_server_that_asks_for_no_pause_is_not_flooded(self):
+        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.3"}
+        for header in ("0", "Wed, 21 Oct 2015 07:28:00 GMT", "-5"):
+            with self.subTest(header):
+                self.store(lifetime=-10)
+                self.double.requests.clear()
+                self.fault("refresh", 503, Retry_After=header)
+                self.assert_fails(self.call("token", environ=environ), 5)
+                self.assertIn(self.double.count("refresh"), (2, 3))
 
     def test_a_server_that_comes_back_is_tried_again(self):
         self.store(lifetime=-10)
@@ -3027,6 +3039,24 @@ class SignInTest(Case):
         self.assertEqual(self.stored(), before)
         self.assertEqual(self.double.count("revoke"), 0)  # it could end the whole grant
         self.assert_nothing_lost()
+
+    def test_a_code_is_sent_again_only_if_it_was_certainly_not_redeemed(self):
+        for status, headers, times in (
+            (503, {}, 2),
+            (429, {"Retry_After": "0"}, 2),
+            (500, {}, 1),
+            (502, {}, 1),
+        ):
+            with self.subTest(status):
+                self.double.requests.clear()
+                self.fault_once("code", status, **headers)
+                result = self.call("auth", "--no-browser", browser=visit)
+                self.assertEqual(self.double.count("code"), times)
+                if times == 2:
+                    self.assert_done(result)
+                    self.assert_nothing_lost()
+                else:
+                    self.assert_fails(result, 5)
 
     def test_a_declined_consent_is_explained_in_page_and_terminal(self):
         for error, description, words in (
