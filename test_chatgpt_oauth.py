@@ -3783,6 +3783,13 @@ class OnlineStatusTest(Case):
         out = self.call("status", "--online")[1]
         self.assertIn("API key:      refused: could not list the models (HTTP 401)", out)
 
+    def test_a_withdrawn_token_is_refreshed(self):
+        self.double.access_tokens.clear()
+        online, problem = self.online()
+        self.assertEqual(online["access_token"], "accepted")
+        self.assertEqual(len(online["usage"]), 2)
+        self.assertEqual(self.double.count("refresh"), 1)
+
     def test_a_refused_sign_in_is_exit_4(self):
         for endpoint in ("codex", "usage"):
             self.fault(endpoint, 401, b'{"detail": "Unauthorized"}')
