@@ -1997,7 +1997,7 @@ def read_head(connection: Socket) -> bytes:
         if not part:
             return b""
         tail = tail[-2:] + part
-        head = (head + part)[:HEAD_LIMIT]
+        head = (head + part)[: HEAD_LIMIT + 1]  # by one more http.server sees that it is too long
     connection.settimeout(HEAD_TIMEOUT)
     return head
 

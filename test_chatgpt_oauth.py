@@ -144,6 +144,12 @@ def memory(process_id):
     return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
+def cpu_seconds(process_id):
+    """The seconds of processor time that a process has used, on Linux."""
+    fields = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 # ---------------------------------------------------------------------------------------------
 # The double of OpenAI's servers
 # ---------------------------------------------------------------------------------------------
@@ -2405,6 +2411,33 @@ time.sleep(0.2)
 
 
 class PortTest(Case):
+    def test_no_name_is_looked_up_when_it_listens(self):
+        def look_up(*_):
+            raise AssertionError("a name was looked up")
+
+        with mock.patch.object(socket, "getfqdn", look_up):
+            self.assert_done(self.call("auth", "--no-browser", browser=visit))
+
+    def test_it_is_quiet_when_no_thread_can_be_had(self):
+        start = threading.Thread.start
+        refused = []
+
+        def fail_once(thread):
+            if "process_request" in repr(getattr(thread, "_target", None)) and not refused:
+                refused.append(thread)
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        def browser(url):
+            with self.assertRaises((OSError, http.client.HTTPException)):
+                visit(f"http://127.0.0.1:{self.ports[0]}/")
+            visit(url)
+
+        with mock.patch.object(threading.Thread, "start", fail_once):
+            err = self.assert_done(self.call("auth", "--no-browser", browser=browser))
+        self.assertEqual(len(refused), 1)
+        self.assertNotIn("Exception", err)
+
     def test_a_machine_without_ipv6_listens_on_127_0_0_1_alone(self):
         bind_to = socket.socket.bind
         for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EADDRINUSE):
@@ -2564,6 +2597,110 @@ class CallbackTest(Case):
         first.join(LIMIT)
         self.assertEqual(self.running.end()[0], 0)
         self.assertEqual(self.double.count("code"), 1)
+
+    def test_a_repeat_is_told_of_a_failed_exchange_too(self):
+        self.double.delay = 0.2
+        self.fault("code", 400, b"{}")
+        place = response_to(self.url)
+        with concurrent.futures.ThreadPoolExecutor(3) as browsers:
+            pages = list(browsers.map(visit, [place] * 3))
+        self.assertEqual([page[-1][1] for page in pages], [400] * 3)
+        self.assertEqual({page[-1][3] for page in pages}, {pages[0][-1][3]})
+        self.assertIn("Sign-in failed", pages[0][-1][3])
+        self.assert_fails(self.running.end(), 1, "(HTTP 400)")
+        self.assertEqual(self.double.count("code"), 1)
+
+    def test_a_request_that_no_person_made_does_not_use_the_response_up(self):
+        place = response_to(self.url)
+        target = place[place.index("/auth") :]
+        for name, value in (
+            ("Sec-Purpose", "prefetch"),
+            ("Sec-Purpose", "prefetch;prerender"),
+            ("Sec-Fetch-Dest", "image"),
+            ("Sec-Fetch-Dest", "empty"),
+            ("Sec-Fetch-Dest", "script"),
+        ):
+            with self.subTest(value):
+                self.assertEqual(self.ask(target, extra=[(name, value)])[0], 400)
+                self.assertEqual(self.double.count("code"), 0)
+        self.assertEqual(self.ask(target, extra=[("Sec-Fetch-Dest", "document")])[0], 303)
+        self.assertEqual(self.ask("/success", extra=[("Sec-Fetch-Dest", "document")])[0], 200)
+        self.assert_done(self.running.end())
+
+    def test_an_empty_error_is_absent(self):
+        self.assertEqual(self.ask(f"/auth/callback?error=&state={self.state}")[0], 400)
+        self.assertIn("/success", visit(response_to(self.url) + "&error=")[-1][0])
+        self.assert_done(self.running.end())
+
+    def raw_answer(self, data):
+        """All that comes back for `data`."""
+        with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as connection:
+            connection.sendall(data)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def test_what_is_not_get_is_405_and_head_has_no_body(self):
+        host = f"Host: localhost:{self.ports[0]}\r\n\r\n".encode()
+        for method in (b"HEAD", b"POST", b"PUT", b"OPTIONS", b"TRACE"):
+            with self.subTest(method):
+                head, _, body = self.raw_answer(method + b" / HTTP/1.1\r\n" + host).partition(
+                    b"\r\n\r\n"
+                )
+                self.assertTrue(head.startswith(b"HTTP/1.1 405 "), head)
+                self.assertIn(b"\r\nAllow: GET", head)
+                self.assertEqual(body == b"", method == b"HEAD")
+        self.finish()
+
+    def test_a_head_is_limited(self):
+        host = f"Host: localhost:{self.ports[0]}\r\n".encode()
+        for head, status in (
+            (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n" + host, b"414"),
+            (b"GET / HTTP/1.1\r\nX: " + b"x" * 70000 + b"\r\n" + host, b"400"),  # no Host in it
+            (b"GET / HTTP/1.1\r\n" + host + b"X: y\r\n" * 200, b"431"),
+            (b"GET / HTTP/1.1\r\n" + host + b"X: " + b"x" * 10000 + b"\r\n", b"404"),
+        ):
+            with self.subTest(status):
+                self.assertEqual(self.raw_answer(head + b"\r\n").split(b" ")[1], status)
+        self.finish()
+
+    def test_a_head_that_does_not_end_is_hung_up_on(self):
+        with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as slow:
+            began = time.monotonic()
+            slow.settimeout(15)
+            for _ in range(8):  # each byte would start a time limit of its own anew
+                slow.sendall(b"G")
+                time.sleep(1)
+            self.assertEqual(slow.recv(1), b"")
+            self.assertTrue(9 < time.monotonic() - began < 12, time.monotonic() - began)
+        self.finish()
+
+    def test_of_more_than_64_connections_without_a_head_the_oldest_goes(self):
+        silent = []
+        for _ in range(70):
+            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
+            self.addCleanup(silent[-1].close)
+        for each in silent[:6]:
+            self.assertEqual(each.recv(1), b"")
+        open_ones = select.select(silent[6:], [], [], 0.2)[0]
+        self.assertEqual(open_ones, [])
+        self.finish()
+
+    @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
+    def test_it_is_quiet_when_no_descriptor_can_be_had(self):
+        pid = str(self.running.process.pid)
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        limit = ["prlimit", "--pid", pid, f"--nofile={used + 3}:4096"]
+        subprocess.run(limit, check=True, timeout=LIMIT)
+        silent = []
+        for _ in range(10):
+            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
+            self.addCleanup(silent[-1].close)
+        time.sleep(0.3)
+        before = cpu_seconds(pid)
+        time.sleep(0.5)
+        self.assertLess(cpu_seconds(pid) - before, 0.25)
+        subprocess.run(["prlimit", "--pid", pid, "--nofile=4096"], check=True, timeout=LIMIT)
+        visit(self.url)
+        self.assertNotIn("Exception", self.assert_done(self.running.end()))
 
     def test_bad_requests_and_idle_connections_do_not_hold_up_the_real_one(self):
         self.bombard(200, 100)
