@@ -722,6 +722,15 @@ def token_response(response: Response, what: str) -> Fields:
     return members
 
 
+def bearer_response(response: Response, what: str) -> Fields:
+    """The same, where the access token must be a bearer token (RFC 6749 §7.1)."""
+    members = token_response(response, what)
+    kind = members.get("token_type")
+    if kind is not None and str(kind).lower() != "bearer":
+        raise OAuthError(f"could not {what}: the response has a token_type that is not Bearer")
+    return members
+
+
 def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -> Fields:
     """Exchange an authorization code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
     form = {
@@ -734,7 +743,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     }
     what = "exchange the authorization code"
     url = client.settings.issuer + client.token_path
-    return token_response(request_json(client.settings, url, what, form=form), what)
+    return bearer_response(request_json(client.settings, url, what, form=form), what)
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
@@ -771,12 +780,12 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
     what = "refresh the access token"
     response = request_json(client.settings, tokens.issuer + client.token_path, what, form=form)
     client_error = 400 <= response.status < 500
-    if client_error and response.code in INVALID_GRANT_CODES:
+    if response.status < 500 and response.code in INVALID_GRANT_CODES:  # in a 200, too
         raise InvalidGrantError(response.code)
     if client_error and response.data:  # understood, refused, and the sign-in goes on
         raise response.error(what)
     try:
-        return token_response(response, what)
+        return bearer_response(response, what)
     except UnavailableError:
         raise
     except OAuthError as error:  # the refresh token may be spent: nothing that is known is lost
@@ -923,8 +932,8 @@ class Tokens:
         return self.access_token == other.access_token
 
     def auth_claims(self) -> Fields:
-        """OpenAI's own claims, from the ID token or the access token."""
-        return auth_claims(self.id_token) or auth_claims(self.access_token)
+        """OpenAI's own claims, from the ID token and, where it has none, the access token."""
+        return {**auth_claims(self.access_token), **auth_claims(self.id_token)}
 
     def expires_at(self) -> Optional[float]:
         """When the access token expires, in seconds since 1970; None when nothing tells."""
@@ -1721,6 +1730,7 @@ class AuthorizationRequest:
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
         self.workspace = client.settings.workspace
+        self.issuer = client.settings.issuer
         self.path = "/" + client.settings.redirect_path
         self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
         self.url = authorization_url(client, self.redirect_uri, challenge, self.state)
@@ -1738,6 +1748,8 @@ class AuthorizationRequest:
         state = single.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it belongs to a different sign-in")
+        if "iss" in fields and single.get("iss", "").rstrip("/") != self.issuer:  # RFC 9207 §2.4
+            raise ValueError("it comes from a different issuer")
         if single.get("error"):
             return single
         if not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
@@ -2390,7 +2402,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     except OAuthError as error:
         tell_error(session.notify, error, "warning")
     other_account = old and old.account_id and tokens.account_id not in (None, old.account_id)
-    if old and old.refresh_token and other_account:
+    if old and old.refresh_token not in (None, tokens.refresh_token) and other_account:
         # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
         # the server end the whole of it.
         who = identity(old)["email"] or "the previous account"
@@ -2450,8 +2462,10 @@ def _store_api_key(session: Session, tokens: Tokens, api_key: Optional[str]) -> 
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     """`email`, `plan` and `organization_id` from the claims, None where unknown."""
     auth = tokens.auth_claims()
+    profile = decode_claims(tokens.access_token).get("https://api.openai.com/profile")
+    emails = [decode_claims(tokens.id_token), profile if isinstance(profile, dict) else {}]
     return {
-        "email": text_or_none(decode_claims(tokens.id_token).get("email")),
+        "email": next(filter(None, (text_or_none(each.get("email")) for each in emails)), None),
         "plan": text_or_none(auth.get("chatgpt_plan_type")),
         "organization_id": text_or_none(
             auth.get("organization_id") or _organization(auth).get("id")

@@ -2068,6 +2068,15 @@ class SessionTest(Case):
                     for each in ("access_token", "refresh_token", "id_token"):
                         self.assertEqual(self.stored()[each], expected[each])
 
+    def test_an_invalid_grant_inside_a_success_ends_the_sign_in(self):
+        for body in ({"error": "invalid_grant"}, {"error": {"code": "refresh_token_reused"}}):
+            self.store(lifetime=-10)
+            self.double.requests.clear()
+            self.fault("refresh", 200, json.dumps(body).encode())
+            self.assert_fails(self.call("token"), 4, "has ended")
+            self.assert_fails(self.call("token"), 4, "has ended")
+            self.assertEqual(self.double.count("refresh"), 1)
+
     def test_a_lifetime_may_be_a_string_of_digits_and_is_no_boolean(self):
         good, bad = ("3600", 3600, 3600.5), (True, "x", "-5", -5, 0, "\u0663", "9" * 4000, [])
         for lifetime in (*good, *bad):
@@ -2523,6 +2532,15 @@ class CallbackTest(Case):
 
     def finish(self):
         visit(self.url)
+        self.assert_done(self.running.end())
+
+    def test_a_response_of_another_issuer_is_ignored(self):
+        right = response_to(self.url)
+        own = urllib.parse.quote(self.double.url, safe="")
+        for wrong in ("https%3A%2F%2Fevil.example.com", "", own + "%2Fx", own + "&iss=x"):
+            self.assertEqual(visit(f"{right}&iss={wrong}")[-1][1], 400)
+        self.assertEqual(self.double.count("code"), 0)
+        self.assertEqual(visit(f"{right}&iss={own}%2F")[-1][1], 200)
         self.assert_done(self.running.end())
 
     def test_stray_requests_change_nothing(self):
@@ -3194,6 +3212,41 @@ class SignInTest(Case):
                     self.assert_nothing_lost()
                 else:
                     self.assert_fails(result, 5)
+
+    def test_a_token_of_another_type_is_refused(self):
+        for kind, good in (("DPoP", False), (5, False), ("BEARER", True), (None, True)):
+            with self.subTest(kind):
+                self.store()
+                answer = {**self.double.tokens(), "token_type": kind}
+                self.fault("code", 200, json.dumps(answer).encode())
+                result = self.call("auth", "--no-browser", browser=visit)
+                self.assertEqual(self.stored()["access_token"] == answer["access_token"], good)
+                if good:
+                    self.assert_done(result)
+                else:
+                    self.assert_fails(result, 1, "token_type")
+
+    def test_account_and_email_are_read_from_either_token(self):
+        profile = {"https://api.openai.com/profile": {"email": "ada@example.com"}}
+        claims = {"exp": int(time.time()) + 9999, AUTH: {"chatgpt_account_id": "acct-7"}}
+        access = encode_jwt({**claims, **profile})
+        own = {"email": "id@example.com", AUTH: {"chatgpt_account_id": "acct-8"}}
+        for id_claims, account, email in (
+            ({AUTH: {"chatgpt_plan_type": "plus"}}, "acct-7", "ada@example.com"),
+            ({}, "acct-7", "ada@example.com"),
+            (own, "acct-8", "id@example.com"),
+        ):
+            self.store(access_token=access, id_token=encode_jwt(id_claims), account_id=None)
+            facts = json.loads(self.call("status", "--json")[1])
+            self.assertEqual((facts["account_id"], facts["email"]), (account, email))
+
+    def test_a_refresh_token_that_is_the_new_one_too_is_not_revoked(self):
+        old = self.store()
+        answer = {**self.double.tokens(account="acct-2"), "refresh_token": old["refresh_token"]}
+        self.fault("code", 200, json.dumps(answer).encode())
+        self.sign_in()
+        self.assertEqual(self.stored()["account_id"], "acct-2")
+        self.assertEqual(self.double.count("revoke"), 0)
 
     def test_a_declined_consent_is_explained_in_page_and_terminal(self):
         for error, description, words in (
