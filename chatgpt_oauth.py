@@ -875,6 +875,7 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # Store: the token file and the models file, each with the lock under which it changes
 # ---------------------------------------------------------------------------------------------
 
+SHARING_SECONDS = 5.0  # for which another program may hold a file open on Windows
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
 PRIVATE = 0o600  # the mode of a file that its owner alone may read
@@ -989,16 +990,23 @@ class Replacement:
     into place. The file itself is held open for writing meanwhile: one that cannot be written
     shows itself at once, and takes the content where nothing can be renamed. The caller holds
     the lock. Every method may raise OSError.
+
+    `unplaced` is true while a whole content lies beside the file alone.
     """
 
     def __init__(self, path: str, mode: int = PRIVATE) -> None:
         self.path = os.path.realpath(path)  # a symbolic link stays one
         self.temporary = self.path + ".tmp"
+        self.unplaced = False
         with contextlib.ExitStack() as opened:
             self.current = _open_current(self.path)
             if self.current:
                 opened.enter_context(self.current)
-            self.file = opened.enter_context(_open_temporary(self.temporary, self.path, mode))
+            if sys.platform == "win32":  # where an open file cannot be replaced
+                opened.close()
+                self.current = None
+            temporary = _patiently(_open_temporary, self.temporary, self.path, mode)
+            self.file = opened.enter_context(temporary)
             self.opened = opened.pop_all()
 
     def write(self, data: bytes) -> None:
@@ -1011,11 +1019,16 @@ class Replacement:
         try:
             self.write(data)
             self.file.close()
+            self.unplaced = True
             _replace(self.temporary, self.path)
         except OSError:
+            if sys.platform == "win32":
+                self.current = _open_current(self.path)
             if not self.current:
                 raise
-            self._write_in_place(self.current, data)
+            with self.current:
+                self._write_in_place(self.current, data)
+        self.unplaced = False
 
     def _write_in_place(self, current: Any, data: bytes) -> None:
         """Without a rename: a mount of the file itself, a directory that lets nothing go."""
@@ -1030,25 +1043,35 @@ class Replacement:
             os.fsync(current.fileno())
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, but what the next one to take the lock can still put into place."""
         self.opened.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.temporary)
+        if not self.unplaced:
+            with contextlib.suppress(OSError):
+                os.unlink(self.temporary)
 
 
 def _open_current(path: str) -> Any:
     """The file at `path`, unbuffered, for writing; None where it can or must be done without."""
-    if sys.platform == "win32":  # an open file cannot be replaced there
-        return None
+    flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b", buffering=0)
+        return os.fdopen(_patiently(os.open, path, flags), "r+b", buffering=0)
     except FileNotFoundError:
         return None
     except OSError as error:
         # Its mode alone does not keep a file from being replaced; a directory is moved away.
-        if error.errno not in (errno.EACCES, errno.EISDIR):
+        if sys.platform == "win32" or error.errno not in (errno.EACCES, errno.EISDIR):
             raise
         return None
+
+
+def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Make a system call; on Windows again while a reader or a scanner has the file open."""
+    deadline = time.monotonic() + SHARING_SECONDS
+    while sys.platform == "win32" and time.monotonic() < deadline:
+        with contextlib.suppress(PermissionError):
+            return call(*arguments)
+        time.sleep(0.05)
+    return call(*arguments)
 
 
 def _open_temporary(path: str, model: str, mode: int) -> Any:
@@ -1107,13 +1130,8 @@ def _chown_like(descriptor: int, path: str) -> None:
 
 
 def _replace(source: str, target: str) -> None:
-    """Rename durably. All that Windows needs otherwise stands here and in `_try_lock`."""
-    deadline = time.monotonic() + 5.0
-    while sys.platform == "win32" and time.monotonic() < deadline:
-        with contextlib.suppress(PermissionError):  # a reader or a virus scanner may hold it open
-            return os.replace(source, target)
-        time.sleep(0.05)
-    os.replace(source, target)
+    """Rename durably."""
+    _patiently(os.replace, source, target)
     if sys.platform != "win32":
         with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
             directory = os.open(os.path.dirname(target), os.O_RDONLY)
@@ -1121,7 +1139,6 @@ def _replace(source: str, target: str) -> None:
                 os.fsync(directory)
             finally:
                 os.close(directory)
-    return None
 
 
 def _make_directory(path: str, mode: int = 0o700) -> None:
@@ -1228,11 +1245,14 @@ class JsonFile:
             except FileNotFoundError:
                 return {}
             except OSError as error:
-                raise self.broken(f"cannot read: {error.strerror}") from None
+                fault = f"cannot read: {error.strerror}"
+                # Windows refuses a file at the moment in which it is replaced.
+                lasting = sys.platform != "win32" or not isinstance(error, PermissionError)
             except (ValueError, RecursionError):
-                if time.monotonic() > deadline:
-                    raise self.broken("not valid JSON") from None
-                time.sleep(0.05)
+                fault, lasting = "not valid JSON", False
+            if lasting or time.monotonic() > deadline:
+                raise self.broken(fault)
+            time.sleep(0.05)
 
     def broken(self, fault: str) -> StorageError:
         """The error of a file that is not what it should be."""
@@ -1409,7 +1429,7 @@ class TokenFile(JsonFile):
         """Rename a broken file; returns its new path. The caller holds the lock."""
         path = os.path.realpath(self.path)
         try:
-            os.replace(path, path + ".bad")
+            _patiently(os.replace, path, path + ".bad")
         except OSError as error:
             raise storage_error("remove", path, error) from None
         return path + ".bad"
@@ -1420,7 +1440,7 @@ class TokenFile(JsonFile):
         try:
             for name in (self.path, path, self._temporary(), path + ".bad"):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
+                    _patiently(os.unlink, name)
         except OSError as error:
             raise storage_error("remove", path, error) from None
 

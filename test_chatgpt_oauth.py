@@ -682,6 +682,7 @@ needs_signals = unittest.skipUnless(POSIX, "a signal is no Ctrl-C on Windows")
 needs_modes = unittest.skipUnless(POSIX, "Windows knows no owners and modes of this kind")
 needs_terminal = unittest.skipUnless(POSIX, "Windows has no pseudo-terminals of this kind")
 needs_root = unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
+needs_windows = unittest.skipIf(POSIX, "only Windows keeps an open file from being replaced")
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
@@ -827,6 +828,21 @@ class Case(unittest.TestCase):
 
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+
+    @contextlib.contextmanager
+    def holding_file(self):
+        """What a program on Windows does that has the token file open and lets nobody write."""
+        import ctypes
+
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.CreateFileW.restype = ctypes.c_void_p
+        read, share_read, existing = 0x80000000, 1, 3  # GENERIC_READ and so on
+        held = kernel.CreateFileW(str(self.token_file), read, share_read, None, existing, 0, None)
+        self.assertNotEqual(held, ctypes.c_void_p(-1).value)
+        try:
+            yield
+        finally:
+            kernel.CloseHandle(ctypes.c_void_p(held))
 
     @contextlib.contextmanager
     def somebody_else(self):
@@ -1683,7 +1699,9 @@ class StoreTest(Case):
         blocked = self.folder / "file"
         blocked.write_text("")
         environ = {"CHATGPT_OAUTH_HOME": str(blocked)}
-        self.assert_fails(self.call("token", environ=environ), 6, "Not a directory")
+        if POSIX:  # to Windows there is just no file below it
+            self.assert_fails(self.call("token", environ=environ), 6, "Not a directory")
+        self.assert_fails(self.call("auth", environ=environ), 6, "cannot lock")
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
         self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
         self.assertFalse((self.folder / "none").exists())
@@ -1985,6 +2003,62 @@ os._exit(0)
         self.assertEqual(
             self.assert_fresh(self.run_program("token", "--refresh", environ=environ)), ""
         )
+
+    @needs_windows
+    def test_a_file_that_another_program_has_open_is_written_all_the_same(self):
+        self.seconds["SHARING_SECONDS"] = 0.3
+        self.store(lifetime=-10)
+        with self.token_file.open():
+            self.assert_fresh(self.call("token"))
+            self.assert_fresh(self.call("token", "--refresh"))
+
+    @needs_windows
+    def test_a_file_that_may_not_be_written_is_told_before_the_token_is_spent(self):
+        self.seconds["SHARING_SECONDS"] = 0.3
+        self.store(lifetime=-10)
+        with self.holding_file():
+            self.assert_fails(self.call("token"), 6, "cannot write")
+        self.assertEqual(self.double.requests, [])
+
+    @needs_windows
+    def test_an_answer_that_cannot_be_put_into_place_is_stored_by_the_next(self):
+        self.seconds["SHARING_SECONDS"] = 0.3
+        self.store(lifetime=-10)
+        with contextlib.ExitStack() as held:
+            self.double.faults["refresh"] = lambda *_: held.enter_context(self.holding_file())
+            self.assert_fails(self.call("token"), 6, "cannot write")
+        self.assert_fresh(self.call("token"))
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    @needs_windows
+    def test_signing_out_waits_for_a_program_that_has_the_file_open(self):
+        self.store()
+        held = self.token_file.open()
+        timer = threading.Timer(0.5, held.close)
+        timer.start()
+        self.assert_done(self.call("logout"))
+        timer.join(LIMIT)
+        self.assertFalse(self.token_file.exists())
+
+    @needs_windows
+    def test_a_file_that_is_being_replaced_can_be_read(self):
+        fields = self.store()
+        whole, successor = self.token_file.read_bytes(), self.folder / "successor"
+        self.seconds["REREAD_SECONDS"] = 5
+        stop = threading.Event()
+
+        def replace():
+            while not stop.is_set():
+                successor.write_bytes(whole)
+                with contextlib.suppress(PermissionError):
+                    os.replace(successor, self.token_file)
+
+        replacing = threading.Thread(target=replace, daemon=True)
+        replacing.start()
+        for _ in range(100):
+            self.assertEqual(self.assert_quiet(self.call("token")), fields["access_token"] + "\n")
+        stop.set()
+        replacing.join(LIMIT)
 
     def test_a_lock_that_is_never_free_is_exit_5(self):
         self.store(lifetime=-10)
