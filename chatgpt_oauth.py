@@ -83,6 +83,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "responses_patterns": "*-codex*,*-pro,*-pro-*",  # API models on /v1/responses alone
     "model_source": "auto",
     "workspace": "",  # the id of the only ChatGPT workspace to sign in to; "": whichever it is
+    "agent_name": "Code Puppy (chatgpt_oauth)",  # the app's name at the official sign-in
     "originator": "chatgpt_oauth",
     "request_timeout": 30,  # seconds for one whole request, the name look-up included
     "retry_window": 20,  # seconds in which another try of a refresh may start
@@ -90,7 +91,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
 }
 
-SOURCES = ("auto", "api", "codex")
+SOURCES = ("auto", "api", "codex", "official")
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
 
@@ -151,8 +152,9 @@ RULES = {
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
     "responses_patterns": Rule(r"[!-~]*", _GLOBS),
-    "model_source": Rule("|".join(SOURCES), "auto, api or codex"),
+    "model_source": Rule("|".join(SOURCES), "auto, api, codex or official"),
     "workspace": Rule(f"(?:{_WORKSPACE.pattern})?", _WORKSPACE.meaning),
+    "agent_name": Rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
@@ -241,8 +243,23 @@ class NotSignedInError(OAuthError):
 
     exit_code = 3
 
+    def __init__(self, command: str = "auth") -> None:
+        super().__init__("not signed in to ChatGPT", "to sign in, run", command)
+
+
+class OfficialOnlyError(NotSignedInError):
+    """Nobody is signed in but by the official sign-in, whose tokens are not handed out."""
+
+    exit_code = 1
+
     def __init__(self) -> None:
-        super().__init__("not signed in to ChatGPT", "to sign in, run", "auth")
+        OAuthError.__init__(
+            self,
+            "there is only the official sign-in, and OpenAI's terms let its tokens serve "
+            "Code Puppy alone",
+            "to get tokens for other programs, run",
+            "auth",
+        )
 
 
 class SignInEndedError(OAuthError):
@@ -250,8 +267,8 @@ class SignInEndedError(OAuthError):
 
     exit_code = 4
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "to sign in again, run", "auth")
+    def __init__(self, message: str, command: str = "auth") -> None:
+        super().__init__(message, "to sign in again, run", command)
 
 
 class RefusedError(OAuthError):
@@ -305,7 +322,9 @@ INVALID_GRANT_CODES = {
     "refresh_token_invalidated": "it was revoked",
     "token_expired": "it has expired",
     "invalid_grant": "it has expired or was revoked",
+    "invalid_refresh_token": "it has expired or was revoked",
 }
+OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
 _tls_contexts: List[Any] = []
 
 
@@ -339,9 +358,9 @@ class Retry:
 class InvalidGrantError(SignInEndedError):
     """The refresh token was refused for `reason`, one of INVALID_GRANT_CODES."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, command: str = "auth") -> None:
         why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
-        super().__init__(f"your session has ended: {why}")
+        super().__init__(f"your session has ended: {why}", command)
         self.reason = reason
 
 
@@ -428,8 +447,9 @@ class Response:
             busy = "too many requests" if self.status == 429 else "server error"
             error = RequestError(f"{failed}: {busy}", "try again later")
             # With these two the server says that it did not get to the request (RFC 6585 §4,
-            # RFC 9110 §15.6.4).
-            error.unprocessed = self.status in (429, 503)
+            # RFC 9110 §15.6.4); with this code a part of it may have been carried out.
+            unclear = self.code == "temporarily_unavailable"
+            error.unprocessed = self.status in (429, 503) and not unclear
             error.retry_after = self.retry_after
             return error
         if self.is_html:
@@ -672,28 +692,201 @@ class Client:
     """
 
     file_name = "chatgpt_oauth.json"
+    kept_after_sign_out: Tuple[str, ...] = ()  # the members of that file which stay
     authorization_path = "/oauth/authorize"
     token_path = "/oauth/token"  # noqa: S105 - a path
     revocation_path = "/oauth/revoke"
+    revokes_by_form = False  # OpenAI takes JSON there, RFC 7009 §2.1 has a form
+    # OpenAI compares this client's redirect URI to the letter: the browser's `localhost` must
+    # reach us by whichever address it takes (RFC 8252 §7.3 and §8.3).
+    addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
+    sign_in_command = "auth"
+    device_command = "auth --device"  # what signs in without a listener, "" where nothing does
+    invalid_grant_hint = ""  # what a refused authorization code can mean besides
+    model_source: Optional[str] = None  # the one source of models, None where there is a choice
+    model_type: Optional[str] = None  # the one type of its entries of the models file
+    model_prefix = ""  # stands in their names, after the setting `prefix`
+    has_api_keys = True  # whether the ID token can be exchanged for one
+    shares_tokens = True  # whether other programs may have the tokens
+    payment_notice = ""  # what must be said where somebody has signed in
+    next_step = ("To get an access token, run", "token")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.client_id, self.scope = settings.client_id, settings.scope
         self.redirect_host = settings.redirect_host
-        self.ports = (settings.required_port, settings.fallback_port)
-        # Further parameters of the authorization request, which are OpenAI's own (organizations
-        # in the ID token, and its short consent page), and of the token requests.
-        self.authorization_parameters = {
+        self.ports: Tuple[int, ...] = (settings.required_port, settings.fallback_port)
+        self.token_parameters: Dict[str, str] = {}  # further ones of the token requests
+
+    def resume(self, stored: Fields) -> None:
+        """Take up what an earlier sign-in has left in the token file."""
+
+    def authorization_parameters(self, nonce: str) -> Dict[str, str]:
+        """Further parameters of an authorization request: these are OpenAI's own.
+
+        They ask for organizations in the ID token, and for the short consent page. `nonce` is for
+        those who have it come back in the ID token.
+        """
+        workspace = self.settings.workspace
+        return {
             "id_token_add_organizations": "true",
             "codex_cli_simplified_flow": "true",
-            "originator": settings.originator,
+            "originator": self.settings.originator,
+            **({"allowed_workspace_id": workspace} if workspace else {}),
         }
-        if settings.workspace:
-            self.authorization_parameters["allowed_workspace_id"] = settings.workspace
-        self.token_parameters: Dict[str, str] = {}
+
+    def accept(self, response: Dict[str, str]) -> None:
+        """Take what an authorization response says beside the code. Raises OAuthError."""
+
+    def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
+        """What the token file shall hold of a token response beside the tokens.
+
+        Raises OAuthError for a response that is not to the request with this `nonce`.
+        """
+        return {}
+
+    def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
+        """The same after a refresh. Raises OAuthError for another account's response."""
+        for token in (response["access_token"], response.get("id_token")):
+            account = auth_claims(text_or_none(token)).get("chatgpt_account_id")
+            if account and old.account_id and account != old.account_id:
+                raise OAuthError(OTHER_ACCOUNT)
+        return {}
+
+    def plan_allowed(self, fields: Fields) -> bool:
+        """Whether a sign-in with these `fields` may use the ChatGPT plan."""
+        return True
 
 
-def authorization_url(client: Client, redirect_uri: str, challenge: str, state: str) -> str:
+PLAN_SCOPE = "chatgpt.tokens.use.direct"  # granted: requests may be paid for by the plan
+USAGE_PAGE = "https://chatgpt.com/settings/usage"
+CLOCK_SKEW = 300  # seconds by which this machine's clock may be wrong
+
+
+class OfficialClient(Client):
+    """The client of OpenAI's official sign-in for open-source apps, `auth --official`.
+
+    Documented at https://developers.openai.com/siwc. Every installation is a client of its own: the
+    first authorization request goes by an entry point, and its response names the client id that
+    was issued. The ChatGPT plan then pays for requests to the API, if the person allowed that.
+    OpenAI's terms let the tokens serve the connected app alone.
+    """
+
+    ENTRY_POINT = "dynamic_agent_client"  # never stored, never used at the token endpoint
+
+    file_name = "chatgpt_plan.json"
+    kept_after_sign_out = ("host_id", "sub", "client_id")
+    authorization_path = "/api/accounts/authorize"
+    token_path = "/api/accounts/oauth/token"  # noqa: S105 - a path
+    revocation_path = "/api/accounts/oauth/revoke"
+    revokes_by_form = True
+    addresses = ("127.0.0.1",)  # the only one that OpenAI takes, at any port
+    sign_in_command = "auth --official"
+    device_command = ""
+    invalid_grant_hint = "this account may not be eligible: OpenAI asks for ChatGPT Plus or Pro"
+    model_source = "official"
+    model_type = "chatgpt_plan"
+    model_prefix = "plan-"
+    has_api_keys = shares_tokens = False
+    payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
+    next_step = ("To use one of the models, type in Code Puppy: /model NAME", "")
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.client_id, self.host_id = self.ENTRY_POINT, ""
+        self.scope = f"openid profile email offline_access resource.invoke {PLAN_SCOPE}"
+        self.redirect_host, self.ports = "http://127.0.0.1", (0,)
+        self.token_parameters = {"resource": settings.api_base_url + "/v1"}
+        self.consent: Dict[str, str] = {}
+
+    def resume(self, stored: Fields) -> None:
+        """Take up the registration that an earlier sign-in has left in the token file."""
+        host_id, client_id = (str(stored.get(name)) for name in ("host_id", "client_id"))
+        if re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", host_id):
+            self.host_id = host_id
+        same_issuer = stored.get("issuer", self.settings.issuer) == self.settings.issuer
+        if stored.get("client_id") and same_issuer and re.fullmatch(_WORD.pattern, client_id):
+            self.client_id = client_id
+        if stored.get("access_token") and not self.plan_allowed(stored):
+            self.consent = {"prompt": "consent"}  # or the person would not be asked again
+
+    def authorization_parameters(self, nonce: str) -> Dict[str, str]:
+        """Further parameters of an authorization request; `nonce` comes back in the ID token."""
+        import uuid
+
+        self.host_id = self.host_id or uuid.uuid4().urn
+        first = self.client_id == self.ENTRY_POINT
+        return {
+            **self.token_parameters,
+            "nonce": nonce,
+            "ext_agent_host_id": self.host_id,
+            **({"agent_name_hint": self.settings.agent_name} if first else self.consent),
+        }
+
+    def accept(self, response: Dict[str, str]) -> None:
+        """Take the client id that was issued, once. Raises OAuthError."""
+        issued = response.get("client_id")
+        if self.client_id == self.ENTRY_POINT:
+            if issued in (None, self.ENTRY_POINT) or not re.fullmatch(_WORD.pattern, issued or ""):
+                raise OAuthError("authorization failed (the response has no valid client ID)")
+            self.client_id = str(issued)
+        elif issued not in (None, self.client_id):
+            raise OAuthError("authorization failed (the response is for another client ID)")
+
+    def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
+        """Who signed in, by the ID token, and what was granted. Raises OAuthError."""
+        claims = self._claims(text_or_none(response.get("id_token")), self.client_id)
+        expiry, sub, granted = claims.get("exp"), claims.get("sub"), response.get("scope")
+        if claims.get("nonce") != nonce:
+            raise wrong_id_token("is for another sign-in")
+        if not isinstance(expiry, (int, float)) or expiry < time.time() - CLOCK_SKEW:
+            raise wrong_id_token("has expired; is this computer's clock right?")
+        if not text_or_none(sub):
+            raise wrong_id_token("does not say whose it is")
+        return {
+            "host_id": self.host_id,
+            "sub": sub,
+            "email": text_or_none(claims.get("email")),
+            "scopes": granted.split() if isinstance(granted, str) else [],
+            "earliest_refresh_at": response.get("earliest_refresh_at"),
+        }
+
+    def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
+        """The same after a refresh, whose response may omit the ID token and the scope."""
+        fields = {"earliest_refresh_at": response.get("earliest_refresh_at")}
+        if isinstance(response.get("scope"), str):
+            fields["scopes"] = response["scope"].split()
+        id_token = text_or_none(response.get("id_token"))
+        if id_token and self._claims(id_token, old.client_id).get("sub") != old.fields.get("sub"):
+            raise OAuthError(OTHER_ACCOUNT)
+        return fields
+
+    def plan_allowed(self, fields: Fields) -> bool:
+        """Whether the person allowed the plan: only the granted scope tells."""
+        return PLAN_SCOPE in (fields.get("scopes") or ())
+
+    def _claims(self, id_token: Optional[str], client_id: str) -> Fields:
+        """The claims of an ID token from here for `client_id`. Raises OAuthError for another.
+
+        It came straight from the token endpoint: TLS stands in for its signature (OpenID Connect
+        Core §3.1.3.7, 6).
+        """
+        claims = decode_claims(id_token)
+        if str(claims.get("iss")).rstrip("/") != self.settings.issuer:
+            raise wrong_id_token("is from another issuer")
+        if claims.get("aud") not in (client_id, [client_id]):
+            raise wrong_id_token("is for another client")
+        return claims
+
+
+def wrong_id_token(fault: str) -> OAuthError:
+    """The error of an ID token that is not the one that was asked for."""
+    return OAuthError(f"could not check who signed in: the ID token {fault}")
+
+
+def authorization_url(
+    client: Client, redirect_uri: str, challenge: str, state: str, nonce: str
+) -> str:
     """The authorization request as a URL for the browser (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
     import urllib.parse
 
@@ -705,7 +898,7 @@ def authorization_url(client: Client, redirect_uri: str, challenge: str, state: 
         "code_challenge": challenge,
         "code_challenge_method": "S256",
         "state": state,
-        **client.authorization_parameters,
+        **client.authorization_parameters(nonce),
     }
     query = urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote)
     return f"{client.settings.issuer}{client.authorization_path}?{query}"
@@ -743,7 +936,11 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     }
     what = "exchange the authorization code"
     url = client.settings.issuer + client.token_path
-    return bearer_response(request_json(client.settings, url, what, form=form), what)
+    response = request_json(client.settings, url, what, form=form)
+    if response.code == "invalid_grant" and client.invalid_grant_hint:
+        hint = f"{client.invalid_grant_hint}; to try again, run"
+        raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
+    return bearer_response(response, what)
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
@@ -781,7 +978,7 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
     response = request_json(client.settings, tokens.issuer + client.token_path, what, form=form)
     client_error = 400 <= response.status < 500
     if response.status < 500 and response.code in INVALID_GRANT_CODES:  # in a 200, too
-        raise InvalidGrantError(response.code)
+        raise InvalidGrantError(response.code, client.sign_in_command)
     if client_error and response.data:  # understood, refused, and the sign-in goes on
         raise response.error(what)
     try:
@@ -801,10 +998,11 @@ def revoke(client: Client, tokens: Tokens) -> None:
             "token_type_hint": "refresh_token",
             "client_id": tokens.client_id,
         }
+    form = body if client.revokes_by_form else None
     what = "revoke the refresh token"
     url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
     # Ten seconds: whoever signs out leaves without delay.
-    response = request_json(client.settings, url, what, body=body, timeout=10.0)
+    response = request_json(client.settings, url, what, form=form, body=body, timeout=10.0)
     if not 200 <= response.status < 300:
         raise response.error(what)
 
@@ -925,11 +1123,16 @@ class Tokens:
         self.issuer = issuer.rstrip("/")
         client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
         self.client_id = printable(client_id)
+        # What tells accounts apart, where anything does. At the official sign-in that is `sub`
+        # together with the client id: one person may register several workspaces.
+        sub = text_or_none(fields.get("sub"))
+        own = (self.client_id, sub) if sub else self.account_id
+        self.account = (self.issuer, own) if own else None
 
     def same_account(self, other: Tokens) -> bool:
-        """Whether both are sign-ins of one account; without account ids, one sign-in."""
-        if self.account_id and other.account_id:
-            return (self.issuer, self.account_id) == (other.issuer, other.account_id)
+        """Whether both are sign-ins of one account; where nothing tells, one sign-in."""
+        if self.account and other.account:
+            return self.account == other.account
         return self.access_token == other.access_token
 
     def auth_claims(self) -> Fields:
@@ -955,6 +1158,10 @@ class Tokens:
         """
         expiry = self.expires_at()
         return seconds <= 0 if expiry is None else expiry - time.time() > seconds
+
+    def refresh_allowed_at(self) -> float:
+        """The moment before which the server refuses a refresh, in seconds since 1970."""
+        return parse_timestamp(self.fields.get("earliest_refresh_at")) or 0.0
 
     def fingerprint(self) -> str:
         """The SHA-256 of the refresh token, in hexadecimal."""
@@ -1352,7 +1559,12 @@ class TokenFile(JsonFile):
     """The sign-in: private, and of this user alone."""
 
     limit = MEBIBYTE
-    broken_hint = ("to start over (the file is kept beside it as .bad), run", "auth")
+
+    def __init__(self, client: Client, notify: Notify) -> None:
+        super().__init__(client.settings, notify, client.file_name)
+        self.client = client
+        hint = "to start over (the file is kept beside it as .bad), run"
+        self.broken_hint = (hint, client.sign_in_command)
 
     def load(self) -> Optional[Tokens]:
         """The stored sign-in, None when there is none."""
@@ -1370,8 +1582,10 @@ class TokenFile(JsonFile):
             yield
 
     def exists(self) -> bool:
-        """Whether there is anything of a sign-in, whole or not."""
-        return os.path.lexists(self.path) or os.path.lexists(self._temporary())
+        """Whether there is anything of a sign-in, whole or not. Raises StorageError."""
+        kept = set(self.client.kept_after_sign_out)
+        ended = bool(kept) and set(self.read()) <= kept
+        return (os.path.lexists(self.path) and not ended) or os.path.lexists(self._temporary())
 
     def _temporary(self) -> str:
         return os.path.realpath(self.path) + ".tmp"
@@ -1435,10 +1649,21 @@ class TokenFile(JsonFile):
         return path + ".bad"
 
     def remove(self) -> None:
-        """Remove the file and whatever was kept beside it. The caller holds the lock."""
-        path = os.path.realpath(self.path)
+        """Remove the file, but for what a sign-out leaves, and whatever was kept beside it.
+
+        The caller holds the lock.
+        """
+        path, kept = os.path.realpath(self.path), self.client.kept_after_sign_out
+        left: Fields = {}
+        with contextlib.suppress(StorageError):  # of a broken file nothing is left
+            left = {name: value for name, value in self.read().items() if name in kept}
+        gone = [self._temporary(), path + ".bad"]
+        if left:
+            self.save(left)
+        else:
+            gone += [self.path, path]
         try:
-            for name in (self.path, path, self._temporary(), path + ".bad"):
+            for name in gone:
                 with contextlib.suppress(FileNotFoundError):
                     _patiently(os.unlink, name)
         except OSError as error:
@@ -1468,26 +1693,54 @@ def to_log(kind: str, text: str, command: str = "") -> None:
 
 
 class Session:
-    """The stored sign-in, kept valid. `notify` hears what a person should know."""
+    """The stored sign-in of a client (default: the Codex CLI's), kept valid.
 
-    def __init__(self, settings: Optional[Settings] = None, notify: Notify = to_log) -> None:
+    `notify` hears what a person should know.
+    """
+
+    def __init__(
+        self,
+        settings: Optional[Settings] = None,
+        notify: Notify = to_log,
+        client: Optional[Client] = None,
+    ) -> None:
         self.settings, self.notify = settings or Settings(), notify
-        self.client = Client(self.settings)
-        self.token_file = TokenFile(self.settings, notify, self.client.file_name)
+        self.client = client or Client(self.settings)
+        self.token_file = TokenFile(self.client, notify)
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
         self.imported: List[str] = []  # the models that this session imported
 
     def tokens(self) -> Tokens:
         """The stored tokens as they are. Raises NotSignedInError."""
         tokens = self.token_file.load()
+        if tokens is None and self.client.shares_tokens and self.official().signed_in():
+            raise OfficialOnlyError
         if tokens is None:
-            raise NotSignedInError
+            raise NotSignedInError(self.client.sign_in_command)
         return tokens
+
+    def signed_in(self) -> bool:
+        """Whether there is a sign-in; in a broken file there is none."""
+        with contextlib.suppress(StorageError):
+            return self.token_file.load() is not None
+        return False
+
+    def official(self) -> Session:
+        """The official sign-in, which can stand beside the Codex CLI's."""
+        return Session(self.settings, self.notify, OfficialClient(self.settings))
+
+    def sign_ins(self) -> List[Session]:
+        """Every sign-in that this user can have, this one first."""
+        others = [each for each in (Client, OfficialClient) if each is not type(self.client)]
+        clients = [each(self.settings) for each in others]
+        return [self, *(Session(self.settings, self.notify, client) for client in clients)]
 
     def prepare(self) -> None:
         """Make sure that tokens can be stored, before anybody goes to fetch them."""
         with self.token_file.lock():
             self.token_file.reserve()
+            with contextlib.suppress(StorageError):  # a broken file has nothing to take up
+                self.client.resume(self.token_file.read())
 
     def valid_tokens(self, refresh: bool = False) -> Tokens:
         """Tokens whose access token is valid for REFRESH_MARGIN seconds (`refresh`: a new one).
@@ -1516,6 +1769,14 @@ class Session:
             if replaced and tokens.valid_for(REFRESH_MARGIN):
                 return tokens
             self.require_refreshable(tokens)
+            if tokens.refresh_allowed_at() > time.time():
+                if tokens.valid_for(0):
+                    return tokens
+                when = timestamp(tokens.refresh_allowed_at())
+                raise UnavailableError(
+                    f"the access token has expired, and OpenAI allows no refresh before {when}",
+                    "try again then",
+                )
             # The refresh token is good for one use: have a place for its successor first.
             self.token_file.reserve(len(encode(tokens.fields)))
             return self._refresh_with_retry(tokens, retry)
@@ -1524,11 +1785,14 @@ class Session:
         """Raise SignInEndedError if the next refresh will fail without asking anybody."""
         mark = tokens.fields.get("ended")
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
-            raise InvalidGrantError(str(mark.get("reason")))
+            raise InvalidGrantError(str(mark.get("reason")), self.client.sign_in_command)
+        fault = ""
         if tokens.issuer != self.settings.issuer:
-            raise SignInEndedError(f"the stored tokens come from another issuer, {tokens.issuer}")
-        if not tokens.refresh_token:
-            raise SignInEndedError("cannot refresh the access token: there is no refresh token")
+            fault = f"the stored tokens come from another issuer, {tokens.issuer}"
+        elif not tokens.refresh_token:
+            fault = "cannot refresh the access token: there is no refresh token"
+        if fault:
+            raise SignInEndedError(fault, self.client.sign_in_command)
 
     def _refresh_with_retry(self, old: Tokens, retry: bool) -> Tokens:
         """Refresh, and try again (if `retry`) while the refresh token is certainly unspent."""
@@ -1542,7 +1806,7 @@ class Session:
                     raise UnavailableError(
                         f"{error}; you may have to sign in again",
                         "try again; if that fails, run",
-                        "auth",
+                        self.client.sign_in_command,
                     ) from None
                 tries.wait(error)
 
@@ -1567,21 +1831,11 @@ class Session:
             self.token_file.save({**current.fields, "ended": mark})
             raise ended
         fields = merged(current.fields, response, self.notify)
-        require_account(fields, old.account_id)
+        fields.update(self.client.refresh_fields(response, old))
         if fields.get("api_key") == current.access_token:
             fields["api_key"] = response["access_token"]  # no API key: see Tokens
         self.token_file.save(fields)
         return Tokens(fields)
-
-
-def require_account(fields: Fields, account_id: Optional[str]) -> None:
-    """Raise OAuthError if a refreshed token is another account's."""
-    for token in (fields["access_token"], fields.get("id_token")):
-        account = auth_claims(token).get("chatgpt_account_id")
-        if account and account_id and account != account_id:
-            raise OAuthError(
-                "could not refresh the access token: the response is for another account"
-            )
 
 
 def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
@@ -1745,15 +1999,16 @@ class AuthorizationRequest:
 
         # RFC 6749 §10.12: the state ties the response to this request. RFC 7636 §4.1 and §4.2.
         self.state = secrets.token_urlsafe(32)
+        self.nonce = secrets.token_urlsafe(32)  # OpenID Connect Core §3.1.2.1: the same for tokens
         self.code_verifier = secrets.token_urlsafe(64)
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
-        self.port = port
+        self.client, self.port = client, port
         self.workspace = client.settings.workspace
         self.issuer = client.settings.issuer
         self.path = "/" + client.settings.redirect_path
         self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
-        self.url = authorization_url(client, self.redirect_uri, challenge, self.state)
+        self.url = authorization_url(client, self.redirect_uri, challenge, self.state, self.nonce)
 
     def parse_response(self, query: str) -> Dict[str, str]:
         """The authorization response (RFC 6749 §4.1.2) in `query`, the state compared first.
@@ -1893,21 +2148,28 @@ class Callback:
             server.server_close()
 
 
-def loopback_servers(port: int) -> List[Any]:
-    """A server at `port` of 127.0.0.1 and, where there is one, of ::1 (RFC 8252 §7.3 and §8.3).
+def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
+    """A server at `port` (0: one that the system chooses) of each loopback address there is.
 
-    Raises OSError when either is taken: the browser's `localhost` could reach the other program.
+    Raises OSError when one is taken: the browser's `localhost` could reach the other program.
     """
     import socket
 
     server_class = callback_server_class()
-    servers = [server_class(socket.AF_INET, ("127.0.0.1", port))]
+    servers: List[Any] = []
     try:
-        servers.append(server_class(socket.AF_INET6, ("::1", port)))
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # there is no IPv6
-            servers[0].server_close()
-            raise
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                servers.append(server_class(family, (address, port)))
+            except OSError as error:
+                missing = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                if not (missing and servers):  # there may be no IPv6
+                    raise
+    except OSError:
+        for server in servers:
+            server.server_close()
+        raise
     return servers
 
 
@@ -2043,7 +2305,11 @@ API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens, where nothin
 MIN_CONTEXT_LENGTH = 16000  # tokens; a catalogue that says less does not mean it
 # A catalogue's effort levels that Code Puppy knows (0.0.946, model_utils.py); `ultra` it does not.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-PAYERS = {"api": "billed to your OpenAI API account", "codex": "covered by your ChatGPT plan"}
+PAYERS = {
+    "api": "billed to your OpenAI API account",
+    "codex": "covered by your ChatGPT plan",
+    "official": "covered by your ChatGPT plan",
+}
 NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = (
     "to get one, create an organization and a project at https://platform.openai.com"
@@ -2053,6 +2319,16 @@ ORGANIZATION_HINT = (
 def no_api_key(message: str = NO_API_KEY) -> OAuthError:
     """The error of an account that has no API key to give."""
     return OAuthError(message, f"{ORGANIZATION_HINT}, then run", "auth")
+
+
+def plan_not_allowed(client: Client) -> OAuthError:
+    """The error of a sign-in that may not use the ChatGPT plan."""
+    return OAuthError(
+        "this sign-in was not allowed to use your ChatGPT plan",
+        "allow it in ChatGPT under Settings > Security and login > Sign in with ChatGPT, or sign "
+        "in again and agree; to do so, run",
+        client.sign_in_command,
+    )
 
 
 class ModelFilter:
@@ -2107,11 +2383,12 @@ def request_plan_models(settings: Settings, tokens: Tokens) -> Response:
     )
 
 
-def plan_models_response(session: Session) -> Response:
-    """What the Codex backend answers; an access token that was withdrawn is refreshed once."""
-    response = request_plan_models(session.settings, session.valid_tokens())
+def plan_models_response(session: Session, source: str) -> Response:
+    """What the plan may use; an access token that was withdrawn is refreshed once."""
+    request = request_plan_models if source == "codex" else request_official_models
+    response = request(session.settings, session.valid_tokens())
     if response.is_unauthorized:
-        response = request_plan_models(session.settings, session.valid_tokens(refresh=True))
+        response = request(session.settings, session.valid_tokens(refresh=True))
     return response
 
 
@@ -2152,17 +2429,46 @@ def _number(fields: Fields, name: str) -> Optional[float]:
     return value if known else None
 
 
+def request_official_models(settings: Settings, tokens: Tokens) -> Response:
+    """Ask the API what the ChatGPT plan may use by the official sign-in."""
+    return request_json(
+        settings,
+        f"{settings.api_base_url}/v1/models?client_version={settings.codex_client_version}",
+        "list the ChatGPT plan's models",
+        bearer=tokens.access_token,
+        limit=MODELS_LIMIT,
+    )
+
+
+def paying_session(session: Session, source: str) -> Tuple[Session, str]:
+    """The sign-in by which the models of `source` are had, and what `source` comes to.
+
+    Raises NotSignedInError.
+    """
+    if session.client.model_source:
+        return session, session.client.model_source
+    official = session.official()
+    if source == "auto" and not session.signed_in() and official.signed_in():
+        source = "official"
+    if source == "official":
+        return official, source
+    if source == "auto":
+        source = "api" if session.tokens().api_key else "codex"
+    return session, source
+
+
 def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     """The source that `source` comes to, and its models by id, as the server describes them.
 
     A plan's come in the server's order, the API's, which has none, with the newest first. Raises
     OAuthError, too where an API key is asked of an account without one.
     """
+    session, source = paying_session(session, source)
     settings, tokens, what = session.settings, session.tokens(), "list the models"
-    if source == "auto":
-        source = "api" if tokens.api_key else "codex"
-    if source == "codex":
-        response = plan_models_response(session)
+    if not session.client.plan_allowed(tokens.fields):
+        raise plan_not_allowed(session.client)
+    if source != "api":
+        response = plan_models_response(session, source)
         key, name = "models", "slug"
     elif tokens.api_key:
         response = request_api_models(settings, tokens.api_key)
@@ -2170,12 +2476,12 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     else:
         raise no_api_key()
     if response.status in (401, 403) and not response.is_html:
-        again = ("to sign in again, run", "auth") if response.status == 401 else ()
-        raise RefusedError(str(response.error(what)), *again)
+        again = ("to sign in again, run", session.client.sign_in_command)
+        raise RefusedError(str(response.error(what)), *(again if response.status == 401 else ()))
     listed = response.json_object(what).get(key)
     if not isinstance(listed, list):
         raise OAuthError(f"could not {what}: the response has no list of models")
-    shown = [e for e in listed if isinstance(e, dict) and e.get("visibility") != "hide"]
+    shown = [e for e in listed if isinstance(e, dict) and e.get("visibility", "list") == "list"]
     good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
     odd = len(shown) - len(good)
     if odd:
@@ -2185,31 +2491,40 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     return source, {entry[name]: entry for entry in good}
 
 
-def is_ours(settings: Settings, name: str, entry: object) -> bool:
-    """Whether an entry of the models file was written by this program."""
-    marked = isinstance(entry, dict) and entry.get("oauth_source") == OAUTH_SOURCE
-    return marked and name.startswith(settings.prefix)
+def is_ours(session: Session, name: str, entry: object) -> bool:
+    """Whether an entry of the models file was written by this program, for this sign-in."""
+    if not isinstance(entry, dict) or entry.get("oauth_source") != OAUTH_SOURCE:
+        return False
+    official = entry.get("type") == OfficialClient.model_type
+    same_sign_in = official == (session.client.model_type == OfficialClient.model_type)
+    return same_sign_in and name.startswith(session.settings.prefix)
 
 
 def registered_entries(session: Session) -> Dict[str, Fields]:
-    """Our entries in the models file. Raises StorageError."""
+    """This sign-in's entries in the models file. Raises StorageError."""
     entries = session.models_file.read()
-    return {name: e for name, e in entries.items() if is_ours(session.settings, name, e)}
+    return {name: entry for name, entry in entries.items() if is_ours(session, name, entry)}
+
+
+def all_entries(session: Session) -> Dict[str, Fields]:
+    """The entries of every sign-in, this one's first. Raises StorageError."""
+    found = [registered_entries(each) for each in session.sign_ins()]
+    return {name: entry for entries in found for name, entry in entries.items()}
 
 
 def registered_models(session: Session) -> List[str]:
-    """The names of our entries in the models file. Raises StorageError."""
+    """The names of this sign-in's entries in the models file. Raises StorageError."""
     return list(registered_entries(session))
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
-    """Put `entries` in the place of ours in the models file; returns the names that got there.
+    """Put `entries` in the place of this sign-in's; returns the names that got there.
 
-    An entry of another program with the same name stays.
+    An entry of another program, or of the other sign-in, with the same name stays.
     """
     with session.models_file.lock():
         before = session.models_file.read()
-        after = {k: v for k, v in before.items() if not is_ours(session.settings, k, v)}
+        after = {k: v for k, v in before.items() if not is_ours(session, k, v)}
         names = [name for name in entries if name not in after]
         for name in sorted(set(entries) - set(names)):
             session.notify(
@@ -2225,6 +2540,10 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
     """Code Puppy's entry for `model`, which the server describes as `listed`."""
     if source == "codex":
         return plan_entry(settings, model, listed)
+    if source == "official":
+        url = settings.api_base_url + "/v1"
+        entry = plan_entry(settings, model, listed)
+        return {**entry, "type": OfficialClient.model_type, "custom_endpoint": {"url": url}}
     responses = matches_any(model, settings.responses_patterns.split(","))
     return {
         # Its type `openai` would ignore the URL (model_factory.py).
@@ -2284,9 +2603,11 @@ def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, F
     Raises OAuthError, too when patterns were given of which none matches.
     """
     settings = session.settings
-    source, listed = list_models(session, models.source)
+    session, source = paying_session(session, models.source)
+    source, listed = list_models(session, source)
+    prefix = settings.prefix + session.client.model_prefix
     entries = {
-        settings.prefix + name: model_entry(settings, source, name, described)
+        prefix + name: model_entry(settings, source, name, described)
         for name, described in listed.items()
         if models.matches(name)
     }
@@ -2307,12 +2628,13 @@ def import_models(session: Session, models: ModelFilter) -> Tuple[str, List[str]
 
     Raises OAuthError.
     """
-    tokens = session.tokens()
-    source, entries, count = find_models(session, models)
-    with session.token_file.lock():
-        if not tokens.same_account(session.tokens()):
+    payer, source = paying_session(session, models.source)
+    tokens = payer.tokens()
+    source, entries, count = find_models(payer, models)
+    with payer.token_file.lock():
+        if not tokens.same_account(payer.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
-        names = session.imported = register_models(session, entries)
+        names = session.imported = register_models(payer, entries)
     session.notify("done", f"{len(names)} of {count} models imported, {PAYERS[source]}")
     return source, names
 
@@ -2346,7 +2668,7 @@ def prepare_sign_in(session: Session) -> None:
 
 
 def exchange_and_store(
-    session: Session, code: str, verifier: str, redirect_uri: str
+    session: Session, code: str, verifier: str, redirect_uri: str, nonce: str = ""
 ) -> Optional[Tokens]:
     """Exchange the code and store the tokens; returns those stored before.
 
@@ -2361,34 +2683,36 @@ def exchange_and_store(
             try:
                 with uninterrupted(session.settings):
                     response = exchange_code(session.client, code, verifier, redirect_uri)
-                    _store_sign_in(session, response, old)
+                    _store_sign_in(session, response, old, nonce)
                 return old
             except RequestError as error:
                 tries.wait(error)
 
 
-def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens]) -> None:
+def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], nonce: str) -> None:
     """Store the tokens in `response`, or revoke what nobody would have."""
-    settings = session.settings
-    fields = {"issuer": settings.issuer, "client_id": settings.client_id}
+    settings, client = session.settings, session.client
+    fields = {"issuer": settings.issuer, "client_id": client.client_id}
     fields = merged(fields, response, session.notify)
-    tokens = Tokens(fields)
-    if settings.workspace and tokens.account_id != settings.workspace:
-        raise OAuthError(
-            f"signed in to workspace {tokens.account_id or 'unknown'} instead of "
-            f"{settings.workspace}; nothing was stored",
-            "try again, and choose that workspace in the browser",
-        )
-    if tokens.account_id:
-        fields["account_id"] = tokens.account_id
-    same_account = old is not None and tokens.same_account(old)
-    if old and same_account:
-        renewed = {*SECRET_KEYS, "ended", "expires_at"}
-        kept = {k: value for k, value in old.fields.items() if k not in renewed}
-        if old.api_key:
-            kept["api_key"] = old.api_key
-        fields = {**kept, **fields}
+    tokens, same_account = Tokens(fields), False
     try:
+        fields.update(client.sign_in_fields(response, nonce))
+        tokens = Tokens(fields)
+        if settings.workspace and tokens.account_id != settings.workspace:
+            raise OAuthError(
+                f"signed in to workspace {tokens.account_id or 'unknown'} instead of "
+                f"{settings.workspace}; nothing was stored",
+                "try again, and choose that workspace in the browser",
+            )
+        if tokens.account_id:
+            fields["account_id"] = tokens.account_id
+        same_account = old is not None and tokens.same_account(old)
+        if old and same_account:
+            renewed = {*SECRET_KEYS, "ended", "expires_at"}
+            kept = {k: value for k, value in old.fields.items() if k not in renewed}
+            if old.api_key:
+                kept["api_key"] = old.api_key
+            fields = {**kept, **fields}
         session.token_file.save(fields)
     except OAuthError:
         if not same_account:  # else it could end the sign-in that is still stored
@@ -2408,20 +2732,23 @@ def _replaced_tokens(session: Session) -> Optional[Tokens]:
 def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens]) -> None:
     """With the tokens stored: API key, models, the end of another account's `old` sign-in.
 
-    What fails is a warning.
+    What fails is a warning. Raises OAuthError where the plan that shall pay was not allowed.
     """
-    tokens = session.tokens()
+    client, tokens = session.client, session.tokens()
     email, workspace = identity(tokens)["email"], workspace_label(tokens)
     session.notify("done", f"Signed in{f' as {email}' if email else ''}{workspace}")
+    allowed = client.plan_allowed(tokens.fields)
     try:
-        obtain_api_key(session)
+        if client.has_api_keys:
+            obtain_api_key(session)
     except OAuthError as error:
         tell_error(session.notify, error, "warning")
     try:
-        import_models(session, models)
+        if allowed:
+            import_models(session, models)
     except OAuthError as error:
         tell_error(session.notify, error, "warning")
-    other_account = old and old.account_id and tokens.account_id not in (None, old.account_id)
+    other_account = old and old.account and tokens.account not in (None, old.account)
     if old and old.refresh_token not in (None, tokens.refresh_token) and other_account:
         # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
         # the server end the whole of it.
@@ -2429,6 +2756,10 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
         session.notify("info", f"Signed out of {who}")
         revoke_or_warn(session, old)
     session.notify("info", f"Tokens saved in {session.token_file.path}")
+    if not allowed:
+        raise plan_not_allowed(client)
+    if client.payment_notice:
+        session.notify("info", client.payment_notice)
 
 
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
@@ -2604,7 +2935,7 @@ class BrowserSignIn:
                     raise OAuthError(
                         f"timed out after {self.timeout:g} seconds waiting for you to sign in",
                         "to try again with more time, run",
-                        "auth --timeout 240",
+                        f"{self.session.client.sign_in_command} --timeout 240",
                     )
         finally:
             self.stdin.close()
@@ -2622,7 +2953,7 @@ class BrowserSignIn:
         """Whether somebody signed in before the time was up."""
         port, servers, fault = open_port(self.session.client)
         if fault and not self.stdin.usable:
-            raise OAuthError(fault, "to sign in without a port, run", "auth --device")
+            raise OAuthError(fault, *self._without_port())
         request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
         callback = Callback(request, servers)
         try:
@@ -2637,6 +2968,16 @@ class BrowserSignIn:
             return True
         finally:
             callback.close()
+
+    def _without_port(self) -> Tuple[str, str]:
+        """What helps where no port can be listened on."""
+        client = self.session.client
+        if client.device_command:
+            return "to sign in with a code instead, run", client.device_command
+        return (
+            "to paste the URL that the browser ends on, run in a terminal",
+            client.sign_in_command,
+        )
 
     def _show_url(self, callback: Callback) -> None:
         notify, url = self.session.notify, callback.request.url
@@ -2663,8 +3004,9 @@ class BrowserSignIn:
         if callback.servers:
             notify("info", "- To let it reach this machine, first run this where the browser is:")
             notify("info", f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE")
-        notify("info", "- To sign in with a code instead, press Ctrl-C and run:")
-        notify("command", "auth --device")
+        if self.session.client.device_command:
+            notify("info", "- To sign in with a code instead, press Ctrl-C and run:")
+            notify("command", self.session.client.device_command)
 
     def _await_response(self, callback: Callback, deadline: float) -> bool:
         """Whether a response came, by browser or by paste, before time.monotonic() `deadline`."""
@@ -2716,19 +3058,22 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     try:
         if response.get("error"):
             raise authorization_error(response)
+        session.client.accept(response)
         old = exchange_and_store(
-            session, response["code"], request.code_verifier, request.redirect_uri
+            session, response["code"], request.code_verifier, request.redirect_uri, request.nonce
         )
     except OAuthError as error:
         if not error.hint:
-            error.hint, error.command = "to try again, run", "auth"
+            error.hint, error.command = "to try again, run", session.client.sign_in_command
         callback.outcome.set_exception(error)
         callback.wait_until_told(2.0)
         raise
     callback.outcome.set_result(None)
     deadline = time.monotonic() + SUCCESS_PAGE_TIMEOUT
-    complete_sign_in(session, models, old)
-    callback.wait_until_told(deadline - time.monotonic())
+    try:
+        complete_sign_in(session, models, old)
+    finally:
+        callback.wait_until_told(deadline - time.monotonic())
 
 
 def authorization_error(response: Dict[str, str]) -> OAuthError:
@@ -2740,17 +3085,20 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
             "ask your workspace administrator to enable Codex, or choose another workspace",
         )
     said = printable(": ".join(filter(None, (response["error"], description))), 200)
-    return OAuthError(f"authorization failed ({said})", "to try again, run", "auth")
+    return OAuthError(f"authorization failed ({said})")
 
 
 def open_port(client: Client) -> Tuple[int, List[Any], str]:
     """A registered port with its servers; or none of them, and why."""
-    first, reason = client.ports[0], ""
+    first, reason = client.ports[0] or client.settings.required_port, ""
     for port in client.ports:
         try:
-            return port, loopback_servers(port), ""
+            servers = loopback_servers(client.addresses, port)
+            return servers[0].socket.getsockname()[1], servers, ""
         except OSError as error:
             reason = reason or error.strerror or "error"
+    if client.ports == (0,):
+        return first, [], f"cannot listen on {client.addresses[0]} ({reason})"
     ports, owner = " or ".join(map(str, client.ports)), port_owner_command(first)
     return (
         first,
@@ -3015,14 +3363,16 @@ def open_browser(session: Session, url: str) -> Optional[str]:
     import subprocess
     import threading
 
-    settings, secrets = session.settings, set()
+    settings = session.settings
+    secrets: Set[Optional[str]] = set()
     command, obstacle = browser_command(settings.environ)
     if not command:
         return obstacle
     # The browser sees none of our keys, whatever they are exported as, and no TERM, without
     # which `webbrowser` starts no text browser.
-    with contextlib.suppress(OAuthError):
-        secrets = {getattr(session.tokens(), key) for key in SECRET_KEYS}
+    for each in session.sign_ins():
+        with contextlib.suppress(OAuthError):
+            secrets |= {getattr(each.tokens(), key) for key in SECRET_KEYS}
     environ = {
         name: value
         for name, value in settings.environ.items()
@@ -3143,8 +3493,11 @@ def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fi
         trouble = error
     usable = tokens is not None and (trouble is None or tokens.valid_for(0))
     code = trouble.exit_code if trouble and not usable else 0
+    official, official_code = describe_official(session.official())
+    if official and isinstance(trouble, NotSignedInError):  # it is all there is
+        trouble, code = official["problem"], official_code
     try:
-        names = registered_models(session)
+        names = list(all_entries(session))
     except StorageError as error:
         trouble, code = trouble or error, code or error.exit_code
     if online:
@@ -3154,10 +3507,10 @@ def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fi
     expiry = who.expires_at()
     refreshed = parse_timestamp(who.fields.get("last_refresh"))
     source = settings.model_source
-    if tokens and source == "auto":
-        source = "api" if who.api_key else "codex"
+    if source == "auto" and (tokens or official):
+        source = "api" if who.api_key else "codex" if tokens else "official"
     return {
-        "authenticated": usable,
+        "authenticated": usable or bool(official and not official_code),
         **identity(who),
         "account_id": who.account_id,
         "has_api_key": bool(who.api_key),
@@ -3171,8 +3524,44 @@ def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fi
         "issuer": who.issuer,
         "client_id": who.client_id,
         "problem": trouble,
+        "official": official,
         **({"online": online.facts} if online else {}),
     }, code
+
+
+def describe_official(session: Session) -> Tuple[Optional[Fields], int]:
+    """The same of the official sign-in, None where there is none."""
+    trouble: Optional[OAuthError] = None
+    tokens = None
+    try:
+        tokens = session.token_file.load()
+        if not tokens:
+            return None, 0
+        session.require_refreshable(tokens)
+    except OAuthError as error:
+        trouble = error
+    fields = tokens.fields if tokens else {}
+    allowed = session.client.plan_allowed(fields)
+    usable = tokens is not None and (trouble is None or tokens.valid_for(0))
+    code = trouble.exit_code if trouble and not usable else 0
+    if not trouble and not allowed:
+        trouble = plan_not_allowed(session.client)
+    expiry = tokens.expires_at() if tokens else None
+    return {
+        "email": text_or_none(fields.get("email")),
+        "plan_allowed": allowed,
+        "access_token_expires_at": None if expiry is None else timestamp(expiry),
+        "problem": trouble,
+    }, code
+
+
+def in_words(facts: Fields, type_command: Callable[[str], str]) -> Fields:
+    """`facts`, as `describe` gives them, with sentences for the problems: now they are JSON."""
+    error, told = facts["problem"], dict(facts)
+    told["problem"] = sentence(error, type_command(error.command) if error else "")
+    if facts.get("official"):
+        told["official"] = in_words(facts["official"], type_command)
+    return told
 
 
 def sentence(error: Optional[OAuthError], typed: str) -> Optional[str]:
@@ -3190,12 +3579,15 @@ def status_lines(
 
     `live`: they read them on a terminal.
     """
-    expiry = facts["access_token_expires_at"]
+    expiry, official = facts["access_token_expires_at"], facts["official"]
+    alone = bool(official) and not (expiry or facts["email"])  # no other sign-in beside it
     lines = [
         "ChatGPT OAuth: " + ("Authenticated" if facts["authenticated"] else "Not authenticated")
     ]
     rows: List[Tuple[str, str]] = []
-    if facts["authenticated"] or expiry or facts["email"]:
+    if alone and facts["authenticated"]:
+        lines = [f"{lines[0]} (official sign-in)"]
+    elif facts["authenticated"] or expiry or facts["email"]:
         lines.append(
             "API key available" if facts["has_api_key"] else f"No API key; {ORGANIZATION_HINT}"
         )
@@ -3206,6 +3598,8 @@ def status_lines(
         ]
     lines += [problem] if problem else []
     rows += online_rows(online, live) if online and online.said else []
+    if official:
+        rows += official_rows(official, told=alone and bool(problem))
     names = facts["models"]
     shown = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
     if names and len(names) > SHOWN_MODELS:
@@ -3253,6 +3647,19 @@ def format_distance(when: str) -> str:
     return f"{'in ' * (seconds >= 0)}{duration(seconds)}{' ago' * (seconds < 0)} ({when})"
 
 
+def official_rows(official: Fields, told: bool) -> List[Tuple[str, str]]:
+    """The official sign-in, for people; `told`: they know of its problem."""
+    problem = official["problem"]
+    plan = "Using ChatGPT plan" if official["plan_allowed"] else "ChatGPT plan not allowed"
+    expiry = format_expiry(official["access_token_expires_at"], refreshable=not problem)
+    rows = [
+        ("Official", official["email"] or "unknown"),
+        ("", f"{plan}; {USAGE_PAGE}"),
+        ("", f"access token {expiry}"),
+    ]
+    return rows + ([("", f"Problem: {problem}")] if problem and not told else [])
+
+
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
     """An expiry as `timestamp` writes it, as people say it, and itself; None is unknown."""
     if when is None:
@@ -3279,12 +3686,7 @@ def sign_in(
         sign_in_with_device(session, models, timeout)
     else:
         BrowserSignIn(session, models, timeout, open_browser).run()
-    facts = describe(session)[0]
-    problem = facts["problem"]
-    return {
-        **facts,
-        "problem": sentence(problem, problem and f"chatgpt_oauth.py {problem.command}"),
-    }
+    return in_words(describe(session)[0], lambda command: f"chatgpt_oauth.py {command}")
 
 
 def sign_out(*, revoke: bool = True) -> None:
@@ -3296,6 +3698,10 @@ def sign_in_as_told(
     session: Session, options: Namespace, reading: bool, way: Type[BrowserSignIn] = BrowserSignIn
 ) -> None:
     """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
+    odd = [flag for flag in ("device", "source", "workspace") if vars(options).get(flag)]
+    if options.official and odd:
+        text = f"--official and --{odd[0]} cannot be used together"
+        raise UsageError(text, "leave one of them out")
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     if options.workspace:
         session.settings.workspace = options.workspace
@@ -3308,11 +3714,17 @@ def sign_in_as_told(
         way(session, models, options.timeout, browser, reading).run()
 
 
+def open_session(notify: Notify, options: Namespace) -> Session:
+    """The sign-in that the options mean."""
+    session = Session(notify=notify)
+    return session.official() if getattr(options, "official", False) else session
+
+
 def command_auth(session: Session, options: Namespace) -> None:
     """Sign in, and say what can be done then."""
     sign_in_as_told(session, options, reading=True)
     if not session.tokens().api_key:
-        session.notify("info", "To get an access token, run", "token")
+        session.notify("info", *session.client.next_step)
         return
     try:
         shell = SHELLS[find_shell(session.settings, "auto")]
@@ -3329,8 +3741,9 @@ def command_status(session: Session, options: Namespace) -> int:
     facts, code = describe(session, online)
     error = facts["problem"]
     typed = f"{program_name()} {error.command}" if error else ""
+    facts = in_words(facts, lambda command: f"{program_name()} {command}")
     if options.json:
-        print(json.dumps({**facts, "problem": sentence(error, typed)}, indent=2))
+        print(json.dumps(facts, indent=2))
         return code
     lines = status_lines(facts, problem_line(error, typed), online, sys.stdout.isatty())
     print("\n".join(map(printable, lines)))
@@ -3469,8 +3882,19 @@ def command_token(session: Session, options: Namespace) -> None:
 
 
 def command_logout(session: Session, options: Namespace) -> None:
-    """Revoke the sign-in and remove what it left."""
-    if not end_sign_in(session, not options.local):
+    """Revoke the sign-in, or each of both, and remove what they left."""
+    sessions = [session] if options.official else session.sign_ins()
+    ended, failures = False, []
+    for each in sessions:
+        try:
+            ended = end_sign_in(each, not options.local) or ended
+        except OAuthError as error:
+            failures.append(error)
+    for failure in failures[1:]:
+        tell_error(session.notify, failure, "warning")
+    if failures:
+        raise failures[0]
+    if not ended:
         session.notify("info", "Not signed in; nothing to do.")
 
 
@@ -4189,7 +4613,7 @@ class CodePuppyPlugin:
         try:
             session = Session(notify=self.notify)
             with session.models_file.lock():
-                session.models_file.save({**models, **registered_entries(session)})
+                session.models_file.save({**models, **all_entries(session)})
         except OAuthError as error:
             tell_error(self.notify, error)
             return False
@@ -4338,7 +4762,7 @@ class CodePuppyPlugin:
         urls = [word for word in words if "://" in word or "state=" in word]
         with contextlib.redirect_stdout(said):
             options = parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
-        session = Session(notify=self.notify)
+        session = open_session(self.notify, options)
         if name == "status":
             self._status(session, options)
             return
@@ -4371,7 +4795,7 @@ class CodePuppyPlugin:
 
     def _entries(self, session: Session) -> Dict[str, Fields]:
         with contextlib.suppress(StorageError):  # which the commands tell
-            return registered_entries(session)
+            return all_entries(session)
         return {}
 
     def _tell_models(self, session: Session, in_use: Optional[str]) -> None:
@@ -4395,8 +4819,8 @@ class CodePuppyPlugin:
         facts = describe(session, online)[0]
         error = facts["problem"]
         typed = self.typed(error.command) if error else ""
+        facts = in_words(facts, self.typed)
         if options.json:
-            facts["problem"] = sentence(error, typed)
             self.notify("info", json.dumps(facts, indent=2))
         else:
             lines = status_lines(facts, problem_line(error, typed), online)
@@ -4424,7 +4848,7 @@ class CodePuppyPlugin:
         BrowserSignIn.latest = None
         session.settings.workspace = request.workspace
         models = ModelFilter(session.settings, options.include, options.exclude, options.source)
-        redeem(session, models, callback)
+        redeem(Session(session.settings, session.notify, request.client), models, callback)
 
 
 def can_be_api_key(value: Optional[str]) -> bool:
@@ -4463,7 +4887,7 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--include": ("import models that match, instead of the defaults (repeatable)", REPEATABLE),
     "--exclude": ("skip models that match (repeatable)", REPEATABLE),
     "--source": (
-        "api (billed to the API account), codex (covered by the plan) or auto",
+        "api (billed to the API account), codex or official (covered by the plan), or auto",
         {"metavar": "SOURCE", "type": lambda text: RULES["model_source"].check("--source", text)},
     ),
     "--workspace": (
@@ -4485,6 +4909,7 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--refresh": ("refresh it first, even if it is still valid", FLAG),
     "--api-key": ("print the API key instead", FLAG),
     "--local": ("do not revoke the tokens at OpenAI", FLAG),
+    "--official": ("OpenAI's official sign-in for apps, for Code Puppy alone", FLAG),
     "--bin": (
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
@@ -4517,9 +4942,10 @@ COMMANDS = {
     "auth": Command(
         command_auth,
         "sign in with ChatGPT and import its models",
-        "--device --no-browser --timeout --include --exclude --source --workspace",
+        "--device --no-browser --timeout --include --exclude --source --workspace --official",
         "{0}",
         "{0} --device",
+        "{0} --official",
     ),
     "status": Command(
         command_status,
@@ -4559,7 +4985,7 @@ COMMANDS = {
     "logout": Command(
         command_logout,
         "sign out and remove the tokens and imported models",
-        "--local",
+        "--local --official",
         "{0}",
         "{0} --local",
     ),
@@ -4740,7 +5166,7 @@ def run(arguments: List[str], notify: Notify) -> int:
         options = parse(name, arguments[1:])
     except SystemExit:  # after --help
         return 0
-    return COMMANDS[name].run(Session(notify=notify), options) or 0
+    return COMMANDS[name].run(open_session(notify, options), options) or 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:

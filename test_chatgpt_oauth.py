@@ -56,6 +56,7 @@ POSIX = os.name == "posix"
 LIMIT = 60  # seconds: no wait for a process, a thread or a socket is longer
 WORKERS = 4  # processes that share the longest test
 TEST_LIMIT = 300  # seconds in which a test that hangs in this process is ended, with all others
+AUTHORIZATION_URL = r"^http\S+/(?:oauth|api/accounts)/authorize\?\S+$"
 COMMANDS = (
     "auth",
     "status",
@@ -74,15 +75,16 @@ INVALID_GRANT_CODES = (
     "refresh_token_invalidated",
     "token_expired",
     "invalid_grant",
+    "invalid_refresh_token",
 )
 # Seconds that are no setting, made short where the program runs in this process: it polls, reads
 # a torn file and tries a refresh again so often that a test would wait for nothing else.
 HASTE = {"POLL_FLOOR": 0.01, "SLOW_DOWN": 0.01, "REREAD_SECONDS": 0.01, "RETRY_PAUSE": 0.05}
 
 
-def encode_jwt(claims):
+def encode_jwt(claims, algorithm="none"):
     """A JWT with these claims and a signature that nobody looks at."""
-    parts = [json.dumps(part).encode() for part in ({"alg": "none"}, claims)] + [b"signature"]
+    parts = [json.dumps(part).encode() for part in ({"alg": algorithm}, claims)] + [b"signature"]
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
 
 
@@ -174,6 +176,11 @@ ENDPOINTS = {
     "usercode": Endpoint("/api/accounts/deviceauth/usercode", None, "auth --device", True),
     "device": Endpoint("/api/accounts/deviceauth/token", None, "auth --device", True),
     "chat": Endpoint("/v1/chat/completions", None, None, True),  # Code Puppy's
+    "plan_authorize": Endpoint("/api/accounts/authorize", None, None, True),
+    "plan_code": Endpoint("/api/accounts/oauth/token", "authorization_code", None, True),
+    "plan_refresh": Endpoint("/api/accounts/oauth/token", "refresh_token", None, True),
+    "plan_revoke": Endpoint("/api/accounts/oauth/revoke", None, None, False),
+    "plan_responses": Endpoint("/v1/responses", None, None, True),  # Code Puppy's, too
 }
 ASKED = [name for name, endpoint in ENDPOINTS.items() if endpoint.command]
 
@@ -214,7 +221,233 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
 
-class Double:
+class OfficialDialect:
+    """The double's part in OpenAI's official sign-in (developers.openai.com/siwc).
+
+    `agents` holds the host id of each client id that was issued. Each request must have exactly the
+    parameters that are documented. What an attribute below says is what the person or the server
+    does.
+    """
+
+    SCOPE = "openid profile email offline_access resource.invoke chatgpt.tokens.use.direct"
+    # What POST /v1/responses refuses where the plan pays.
+    REFUSED = (
+        "background conversation max_output_tokens max_tool_calls metadata moderation multi_agent "
+        "prompt prompt_cache_retention safety_identifier temperature top_logprobs top_p truncation "
+        "user previous_response_id"
+    )
+
+    def __init__(self):
+        self.agents, self.plan_codes, self.plan_tokens, self.plan_access = {}, {}, {}, {}
+        self.plan_subject, self.plan_allowed, self.plan_declined = "user|ada", True, False
+        self.plan_lifetime, self.plan_refresh_after = 3600, -1  # seconds
+        self.plan_issued = None  # the client id that is issued next
+        self.callback_changes, self.id_token_changes = {}, {}  # None removes a member
+        self.plan_limit = ""  # "before" the stream or in "mid"-stream the usage limit is met
+        self.plan_models = [
+            {"slug": "gpt-6-astra", "visibility": "list", "context_window": 272000},
+            {"slug": "gpt-5.5", "visibility": "list", "context_window": 272000},
+            {"slug": "gpt-5.4-secret", "visibility": "hide", "context_window": 272000},
+        ]
+
+    @staticmethod
+    def changed(fields, changes):
+        return {k: v for k, v in {**fields, **changes}.items() if v is not None}
+
+    def _plan_authorize(self, fields, headers):
+        wanted = {
+            "response_type": "code",
+            "client_id": r"dynamic_agent_client|oaiapp_\w+",
+            "redirect_uri": r"http://127\.0\.0\.1:[1-9]\d*/auth/callback",
+            "scope": re.escape(self.SCOPE),
+            "resource": re.escape(self.url + "/v1"),
+            "state": r"[\w-]{22,}",
+            "nonce": r"[\w-]{22,}",
+            "code_challenge": r"[\w-]{43}",
+            "code_challenge_method": "S256",
+            "ext_agent_host_id": r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){2}-[89ab][0-9a-f]{3}-\w{12}",
+        }
+        client = fields.get("client_id")
+        first = client == "dynamic_agent_client"
+        wanted.update({"agent_name_hint": r"\S.{0,99}"} if first else {})
+        if not first and "prompt" in fields:
+            wanted["prompt"] = "consent"
+        wrong = [k for k, v in wanted.items() if not re.fullmatch(v, fields.get(k, ""))]
+        wrong += set(fields) - set(wanted)
+        if not first and self.agents.get(client) != fields.get("ext_agent_host_id"):
+            wrong.append("registration")
+        if wrong:
+            return 403, {"detail": f"wrong: {wrong}"}
+        answer = {"state": fields["state"], "iss": self.url}
+        if self.plan_declined:
+            answer["error"] = "access_denied"
+        else:
+            if first:
+                client = self.plan_issued or "oaiapp_" + secrets.token_hex(8)
+                self.agents[client] = fields["ext_agent_host_id"]
+                answer["client_id"] = client
+            answer["code"] = "ac_" + secrets.token_urlsafe(24)
+            self.plan_codes[answer["code"]] = {**fields, "client_id": client}
+        answer = urllib.parse.urlencode(self.changed(answer, self.callback_changes))
+        return 302, {"location": f"{fields['redirect_uri']}?{answer}"}
+
+    def plan_sign_in(self, client, nonce=None):
+        """A new sign-in's tokens, as the token endpoint answers them."""
+        expiry = int(time.time()) + self.plan_lifetime
+        claims = {"iss": self.url, "aud": [client], "sub": self.plan_subject, "exp": expiry}
+        claims = {**claims, "email": self.email, "name": "Ada", "nonce": nonce}
+        answer = {
+            "access_token": "at_" + secrets.token_urlsafe(24),
+            "refresh_token": "rt_" + secrets.token_urlsafe(24),
+            "id_token": encode_jwt(self.changed(claims, self.id_token_changes), "RS256"),
+            "token_type": "Bearer",
+            "expires_in": self.plan_lifetime,
+            "scope": self.SCOPE if self.plan_allowed else self.SCOPE.rpartition(" ")[0],
+            "earliest_refresh_at": timestamp(time.time() + self.plan_refresh_after),
+        }
+        with self.guard:
+            self.id_tokens[answer["id_token"]] = None
+            self.plan_tokens[answer["refresh_token"]] = [client, time.time()]
+            self.plan_tokens[answer["refresh_token"]][1] += self.plan_refresh_after
+            self.plan_access[answer["access_token"]] = (expiry, self.plan_allowed)
+        return answer
+
+    def _plan_code(self, fields, headers):
+        members = {"grant_type", "client_id", "code", "code_verifier", "redirect_uri", "resource"}
+        asked = self.plan_codes.pop(fields.get("code"), None)
+        if set(fields) != members or not asked:
+            return 400, {"error": "invalid_grant" if set(fields) == members else "invalid_request"}
+        digest = hashlib.sha256(fields["code_verifier"].encode()).digest()
+        challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+        same = ("client_id", "redirect_uri", "resource")
+        if challenge != asked["code_challenge"] or any(fields[k] != asked[k] for k in same):
+            return 400, {"error": "invalid_grant"}
+        return 200, self.plan_sign_in(fields["client_id"], asked["nonce"])
+
+    def _plan_refresh(self, fields, headers):
+        if set(fields) != {"grant_type", "client_id", "refresh_token", "resource"}:
+            return 400, {"error": "invalid_request"}
+        if fields["resource"] != self.url + "/v1":
+            return 400, {"error": "invalid_target"}
+        client, earliest = self.plan_tokens.get(fields["refresh_token"], (None, 0))
+        if client == "used":
+            return 400, {"error": "refresh_token_reused"}
+        if client is None:
+            return 400, {"error": "invalid_refresh_token"}
+        if client != fields["client_id"]:
+            return 401, {"error": "invalid_client"}
+        if time.time() < earliest:
+            return 400, {"error": "invalid_request", "error_description": "too early"}
+        self.plan_tokens[fields["refresh_token"]][0] = "used"
+        return 200, self.plan_sign_in(client)
+
+    def _plan_revoke(self, fields, headers):
+        known = set(fields) == {"token", "token_type_hint", "client_id"}
+        if "urlencoded" not in headers.get("content-type", "") or not known:
+            return 400, {"error": "invalid_request"}
+        if fields["token_type_hint"] != "refresh_token":
+            return 400, {"error": "unsupported_token_type"}
+        self.plan_tokens.pop(fields["token"], None)
+        return 200, ""
+
+    def plan_refusal(self, headers):
+        """Why the bearer may not use the plan, as the API says it; None where it may."""
+        expiry, allowed = self.plan_access.get(headers.get("authorization", "")[7:], (0, False))
+        if expiry < time.time():
+            return 401, {"detail": "Could not parse your authentication token."}
+        return None if allowed else (403, {"detail": "The plan was not allowed."})
+
+    def _plan_responses(self, fields, headers):
+        refusal = self.plan_refusal(headers) or self.refused_request(fields)
+        code = "subscription_sharing_usage_limit_exceeded"
+        limit = {"code": code, "type": code, "message": "The usage limit has been reached"}
+        if not refusal and self.plan_limit == "before":
+            refusal = 429, {"error": limit}
+        if refusal:
+            return refusal
+        answer = {
+            "id": "resp_" + secrets.token_hex(6),
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": fields["model"],
+            "status": "in_progress",
+            "output": [],
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [],
+        }
+        events = [{"type": "response.created", "response": answer}]
+        if self.plan_limit:
+            failed = {**answer, "status": "failed", "error": limit}
+            events.append({"type": "response.failed", "response": failed})
+        else:
+            events += self.output(fields)
+            usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
+            usage["input_tokens_details"] = {"cached_tokens": 0}
+            usage["output_tokens_details"] = {"reasoning_tokens": 0}
+            done = {**answer, "status": "completed", "usage": usage}  # its output is empty, live
+            events.append({"type": "response.completed", "response": done})
+        events = [{**event, "sequence_number": number} for number, event in enumerate(events)]
+        return 200, "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
+
+    def refused_request(self, fields):
+        """Why the API does not take a request that the plan shall pay for, or None."""
+        wrong = [name for name in self.REFUSED.split() if name in fields]
+        items = fields.get("input")
+        if not isinstance(items, list) or fields.get("store") is not False:
+            wrong.append("input or store")
+        elif any(isinstance(item, dict) and item.get("role") == "system" for item in items):
+            wrong.append("system")
+        if fields.get("stream") is not True or isinstance(fields.get("tool_choice"), dict):
+            wrong.append("stream or tool_choice")
+        if fields.get("tools") and re.match(r"gpt-(5\.[6-9]|[6-9])", fields.get("model", "")):
+            wrong.append("flat tools")
+        if fields.get("model") not in [model["slug"] for model in self.plan_models]:
+            wrong.append("model")
+        code = "subscription_sharing_unsupported_capability"
+        return (400, {"error": {"code": code, "message": f"{wrong}"}}) if wrong else None
+
+    @staticmethod
+    def output(fields):
+        """The events of the answer: a tool call where files shall be listed, else a sentence."""
+        tools = list(fields.get("tools") or [])
+        for item in fields["input"]:
+            tools += item.get("tools", []) if item.get("type") == "additional_tools" else []
+        done = any(item.get("type") == "function_call_output" for item in fields["input"])
+        names = [tool.get("name") for tool in tools]
+        if "list the files" in json.dumps(fields["input"]) and "list_files" in names and not done:
+            arguments = json.dumps({"directory": "."})
+            item = {"id": "fc_1", "type": "function_call", "call_id": "call_1"}
+            item = {**item, "name": "list_files", "arguments": arguments, "status": "completed"}
+            begun = {**item, "arguments": "", "status": "in_progress"}
+            place = {"item_id": "fc_1", "output_index": 0}
+            kind = "response.function_call_arguments."
+            middle = [
+                {"type": kind + "delta", **place, "delta": arguments},
+                {"type": kind + "done", **place, "name": "list_files", "arguments": arguments},
+            ]
+        else:
+            text = "I have seen the files." if done else "Hello from the plan."
+            part = {"type": "output_text", "text": text, "annotations": []}
+            item = {"id": "msg_1", "type": "message", "role": "assistant", "content": [part]}
+            item["status"] = "completed"
+            begun = {**item, "status": "in_progress", "content": []}
+            place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+            said = {"text": text, "logprobs": []}
+            middle = [
+                {"type": "response.content_part.added", **place, "part": {**part, "text": ""}},
+                {"type": "response.output_text.delta", **place, "delta": text, "logprobs": []},
+                {"type": "response.output_text.done", **place, **said},
+                {"type": "response.content_part.done", **place, "part": part},
+            ]
+        return [
+            {"type": "response.output_item.added", "output_index": 0, "item": begun},
+            *middle,
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+        ]
+
+
+class Double(OfficialDialect):
     """OpenAI's authorization server, API and Codex backend, as strict as the real ones.
 
     Codes and refresh tokens are good for one use, redirect URIs are compared to the letter, PKCE
@@ -223,6 +456,7 @@ class Double:
     """
 
     def __init__(self, ports=(1455, 1457)):
+        super().__init__()
         self.codes, self.refresh_tokens, self.api_keys, self.devices = {}, {}, set(), {}
         self.access_tokens, self.id_tokens = {}, {}
         self.requests, self.faults = [], {}
@@ -312,6 +546,7 @@ class Double:
         with self.guard:
             found = {*self.codes, *self.refresh_tokens, *self.api_keys}
             found |= {*self.access_tokens, *self.id_tokens}
+            found |= {*self.plan_codes, *self.plan_tokens, *self.plan_access}
             for entry in self.requests:
                 found |= {entry["fields"].get(k) for k in ("code", "code_verifier")}
         return {secret for secret in found if secret}
@@ -427,6 +662,10 @@ class Double:
         return 200, {}
 
     def _api(self, fields, headers):
+        if headers.get("authorization", "")[7:] in self.plan_access:
+            if not fields.get("client_version"):
+                return 400, {"detail": "client_version missing"}
+            return self.plan_refusal(headers) or (200, {"models": self.plan_models})
         if headers.get("authorization", "")[7:] not in self.api_keys:
             return self.refuse("invalid_api_key", "Incorrect API key provided")
         models = [{"id": name, "object": "model", "owned_by": "x"} for name in self.api_models]
@@ -613,7 +852,7 @@ class Running:
 
     def url(self):
         """Wait for the URL of the authorization request."""
-        return self.saying(r"^http\S+/oauth/authorize\?\S+$")[0]
+        return self.saying(AUTHORIZATION_URL)[0]
 
     def type(self, line):
         """Write a line, of bytes, to its standard input."""
@@ -660,7 +899,7 @@ class Saying(io.StringIO):
         self.browser, self.visits = browser, []
 
     def write(self, text):
-        found = re.search(r"^http\S+/oauth/authorize\?\S+$", text, re.M)
+        found = re.search(AUTHORIZATION_URL, text, re.M)
         if found and self.browser:
             self.visits.append(threading.Thread(target=self.browser, args=(found[0],), daemon=True))
             self.visits[-1].start()
@@ -719,6 +958,7 @@ class Case(unittest.TestCase):
         self.home = self.folder / ".code_puppy"
         self.token_file = self.home / "chatgpt_oauth.json"
         self.models_file = self.home / "chatgpt_models.json"
+        self.plan_file = self.home / "chatgpt_plan.json"
         self.seconds = dict(HASTE)
         self.environ = {
             **environment(self.folder),
@@ -1057,6 +1297,7 @@ class SettingsTest(Case):
             "model_excludes": ("a b",),
             "responses_patterns": ("a b",),
             "model_source": ("", "x"),
+            "agent_name": ("", " a", "a\nb", "\u00e9", "a" * 101),
             "originator": ("", "a b", "a\r\nb: c"),
             "request_timeout": ("0",),
             "retry_window": ("x",),
@@ -3601,6 +3842,386 @@ class DeviceTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
+# Sign-in: OpenAI's official one
+# ---------------------------------------------------------------------------------------------
+
+
+class OfficialTest(Case):
+    KEPT = ("host_id", "sub", "client_id")
+
+    def setUp(self):
+        super().setUp()
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"  # where the double shows no way back
+
+    def plan(self):
+        return json.loads(self.plan_file.read_text())
+
+    def models(self):
+        return json.loads(self.models_file.read_text())
+
+    def official(self, *arguments, browser=visit, **environ):
+        """The official sign-in, the test playing the browser."""
+        return self.call(
+            "auth", "--official", "--no-browser", *arguments, browser=browser, environ=environ
+        )
+
+    def change_plan(self, **changes):
+        """Change the stored sign-in (None removes)."""
+        fields = {k: v for k, v in {**self.plan(), **changes}.items() if v is not None}
+        self.plan_file.write_text(json.dumps(fields))
+        return fields
+
+    def expire(self):
+        """Let the access token have expired."""
+        return self.change_plan(expires_at=timestamp(time.time() - 10))
+
+    def refresh(self):
+        """What makes a refresh of a token that is due."""
+        return self.call("models", "--source", "official", "--dry-run")
+
+    def test_a_person_registers_signs_in_and_out_and_in_again(self):
+        running = self.start("auth", "--official", "--no-browser")
+        pages = visit(running.url())
+        err = self.assert_done(running.end())
+        self.assertEqual([page[1] for page in pages], [302, 303, 200])
+        for words in (
+            "Signed in as ada@example.com",
+            "2 of 2 models imported, covered by your ChatGPT plan",
+            f"Tokens saved in {self.plan_file}",
+            "Using ChatGPT plan",
+            "https://chatgpt.com/settings/usage",
+            "/model NAME",
+        ):
+            self.assertIn(words, err)
+        self.assert_no_secret(err, *(page[3] for page in pages))
+        first = self.plan()
+        members = (
+            "access_token client_id earliest_refresh_at email expires_at host_id id_token issuer "
+            "last_refresh refresh_token scopes sub"
+        )
+        self.assertEqual(sorted(first), members.split())
+        self.assertIn(first["client_id"], self.double.agents)
+        self.assertEqual(first["scopes"], self.double.SCOPE.split())
+        if POSIX:
+            self.assertEqual(self.plan_file.stat().st_mode & 0o777, 0o600)
+        hint = self.double.asked("plan_authorize")[0]["agent_name_hint"]
+        self.assertEqual(hint, "Code Puppy (chatgpt_oauth)")
+        self.assertFalse(self.token_file.exists())
+
+        err = self.assert_done(self.run_program("logout"))
+        self.assertIn("Signed out of ada@example.com", err)
+        self.assertEqual(self.plan(), {name: first[name] for name in self.KEPT})
+        self.assertEqual(self.models(), {})
+        self.assertNotIn(first["refresh_token"], self.double.plan_tokens)
+        self.assertIn("nothing to do", self.assert_done(self.call("logout")))
+
+        self.assert_done(self.official())  # the same registration, which the double checks
+        self.assertEqual(len(self.double.agents), 1)
+        self.assertEqual([self.plan()[k] for k in self.KEPT], [first[k] for k in self.KEPT])
+
+    def test_the_models_are_the_plans_own(self):
+        self.assert_done(self.official())
+        models = self.models()
+        self.assertEqual(list(models), ["chatgpt-plan-gpt-6-astra", "chatgpt-plan-gpt-5.5"])
+        self.assertEqual(
+            models["chatgpt-plan-gpt-5.5"],
+            {
+                "type": "chatgpt_plan",
+                "name": "gpt-5.5",
+                "custom_endpoint": {"url": self.double.url + "/v1"},
+                "context_length": 258400,
+                "oauth_source": "chatgpt-oauth-plugin",
+                "supported_settings": ["reasoning_effort", "summary", "verbosity"],
+            },
+        )
+        out = self.assert_quiet(self.call("models", "--dry-run"))  # auto: nobody else pays
+        self.assertEqual(out.split(), list(models))
+
+    def test_each_sign_in_keeps_its_own_file_and_entries(self):
+        self.sign_in()
+        codex, entries = self.stored(), self.models()
+        self.assert_done(self.official("--include", "gpt-6*"))
+        self.assertEqual(self.stored(), codex)
+        self.assertEqual(self.models(), {**entries, **self.models()})
+        self.assertEqual(len(self.models()), len(entries) + 1)
+        plan = self.plan()
+        self.sign_in("--include", "gpt-4o")
+        self.assertEqual(self.plan(), plan)
+        self.assertEqual(list(self.models()), ["chatgpt-plan-gpt-6-astra", "chatgpt-gpt-4o"])
+        facts = json.loads(self.call("status", "--json")[1])
+        self.assertEqual(sorted(facts["models"]), sorted(self.models()))
+        self.assertEqual(self.call("models", "--json")[1].count("plan-"), 0)  # auto: the key
+        self.assert_done(self.call("logout", "--official"))
+        self.assertEqual(set(self.plan()), set(self.KEPT))
+        self.assertEqual(self.double.count("revoke"), 0)
+        self.assertEqual(self.double.count("plan_revoke"), 1)
+        self.assertTrue(self.stored()["refresh_token"])
+        self.assertEqual(set(self.models()), set(entries))
+        self.assert_done(self.official())
+        self.assert_done(self.call("logout"))
+        self.assertEqual(self.double.count("revoke"), 1)
+        self.assertEqual(self.double.count("plan_revoke"), 2)
+        self.assertEqual(self.models(), {})
+
+    def test_a_pasted_url_signs_in(self):
+        running = self.start("auth", "--official", "--no-browser", stdin=subprocess.PIPE)
+        url = running.url()
+        self.assertNotIn("--device", running.err)
+        running.type(response_to(url).encode())
+        self.assert_done(running.end())
+
+    def test_what_does_not_go_together_is_wrong_usage(self):
+        for options in (["--device"], ["--source", "api"], ["--workspace", "x"]):
+            self.assert_fails(self.official(*options), 2, options[0])
+        self.assertEqual(self.double.requests, [])
+
+    def test_the_person_declines(self):
+        self.double.plan_declined = True
+        self.assert_fails(self.official(), 1, "access_denied", "auth --official")
+        self.assertEqual(self.double.count("plan_code"), 0)
+        self.assertFalse(self.plan_file.exists())
+
+    def test_without_the_plans_permission_one_is_signed_in_and_told_how_to_give_it(self):
+        self.double.plan_allowed = False
+        err = self.assert_fails(self.official(), 1, "Security and login", "auth --official")
+        self.assertIn("Signed in as ada@example.com", err)
+        self.assertNotIn("Using ChatGPT plan", err)
+        self.assertFalse(self.models_file.exists())
+        self.assertNotIn("chatgpt.tokens.use.direct", self.plan()["scopes"])
+        self.assert_fails(self.refresh(), 1, "not allowed", "Security and login")
+        out = self.assert_quiet(self.call("status"))
+        self.assertIn("ChatGPT plan not allowed", out)
+        official = json.loads(self.call("status", "--json")[1])["official"]
+        self.assertFalse(official["plan_allowed"])
+        self.assertIn("auth --official", official["problem"])
+        self.double.plan_allowed = True
+        self.assert_done(self.official())
+        self.assertEqual(self.double.asked("plan_authorize")[-1]["prompt"], "consent")
+        self.assertEqual(len(self.models()), 2)
+
+    def test_an_id_token_that_is_not_to_the_request_is_refused(self):
+        for changes, words in (
+            ({"nonce": "x"}, "another sign-in"),
+            ({"nonce": None}, "another sign-in"),
+            ({"iss": "https://evil.example.com"}, "another issuer"),
+            ({"aud": ["oaiapp_other"]}, "another client"),
+            ({"aud": None}, "another client"),
+            ({"exp": 1}, "expired"),
+            ({"sub": None}, "whose"),
+        ):
+            with self.subTest(changes=changes):
+                self.double.id_token_changes = changes
+                self.assert_fails(self.official(), 1, "ID token", words)
+                self.assertFalse(self.plan_file.exists())
+        self.double.id_token_changes = {}
+        self.double.plan_issued = "oaiapp_text"
+        self.double.id_token_changes = {"aud": "oaiapp_text"}
+        self.assert_done(self.official())
+
+    def test_a_client_id_that_was_not_issued_is_refused(self):
+        for changes in ({"client_id": None}, {"client_id": "dynamic_agent_client"}):
+            self.double.callback_changes = changes
+            self.assert_fails(self.official(), 1, "client ID")
+            self.assertFalse(self.plan_file.exists())
+        self.double.callback_changes = {}
+        self.assert_done(self.official())
+        before = self.plan()
+        self.double.callback_changes = {"client_id": "oaiapp_other"}
+        self.assert_fails(self.official(), 1, "another client ID")
+        self.assertEqual(self.plan(), before)
+        self.assertEqual(self.double.count("plan_code"), 1)
+
+    def test_an_account_that_is_not_eligible_is_told_so(self):
+        self.fault("plan_code", 400, b'{"error": "invalid_grant"}')
+        self.assert_fails(self.official(), 1, "may not be eligible", "auth --official")
+
+    def test_a_token_that_is_due_is_refreshed_once(self):
+        self.assert_done(self.official())
+        before = self.expire()
+        self.assert_quiet(self.refresh())
+        after = self.plan()
+        self.assertEqual(self.double.plan_tokens[before["refresh_token"]][0], "used")
+        self.assertNotEqual(after["refresh_token"], before["refresh_token"])
+        self.assertEqual(after["client_id"], before["client_id"])
+        self.assertGreater(after["expires_at"], timestamp(time.time() + 3000))
+        self.assert_quiet(self.refresh())
+        self.assertEqual(self.double.count("plan_refresh"), 1)
+
+    def test_nobody_refreshes_before_the_server_allows_it(self):
+        self.double.plan_refresh_after = 1000
+        self.assert_done(self.official())
+        early = self.plan()["earliest_refresh_at"]
+        self.change_plan(expires_at=timestamp(time.time() + 100))
+        self.assert_quiet(self.refresh())  # due, and still good
+        self.expire()
+        self.assert_fails(self.refresh(), 5, early)
+        self.assertEqual(self.double.count("plan_refresh"), 0)
+
+    def test_the_end_of_the_sign_in_is_told(self):
+        for code in INVALID_GRANT_CODES:
+            with self.subTest(code=code):
+                self.assert_done(self.official())
+                self.expire()
+                self.fault_once("plan_refresh", 400, json.dumps({"error": code}).encode())
+                self.assert_fails(self.refresh(), 4, "auth --official")
+                self.double.requests.clear()
+                self.assert_fails(self.refresh(), 4, "auth --official")
+                self.assertEqual(self.double.requests, [])
+                code, out, err = self.call("status")
+                self.assertEqual(code, 4)
+                self.assertIn("Not authenticated\nProblem: your session has ended", out)
+                self.assertIn("auth --official", out)
+
+    def test_a_client_that_is_refused_ends_nothing(self):
+        self.assert_done(self.official())
+        self.expire()
+        self.fault_once("plan_refresh", 401, b'{"error": "invalid_client"}')
+        self.assert_fails(self.refresh(), 1, "invalid_client")
+        self.assert_quiet(self.refresh())
+
+    def test_a_server_in_trouble_is_asked_once_a_run(self):
+        self.assert_done(self.official())
+        before = self.expire()
+        self.fault("plan_refresh", 503, b'{"error": "temporarily_unavailable"}')
+        self.assert_fails(self.refresh(), 5, "auth --official")
+        self.assertEqual(self.double.count("plan_refresh"), 1)
+        self.assertEqual(self.plan(), before)
+
+    def test_another_persons_tokens_are_not_stored(self):
+        self.assert_done(self.official())
+        before = self.expire()
+        self.double.plan_subject = "user|bob"
+        self.assert_fails(self.refresh(), 1, "another account")
+        self.assertEqual(self.plan(), before)
+
+    def test_another_person_replaces_the_sign_in_and_the_old_one_is_revoked(self):
+        self.assert_done(self.official())
+        old = self.plan()
+        self.double.plan_subject = "user|bob"
+        self.assert_done(self.official())
+        self.assertEqual(self.plan()["sub"], "user|bob")
+        self.assertNotIn(old["refresh_token"], self.double.plan_tokens)
+
+    def test_another_issuer_is_another_registration(self):
+        self.assert_done(self.official())
+        other = self.another_double()
+        result = self.call("models", "--source", "official", environ=other.environment())
+        self.assert_fails(result, 4, "come from another issuer")
+        self.assert_done(self.official(**other.environment()))
+        self.assertIn(self.plan()["client_id"], other.agents)
+
+    def test_nobody_else_gets_the_tokens(self):
+        self.assert_done(self.official())
+        for command in (
+            "token",
+            "token --refresh",
+            "token --api-key",
+            "env",
+            "env --access-token",
+            "exec -- true",
+        ):
+            with self.subTest(command=command):
+                self.assert_fails(self.call(*command.split()), 1, "Code Puppy alone", "auth")
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            for function in (oauth.get_access_token, oauth.get_api_key, oauth.get_account_id):
+                with self.assertRaises(oauth.OAuthError) as raised:
+                    function()
+                self.assertEqual(raised.exception.exit_code, 1)
+            self.assertEqual(oauth.fetch_chatgpt_models(), ["gpt-6-astra", "gpt-5.5"])
+            oauth.sign_out()
+        self.assertTrue(self.plan()["access_token"])
+        self.store()
+        self.assertEqual(
+            self.assert_quiet(self.call("token")), self.stored()["access_token"] + "\n"
+        )
+
+    def test_status_tells_of_it(self):
+        self.assertIsNone(json.loads(self.call("status", "--json")[1])["official"])
+        self.assert_done(self.official())
+        out = self.assert_quiet(self.call("status"))
+        self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated (official sign-in)\n"), out)
+        for words in ("ada@example.com", "Using ChatGPT plan", "expires in", "plan-gpt-5.5"):
+            self.assertIn(words, out)
+        facts = json.loads(self.assert_quiet(self.call("status", "--json")))
+        self.assertEqual(
+            facts["official"],
+            {
+                "email": "ada@example.com",
+                "plan_allowed": True,
+                "access_token_expires_at": self.plan()["expires_at"],
+                "problem": None,
+            },
+        )
+        self.assertEqual((facts["authenticated"], facts["problem"]), (True, None))
+        self.assertEqual(facts["model_source"], "official")
+        self.store()
+        out = self.assert_quiet(self.call("status"))
+        self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nNo API key"), out)
+        self.assertIn("Using ChatGPT plan", out)
+        self.expire()
+        self.change_plan(refresh_token=None)
+        out = self.assert_quiet(self.call("status"))  # the other one is good
+        self.assertRegex(out, "Problem: cannot refresh .* auth --official")
+        self.assert_no_secret(out)
+
+    def test_a_broken_file_is_kept_by_the_next_sign_in(self):
+        self.home.mkdir(mode=0o700)
+        self.plan_file.write_text("[")
+        self.assert_fails(self.refresh(), 6, "chatgpt_plan.json", "auth --official")
+        self.assertEqual(self.call("status")[0], 6)
+        self.assertEqual(self.call("token")[0], 3)  # the other sign-in's affair
+        self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official()))
+        self.assertTrue(self.plan()["access_token"])
+        self.plan_file.write_text("[")
+        self.assert_done(self.call("logout"))
+        self.assertEqual(sorted(self.home.glob("*.bad")) + sorted(self.home.glob("*plan.json")), [])
+
+    def test_a_sign_out_ends_both_whatever_one_of_them_meets(self):
+        self.sign_in()
+        self.assert_done(self.official())
+        self.models_file.write_text("[")
+        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json")
+        self.assertFalse(self.token_file.exists())
+        self.assertEqual(set(self.plan()), set(self.KEPT))
+
+    def test_the_plan_pays_for_what_the_api_takes_and_nothing_else(self):
+        """The double is as strict as what is documented; Code Puppy's requests are tried on it."""
+        token = self.double.plan_sign_in("oaiapp_x")["access_token"]
+        good = {"model": "gpt-5.5", "input": [], "store": False, "stream": True}
+
+        def status(token, **changes):
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            connection = http.client.HTTPConnection("127.0.0.1", self.double.server.server_port)
+            connection.request(
+                "POST", "/v1/responses", json.dumps({**good, **changes}).encode(), headers
+            )
+            response = connection.getresponse()
+            text = response.read().decode()
+            connection.close()
+            return response.status, text
+
+        self.assertIn("response.completed", status(token)[1])
+        for changes in (
+            {"temperature": 1},
+            {"store": True},
+            {"stream": False},
+            {"input": "hello"},
+            {"input": [{"role": "system", "content": "x"}]},
+            {"model": "gpt-6-astra", "tools": [{"type": "function", "name": "x"}]},
+            {"tool_choice": {"type": "function", "name": "x"}},
+        ):
+            self.assertEqual(status(token, **changes)[0], 400, changes)
+        self.assertEqual(status(token, tools=[{"type": "function", "name": "x"}])[0], 200)
+        self.double.plan_limit = "mid"
+        self.assertIn("response.failed", status(token)[1])
+        self.double.plan_limit = "before"
+        self.assertEqual(status(token)[0], 429)
+        self.double.plan_access[token] = (0, True)
+        self.assertEqual(status(token)[0], 401)
+        self.assertEqual(status("nothing")[0], 401)
+
+
+# ---------------------------------------------------------------------------------------------
 # Sign-out
 # ---------------------------------------------------------------------------------------------
 
@@ -3849,7 +4470,7 @@ class CommandsTest(Case):
             "authenticated email plan account_id organization_id has_api_key has_refresh_token "
             "access_token_expires_at last_refresh models token_file models_file model_source "
             "issuer "
-            "client_id problem"
+            "client_id problem official"
         )
         self.assertEqual(set(facts), set(keys.split()))
         self.assertEqual((facts["plan"], facts["organization_id"]), ("plus", "org-1"))
@@ -4886,7 +5507,7 @@ class PuppyTest(PuppyCase):
         self.command("/chatgpt-status --json")
         self.assertTrue(json.loads(self.texts())["authenticated"])
         self.command("/chatgpt-auth --device --source 'nonsense'")
-        self.assertIn("--source must be auto, api or codex", self.texts())
+        self.assertIn("--source must be auto, api, codex or official", self.texts())
 
     def test_an_address_may_be_pasted_after_an_attempt_that_was_broken_off(self):
         self.host()
