@@ -1074,6 +1074,8 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # ---------------------------------------------------------------------------------------------
 
 SHARING_SECONDS = 5.0  # for which another program may hold a file open on Windows
+REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
+LAST_MOMENT = 253402300799  # 9999-12-31T23:59:59Z, in seconds since 1970
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
 PRIVATE = 0o600  # the mode of a file that its owner alone may read
@@ -1081,7 +1083,11 @@ SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
 
 
 def timestamp(moment: float) -> str:
-    """`moment`, in seconds since 1970, as UTC in ISO 8601 with a Z."""
+    """`moment`, in seconds since 1970, as UTC in ISO 8601 with a Z.
+
+    A clock that is years off must not lose what has just come: it counts as the nearest year.
+    """
+    moment = min(max(0.0, moment), LAST_MOMENT)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
@@ -1162,6 +1168,14 @@ class Tokens:
     def refresh_allowed_at(self) -> float:
         """The moment before which the server refuses a refresh, in seconds since 1970."""
         return parse_timestamp(self.fields.get("earliest_refresh_at")) or 0.0
+
+    def is_fresh(self) -> bool:
+        """Whether the access token needs no refresh yet: one that lives shortly, half its life."""
+        expiry, refreshed = self.expires_at(), parse_timestamp(self.fields.get("last_refresh"))
+        margin = float(REFRESH_MARGIN)
+        if expiry and refreshed and expiry > refreshed:
+            margin = min(margin, (expiry - refreshed) / 2)
+        return self.valid_for(margin)
 
     def fingerprint(self) -> str:
         """The SHA-256 of the refresh token, in hexadecimal."""
@@ -1678,7 +1692,7 @@ EXIT_GRACE = 5.0  # seconds beyond a request's, to store what came while the pro
 # What ends a process; the others only where nobody handles them: a host's alarm goes on.
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 OTHER_SIGNALS = ("SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM", "SIGPROF")
-REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
+BRIEF_LOCK_TIMEOUT = 2.0  # seconds to wait for the lock while the access token has time left
 
 
 def to_log(kind: str, text: str, command: str = "") -> None:
@@ -1743,30 +1757,33 @@ class Session:
                 self.client.resume(self.token_file.read())
 
     def valid_tokens(self, refresh: bool = False) -> Tokens:
-        """Tokens whose access token is valid for REFRESH_MARGIN seconds (`refresh`: a new one).
+        """Tokens whose access token is fresh (`refresh`: a new one).
 
         A refresh that fails is a warning while the access token has not expired, unless a new
         one was asked for. Raises OAuthError.
         """
         stored = self.tokens()
         if refresh or not stored.valid_for(0):
-            return self._refreshed(stored, retry=True)
-        if stored.valid_for(REFRESH_MARGIN):
+            return self._refreshed(stored, True, self.settings.lock_timeout)
+        if stored.is_fresh():
             return stored
+        timeout = self.settings.lock_timeout
+        if stored.valid_for(timeout):  # whoever holds the lock may be stopped
+            timeout = min(timeout, BRIEF_LOCK_TIMEOUT)
         try:
-            return self._refreshed(stored, retry=False)
+            return self._refreshed(stored, False, timeout)
         except NotSignedInError:
             raise
         except OAuthError as error:
             self.notify("warning", f"{error}; using the current one, which is still valid")
             return stored
 
-    def _refreshed(self, old: Tokens, retry: bool) -> Tokens:
+    def _refreshed(self, old: Tokens, retry: bool, timeout: float) -> Tokens:
         """Newer tokens than `old`: another process's, or else our own refresh's."""
-        with self.token_file.lock():
+        with self.token_file.lock(timeout):
             tokens = self.tokens()
             replaced = tokens.access_token != old.access_token
-            if replaced and tokens.valid_for(REFRESH_MARGIN):
+            if replaced and tokens.is_fresh():
                 return tokens
             self.require_refreshable(tokens)
             if tokens.refresh_allowed_at() > time.time():

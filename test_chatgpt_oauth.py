@@ -1026,10 +1026,10 @@ class Case(unittest.TestCase):
         strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=" + fault]
         return self.run_command([*strace, sys.executable, PROGRAM, *arguments])
 
-    def start_python(self, code):
-        """A Python at work that runs `code`, which may import the program."""
+    def start_python(self, code, *arguments):
+        """A Python at work that runs `code`, which may import the program, with `arguments`."""
         code = f"import sys; sys.path.insert(0, {str(pathlib.Path(PROGRAM).parent)!r})\n{code}"
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-c", code, *arguments]
         running = Running(command, self.environ, stdin=subprocess.PIPE, start_new_session=True)
         self.addCleanup(running.close)
         return running
@@ -2334,6 +2334,46 @@ class SessionTest(Case):
         self.assertEqual(
             sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
         )
+
+    def test_a_short_lived_token_is_refreshed_at_half_its_life(self):
+        for lifetime in (250, 10):
+            self.double.lifetime = lifetime
+            self.double.requests.clear()
+            self.store(lifetime=-10)
+            for _ in range(3):
+                self.assertEqual(self.assert_fresh(self.call("token")), "")
+            self.assertEqual(self.double.count("refresh"), 1)
+        self.store(lifetime=20, last_refresh=timestamp(time.time() - 40))
+        self.assertEqual(self.assert_fresh(self.call("token")), "")
+        self.assertEqual(self.double.count("refresh"), 2)
+
+    def test_a_clock_that_is_years_off_is_no_traceback(self):
+        odd = {"access_token": "opaque", "expires_at": "0001-01-01T00:00:00+14:00"}
+        code = """
+import time, chatgpt_oauth as oauth
+time.time = lambda: float(sys.argv[1])
+for command in ("status", "token"):
+    oauth.main([command])
+"""
+        for now in ("0", "1e13", "1e19"):
+            for dates in ({}, odd):
+                with self.subTest(now=now, dates=dates):
+                    self.store(**dates)
+                    err = self.start_python(code, now).end()[2]
+                    self.assertNotIn("Traceback", err)
+                    self.assertNotIn("internal error", err)
+                    self.assert_nothing_lost()
+
+    def test_a_stopped_process_does_not_hold_up_a_token_that_is_still_good(self):
+        stored = self.store(lifetime=200)
+        self.seconds["BRIEF_LOCK_TIMEOUT"] = 0.3
+        environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "20"}
+        with self.holding_lock():
+            began = time.monotonic()
+            code, out, err = self.call("token", environ=environ)
+            self.assertEqual((code, out), (0, stored["access_token"] + "\n"), err)
+            self.assertIn("still valid", err)
+            self.assertLess(time.monotonic() - began, 5)
 
     def test_refresh_in_any_case(self):
         before = self.store(lifetime=99999)
