@@ -2861,6 +2861,22 @@ def workspace_label(tokens: Tokens) -> str:
     return f" (workspace {f'{title}, ' if title else ''}{tokens.account_id})"
 
 
+def is_terminal(descriptor: int, mode: int = 0) -> bool:
+    """Whether a person is at `descriptor`; a console of Windows takes the `mode` bits, too.
+
+    To Windows NUL is a terminal as well, but no console.
+    """
+    if sys.platform == "win32" and os.isatty(descriptor):
+        import ctypes
+        import msvcrt
+
+        kernel, before = ctypes.WinDLL("kernel32"), ctypes.c_ulong()
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+        known = kernel.GetConsoleMode(handle, ctypes.byref(before))
+        return bool(known and (not mode or kernel.SetConsoleMode(handle, before.value | mode)))
+    return os.isatty(descriptor)
+
+
 class StandardInput:
     """Lines of standard input, each read by a thread when it is asked for.
 
@@ -2876,7 +2892,7 @@ class StandardInput:
         self.line: AnyFuture = Future()
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
-            self.is_terminal = reading and os.isatty(self.descriptor)
+            self.is_terminal = reading and is_terminal(self.descriptor)
             # /dev/null has nothing to say; a background job that reads its terminal is stopped.
             device = stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
             self.usable = self.is_terminal or (reading and not device)
@@ -3291,6 +3307,7 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
 
 COMMAND = "chatgpt-oauth"  # as `install` calls it
 LAUNCHERS = (COMMAND, COMMAND + ".cmd")  # on POSIX, on Windows
+ESCAPES = 4  # ENABLE_VIRTUAL_TERMINAL_PROCESSING, in the mode of Windows' console
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
@@ -3317,7 +3334,7 @@ def program_name(absolute: bool = False) -> str:
 def quote_path(path: str) -> str:
     """`path` as it is typed here; on Windows for PowerShell and the command prompt alike."""
     if sys.platform == "win32":
-        return f'"{path}"' if " " in path else path
+        return f'"{path}"' if re.search(r"[^\w.:\\/-]", path) else path
     import shlex
 
     return shlex.quote(path)
@@ -3327,7 +3344,9 @@ class Terminal:
     """Tells a person on standard error what happens."""
 
     def __init__(self, environ: Dict[str, str]) -> None:
-        self.live = sys.stderr.isatty() and environ.get("TERM") != "dumb"
+        # Without TERM nothing says what the terminal understands; Windows' console says it itself.
+        known = environ.get("TERM", "console" if sys.platform == "win32" else "dumb") != "dumb"
+        self.live = known and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
         self.colour = self.live and not environ.get("NO_COLOR")
         self.counting = False
         tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")  # b"" where there is none
