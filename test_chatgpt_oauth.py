@@ -136,6 +136,18 @@ def shell_line(*arguments):
     return " ".join(shlex.quote(pathlib.Path(each).as_posix()) for each in arguments)
 
 
+# How Python is called in what people shall type, and what a taken port is called.
+PYTHON = "python3" if POSIX else "python"
+PORT_TAKEN = os.strerror(errno.EADDRINUSE) if POSIX else "cannot listen on port"
+
+
+def typed(path):
+    """A path in what people shall type."""
+    if POSIX:
+        return shlex.quote(str(path))
+    return f'"{path}"' if re.search(r"[^\w.:\\/-]", str(path)) else str(path)
+
+
 # What plays the browser where the program opens one.
 BROWSER = shell_line(sys.executable, HERE, "visit") + " %s"
 
@@ -1211,7 +1223,7 @@ class StoryTest(Case):
             "API key available",
             "3 of 5",
             "API account",
-            "To use the API key in this shell: eval",
+            "To use the API key in this shell: " + ("eval" if POSIX else "python"),
         ):
             self.assertIn(words, err)
         self.assertIn(str(self.token_file), err)
@@ -2816,7 +2828,7 @@ class PortTest(Case):
             with mock.patch.object(socket.socket, "bind", no_ipv6):
                 result = self.call("auth", "--no-browser", browser=visit)
             if number == errno.EADDRINUSE:
-                self.assert_fails(result, 1, "Address already in use")
+                self.assert_fails(result, 1, PORT_TAKEN)
             else:
                 self.assert_done(result)
                 self.assertEqual(bound, [("127.0.0.1", self.ports[0])])
@@ -3755,12 +3767,12 @@ class PasteTest(Case):
             "win32": f"netstat -ano | findstr :{port}",
             "darwin": f"lsof -nP -iTCP:{port} -sTCP:LISTEN",
         }.get(sys.platform, f"ss -ltnp 'sport = :{port}'")
-        self.assertIn("Address already in use", err)
+        self.assertIn(PORT_TAKEN, err)
         self.assertIn(listing, err)
         self.assertNotIn("kill", err)
         self.assertNotIn("ssh -L", err)  # it would lead the code to the other program
         result = self.run_program("auth", "--no-browser")
-        self.assert_fails(result, 1, "Address already in use", "--device", listing)
+        self.assert_fails(result, 1, PORT_TAKEN, "--device", listing)
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         running.url()
         running.process.stdin.close()
@@ -4357,7 +4369,8 @@ class ShellTest(Case):
             self.assert_fails(self.call("env", "--name", name), 2, "--name")
         same = ("env", "--access-token", "--name", "CHATGPT_OAUTH_ACCOUNT_ID")
         self.assert_fails(self.call(*same), 2, "--name")
-        self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
+        if POSIX:  # Windows' shell is PowerShell, whatever $SHELL says
+            self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
         self.assert_fails(self.call("env", "--shell", "nu"), 2, "--shell")
 
     @needs_sh
@@ -4474,7 +4487,7 @@ class TerminalTest(Case):
         place.parent.mkdir()
         shutil.copy(PROGRAM, place)
         code, out, err = self.run_command([sys.executable, str(place), "status", "--json"])
-        self.assertIn(f"python3 '{place}' auth", json.loads(out)["problem"])
+        self.assertIn(f"{PYTHON} {typed(place)} auth", json.loads(out)["problem"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5925,7 +5938,7 @@ class MainTest(Case):
         shutil.copy(PROGRAM, place)
         for command in COMMANDS:
             said = self.assert_quiet(self.run_command([sys.executable, str(place), command, "-h"]))
-            usage = f"usage: python3 '{place}' {command} [options]"
+            usage = f"usage: {PYTHON} {typed(place)} {command} [options]"
             self.assertEqual(said[: len(usage)], usage)
 
     def test_mistakes_are_named(self):
@@ -5994,10 +6007,10 @@ class MainTest(Case):
         shutil.copy(PROGRAM, renamed)
         self.environ["PYTHONPATH"] = str(pathlib.Path(PROGRAM).parent)
         for command, stdin, name in (
-            (["-m", "chatgpt_oauth"], None, "python3 -m chatgpt_oauth"),
-            ([str(archive)], None, f"python3 {archive}"),
-            ([str(renamed)], None, f"python3 '{renamed}'"),
-            (["-"], PROGRAM, "python3 chatgpt_oauth.py"),
+            (["-m", "chatgpt_oauth"], None, f"{PYTHON} -m chatgpt_oauth"),
+            ([str(archive)], None, f"{PYTHON} {typed(archive)}"),
+            ([str(renamed)], None, f"{PYTHON} {typed(renamed)}"),
+            (["-"], PROGRAM, f"{PYTHON} chatgpt_oauth.py"),
         ):
             with self.subTest(name), open(stdin or os.devnull) as source:
                 out = self.run_command([sys.executable, *command, "env"], stdin=source)[1]
