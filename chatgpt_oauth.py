@@ -10,12 +10,12 @@
     logout    sign out and remove the tokens and imported models
     install   make this file the command chatgpt-oauth (uninstall takes that back)
 
-How data flows.  `auth` sends the browser to an authorization request (RFC 6749 §4.1, with PKCE,
-RFC 7636) and listens on the loopback interface (RFC 8252 §7.3) for the authorization response; a
-pasted URL and a device code (RFC 8628) are two more ways to the same authorization code.  The code
-is exchanged for tokens, which are on disk before anything else is tried; then the ID token for an
-API key (RFC 8693), where the account has an organization; and the models that the key or the
-ChatGPT plan pays for are written where Code Puppy looks for them.
+How data flows.  `auth` sends the browser to an authorization request (RFC 6749, section 4.1, with
+PKCE, RFC 7636) and listens on the loopback interface (RFC 8252, section 7.3) for the authorization
+response; a pasted URL and a device code (RFC 8628) are two more ways to the same authorization
+code.  The code is exchanged for tokens, which are on disk before anything else is tried; then the
+ID token for an API key (RFC 8693), where the account has an organization; and the models that the
+key or the ChatGPT plan pays for are written where Code Puppy looks for them.
 
 Afterwards everything asks one place for tokens, `Session.valid_tokens`.  It refreshes them under a
 lock that all processes share, for OpenAI's refresh tokens are good for one use: of two programs
@@ -30,16 +30,25 @@ Unofficial: not made, endorsed or supported by OpenAI.  Licence: MIT.
 
 from __future__ import annotations
 
+(PYTHON_3_8_OR_LATER_IS_NEEDED := True)  # an older one shows this line, and stops
+
 # What is heavier than these (HTTP, TLS, argparse, even base64) is imported where it is used: `env`,
 # `token` and `status` run at every start of a shell and must not pay for it.
-import contextlib
-import errno
-import json
-import os
-import re
-import stat
-import sys
-import time
+import sys  # noqa: E402 - that line must come first
+
+COMPLETE_PYTHON = "install a complete Python (Debian and Ubuntu: apt install python3)"
+try:
+    import contextlib
+    import errno
+    import json
+    import os
+    import re
+    import stat
+    import time
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: this Python has no module {error.name}\nhint: {COMPLETE_PYTHON}")
 
 TYPE_CHECKING = False  # importing `typing` would cost each start some milliseconds
 if TYPE_CHECKING:
@@ -1075,7 +1084,7 @@ def request_device_code(settings: Settings) -> DeviceCode:
 
 SHARING_SECONDS = 5.0  # for which another program may hold a file open on Windows
 REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
-LAST_MOMENT = 253402300799  # 9999-12-31T23:59:59Z, in seconds since 1970
+LAST_MOMENT = 32535215999  # 3000-12-31T23:59:59Z, in seconds since 1970; Windows knows no later
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
 PRIVATE = 0o600  # the mode of a file that its owner alone may read
@@ -1279,10 +1288,10 @@ def _open_current(path: str) -> Any:
     except FileNotFoundError:
         return None
     except OSError as error:
-        # Its mode alone does not keep a file from being replaced; a directory is moved away.
-        if sys.platform == "win32" or error.errno not in (errno.EACCES, errno.EISDIR):
-            raise
-        return None
+        # Its mode alone keeps no file from being replaced on POSIX; a directory is moved away.
+        if os.path.isdir(path) or (sys.platform != "win32" and error.errno == errno.EACCES):
+            return None
+        raise
 
 
 def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -2962,13 +2971,14 @@ class BrowserSignIn:
 
     def run(self) -> None:
         """Sign in, or raise OAuthError."""
+        longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
         try:
             while not self._attempt():
                 if not (self.stdin.is_terminal and self._new_url_wanted()):
                     raise OAuthError(
                         f"timed out after {self.timeout:g} seconds waiting for you to sign in",
                         "to try again with more time, run",
-                        f"{self.session.client.sign_in_command} --timeout 240",
+                        f"{self.session.client.sign_in_command} --timeout {longer:g}",
                     )
         finally:
             self.stdin.close()
@@ -3256,9 +3266,16 @@ SHELLS = {
     "json": Shell("", "", "", ""),
 }
 SHELL_ALIASES = {
-    **dict.fromkeys(("bash", "zsh", "ksh", "dash"), "sh"),
+    **dict.fromkeys(("bash", "zsh", "ksh", "dash", "ash", "busybox", "mksh", "lksh"), "sh"),
+    **dict.fromkeys(("oksh", "rksh", "rbash", "yash", "posh"), "sh"),
     "tcsh": "csh",
     "pwsh": "powershell",
+}
+# Shells whose statements are not printed; each sets variable {1} by the command {0} so.
+OTHER_SHELLS = {
+    "nu": "{0} env --shell json | from json | load-env",
+    "elvish": "set-env {1} ({0} token --api-key)",
+    "xonsh": "${1} = $({0} token --api-key).strip()",
 }
 
 
@@ -3279,11 +3296,18 @@ def shell_quote(shell: str, word: str) -> str:
     return "'" + word.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(word)
 
 
-def find_shell(settings: Settings, name: str) -> str:
-    """The table's name for the shell `name`; "auto" goes by $SHELL. Raises UsageError."""
+def shell_name(settings: Settings, name: str) -> str:
+    """The name of a shell without a version behind it; "auto" goes by $SHELL."""
     if name == "auto":
         usual = os.path.basename(settings.environ.get("SHELL") or "sh")
         name = "powershell" if sys.platform == "win32" else usual
+    plain = re.match(r"[a-z]+(?=[0-9.-][0-9.a-z+-]*$)", name)  # ksh93, bash-5.2
+    return plain[0] if plain else name
+
+
+def find_shell(settings: Settings, name: str) -> str:
+    """The table's name for the shell `name`. Raises UsageError."""
+    name = shell_name(settings, name)
     shell = SHELL_ALIASES.get(name, name)
     if shell not in SHELLS:
         raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {', '.join(SHELLS)}")
@@ -3808,8 +3832,18 @@ def command_models(session: Session, options: Namespace) -> None:
         print("\n".join(names))
 
 
+def other_shell_line(name: str, absolute: bool = False) -> str:
+    """The line that sets the API key in a shell whose statements `env` does not print."""
+    variable = CHATGPT_OAUTH_CONFIG["api_key_env_var"]
+    return OTHER_SHELLS[name].format(program_name(absolute), variable)
+
+
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account id."""
+    other = shell_name(session.settings, options.shell)
+    if other in OTHER_SHELLS:
+        hint = f"use --shell with another name, or in {other}: {other_shell_line(other)}"
+        raise UsageError(f"env prints no code for {other}", hint)
     shell = find_shell(session.settings, options.shell)
     names = exported_names(session.settings, options)
     variables: Dict[str, Optional[str]] = dict.fromkeys(names)
@@ -5138,6 +5172,8 @@ def profile_help() -> List[str]:
         if shell.profile:
             line = shell.profile.format(f"{program_name(absolute=True)} env --shell {name}")
             lines += [f"  {name}:", f"    {line}"]
+    for name in OTHER_SHELLS:
+        lines += [f"  {name}:", f"    {other_shell_line(name, absolute=True)}"]
     return lines
 
 
@@ -5225,6 +5261,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.interrupted()
         return 130
+    except ImportError as error:  # python3-minimal, and others that leave modules out
+        terminal.notify("error", f"this Python has no module {error.name}")
+        terminal.notify("hint", COMPLETE_PYTHON)
+        return OAuthError.exit_code
     except OSError as error:  # standard output is closed or full
         terminal.notify("error", f"cannot write to standard output: {error.strerror}")
         return StorageError.exit_code
