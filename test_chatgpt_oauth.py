@@ -5965,7 +5965,11 @@ sys.modules["{0}"] = None
 runpy.run_path({1!r}, run_name="__main__")
 """
         self.store(lifetime=-10)
-        for module, command in (("json", "status"), ("urllib.request", "token"), ("http.server", "auth")):
+        for module, command in (
+            ("json", "status"),
+            ("urllib.request", "token"),
+            ("http.server", "auth"),
+        ):
             with self.subTest(module):
                 running = self.start_python(code.format(module, PROGRAM), "x", command)
                 status, out, err = running.end()
