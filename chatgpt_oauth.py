@@ -725,6 +725,7 @@ class Client:
         self.client_id, self.scope = settings.client_id, settings.scope
         self.redirect_host = settings.redirect_host
         self.ports: Tuple[int, ...] = (settings.required_port, settings.fallback_port)
+        self.workspace: str = settings.workspace  # the only one to sign in to, or ""
         self.token_parameters: Dict[str, str] = {}  # further ones of the token requests
 
     def resume(self, stored: Fields) -> None:
@@ -736,12 +737,11 @@ class Client:
         They ask for organizations in the ID token, and for the short consent page. `nonce` is for
         those who have it come back in the ID token.
         """
-        workspace = self.settings.workspace
         return {
             "id_token_add_organizations": "true",
             "codex_cli_simplified_flow": "true",
             "originator": self.settings.originator,
-            **({"allowed_workspace_id": workspace} if workspace else {}),
+            **({"allowed_workspace_id": self.workspace} if self.workspace else {}),
         }
 
     def accept(self, response: Dict[str, str]) -> None:
@@ -805,6 +805,7 @@ class OfficialClient(Client):
         self.client_id, self.host_id = self.ENTRY_POINT, ""
         self.scope = f"openid profile email offline_access resource.invoke {PLAN_SCOPE}"
         self.redirect_host, self.ports = "http://127.0.0.1", (0,)
+        self.workspace = ""  # the setting names one for the Codex CLI's client
         self.token_parameters = {"resource": settings.api_base_url + "/v1"}
         self.consent: Dict[str, str] = {}
 
@@ -2030,7 +2031,6 @@ class AuthorizationRequest:
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.client, self.port = client, port
-        self.workspace = client.settings.workspace
         self.issuer = client.settings.issuer
         self.path = "/" + client.settings.redirect_path
         self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
@@ -2717,17 +2717,17 @@ def exchange_and_store(
 
 def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], nonce: str) -> None:
     """Store the tokens in `response`, or revoke what nobody would have."""
-    settings, client = session.settings, session.client
-    fields = {"issuer": settings.issuer, "client_id": client.client_id}
+    client = session.client
+    fields = {"issuer": session.settings.issuer, "client_id": client.client_id}
     fields = merged(fields, response, session.notify)
     tokens, same_account = Tokens(fields), False
     try:
         fields.update(client.sign_in_fields(response, nonce))
         tokens = Tokens(fields)
-        if settings.workspace and tokens.account_id != settings.workspace:
+        if client.workspace and tokens.account_id != client.workspace:
             raise OAuthError(
                 f"signed in to workspace {tokens.account_id or 'unknown'} instead of "
-                f"{settings.workspace}; nothing was stored",
+                f"{client.workspace}; nothing was stored",
                 "try again, and choose that workspace in the browser",
             )
         if tokens.account_id:
@@ -4916,7 +4916,6 @@ class CodePuppyPlugin:
         except ValueError as error:
             raise UsageError(f"that URL does not work: {error}") from None
         BrowserSignIn.latest = None
-        session.settings.workspace = request.workspace
         models = ModelFilter(session.settings, options.include, options.exclude, options.source)
         redeem(Session(session.settings, session.notify, request.client), models, callback)
 

@@ -4028,6 +4028,9 @@ class OfficialTest(Case):
             self.assert_fails(self.official(*options), 2, options[0])
         self.assertEqual(self.double.requests, [])
 
+    def test_a_workspace_that_is_set_is_the_other_sign_ins(self):
+        self.assert_done(self.official(CHATGPT_OAUTH_WORKSPACE="acct-9"))
+
     def test_the_person_declines(self):
         self.double.plan_declined = True
         self.assert_fails(self.official(), 1, "access_denied", "auth --official")
