@@ -4917,7 +4917,9 @@ class CodePuppyPlugin:
             raise UsageError(f"that URL does not work: {error}") from None
         BrowserSignIn.latest = None
         models = ModelFilter(session.settings, options.include, options.exclude, options.source)
-        redeem(Session(session.settings, session.notify, request.client), models, callback)
+        begun = Session(session.settings, session.notify, request.client)
+        redeem(begun, models, callback)
+        session.imported = begun.imported
 
 
 def can_be_api_key(value: Optional[str]) -> bool:

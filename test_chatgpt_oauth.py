@@ -5594,7 +5594,12 @@ class PuppyTest(PuppyCase):
         self.assertIn("it belongs to a different sign-in", self.texts())
         self.command(f"/chatgpt-auth {response_to(shown[0])}")
         self.assertIn("Signed in", self.texts())
+        self.assertIn("To use one of the models, type: /model chatgpt-", self.texts())
         self.assertNotIn("URL", self.texts())
+        self.command("/chatgpt-auth --official --timeout 0.1", browser=shown.append)
+        self.command(f"/chatgpt-auth {response_to(shown[1])}")
+        self.assertIn("Using ChatGPT plan", self.texts())
+        self.assertTrue(self.plan_file.exists())
 
     def test_a_pasted_address_is_of_the_workspace_that_was_asked_for(self):
         self.host()
