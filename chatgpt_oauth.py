@@ -3016,7 +3016,7 @@ class BrowserSignIn:
         """What helps where no port can be listened on."""
         client = self.session.client
         if client.device_command:
-            return "to sign in with a code instead, run", client.device_command
+            return "to sign in without a port, run", client.device_command
         return (
             "to paste the URL that the browser ends on, run in a terminal",
             client.sign_in_command,
@@ -3085,9 +3085,7 @@ class BrowserSignIn:
             self.stdin.close()
             if not callback.servers:
                 raise OAuthError(
-                    "cannot listen on a port, and standard input is closed",
-                    "to sign in with a code, run",
-                    "auth --device",
+                    "cannot listen on a port, and standard input is closed", *self._without_port()
                 )
         self.stdin.ask()
 
