@@ -1672,12 +1672,12 @@ class TokenFile(JsonFile):
             raise storage_error("remove", path, error) from None
         return path + ".bad"
 
-    def remove(self) -> None:
-        """Remove the file, but for what a sign-out leaves, and whatever was kept beside it.
+    def remove(self, kept: Tuple[str, ...]) -> None:
+        """Remove the file, but for the members `kept`, and whatever was kept beside it.
 
         The caller holds the lock.
         """
-        path, kept = os.path.realpath(self.path), self.client.kept_after_sign_out
+        path = os.path.realpath(self.path)
         left: Fields = {}
         with contextlib.suppress(StorageError):  # of a broken file nothing is left
             left = {name: value for name, value in self.read().items() if name in kept}
@@ -3215,7 +3215,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         if tokens and revoking:
             revoke_or_warn(session, tokens)
         try:
-            token_file.remove()
+            token_file.remove(session.client.kept_after_sign_out)
         finally:
             register_models(session, {})
     who = identity(tokens)["email"] if tokens else None
@@ -4223,8 +4223,10 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     plugin = paths.includes_plugin(options)
     files = installed_files(paths, plugin)
     present = [path for path, mark in files.items() if is_installed(path, mark)]
-    if not present:
+    forgotten = forget_registration(session.official())
+    if not present and not forgotten:
         session.notify("info", "Not installed; nothing to do.")
+    if not present:
         return
     for path in present:
         remove_program(path)
@@ -4235,9 +4237,23 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     for directory in (os.path.dirname(paths.plugin), paths.directory):
         with contextlib.suppress(OSError):  # something else is in it
             os.rmdir(directory)
-    if os.path.lexists(session.token_file.path):
-        session.notify("info", f"Your sign-in stays in {session.token_file.path}")
+    for each in session.sign_ins():
+        if os.path.lexists(each.token_file.path):
+            session.notify("info", f"Your sign-in stays in {each.token_file.path}")
     session.notify("info", "If your shell's profile has a line for it, remove that, too.")
+
+
+def forget_registration(official: Session) -> bool:
+    """Remove the file that a sign-out has left, if that is what it holds; whether it was there."""
+    token_file = official.token_file
+    with contextlib.suppress(StorageError):  # a broken file may hold a sign-in
+        if os.path.lexists(token_file.path) and not token_file.exists():
+            with token_file.lock():
+                if not token_file.exists():
+                    token_file.remove(kept=())
+                    official.notify("done", f"Removed {token_file.path}")
+                    return True
+    return False
 
 
 def remove_program(path: str) -> None:

@@ -4191,6 +4191,18 @@ class OfficialTest(Case):
             self.assert_quiet(self.call("token")), self.stored()["access_token"] + "\n"
         )
 
+    def test_uninstall_forgets_the_registration_and_no_sign_in(self):
+        self.assert_done(self.official())
+        self.assert_done(self.call("uninstall"))
+        self.assertTrue(self.plan()["access_token"])
+        self.assert_done(self.call("logout"))
+        self.assertIn(f"Removed {self.plan_file}", self.assert_done(self.call("uninstall")))
+        self.assertFalse(self.plan_file.exists())
+        self.assertIn("nothing to do", self.assert_done(self.call("uninstall")))
+        self.plan_file.write_text("[")
+        self.assert_done(self.call("uninstall"))
+        self.assertTrue(self.plan_file.exists())
+
     def test_status_tells_of_it(self):
         self.assertIsNone(json.loads(self.call("status", "--json")[1])["official"])
         self.assert_done(self.official())
