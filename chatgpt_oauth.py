@@ -320,6 +320,9 @@ def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
 MEBIBYTE = 1 << 20
 MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
+POLL_CEILING = 60.0  # seconds, however slow it must be
+DEVICE_CODE_LIFETIME = 900.0  # seconds; a server may say less
+STILL_PENDING = ("authorization_pending", "deviceauth_authorization_pending")
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
 RETRY_PAUSE = 0.5  # seconds before the second try of a request; doubled for each further one
 RETRY_PAUSE_LIMIT = 4.0  # seconds
@@ -447,7 +450,9 @@ class Response:
         text = value if isinstance(value, str) else ""
         for secret in self.sent:
             text = text.replace(secret, "[...]")
-        return printable(re.sub(r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
+        # An error code of lower-case words is no token, however long it is.
+        words = r"(?![a-z_]+(?![A-Za-z0-9._~+/=%-]))"
+        return printable(re.sub(words + r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
 
     def error(self, what: str) -> OAuthError:
         """The error that tells a person why it was not possible to `what`."""
@@ -622,7 +627,7 @@ def request_json(
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
-    private = ("code", "code_verifier", "refresh_token", "subject_token", "token")
+    private = ("code", "code_verifier", "refresh_token", "subject_token", "token", "device_auth_id")
     secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
     return Response(status, content, retry_after, secrets)
 
@@ -1028,8 +1033,10 @@ class DeviceCode:
         self.device_auth_id = text_or_none(members.get("device_auth_id"))
         self.user_code = text_or_none(members.get("user_code") or members.get("usercode"))
         interval = seconds_or_none(members.get("interval"))
-        self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), 60.0)
+        self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), POLL_CEILING)
         self.pause = self.interval
+        lifetime = seconds_or_none(members.get("expires_in")) or DEVICE_CODE_LIFETIME
+        self.lifetime = min(lifetime, DEVICE_CODE_LIFETIME)
 
     def poll(self, settings: Settings) -> Optional[Fields]:
         """Ask once for the authorization code (RFC 8628 §3.4); None while it is pending.
@@ -1038,10 +1045,14 @@ class DeviceCode:
         """
         url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
         body = {"device_auth_id": self.device_auth_id or "", "user_code": self.user_code or ""}
-        response = request_json(settings, url, what, body=body)
+        try:
+            response = request_json(settings, url, what, body=body)
+        except RequestError:  # RFC 8628 §3.5: poll less often where nothing comes in time
+            self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
+            raise
         status = response.status
-        busy = status == 429 or status >= 500
-        if 200 <= status < 300 or response.is_html:
+        pending = response.code in STILL_PENDING or status in (403, 404, 429) or status >= 500
+        if response.is_html or (200 <= status < 300 and response.code not in STILL_PENDING):
             return response.json_object(what)
         if response.code == "access_denied":
             raise OAuthError("the sign-in was denied in the browser", *NEW_DEVICE_CODE)
@@ -1049,9 +1060,9 @@ class DeviceCode:
             raise device_code_expired()
         if response.code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
             self.interval += SLOW_DOWN
-        elif response.code != "authorization_pending" and not busy and status not in (403, 404):
+        elif not pending:
             raise response.error(what)
-        self.pause = max(self.interval, min(response.retry_after or 0.0, 60.0))
+        self.pause = max(self.interval, min(response.retry_after or 0.0, POLL_CEILING))
         return None
 
 
@@ -2678,7 +2689,7 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 # Sign-in: browser, paste and device code, each ending in `complete_sign_in`
 # ---------------------------------------------------------------------------------------------
 
-DEVICE_CODE_LIFETIME = 900.0  # seconds
+USER_CODE_LIMIT = 64  # characters of it that are shown
 NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
 PASTE_LIMIT = 20  # lines of standard input that are looked at
 LINE_LIMIT = 8192  # bytes of one; an authorization response is shorter
@@ -3164,11 +3175,13 @@ def sign_in_with_device(
     device = request_device_code(settings)
     notify("info", "To sign in, open this page in any browser:")
     notify("verbatim", settings.issuer + "/codex/device")
-    notify("info", "Then enter this one-time code (valid for 15 minutes):")
-    notify("verbatim", device.user_code)
+    minutes = int(device.lifetime // 60)
+    left = f"{minutes} minutes" if minutes > 1 else "less than 2 minutes"
+    notify("info", f"Then enter this one-time code (valid for {left}):")
+    notify("verbatim", printable(device.user_code or "", USER_CODE_LIMIT))
     notify("info", "Beware of phishing: use this code only if you started this sign-in yourself.")
     notify("info", "Waiting for you to enter the code... (Ctrl-C to cancel)")
-    deadline = time.monotonic() + min(timeout or DEVICE_CODE_LIFETIME, DEVICE_CODE_LIFETIME)
+    deadline = time.monotonic() + min(timeout or device.lifetime, device.lifetime)
     members = await_device_code(session, device, deadline)
     code, verifier = (members.get(key, "") for key in ("authorization_code", "code_verifier"))
     if not is_b64token(code) or not is_b64token(verifier):

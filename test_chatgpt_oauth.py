@@ -3842,6 +3842,49 @@ class DeviceTest(Case):
         self.assertEqual((code, answers), (0, []), err)
         self.assertEqual(err.count("warning: "), 1)  # of the web page
 
+    def test_pending_is_pending_whatever_the_status(self):
+        statuses = [200, 400, 401, 403, 404, 428, 500]
+        body = b'{"error": {"code": "deviceauth_authorization_pending"}}'
+
+        def pending(handler, _):
+            return bool(statuses) and Double.reply(handler, statuses.pop(0), body)
+
+        self.double.faults["device"] = pending
+        self.double.device_polls = 0
+        err = self.assert_done(self.call("auth", "--device"))
+        self.assertEqual(statuses, [])
+        self.assertNotIn("warning", err)
+
+    def test_polls_that_time_out_slow_down(self):
+        moments = []
+        self.seconds["POLL_FLOOR"] = 0.1
+
+        def silence(handler, _):
+            moments.append(time.monotonic())
+            return raw(b"", pause=0.3)(handler, _)
+
+        self.double.faults["device"] = silence
+        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.1"}
+        result = self.call("auth", "--device", "--timeout", "1.6", environ=environ)
+        self.assert_fails(result, 1, "timed out waiting for the code")
+        gaps = [later - earlier for earlier, later in zip(moments, moments[1:])]
+        self.assertGreater(gaps[1], gaps[0] + 0.1)
+
+    def test_a_user_codes_lifetime_and_length_are_the_servers_within_reason(self):
+        answer = {"device_auth_id": "d", "user_code": "A" * 5000, "expires_in": "1"}
+        self.fault("usercode", 200, json.dumps(answer).encode())
+        self.fault("device", 403)
+        began = time.monotonic()
+        err = self.assert_fails(self.call("auth", "--device"), 1, "valid for less than 2 minutes")
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertNotIn("A" * 100, err)
+
+    def test_an_error_code_of_words_is_shown_and_a_token_is_not(self):
+        code, token = "deviceauth_something_nobody_has_heard_of", "Rt9" + "kq4_x" * 8
+        self.fault("device", 400, json.dumps({"error": {"code": code, "message": token}}).encode())
+        err = self.assert_fails(self.call("auth", "--device"), 1, code)
+        self.assertNotIn(token, err)
+
     def test_slow_down_adds_five_seconds(self):
         moments = []
         self.seconds["SLOW_DOWN"] = 0.5
