@@ -337,7 +337,9 @@ INVALID_GRANT_CODES = {
     "invalid_refresh_token": "it has expired or was revoked",
 }
 OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
-_tls_contexts: List[Any] = []
+REGION_CODE = "unsupported_country_region_territory"
+CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")  # the first one counts
+_tls_contexts: Dict[str, Any] = {}  # by the certificates' file
 
 
 class RequestError(UnavailableError):
@@ -466,6 +468,11 @@ class Response:
             error.unprocessed = self.status in (429, 503) and not unclear
             error.retry_after = self.retry_after
             return error
+        if self.code == REGION_CODE:
+            return RequestError(
+                f"{failed}: OpenAI does not serve the country or region of your network",
+                "use a network in a supported region, then try again",
+            )
         if self.is_html:
             return RequestError(
                 f"{failed}: got a web page instead of JSON, probably from a proxy, a bot check or "
@@ -494,16 +501,52 @@ def parse_retry_after(header: str) -> Optional[float]:
     return float(header[:9]) if header.isdecimal() else None
 
 
-def tls_context() -> Any:
-    """The TLS context of all requests; called early, the first one need not wait for it."""
-    import ssl
+def tls_context(settings: Settings) -> Any:
+    """The TLS context of all requests; called early, the first one need not wait for it.
+
+    Raises RequestError, naming the variable at fault.
+    """
     import urllib.request  # noqa: F401 - loaded now for the same reason
 
-    if not _tls_contexts:
-        context = ssl.create_default_context()
+    try:
+        import ssl
+    except ImportError as error:
+        raise not_sent(f"this Python cannot use TLS ({error})", "use another Python") from None
+    variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
+    path = settings.environ.get(variable, "")
+    if path not in _tls_contexts:
+        try:
+            context = ssl.create_default_context()
+        except OSError as error:
+            log = settings.environ.get("SSLKEYLOGFILE")
+            text = f"cannot set up TLS: SSLKEYLOGFILE={log}: {error.strerror}"
+            raise not_sent(text, "unset SSLKEYLOGFILE, or make the file writable") from None
+        if path:
+            load_certificates(context, variable, path)
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
-        _tls_contexts.append(context)
-    return _tls_contexts[0]
+        _tls_contexts[path] = context
+    return _tls_contexts[path]
+
+
+def load_certificates(context: Any, variable: str, path: str) -> None:
+    """Trust the certificates in the file `path`; OpenSSL itself ignores one that is none."""
+    import ssl
+
+    try:
+        context.load_verify_locations(path)
+    except OSError as error:
+        why = error.strerror
+        if isinstance(error, ssl.SSLError):
+            why = "it holds no certificate in PEM form"
+        text = f"cannot set up TLS: {variable}={path}: {why}"
+        raise not_sent(text, f"let {variable} name a file of certificates, or unset it") from None
+
+
+def not_sent(message: str, hint: str) -> RequestError:
+    """The error of a request that could not begin, and will not be able to either."""
+    error = RequestError(message, hint)
+    error.unprocessed, error.retry_after = True, float("inf")
+    return error
 
 
 def wait_for(future: AnyFuture, seconds: float) -> bool:
@@ -522,8 +565,8 @@ def wait_for(future: AnyFuture, seconds: float) -> bool:
     return future.done()
 
 
-def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
-    """An opener of urllib.request for one request to an https (`secure`) or http URL.
+def build_opener(context: Any, proxied: bool, reached: AnyFuture) -> Any:
+    """An opener of urllib.request for one request to an https URL; to http without `context`.
 
     It goes through the environment's proxy if `proxied`; `reached` gets the socket when a
     connection to the server, proxy and TLS included, stands and nothing is sent yet.
@@ -531,7 +574,7 @@ def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
     import http.client
     import urllib.request
 
-    base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    base: Any = http.client.HTTPSConnection if context else http.client.HTTPConnection
 
     class FinalResponse(http.client.HTTPResponse):
         def begin(self) -> None:
@@ -557,7 +600,7 @@ def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
             return self.do_open(Connection, request)
 
         def https_open(self, request: Any) -> Any:
-            return self.do_open(Connection, request, context=tls_context())
+            return self.do_open(Connection, request, context=context)
 
     # These two alone: no status is an exception, and no redirect is followed. A 307 would carry
     # the code and the verifier, or the refresh token, to wherever it points.
@@ -567,13 +610,15 @@ def build_opener(secure: bool, proxied: bool, reached: AnyFuture) -> Any:
     return opener
 
 
-def send(request: Any, timeout: float, limit: int, reached: AnyFuture, answered: AnyFuture) -> None:
+def send(
+    request: Any, context: Any, timeout: float, limit: int, reached: AnyFuture, answered: AnyFuture
+) -> None:
     """Carry out one HTTP exchange; `answered` gets status, `limit` + 1 bytes and Retry-After."""
     import urllib.error
 
     try:
         proxied = not is_loopback(request.full_url)
-        opener = build_opener(request.type == "https", proxied, reached)
+        opener = build_opener(context, proxied, reached)
         with opener.open(request, timeout=timeout) as response:
             body = response.read(limit + 1)
             answered.set_result((response.status, body, response.headers.get("Retry-After", "")))
@@ -612,8 +657,12 @@ def request_json(
     # the exchange has a thread of its own and the clock is watched from here.
     reached: AnyFuture = Future()
     answered: AnyFuture = Future()
-    arguments = (request, timeout, limit, reached, answered)
-    threading.Thread(target=send, args=arguments, daemon=True).start()
+    context = tls_context(settings) if request.type == "https" else None
+    arguments = (request, context, timeout, limit, reached, answered)
+    try:
+        threading.Thread(target=send, args=arguments, daemon=True).start()
+    except RuntimeError as limit_reached:  # of processes; or Python 3.12 at its exit
+        raise not_sent(f"could not {what}: {limit_reached}", "try again later") from None
     in_time = False
     try:
         in_time = wait_for(answered, timeout)
@@ -669,7 +718,6 @@ def connection_error(
 ) -> RequestError:
     """What to tell a person about a request without a response."""
     import socket
-    import ssl
     import urllib.parse
     import urllib.request
 
@@ -681,15 +729,18 @@ def connection_error(
         hint = "check HTTPS_PROXY and your network connection, then try again"
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
-    elif isinstance(error, ssl.SSLError):
-        why = getattr(error, "verify_message", "") or error.reason or type(error).__name__
+    elif isinstance(error, OSError) and type(error).__module__ == "ssl":  # which may be missing
+        why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
         hint = "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
         retry_after = float("inf")
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
-        why = printable(error.strerror or str(error), 100)
+        # http.client's own, of a proxy, goes on with whatever that said, our password perhaps.
+        tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))
+        refused = f"the proxy answered HTTP {tunnel[1]}" if tunnel else type(error).__name__
+        why = printable(error.strerror or refused, 100)
         fault = f"connection to {host} failed ({why})"
     else:
         name = type(error).__name__
@@ -2112,7 +2163,11 @@ class Callback:
         for server in servers:
             server.callback = self
             thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self.close()
+                raise OAuthError(f"cannot listen for the browser: {error}", "try again") from None
             self.threads.append(thread)
 
     def accept(self, response: Dict[str, str]) -> None:
@@ -2168,7 +2223,7 @@ class Callback:
 
     def stop(self) -> None:
         """Let the servers accept no more connections."""
-        for server in self.servers:
+        for server, _ in zip(self.servers, self.threads):  # one without a thread would wait
             server.shutdown()
 
     def wait_until_told(self, seconds: float) -> None:
@@ -2976,7 +3031,7 @@ class BrowserSignIn:
         self.session, self.models, self.browser = session, models, browser
         self.timeout = timeout or session.settings.callback_timeout
         # Before there are threads: two that import at once break Python 3.8's import from a zip.
-        tls_context()
+        tls_context(session.settings)
         self.stdin = StandardInput(reading)
         self.pastes_left = PASTE_LIMIT
 

@@ -1673,6 +1673,93 @@ class WireTest(Case):
         self.assertEqual(self.stored(), before)
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_a_file_of_certificates_that_is_none_is_named(self):
+        _, certificate = self.network()
+        (self.folder / "empty.pem").write_text("")
+        (self.folder / "text.pem").write_text("hello\n")
+        for name in ("missing.pem", "empty.pem", "text.pem"):
+            for variable in ("SSL_CERT_FILE", "CODEX_CA_CERTIFICATE"):
+                path = str(self.folder / name)
+                environ = {"SSL_CERT_FILE": certificate, variable: path}
+                self.assert_fails(self.call("token", environ=environ), 5, variable, path)
+        environ = {"SSL_CERT_FILE": certificate, "SSLKEYLOGFILE": str(self.folder / "none/keys")}
+        for command in (["token"], ["auth", "--device"]):
+            self.assert_fails(self.run_program(*command, environ=environ), 5, "SSLKEYLOGFILE")
+        self.assertEqual(self.double.requests, [])
+        environ = {"CODEX_CA_CERTIFICATE": certificate, "SSL_CERT_FILE": os.devnull}
+        self.assert_fresh(self.run_program("token", environ=environ))
+
+    def test_a_proxy_that_refuses_shows_no_credentials(self):
+        basic = base64.b64encode(b"user:hunter2").decode()
+        said = f"HTTP/1.1 407 user:hunter2 Basic {basic} is wrong\r\n\r\n".encode()
+        proxy = Server(lambda handler: raw(said)(handler, None))
+        self.addCleanup(proxy.close)
+        environ = {
+            "HTTPS_PROXY": f"http://user:hunter2@127.0.0.1:{proxy.server_port}",
+            "NO_PROXY": "127.0.0.1",
+            "CHATGPT_OAUTH_ISSUER": "https://issuer.example.com",
+        }
+        result = self.run_program("auth", "--device", environ=environ)
+        err = self.assert_fails(result, 5, "issuer.example.com", "HTTPS_PROXY", "407")
+        self.assertNotIn("hunter2", err)
+        self.assertNotIn(basic, err)
+
+    def test_a_region_block_is_told_as_one(self):
+        error = {"code": "unsupported_country_region_territory", "message": "Not supported"}
+        body = json.dumps({"error": error}).encode()
+        self.store(lifetime=-10)
+        for endpoint, command in (("refresh", ["token"]), ("usercode", ["auth", "--device"])):
+            self.fault(endpoint, 403, body)
+            self.assert_fails(self.call(*command), 5, "country or region")
+        self.assert_nothing_lost()
+
+    def raised(self, call, *prelude):
+        """The class, and the text, of what the module raises in `call`."""
+        code = (
+            "\n".join(prelude)
+            + f"""
+import chatgpt_oauth as oauth
+try:
+    {call}
+except oauth.OAuthError as error:
+    print("OAuthError", error)
+except BaseException as error:
+    print(type(error).__name__, error)
+"""
+        )
+        _, out, err = self.start_python(code).end()
+        self.assertNotIn("Traceback", err)
+        return out
+
+    def test_what_python_lacks_is_named_and_nothing_is_spent(self):
+        limited = """
+import threading
+left, start = {0}, threading.Thread.start
+def limited(self):
+    global left
+    if not left:
+        raise RuntimeError("can't start new thread")
+    left -= 1
+    start(self)
+threading.Thread.start = limited
+"""
+        no_tls = "sys.modules['_ssl'] = None"
+        self.store(lifetime=-10)
+        token = "oauth.get_access_token()"
+        self.assertRegex(self.raised(token, limited.format(0)), "OAuthError.*new thread")
+        sign_in = "oauth.sign_in(open_browser=False, timeout=0.3)"
+        for allowed in range(3):
+            self.assertRegex(self.raised(sign_in, limited.format(allowed)), "^OAuthError")
+        self.assertEqual(self.double.requests, [])
+        self.assert_nothing_lost()
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        self.double.close()
+        self.assertRegex(self.raised(token, no_tls), "OAuthError.*127.0.0.1")
+        self.store(lifetime=-10, issuer="https://127.0.0.1:9")
+        self.environ["CHATGPT_OAUTH_ISSUER"] = "https://127.0.0.1:9"
+        self.assertRegex(self.raised(token, no_tls), "OAuthError.*TLS")
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_tls_through_a_proxy_with_a_certificate_of_the_networks_own(self):
         proxy, certificate = self.network()
         trusting = {"SSL_CERT_FILE": certificate}
@@ -1680,7 +1767,7 @@ class WireTest(Case):
         self.assertEqual(out, self.stored()["access_token"] + "\n")
         basic = "Basic " + base64.b64encode(b"user:word").decode()
         self.assertEqual(proxy.seen, [("issuer.example.com:443", basic)])
-        refusing = {"SSL_CERT_FILE": os.devnull}
+        refusing = {}  # nobody trusts it
         result = self.run_program("token", "--refresh", environ=refusing)
         server = "a trusted TLS connection to issuer.example.com (self"  # and no proxy's name
         self.assert_fails(result, 5, server, "SSL_CERT_FILE")
