@@ -5281,7 +5281,8 @@ USAGE_ENVIRONMENT = """
 environment:
   CHATGPT_OAUTH_<SETTING> overrides one setting of CHATGPT_OAUTH_CONFIG, at the
   top of the file, for one run: CHATGPT_OAUTH_CALLBACK_TIMEOUT=240
-  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE"""
+  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE,
+  CODEX_CA_CERTIFICATE"""
 
 
 def usage() -> str:
