@@ -6254,6 +6254,7 @@ class Fuzzer(Case):
         {"a": 1},
         "9" * 4000,
     )
+    OPTIONAL = ("refresh_token", "id_token", "expires_in", "token_type", "interval")
     COMMANDS = (
         ["token"],
         ["token", "--refresh"],
@@ -6307,9 +6308,18 @@ class Fuzzer(Case):
                     "user_code": "c",
                     "interval": 0,
                 }
-                body = json.dumps(self.bend(chance, known)).encode()
+                bent = {**known, chance.choice(self.OPTIONAL): chance.choice(self.ODD)}
+                bent = bent if chance.random() < 0.4 else self.bend(chance, known)
+                body = json.dumps(bent).encode()
                 body = body[: chance.randrange(len(body))] if chance.random() < 0.1 else body
-            return Double.reply(handler, status, body, Retry_After=chance.choice((0, "x", "1e9")))
+            if chance.random() < 0.2:  # interim responses come before it (RFC 9110 §15.2)
+                early = chance.choice((b"100 Continue", b"102 Processing", b"103 Early Hints"))
+                head = b"HTTP/1.1 " + early + b"\r\nLink: </x>\r\n\r\n"
+                handler.wfile.write(head * chance.randrange(1, 4))
+            after = chance.choice(
+                (0, -1, "x", "1e9", "9" * 20, "\xb2", "Wed, 21 Oct 2015 07:28:00 GMT")
+            )
+            return Double.reply(handler, status, body, Retry_After=after)
 
         return fault
 
@@ -6368,6 +6378,11 @@ class Fuzzer(Case):
             if self.token_file.exists() and not (torn and code):
                 json.loads(self.token_file.read_text())
             self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
+            self.assertLess(len(self.double.requests), 100)  # nothing is flooded
+            if not code and self.token_file.exists():
+                token = self.stored().get("refresh_token")
+                spent = isinstance(token, str) and self.double.refresh_tokens.get(token) == "used"
+                self.assertFalse(spent)
 
     def go(self, seconds, seed):
         """Cases from `seed` on for so many seconds; returns how many that were."""
@@ -6439,6 +6454,25 @@ def stress():
         )
     run_case(StoreTest, "kill_at_random", 200)
     print("200 kills: the file whole each time, no lock and no temporary file left", flush=True)
+    for what, *case in (
+        ("40 kills at the rename: nobody signed out", StoreTest, "kill_at", "/^rename", 40),
+        (
+            "40 kills at the second sync: nobody signed out",
+            StoreTest,
+            "kill_at",
+            "fsync:when=2",
+            40,
+        ),
+        ("40 kills at the request: nobody signed out", StoreTest, "kill_at", "sendto", 40),
+        ("20 stops of 1.5 times the timeout: no answer lost", SessionTest, "stop_and_go", 20, 1.0),
+        ("20 pairs of homes on one mounted file: one refresh each", StoreTest)
+        + ("refresh_in_two_homes", 10),
+    ):
+        try:
+            run_case(*case)
+            print(what, flush=True)
+        except unittest.SkipTest as reason:
+            print(f"not done ({reason}): {what}", flush=True)
     run_case(CallbackTest, "bombard", 1000, 100)
     print("1,000 bad requests of ten kinds and 100 idle connections: the real one came through")
     return 0
