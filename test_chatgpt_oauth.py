@@ -1,7 +1,7 @@
 """Tests of chatgpt_oauth.py, against a strict double of OpenAI's servers on this machine.
 
     python3 -m unittest                                  the suite, in under 45 seconds
-    python3 test_chatgpt_oauth.py demo                   the whole story, told, without an account
+    python3 test_chatgpt_oauth.py demo                   a tour of the commands, without an account
     python3 test_chatgpt_oauth.py stress                 the long rounds of the refresh tests
     python3 test_chatgpt_oauth.py fuzz --seconds 600     random answers, requests and files
 
@@ -20,6 +20,7 @@ import faulthandler
 import functools
 import gc
 import hashlib
+import html
 import http.client
 import importlib.util
 import io
@@ -6407,42 +6408,119 @@ class FuzzTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
+# The demo
+# ---------------------------------------------------------------------------------------------
+
+
+class DemoTest(unittest.TestCase):
+    def test_the_demo_shows_every_command_and_no_hint_into_a_directory_that_is_gone(self):
+        with tempfile.TemporaryDirectory() as home:  # no DISPLAY: no browser of this machine
+            result = subprocess.run(
+                [sys.executable, HERE, "demo"],
+                env=environment(home),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                timeout=DEMO_SECONDS + LIMIT,
+            )
+        self.assertEqual(result.returncode, 0, result.stdout)
+        signing_in = ["auth", "status", "models", "logout"]
+        for command in [*signing_in, "env", "exec", "token", "install", "uninstall"]:
+            self.assertRegex(result.stdout, rf"(?m)^\$ \S.*\b{command}\b")
+        for shown in ("chatgpt-oauth status --online", "auth --official", "then you see: You're"):
+            self.assertIn(shown, result.stdout)
+        self.assertNotIn("put this line into", result.stdout)
+
+
+# ---------------------------------------------------------------------------------------------
 # Demo, stress, fuzz
 # ---------------------------------------------------------------------------------------------
 
 
+DEMO_SECONDS = 120  # the whole demo, a person's sign-ins in a real browser included
+DEMO = (  # what is told, and what is typed
+    ("Sign in (the stand-in approves at once)", "python3 chatgpt_oauth.py auth"),
+    ("Show who is signed in", "python3 chatgpt_oauth.py status"),
+    ("Make the file a command", "python3 chatgpt_oauth.py install --bin BIN"),
+    ("Ask the server, too (what is accepted, what is used)", "chatgpt-oauth status --online"),
+    ("List the models without importing them", "chatgpt-oauth models --dry-run"),
+    ("Print the API key for the shell (a fake one)", "chatgpt-oauth env"),
+    (
+        "Give the API key to one program only",
+        "chatgpt-oauth exec -- python3 -c "
+        """'import os; print(os.environ["CHATGPT_OAUTH_API_KEY"])'""",
+    ),
+    ("Print an access token (a fake one, cut here)", "chatgpt-oauth token"),
+    ("Sign in for Code Puppy by OpenAI's official sign-in", "chatgpt-oauth auth --official"),
+    ("Show both sign-ins", "chatgpt-oauth status"),
+    ("Sign out of both", "chatgpt-oauth logout"),
+    ("Remove the command", "chatgpt-oauth uninstall --bin BIN"),
+)
+
+
 def demo():
-    """The whole story against the double, in a temporary home."""
+    """Every command once, against the double, in a temporary home."""
+    deadline = time.monotonic() + DEMO_SECONDS
     with free_ports(2) as ports:
         double = Double(ports)
-    with tempfile.TemporaryDirectory() as home:
-        keep = ("TERM", "LANG", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "NO_COLOR")
-        environ = {name: os.environ[name] for name in keep if name in os.environ}
-        environ = {**environment(home), **environ, **double.environment(), "SHELL": "/bin/sh"}
-        environ["CHATGPT_OAUTH_REQUIRED_PORT"] = str(ports[0])
-        environ["CHATGPT_OAUTH_FALLBACK_PORT"] = str(ports[1])
-        print(
-            f"A double of OpenAI's servers listens on {double.url}; no account is touched.",
-            flush=True,
-        )
+    with contextlib.closing(double), tempfile.TemporaryDirectory() as home:
+        page = os.path.join(home, "page.html")
+        environ = demo_environment(home, double, ports)
+        print(f"Using a local stand-in for OpenAI's servers at {double.url}; no account needed.")
+        print("All files are in a temporary home directory, which is removed at the end.")
         opening = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(environ)
         if not opening and sys.platform not in ("win32", "darwin"):
-            environ["BROWSER"] = BROWSER
-            print("There is no browser here, so this demo plays one.", flush=True)
-        for command, told in (
-            ("auth", "Signing in: the browser opens, the double agrees at once."),
-            ("status", "Who is signed in?"),
-            ("models --dry-run", "Which models can the account use?"),
-            ("env", "The key, for a shell (it is the double's, and worth nothing):"),
-            ("logout", "Signing out again:"),
-        ):
-            print(f"\n# {told}\n$ python3 chatgpt_oauth.py {command}", flush=True)
-            arguments = [sys.executable, PROGRAM, *command.split()]
-            code = subprocess.call(arguments, env=environ, timeout=TEST_LIMIT)
+            environ["BROWSER"] = shell_line(sys.executable, HERE, "visit", "--save", page) + " %s"
+            print("No browser found, so the demo simulates one.")
+        for told, typed in DEMO:
+            print(f"\n# {told}\n$ {typed.replace('BIN', '~/bin')}", flush=True)
+            try:
+                code = demo_command(typed, environ, deadline - time.monotonic())
+            except subprocess.TimeoutExpired:
+                print(f"The demo ends: {DEMO_SECONDS} seconds are over.", file=sys.stderr)
+                return 1
             if code:
                 return code
-    double.close()
+            if os.path.exists(page):
+                print(f"\n(In a browser you sign in at OpenAI, then you see: {text_of(page)})")
+                os.remove(page)
     return 0
+
+
+def demo_environment(home, double, ports):
+    """What the demo's commands find: a new home, the double, and the terminal as it is."""
+    keep = ("TERM", "LANG", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "NO_COLOR")
+    environ = {name: os.environ[name] for name in keep if name in os.environ}
+    environ = {**environment(home), **environ, **double.environment(), "SHELL": "/bin/sh"}
+    environ["PATH"] = os.pathsep.join((os.path.join(home, "bin"), environ.get("PATH", "")))
+    environ["CHATGPT_OAUTH_REQUIRED_PORT"] = str(ports[0])
+    environ["CHATGPT_OAUTH_FALLBACK_PORT"] = str(ports[1])
+    return environ
+
+
+def demo_command(typed, environ, seconds):
+    """Run one line of the demo, as a shell in the program's directory would."""
+    names = {"BIN": os.path.join(environ["HOME"], "bin"), "python3": sys.executable}
+    name, *arguments = [names.get(word, word) for word in shlex.split(typed)]
+    command = [shutil.which(name, path=environ["PATH"])]
+    options = {"env": environ, "cwd": os.path.dirname(PROGRAM), "timeout": max(seconds, 0.1)}
+    if not {"install", "token"} & set(arguments):
+        return subprocess.call(command + arguments, **options)
+    result = subprocess.run(
+        command + arguments, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = result.stdout.splitlines()
+    if "install" in arguments:  # its line for a profile would name the temporary home
+        lines = [line for line in lines if "profile" not in line and not line.startswith("    ")]
+    for line in lines:
+        print(line if len(line) <= 76 or "token" not in arguments else f"{line[:76]}...")
+    return result.returncode
+
+
+def text_of(page):
+    """The heading and the paragraphs of a saved page, as one line."""
+    parts = re.findall(r"<(?:h1|p)>(.*?)</(?:h1|p)>", pathlib.Path(page).read_text("utf-8"))
+    return " ".join(f"{html.unescape(part).rstrip('.')}." for part in parts)
 
 
 def stress():
@@ -6486,16 +6564,17 @@ def fuzz(seconds, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tests of chatgpt_oauth.py beyond the suite.")
+    parser = argparse.ArgumentParser(description="Demo, stress and fuzz runs of chatgpt_oauth.py.")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("demo", help="the whole story against a double, without an account")
-    commands.add_parser("stress", help="the long rounds of the refresh and callback tests")
-    fuzzing = commands.add_parser("fuzz", help="random answers, requests and files")
+    commands.add_parser("demo", help="a tour of the commands, without an account")
+    commands.add_parser("stress", help="long-running refresh and callback tests")
+    fuzzing = commands.add_parser("fuzz", help="random responses, requests and files")
     fuzzing.add_argument("--seconds", type=float, default=60)
     fuzzing.add_argument("--seed", type=int, default=None)
     answering = commands.add_parser("odd-answers", help="a share of the suite's longest test")
     answering.add_argument("answers", nargs="+")
-    visiting = commands.add_parser("visit", help="play the browser")
+    visiting = commands.add_parser("visit", help="act as the browser (used by the demo)")
+    visiting.add_argument("--save", metavar="FILE", help="where to keep the last page")
     visiting.add_argument("url")
     options = parser.parse_args()
     if options.command == "demo":
@@ -6509,7 +6588,10 @@ def main():
         print(max(max(run_case(WireTest, "check", answer)) for answer in options.answers))
         return 0
     if options.command == "visit":
-        return 0 if visit(options.url)[-1][1] == 200 else 1
+        _, status, _, page = visit(options.url)[-1]
+        if options.save:
+            pathlib.Path(options.save).write_text(page, "utf-8")
+        return 0 if status == 200 else 1
     return unittest.main(argv=sys.argv[:1])
 
 
