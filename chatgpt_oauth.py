@@ -3560,48 +3560,52 @@ class OnlineCheck:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.facts: Fields = {"api_key": None, "access_token": None, "usage": []}
-        self.said = {"api_key": "there is none", "access_token": "", "usage": ""}
+        self.verdicts: Dict[str, str] = {}  # accepted, refused or unreachable, by what was asked
+        self.said: Dict[str, str] = {}
+        self.usage: List[Fields] = []
         self.errors: Dict[str, OAuthError] = {}
         self.problem: Optional[OAuthError] = None
         self.code = 0
-        try:
-            stored = session.tokens()
-        except OAuthError:  # which `describe` tells; there is nothing to ask about
-            self.said = {}
-            return
-        if stored.api_key:
-            self._ask_for_models("api_key", "api")
-        self._ask_for_models("access_token", "codex")
-        self._ask_for_usage()
+        # What keeps a file from being read `describe` tells; there is nothing to ask about.
+        with contextlib.suppress(OAuthError):
+            if session.tokens().api_key:
+                self._ask_for_models("api_key", "api")
+            self._ask_for_models("access_token", "codex")
+            self._ask_for_usage()
+        with contextlib.suppress(OAuthError):
+            official = session.official()
+            if official.client.plan_allowed(official.tokens().fields):
+                self._ask_for_models("official", "official")
         self._judge()
+        verdicts = {name: self.verdicts.get(name) for name in ("api_key", "access_token")}
+        self.facts: Fields = {**verdicts, "usage": self.usage}
 
     def _ask_for_models(self, name: str, source: str) -> None:
         try:
             count = len(list_models(self.session, source)[1])
-            self.facts[name] = "accepted"
+            self.verdicts[name] = "accepted"
             self.said[name] = f"accepted, {count} model{'' if count == 1 else 's'}"
         except OAuthError as error:
             refused = isinstance(error, (RefusedError, SignInEndedError))
-            self.facts[name] = "refused" if refused else "unreachable"
-            self.said[name] = f"{self.facts[name]}: {error}"
+            self.verdicts[name] = "refused" if refused else "unreachable"
+            self.said[name] = f"{self.verdicts[name]}: {error}"
             self.errors[name] = error
 
     def _ask_for_usage(self) -> None:
         try:
-            self.facts["usage"] = list_usage(self.session)
+            self.usage = list_usage(self.session)
             self.said["usage"] = "OpenAI tells none"
         except OAuthError as error:
             self.said["usage"] = f"unknown: {error}"
 
     def _judge(self) -> None:
-        asked = {self.facts["api_key"], self.facts["access_token"]} - {None}
-        if self.facts["access_token"] == "refused":  # noqa: S105 - a verdict
+        token = "access_token" if "access_token" in self.verdicts else "official"  # noqa: S105
+        if self.verdicts.get(token) == "refused":
             self.code = SignInEndedError.exit_code
-        elif asked == {"unreachable"}:
+        elif set(self.verdicts.values()) == {"unreachable"}:
             self.code = UnavailableError.exit_code
         if self.code:
-            self.problem = self.errors["access_token"]
+            self.problem = self.errors[token]
 
 
 def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fields, int]:
@@ -3622,13 +3626,17 @@ def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fi
     official, official_code = describe_official(session.official())
     if official and isinstance(trouble, NotSignedInError):  # it is all there is
         trouble, code = official["problem"], official_code
+    elif official and not official_code and isinstance(trouble, SignInEndedError):
+        code = 0  # the other one has not ended
     try:
         names = list(all_entries(session))
     except StorageError as error:
         trouble, code = trouble or error, code or error.exit_code
+    other_usable = bool(official) and not official_code
     if online:
         trouble, code = trouble or online.problem, code or online.code
         usable = usable and code != SignInEndedError.exit_code
+        other_usable = other_usable and online.verdicts.get("official") != "refused"
     who = tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
     expiry = who.expires_at()
     refreshed = parse_timestamp(who.fields.get("last_refresh"))
@@ -3636,7 +3644,7 @@ def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fi
     if source == "auto" and (tokens or official):
         source = "api" if who.api_key else "codex" if tokens else "official"
     return {
-        "authenticated": usable or bool(official and not official_code),
+        "authenticated": usable or other_usable,
         **identity(who),
         "account_id": who.account_id,
         "has_api_key": bool(who.api_key),
@@ -3723,9 +3731,11 @@ def status_lines(
             ("Access token", format_expiry(expiry, refreshable=not problem)),
         ]
     lines += [problem] if problem else []
-    rows += online_rows(online, live) if online and online.said else []
+    rows += online_rows(online, live) if online and "access_token" in online.said else []
     if official:
         rows += official_rows(official, told=alone and bool(problem))
+    if online and "official" in online.said:
+        rows.append(("", f"OpenAI says: {online.said['official']}"))
     names = facts["models"]
     shown = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
     if names and len(names) > SHOWN_MODELS:
@@ -3742,9 +3752,9 @@ def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
 
 def online_rows(online: OnlineCheck, live: bool) -> List[Tuple[str, str]]:
     """What OpenAI said, for people."""
-    usage = [usage_line(window, live) for window in online.facts["usage"]]
+    usage = [usage_line(window, live) for window in online.usage]
     return [
-        ("API key", online.said["api_key"]),
+        ("API key", online.said.get("api_key", "there is none")),
         ("ChatGPT plan", online.said["access_token"]),
         *labelled("Usage", usage or [online.said["usage"]]),
     ]

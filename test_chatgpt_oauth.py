@@ -4363,6 +4363,33 @@ class OfficialTest(Case):
         self.assertRegex(out, "Problem: cannot refresh .* auth --official")
         self.assert_no_secret(out)
 
+    def test_the_other_sign_in_can_have_ended(self):
+        self.assert_done(self.official())
+        self.store(lifetime=-10, refresh_token=None)
+        facts = json.loads(self.assert_quiet(self.call("status", "--json")))
+        self.assertTrue(facts["authenticated"])
+        self.assertIn("cannot refresh", facts["problem"])
+
+    def test_status_asks_openai_whether_it_is_accepted(self):
+        self.assert_done(self.official())
+        out = self.assert_quiet(self.call("status", "--online"))
+        self.assertIn("OpenAI says: accepted, 2 models", out)
+        self.assertNotIn("API key:", out)
+        facts = json.loads(self.assert_quiet(self.call("status", "--online", "--json")))
+        self.assertEqual(facts["online"], {"api_key": None, "access_token": None, "usage": []})
+        self.fault("api", 401, b'{"detail": "no"}')
+        code, out, err = self.call("status", "--online")
+        self.assertEqual((code, err), (4, ""))
+        self.assertTrue(out.startswith("ChatGPT OAuth: Not authenticated\n"), out)
+        self.assertIn("auth --official", out)
+        self.fault("api", 500, b"")
+        self.assertEqual(self.call("status", "--online")[0], 5)
+        self.store()
+        code, out, err = self.call("status", "--online")
+        self.assertEqual(code, 0)
+        self.assertIn("ChatGPT plan: accepted", out)
+        self.assertIn("OpenAI says: unreachable", out)
+
     def test_a_broken_file_is_kept_by_the_next_sign_in(self):
         self.home.mkdir(mode=0o700)
         self.plan_file.write_text("[")
