@@ -756,6 +756,7 @@ class Client:
     This one is the Codex CLI's. Whatever is not here is the same for every client.
     """
 
+    label = ""  # what tells its sign-ins from the others', where both can be meant
     file_name = "chatgpt_oauth.json"
     kept_after_sign_out: Tuple[str, ...] = ()  # the members of that file which stay
     authorization_path = "/oauth/authorize"
@@ -839,6 +840,7 @@ class OfficialClient(Client):
 
     ENTRY_POINT = "dynamic_agent_client"  # never stored, never used at the token endpoint
 
+    label = " (official sign-in)"
     file_name = "chatgpt_plan.json"
     kept_after_sign_out = ("host_id", "sub", "client_id")
     authorization_path = "/api/accounts/authorize"
@@ -3287,7 +3289,8 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         finally:
             register_models(session, {})
     who = identity(tokens)["email"] if tokens else None
-    session.notify("done", f"Signed out{f' of {who}' if who else ''}; imported models removed")
+    name = f"{f' of {who}' if who else ''}{session.client.label}"
+    session.notify("done", f"Signed out{name}; imported models removed")
     if tokens and tokens.api_key:
         url = "https://platform.openai.com/api-keys"
         session.notify("info", f"The API key stays valid; delete it at {url}")
@@ -3720,7 +3723,7 @@ def status_lines(
     ]
     rows: List[Tuple[str, str]] = []
     if alone and facts["authenticated"]:
-        lines = [f"{lines[0]} (official sign-in)"]
+        lines = [lines[0] + OfficialClient.label]
     elif facts["authenticated"] or expiry or facts["email"]:
         lines.append(
             "API key available" if facts["has_api_key"] else f"No API key; {ORGANIZATION_HINT}"

@@ -4093,7 +4093,7 @@ class OfficialTest(Case):
         self.assertFalse(self.token_file.exists())
 
         err = self.assert_done(self.run_program("logout"))
-        self.assertIn("Signed out of ada@example.com", err)
+        self.assertIn("Signed out of ada@example.com (official sign-in)", err)
         self.assertEqual(self.plan(), {name: first[name] for name in self.KEPT})
         self.assertEqual(self.models(), {})
         self.assertNotIn(first["refresh_token"], self.double.plan_tokens)
