@@ -4200,6 +4200,7 @@ class OfficialTest(Case):
                 self.double.id_token_changes = changes
                 self.assert_fails(self.official(), 1, "ID token", words)
                 self.assertFalse(self.plan_file.exists())
+                self.assertEqual(self.double.plan_tokens, {})  # nobody has them: revoked
         self.double.id_token_changes = {}
         self.double.plan_issued = "oaiapp_text"
         self.double.id_token_changes = {"aud": "oaiapp_text"}
