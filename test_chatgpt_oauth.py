@@ -934,7 +934,7 @@ needs_signals = unittest.skipUnless(POSIX, "a signal is no Ctrl-C on Windows")
 needs_modes = unittest.skipUnless(POSIX, "Windows knows no owners and modes of this kind")
 needs_terminal = unittest.skipUnless(POSIX, "Windows has no pseudo-terminals of this kind")
 needs_root = unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
-needs_windows = unittest.skipIf(POSIX, "only Windows keeps an open file from being replaced")
+needs_windows = unittest.skipIf(POSIX, "it is only so on Windows")
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
@@ -2804,6 +2804,23 @@ time.sleep(0.2)
             self.start_python(code).end()
             self.assertLess(time.monotonic() - began, 3)
 
+    @needs_windows
+    def test_ctrl_break_does_not_lose_the_answer(self):
+        self.store(lifetime=-10)
+        self.double.delay = 0.5
+        code = (
+            "import signal, sys, threading; import chatgpt_oauth as oauth; "
+            "threading.Timer(0.2, signal.raise_signal, [signal.SIGBREAK]).start(); "
+            "sys.exit(oauth.main(['token']))"
+        )
+        environ = {"PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
+        code, out, err = self.run_command([sys.executable, "-c", code], environ)
+        self.assertNotEqual(code, 0)
+        self.assertEqual((out, err), ("", ""))
+        self.assertEqual(self.double.count("refresh"), 1)
+        self.assert_fresh(self.call("token"))
+        self.assertEqual(self.double.count("refresh"), 1)
+
     @needs_signals
     def test_ctrl_c_does_not_lose_the_answer(self):
         self.store(lifetime=-10)
@@ -3870,6 +3887,20 @@ class PasteTest(Case):
         self.assertIn("--device", err)
 
     @needs_terminal
+    def test_nobody_can_press_enter_after_the_end_of_the_input(self):
+        import pty
+
+        leader, follower = pty.openpty()
+        self.addCleanup(os.close, leader)
+        self.addCleanup(os.close, follower)
+        arguments = ("auth", "--no-browser", "--timeout", "2")
+        running = self.start(*arguments, stdin=follower, start_new_session=True)
+        running.url()
+        os.write(leader, b"\x04")  # Ctrl-D
+        self.assert_fails(running.end(20), 1, "timed out after 2 seconds")
+        self.assertNotIn("press Enter", running.err)
+
+    @needs_terminal
     def test_at_a_terminal_the_address_is_pasted_and_enter_tries_again(self):
         import pty
 
@@ -4661,6 +4692,19 @@ class TerminalTest(Case):
         for leader, said in seen.items():
             self.assertEqual(b"\r\x1b[K0:30 left" in said, counted[leader], said)
             self.assertEqual(b"30 seconds left" in said, not counted[leader], said)
+
+    @needs_terminal
+    def test_only_a_terminal_that_says_what_it_understands_gets_colours(self):
+        import pty
+
+        for term, coloured in (("xterm", True), ("dumb", False), (None, False)):
+            leader, follower = pty.openpty()
+            self.addCleanup(os.close, leader)
+            with open(follower, "wb") as stream:
+                self.run_program("token", environ={"TERM": term}, stderr=stream)
+            said = os.read(leader, 65536)
+            self.assertIn(b"not signed in", said)
+            self.assertEqual(b"\x1b" in said, coloured, said)
 
     def test_encodings_that_carry_little_do_not_matter(self):
         self.double.email = "\u00e4d\u00e4\u202e@example.com"
