@@ -524,6 +524,9 @@ def tls_context(settings: Settings) -> Any:
         if path:
             load_certificates(context, variable, path)
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
+        # RFC 5280 to the letter, as Python 3.13 has it, refuses companies' CAs without a key
+        # usage, which browsers, curl and earlier Pythons take.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         _tls_contexts[path] = context
     return _tls_contexts[path]
 
@@ -547,6 +550,20 @@ def not_sent(message: str, hint: str) -> RequestError:
     error = RequestError(message, hint)
     error.unprocessed, error.retry_after = True, float("inf")
     return error
+
+
+def certificate_hint() -> str:
+    """What to do about a server's certificate that was refused."""
+    import ssl
+
+    for name in (*CA_VARIABLES, "SSL_CERT_DIR"):
+        if os.environ.get(name):
+            return f"the CA certificates that {name} names do not vouch for it; add the right one"
+    paths = ssl.get_default_verify_paths()
+    known = paths.cafile or (paths.capath and os.listdir(paths.capath))
+    if not known and sys.platform != "win32":
+        return "there are no CA certificates here (Debian and Ubuntu: apt install ca-certificates)"
+    return "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
 
 
 def wait_for(future: AnyFuture, seconds: float) -> bool:
@@ -732,7 +749,7 @@ def connection_error(
     elif isinstance(error, OSError) and type(error).__module__ == "ssl":  # which may be missing
         why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
-        hint = "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
+        hint = certificate_hint()
         retry_after = float("inf")
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"

@@ -781,13 +781,17 @@ class Proxy:
             target.shutdown(socket.SHUT_WR)
 
 
-def make_certificate(folder, host):
-    """The paths of a certificate for `host` that nobody trusts, and of its key."""
+def make_certificate(folder, host, issuer=None, issuer_key=None):
+    """The paths of a certificate for `host` that nobody trusts, and of its key.
+
+    It is its own issuer, unless there are the paths of another one and of its key.
+    """
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", f"/CN={host}"]
     command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     command += ["-addext", f"subjectAltName=DNS:{host}", "-keyout", str(key)]
     command += ["-out", str(certificate)]
+    command += ["-CA", issuer, "-CAkey", issuer_key] if issuer else []
     subprocess.run(command, check=True, timeout=LIMIT, stderr=subprocess.DEVNULL)
     return str(certificate), str(key)
 
@@ -1759,6 +1763,34 @@ threading.Thread.start = limited
         self.store(lifetime=-10, issuer="https://127.0.0.1:9")
         self.environ["CHATGPT_OAUTH_ISSUER"] = "https://127.0.0.1:9"
         self.assertRegex(self.raised(token, no_tls), "OAuthError.*TLS")
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_a_certificate_that_is_refused_has_the_hint_that_helps(self):
+        self.network()
+        other = make_certificate(self.folder, "other.example.com")[0]
+        for name, path in (("SSL_CERT_FILE", other), ("SSL_CERT_DIR", str(self.folder))):
+            result = self.run_program("token", environ={name: path})
+            self.assert_fails(result, 5, f"that {name} names do not vouch for it")
+        nowhere = types.SimpleNamespace(cafile=None, capath=str(self.folder / "none"))
+        os.mkdir(nowhere.capath)
+        with mock.patch.object(ssl, "get_default_verify_paths", return_value=nowhere):
+            words = "if your network" if sys.platform == "win32" else "apt install ca-certificates"
+            self.assert_fails(self.call("token"), 5, words)
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_a_companys_ca_without_a_key_usage_is_taken(self):
+        self.network()
+        ca, ca_key = make_certificate(self.folder, "ca.example.com")
+        place = self.folder / "issuer"
+        place.mkdir()
+        certificate, key = make_certificate(place, "issuer.example.com", ca, ca_key)
+        double = self.double = self.another_double()
+        double.use_tls(certificate, key)
+        proxy = Proxy(double.server.server_port)
+        self.addCleanup(proxy.close)
+        self.store(lifetime=-10, issuer="https://issuer.example.com")
+        environ = {"HTTPS_PROXY": proxy.url, "SSL_CERT_FILE": ca}
+        self.assert_quiet(self.run_program("token", environ=environ))
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_tls_through_a_proxy_with_a_certificate_of_the_networks_own(self):
