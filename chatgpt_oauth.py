@@ -306,6 +306,20 @@ class ExecError(OAuthError):
         self.exit_code = 127 if missing else 126
 
 
+@contextlib.contextmanager
+def nothing_but_oauth_errors() -> Iterator[None]:
+    """Raise an OAuthError where this Python or this system has not got what is needed."""
+    try:
+        yield
+    except ImportError as error:  # python3-minimal, and others that leave modules out
+        raise OAuthError(f"this Python has no module {error.name}", COMPLETE_PYTHON) from None
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+            raise
+        hint = "close some programs, then try again"
+        raise UnavailableError(f"this system is at its limits ({error.strerror})", hint) from None
+
+
 def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
     """Tell a person what happened (`kind`: as an error or a warning), and the next step."""
     notify(kind, str(error))
@@ -2021,6 +2035,7 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(held[0])
 
 
+@nothing_but_oauth_errors()
 def get_access_token(*, refresh: bool = False) -> str:
     """An access token that is valid now, refreshed first when due (`refresh`: in any case).
 
@@ -2029,6 +2044,7 @@ def get_access_token(*, refresh: bool = False) -> str:
     return Session().valid_tokens(refresh).access_token
 
 
+@nothing_but_oauth_errors()
 def get_account_id() -> Optional[str]:
     """The account's id, for requests that name it beside the access token; None when unknown.
 
@@ -2037,6 +2053,7 @@ def get_account_id() -> Optional[str]:
     return Session().tokens().account_id
 
 
+@nothing_but_oauth_errors()
 def get_api_key() -> Optional[str]:
     """The stored API key, None when the account has none. Raises NotSignedInError, StorageError."""
     return Session().tokens().api_key
@@ -2750,6 +2767,7 @@ def import_models(session: Session, models: ModelFilter) -> Tuple[str, List[str]
     return source, names
 
 
+@nothing_but_oauth_errors()
 def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     """The ids of the account's models, unfiltered.
 
@@ -3825,6 +3843,7 @@ def format_expiry(when: Optional[str], refreshable: bool) -> str:
     return f"expired {format_distance(when)}" + (", refreshed on next use" if refreshable else "")
 
 
+@nothing_but_oauth_errors()
 def sign_in(
     *, device: bool = False, open_browser: bool = True, timeout: Optional[float] = None
 ) -> Dict[str, Any]:
@@ -3845,6 +3864,7 @@ def sign_in(
     return in_words(describe(session)[0], lambda command: f"chatgpt_oauth.py {command}")
 
 
+@nothing_but_oauth_errors()
 def sign_out(*, revoke: bool = True) -> None:
     """Revoke the sign-in (best effort), remove its file and our models. Raises OAuthError."""
     end_sign_in(Session(), revoke)
@@ -5366,7 +5386,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             stream.reconfigure(errors="backslashreplace", newline="\n")
     terminal = Terminal(dict(os.environ))
     try:
-        code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
+        with nothing_but_oauth_errors():
+            code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
         sys.stdout.flush()
         return code
     except OAuthError as error:
@@ -5375,10 +5396,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.interrupted()
         return 130
-    except ImportError as error:  # python3-minimal, and others that leave modules out
-        terminal.notify("error", f"this Python has no module {error.name}")
-        terminal.notify("hint", COMPLETE_PYTHON)
-        return OAuthError.exit_code
     except OSError as error:  # standard output is closed or full
         terminal.notify("error", f"cannot write to standard output: {error.strerror}")
         return StorageError.exit_code

@@ -5067,6 +5067,35 @@ class OnlineStatusTest(Case):
 
 
 class ModuleTest(Case):
+    def test_nothing_but_oauth_errors_comes_out(self):
+        before = self.store(lifetime=-10)
+        full = OSError(errno.EMFILE, "Too many open files")
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            for fault, words in (
+                (mock.patch.dict(sys.modules, {"urllib.request": None}), "no module urllib"),
+                (mock.patch.object(os, "open", side_effect=full), "Too many open files"),
+            ):
+                with fault, self.assertRaisesRegex(oauth.OAuthError, words):
+                    oauth.get_access_token()
+        self.assertEqual(self.stored(), before)
+        self.assertEqual(self.double.count("refresh"), 0)
+
+    @unittest.skipUnless(POSIX, "Windows limits no process's descriptors")
+    def test_without_free_descriptors_nothing_is_spent_nor_told_wrongly(self):
+        code = """
+import resource, chatgpt_oauth as oauth
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(oauth.main(["token"]))
+"""
+        for limit in range(3, 9):
+            with self.subTest(limit):
+                self.store(lifetime=-10)
+                status, out, err = self.start_python(code, str(limit)).end()
+                self.assertNotIn("Traceback", err)
+                self.assertNotIn("standard output", err)
+                self.assertNotIn("internal error", err)
+                self.assertEqual(bool(out), status == 0, err)
+
     def test_importing_has_no_effect(self):
         code = (
             "import sys; before = set(sys.modules); import chatgpt_oauth, threading; "
