@@ -3445,6 +3445,9 @@ def program_name(absolute: bool = False) -> str:
     `absolute`: in any directory, as the profile of a shell does.
     """
     python = "python" if sys.platform == "win32" else "python3"
+    started = getattr(sys, "orig_argv", [""])[0]  # since Python 3.10
+    if started and not os.path.dirname(started):  # "python3.11", where python3 may be older
+        python = quote_path(started)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__":
         return f"{python} -m {spec.name}"

@@ -6330,6 +6330,14 @@ runpy.run_path({1!r}, run_name="__main__")
             self.assertNotIn("Traceback", err)
         self.assertNotIn("Traceback", self.run_shell(f"{line} status | true")[2])
 
+    @unittest.skipUnless(hasattr(sys, "orig_argv"), "before 3.10 Python knows not how it started")
+    @unittest.skipUnless(POSIX, "Windows starts no link like a program")
+    def test_a_hint_names_the_python_that_was_started(self):
+        (self.folder / "python3.99").symlink_to(sys.executable)
+        environ = {"PATH": str(self.folder) + os.pathsep + os.environ["PATH"]}
+        err = self.run_command(["python3.99", PROGRAM, "token"], environ)[2]
+        self.assertIn(f"run: python3.99 {typed(PROGRAM)} auth", err)
+
     def test_it_runs_as_module_zip_renamed_and_piped(self):
         import zipfile
 
