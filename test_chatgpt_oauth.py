@@ -3208,6 +3208,8 @@ class CallbackTest(Case):
 
     @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
     def test_it_is_quiet_when_no_descriptor_can_be_had(self):
+        self.running.saying("auth --device$")  # until then it loads modules, each from a file
+        time.sleep(0.2)
         pid = str(self.running.process.pid)
         used = len(os.listdir(f"/proc/{pid}/fd"))
         limit = ["prlimit", "--pid", pid, f"--nofile={used + 3}:4096"]
