@@ -4569,6 +4569,7 @@ class CodePuppy:
         agent: Dict[str, str],
         credentials: Callable[[], Dict[str, str]],
         tell: Notify,
+        sign_in_command: str,
     ) -> Any:
         """The model for an entry that the plan pays for; see `plan_model_class`.
 
@@ -4581,6 +4582,8 @@ class CodePuppy:
             headers={**agent, **endpoint.get("headers", {})},
             verify=host_module("code_puppy.http_utils").get_cert_bundle_path(),
         )
+        if entry["type"] == OfficialClient.model_type:
+            self._shape_requests(http_client)
         client = host_module("openai").AsyncOpenAI(
             api_key="replaced-by-credentials",
             base_url=endpoint["url"],
@@ -4588,7 +4591,49 @@ class CodePuppy:
             http_client=http_client,
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
-        return plan_model_class()(entry["name"], provider, credentials, tell)
+        return plan_model_class()(entry["name"], provider, credentials, tell, sign_in_command)
+
+    def _shape_requests(self, http_client: Any) -> None:
+        """Let the host's client send what the API takes, once it has done its own (0.0.946)."""
+        theirs = http_client._inject_codex_fields
+
+        def inject(body: bytes) -> Tuple[bytes, bool]:
+            changed, forced_stream = theirs(body)
+            return json.dumps(plan_request(json.loads(changed or body))).encode(), forced_stream
+
+        http_client._inject_codex_fields = inject
+
+
+# What the API refuses when a ChatGPT plan pays (developers.openai.com/siwc), and tools that are
+# hosted there, but for web search.
+PLAN_REFUSED_FIELDS = (
+    *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
+    *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
+    *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
+    *("truncation", "user"),
+)
+PLAN_TOOLS = ("function", "web_search")
+FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"  # later ones take an item
+
+
+def plan_request(body: Fields) -> Fields:
+    """The body of POST /v1/responses as it must be where the official sign-in's plan pays."""
+    kept = {name: value for name, value in body.items() if name not in PLAN_REFUSED_FIELDS}
+    items = [
+        {**item, "role": "developer"} if item.get("role") == "system" else item
+        for item in kept.get("input", [])
+    ]
+    tools = [tool for tool in kept.pop("tools", None) or [] if tool.get("type") in PLAN_TOOLS]
+    flat = re.match(FLAT_TOOLS_MODELS, str(kept.get("model")))
+    moved = [tool for tool in tools if tool["type"] == "function" and not flat]
+    tools = [tool for tool in tools if tool not in moved]
+    if moved:
+        items.insert(0, {"type": "additional_tools", "role": "developer", "tools": moved})
+    if tools:
+        kept["tools"] = tools
+    if isinstance(kept.get("tool_choice"), dict):  # one that names a function is refused
+        kept["tool_choice"] = "auto"
+    return {**kept, "input": items, "store": False, "stream": True}
 
 
 def plan_model_class() -> Any:
@@ -4605,10 +4650,16 @@ def plan_model_class() -> Any:
 
     class PlanModel(base):  # type: ignore[misc]
         def __init__(
-            self, name: str, provider: Any, headers: Callable[[], Dict[str, str]], tell: Notify
+            self,
+            name: str,
+            provider: Any,
+            headers: Callable[[], Dict[str, str]],
+            tell: Notify,
+            sign_in_command: str,
         ) -> None:
             super().__init__(name, provider=provider)
             self._headers, self._tell = headers, tell
+            self._sign_in_command = sign_in_command
 
         async def request(
             self, messages: Any, model_settings: Any, model_request_parameters: Any
@@ -4635,14 +4686,14 @@ def plan_model_class() -> Any:
                 async with super().request_stream(messages, wanted, *rest, **more) as stream:
                     yield stream
             except http_error as error:
-                refusal = plan_refusal(error.status_code, error.body)
+                refusal = plan_refusal(error.status_code, error.body, self._sign_in_command)
                 if not refusal:
                     raise
             if refusal:  # out here: the host tries again when a cause of an error is a 429
                 raise self._stopped(refusal)
 
         async def _process_streamed_response(self, response: Any, *rest: Any, **more: Any) -> Any:
-            events = PlanEvents(response, self._stopped)
+            events = PlanEvents(response, self._stopped, self._sign_in_command)
             return await super()._process_streamed_response(events, *rest, **more)
 
         def _stopped(self, error: OAuthError) -> Exception:
@@ -4662,28 +4713,50 @@ class PlanEvents:
     Of its own it passes over `response.failed` in silence (2.51).
     """
 
-    def __init__(self, stream: Any, stopped: Callable[[OAuthError], Exception]) -> None:
+    def __init__(
+        self, stream: Any, stopped: Callable[[OAuthError], Exception], sign_in_command: str
+    ) -> None:
         self.stream, self.stopped, self.close = stream, stopped, stream.close
+        self.sign_in_command = sign_in_command
 
     async def __aiter__(self) -> Any:
         async for event in self.stream:
             if event.type == "response.failed":
                 fault = event.response.error
                 code, text = getattr(fault, "code", None), getattr(fault, "message", None)
-                refusal = plan_refusal(0, {"code": code})
+                refusal = plan_refusal(0, {"code": code}, self.sign_in_command)
                 said = f"OpenAI could not finish the response ({text or code or 'no reason given'})"
                 raise self.stopped(refusal or OAuthError(said, "try again"))
             yield event
 
 
-def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
+# Parts of the codes with which OpenAI refuses to let a plan pay, and what helps.
+PLAN_REFUSALS = {
+    "workplace_individual_usage_limit": (
+        "your workspace's usage limit for you is reached",
+        "ask your workspace administrator",
+    ),
+    "usage_limit": ("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}"),
+    "user_not_eligible": (
+        "this ChatGPT plan cannot pay for requests here",
+        "OpenAI asks for ChatGPT Plus or Pro",
+    ),
+    "route_not_supported": ("OpenAI does not let a plan pay for this request", ""),
+    "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
+    "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
+    "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
+}
+
+
+def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[OAuthError]:
     """What to tell a person about a refused request; None: the host knows what to do."""
     fields = fault if isinstance(fault, dict) else {}
     code = str(fields.get("code") or fields.get("type") or "")
-    if "usage_limit" in code:
-        return OAuthError("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}")
-    if status == 401:
-        return SignInEndedError("OpenAI does not accept this sign-in any more")
+    for part, (text, hint) in PLAN_REFUSALS.items():
+        if part in code:
+            return OAuthError(text, hint)
+    if status == 401 or "invalid_user" in code:
+        return SignInEndedError("OpenAI does not accept this sign-in any more", sign_in_command)
     return None
 
 
@@ -4828,7 +4901,10 @@ class CodePuppyPlugin:
 
     def model_types(self) -> List[Fields]:
         """The types of models that we make, and what makes them."""
-        return [{"type": "chatgpt_oauth", "handler": self.codex_model}]
+        return [
+            {"type": "chatgpt_oauth", "handler": self.codex_model},
+            {"type": OfficialClient.model_type, "handler": self.official_model},
+        ]
 
     def codex_model(self, name: str, entry: Fields, _: Fields) -> Any:
         """The model for an entry of the Codex backend.
@@ -4841,7 +4917,19 @@ class CodePuppyPlugin:
             version = Settings().codex_client_version
         # It serves newer models to the Codex CLI alone, which it knows by these.
         agent = {"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"}
-        return self.host.plan_model(entry, agent, self.codex_credentials, self.notify)
+        credentials = self.codex_credentials
+        return self.host.plan_model(entry, agent, credentials, self.notify, Client.sign_in_command)
+
+    def official_model(self, _name: str, entry: Fields, _: Fields) -> Any:
+        """The model for an entry of the official sign-in; this must not fail either."""
+        agent = {"User-Agent": f"chatgpt_oauth/{__version__}"}
+        command = OfficialClient.sign_in_command
+        return self.host.plan_model(entry, agent, self.official_credentials, self.notify, command)
+
+    def official_credentials(self) -> Dict[str, str]:
+        """The header that the API goes by. Raises OAuthError."""
+        tokens = Session(notify=self.notify).official().valid_tokens()
+        return {"Authorization": f"Bearer {tokens.access_token}"}
 
     def codex_credentials(self) -> Dict[str, str]:
         """The headers that the Codex backend goes by, both of one sign-in. Raises OAuthError."""
@@ -5006,7 +5094,8 @@ class CodePuppyPlugin:
     def _tell_models(self, session: Session, in_use: Optional[str]) -> None:
         """What became of our models; `in_use` was one of them, and is the next prompt's."""
         entries = self._entries(session)
-        plan = any(entry.get("type") == "chatgpt_oauth" for entry in entries.values())
+        types = {entry.get("type") for entry in entries.values()}
+        plan = types & {"chatgpt_oauth", OfficialClient.model_type}
         usable = self.host.has_plan_models or not plan
         choice = next(iter(entries), "NAME") if usable else "NAME"
         if not usable:
