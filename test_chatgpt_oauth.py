@@ -4919,12 +4919,17 @@ class ExecTest(Case):
 
     def test_what_is_no_command_is_wrong_usage(self):
         self.store(api_key="sk-1")
-        self.assert_fails(self.run_program("exec"), 2, "no command", "exec -- COMMAND")
-        self.assert_fails(self.run_program("exec", "--"), 2, "no command")
-        self.assert_fails(self.run_program("exec", "--", "", "x"), 2, "no command")
-        self.assert_fails(self.run_program("exec", "ls"), 2, "ls", "exec -- COMMAND")
-        self.assert_fails(self.run_program("exec", "--nam", "X", "--", "ls"), 2, "--name")
-        self.assert_fails(self.run_program("exec", "--name", "1x", "--", "ls"), 2, "--name")
+        odd = (
+            ([], ("no command", "exec -- COMMAND")),
+            (["--"], ("no command",)),
+            (["--", "", "x"], ("no command",)),
+            (["ls"], ("ls", "exec -- COMMAND")),
+            (["--nam", "X", "--", "ls"], ("--name",)),
+            (["--name", "1x", "--", "ls"], ("--name",)),
+        )
+        started = [(self.start("exec", *arguments), words) for arguments, words in odd]
+        for running, words in started:
+            self.assert_fails(running.end(), 2, *words)
 
     @needs_signals
     def test_the_command_takes_the_programs_place(self):
@@ -6241,10 +6246,14 @@ class MainTest(Case):
         self.assertIn("examples:", err)
         text = self.assert_quiet(self.run_program("-h"))
         place, name = os.path.split(PROGRAM)
+        helps = {}
         for command in COMMANDS:
+            line = [sys.executable, name, command, "-h"]
+            helps[command] = Running(line, self.environ, cwd=place)
+            self.addCleanup(helps[command].close)
+        for command, running in helps.items():
             self.assertIn(f"  {command}", text)
-            asked = self.run_command([sys.executable, name, command, "-h"], cwd=place)
-            said = self.assert_quiet(asked)
+            said = self.assert_quiet(running.end())
             self.assertRegex(said, "examples:|profile")
             lines = [line for line in said.splitlines() if PROGRAM not in line]
             self.assertLessEqual(max(map(len, lines)), 80)
