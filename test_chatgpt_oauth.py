@@ -6188,6 +6188,81 @@ class PuppyModelTest(PuppyCase):
         self.assert_stopped(model, "not signed in to ChatGPT", "/chatgpt-auth")
         self.assertEqual(self.headers, [])
 
+    def official_model(self, name):
+        """The model that the host builds for an entry of the official sign-in."""
+        client = types.SimpleNamespace(_inject_codex_fields=lambda body: (None, True))
+        module = self.puppy.modules["code_puppy.chatgpt_codex_client"]
+        module.create_codex_async_client = lambda **_: client
+        self.load()
+        entry = {"type": "chatgpt_plan", "name": name, "custom_endpoint": {"url": "http://x/v1"}}
+        return self.puppy.handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {}), client
+
+    def test_the_official_sign_ins_models_have_a_valid_token_at_each_request(self):
+        err = self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
+        self.assertIn("Using ChatGPT plan", err)
+        plan_file = self.home / "chatgpt_plan.json"
+        model, _ = self.official_model("gpt-6-astra")
+        seen = []
+        answer = lambda headers: seen.append(headers) or Stream()  # noqa: E731
+        with mock.patch.object(ResponsesModel, "backend", answer):
+            self.ask(model)
+            first = json.loads(plan_file.read_text())
+            plan_file.write_text(
+                json.dumps(
+                    {**first, "expires_at": "2020-01-01T00:00:00Z", "earliest_refresh_at": ""}
+                )
+            )
+            self.ask(model, 3)
+        renewed = json.loads(plan_file.read_text())
+        tokens = [first["access_token"], *[renewed["access_token"]] * 3]
+        self.assertEqual(seen, [{"Authorization": f"Bearer {token}"} for token in tokens])
+        self.assertNotEqual(first["access_token"], renewed["access_token"])
+        self.assert_done(self.call("logout", "--official"))
+        self.assert_stopped(model, "not signed in to ChatGPT", "/chatgpt-auth --official")
+
+    def test_requests_that_the_plan_pays_for_hold_what_the_api_takes(self):
+        tool = {"type": "function", "name": "list_files", "parameters": {}}
+        asked = {
+            "input": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+            "tools": [tool, {"type": "code_interpreter"}],
+            "tool_choice": {"type": "function", "name": "list_files"},
+            "temperature": 1,
+            "max_output_tokens": 5,
+            "previous_response_id": "x",
+            "reasoning": {"effort": "low"},
+        }
+        moved = {"type": "additional_tools", "role": "developer", "tools": [tool]}
+        for name, item, tools in (
+            ("gpt-5.5", [], [tool]),
+            ("gpt-5", [], [tool]),
+            ("o3", [], [tool]),
+            ("gpt-5.6", [moved], None),
+            ("gpt-5.10", [moved], None),
+            ("gpt-6-astra", [moved], None),
+        ):
+            with self.subTest(name):
+                client = self.official_model(name)[1]
+                body = json.dumps({**asked, "model": name}).encode()
+                sent, forced = client._inject_codex_fields(body)
+                sent = json.loads(sent)
+                self.assertTrue(forced)
+                self.assertEqual(sent.pop("tools", None), tools)
+                self.assertEqual(
+                    sent,
+                    {
+                        "model": name,
+                        "input": [
+                            *item,
+                            {"role": "developer", "content": "a"},
+                            {"role": "user", "content": "b"},
+                        ],
+                        "tool_choice": "auto",
+                        "reasoning": {"effort": "low"},
+                        "store": False,
+                        "stream": True,
+                    },
+                )
+
     def test_a_bad_setting_is_told_at_the_request(self):
         os.environ["CHATGPT_OAUTH_CODEX_CLIENT_VERSION"] = "a b"
         self.assert_stopped(self.model(), "CHATGPT_OAUTH_CODEX_CLIENT_VERSION must be")
