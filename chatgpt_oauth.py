@@ -760,7 +760,7 @@ def connection_error(
         hint = "check HTTPS_PROXY and your network connection, then try again"
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
-    elif isinstance(error, OSError) and type(error).__module__ == "ssl":  # which may be missing
+    elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):  # it may be missing
         why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
         hint = certificate_hint()

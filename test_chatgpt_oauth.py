@@ -1682,7 +1682,9 @@ class WireTest(Case):
         _, certificate = self.network()
         (self.folder / "empty.pem").write_text("")
         (self.folder / "text.pem").write_text("hello\n")
-        for name in ("missing.pem", "empty.pem", "text.pem"):
+        # PyPy's ssl takes a file without certificates.
+        names = ["missing.pem", "empty.pem", "text.pem"]
+        for name in names if sys.implementation.name == "cpython" else names[:1]:
             for variable in ("SSL_CERT_FILE", "CODEX_CA_CERTIFICATE"):
                 path = str(self.folder / name)
                 environ = {"SSL_CERT_FILE": certificate, variable: path}
@@ -3876,7 +3878,8 @@ class PasteTest(Case):
                 url = running.url()
                 time.sleep(1)
                 if POSIX:  # elsewhere it would be Wine's own
-                    self.assertLess(memory(running.process.pid), 64 << 10)
+                    bound = 64 if sys.implementation.name == "cpython" else 256  # MiB
+                    self.assertLess(memory(running.process.pid), bound << 10)
                 began = time.monotonic()
                 self.assertEqual(visit(url)[-1][1], 200)
                 self.assertLess(time.monotonic() - began, 1)
@@ -6660,9 +6663,9 @@ class FuzzTest(unittest.TestCase):
 
 class DemoTest(unittest.TestCase):
     def test_the_demo_shows_every_command_and_no_hint_into_a_directory_that_is_gone(self):
-        with tempfile.TemporaryDirectory() as home:  # no DISPLAY: no browser of this machine
+        with tempfile.TemporaryDirectory() as home:
             result = subprocess.run(
-                [sys.executable, HERE, "demo"],
+                [sys.executable, HERE, "demo", "--simulate"],
                 env=environment(home),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -6704,7 +6707,7 @@ DEMO = (  # what is told, and what is typed
 )
 
 
-def demo():
+def demo(simulate):
     """Every command once, against the double, in a temporary home."""
     deadline = time.monotonic() + DEMO_SECONDS
     with free_ports(2) as ports:
@@ -6715,9 +6718,9 @@ def demo():
         print(f"Using a local stand-in for OpenAI's servers at {double.url}; no account needed.")
         print("All files are in a temporary home directory, which is removed at the end.")
         opening = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(environ)
-        if not opening and sys.platform not in ("win32", "darwin"):
+        if simulate or (not opening and sys.platform not in ("win32", "darwin")):
             environ["BROWSER"] = shell_line(sys.executable, HERE, "visit", "--save", page) + " %s"
-            print("No browser found, so the demo simulates one.")
+            print("The demo simulates a browser.")
         for told, typed in DEMO:
             print(f"\n# {told}\n$ {typed.replace('BIN', '~/bin')}", flush=True)
             try:
@@ -6757,7 +6760,7 @@ def demo_command(typed, environ, seconds):
     )
     lines = result.stdout.splitlines()
     if "install" in arguments:  # its line for a profile would name the temporary home
-        lines = [line for line in lines if "profile" not in line and not line.startswith("    ")]
+        lines = [each for each in lines if "this line into" not in each and each[:4] != "    "]
     for line in lines:
         print(line if len(line) <= 76 or "token" not in arguments else f"{line[:76]}...")
     return result.returncode
@@ -6812,7 +6815,8 @@ def fuzz(seconds, seed):
 def main():
     parser = argparse.ArgumentParser(description="Demo, stress and fuzz runs of chatgpt_oauth.py.")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("demo", help="a tour of the commands, without an account")
+    touring = commands.add_parser("demo", help="a tour of the commands, without an account")
+    touring.add_argument("--simulate", action="store_true", help="open no browser, but play one")
     commands.add_parser("stress", help="long-running refresh and callback tests")
     fuzzing = commands.add_parser("fuzz", help="random responses, requests and files")
     fuzzing.add_argument("--seconds", type=float, default=60)
@@ -6824,7 +6828,7 @@ def main():
     visiting.add_argument("url")
     options = parser.parse_args()
     if options.command == "demo":
-        return demo()
+        return demo(options.simulate)
     if options.command == "stress":
         return stress()
     if options.command == "fuzz":
