@@ -2801,6 +2801,7 @@ for command in ("status", "token"):
                 self.assert_nothing_lost()
 
     @needs_signals
+    @unittest.skipIf(hasattr(sys, "pypy_version_info"), "PyPy runs no atexit after a Ctrl-C")
     def test_the_end_of_the_main_thread_does_not_lose_what_another_fetches(self):
         before = self.store(lifetime=-10)
         self.double.delay = 1
