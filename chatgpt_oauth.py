@@ -3832,7 +3832,7 @@ def official_rows(official: Fields, told: bool) -> List[Tuple[str, str]]:
     rows = [
         ("Official", official["email"] or "unknown"),
         ("", f"{plan}; {USAGE_PAGE}"),
-        ("", f"access token {expiry}"),
+        ("Plan token", expiry),
     ]
     return rows + ([("", f"Problem: {problem}")] if problem and not told else [])
 
