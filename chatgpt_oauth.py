@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     Fields = Dict[str, Any]  # a JSON object
     Notify = Callable[..., None]  # hears a kind, a text and perhaps a command: Terminal.notify
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1548,9 +1548,10 @@ class WireTest(Case):
         self.assertEqual(running.end()[0], 0)
         sent = self.double.asked("code")[0]
         self.assertEqual(len(sent["code_verifier"]), 86)
+        agent = f"chatgpt_oauth/{oauth.__version__}"
         for entry in self.double.requests:
             if entry["endpoint"] != "authorize":
-                self.assertTrue(entry["headers"]["user-agent"].startswith("chatgpt_oauth/1.0.0"))
+                self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
     def tell(self, endpoint):
         """What the command that asks `endpoint`, which misbehaves, comes to and says."""
@@ -6676,7 +6677,7 @@ class DemoTest(unittest.TestCase):
         signing_in = ["auth", "status", "models", "logout"]
         for command in [*signing_in, "env", "exec", "token", "install", "uninstall"]:
             self.assertRegex(result.stdout, rf"(?m)^\$ \S.*\b{command}\b")
-        for shown in ("chatgpt-oauth status --online", "auth --official", "then you see: You're"):
+        for shown in ("chatgpt-oauth status --online", "auth --official", "then you see:\n You're"):
             self.assertIn(shown, result.stdout)
         self.assertNotIn("put this line into", result.stdout)
 
@@ -6731,7 +6732,8 @@ def demo(simulate):
             if code:
                 return code
             if os.path.exists(page):
-                print(f"\n(In a browser you sign in at OpenAI, then you see: {text_of(page)})")
+                print("\n(In a browser you sign in at OpenAI, then you see:")
+                print(f" {text_of(page)})")
                 os.remove(page)
     return 0
 
