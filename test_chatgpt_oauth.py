@@ -5914,16 +5914,17 @@ class PuppyTest(PuppyCase):
         self.assertIn("workspace acct-1 instead of acct-2", self.texts())
         self.assertFalse(self.token_file.exists())
 
-    @needs_signals
     def test_ctrl_c_comes_back_to_the_prompt(self):
         self.host()
         self.load()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGINT, before)
-        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        self.assertEqual(self.command("/chatgpt-auth", browser=None)[0], True)
-        timer.join(LIMIT)
+
+        def interrupt(_):
+            time.sleep(0.3)
+            signal.raise_signal(signal.SIGINT)
+
+        self.assertEqual(self.command("/chatgpt-auth", browser=interrupt)[0], True)
         self.assertIn("run: /chatgpt-auth URL", self.texts())
         self.assertEqual(self.said[-1], ("warning", "Interrupted."))
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
