@@ -1,6 +1,6 @@
 """Tests of chatgpt_oauth.py, against a strict double of OpenAI's servers on this machine.
 
-    python3 -m unittest                                  the suite, in under 45 seconds
+    python3 -m unittest                                  the suite
     python3 test_chatgpt_oauth.py demo                   a tour of the commands, without an account
     python3 test_chatgpt_oauth.py stress                 the long rounds of the refresh tests
     python3 test_chatgpt_oauth.py fuzz --seconds 600     random answers, requests and files
