@@ -5488,8 +5488,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.interrupted()
         return 130
-    except OSError as error:  # standard output is closed or full
-        terminal.notify("error", f"cannot write to standard output: {error.strerror}")
+    except OSError as error:  # without a file's name: standard output is closed or full
+        what = f"use {error.filename}" if error.filename else "write to standard output"
+        terminal.notify("error", f"cannot {what}: {error.strerror}")
         return StorageError.exit_code
     except Exception as error:
         import traceback
