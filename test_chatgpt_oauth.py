@@ -83,6 +83,11 @@ INVALID_GRANT_CODES = (
 HASTE = {"POLL_FLOOR": 0.01, "SLOW_DOWN": 0.01, "REREAD_SECONDS": 0.01, "RETRY_PAUSE": 0.05}
 
 
+def setUpModule():
+    # A shell lets what it starts in the background ignore Ctrl-C, and what that starts, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def encode_jwt(claims, algorithm="none"):
     """A JWT with these claims and a signature that nobody looks at."""
     parts = [json.dumps(part).encode() for part in ({"alg": algorithm}, claims)] + [b"signature"]
