@@ -52,6 +52,11 @@ import chatgpt_oauth as oauth
 
 PROGRAM = str(pathlib.Path(oauth.__file__).resolve())
 HERE = str(pathlib.Path(__file__).resolve())
+# As the installed command starts it, compiled and without site-packages: a script is compiled at
+# each start, which takes as long as all else that most of these starts do. (Windows' Python may
+# need its `sitecustomize`.)
+START = [sys.executable, *(["-S"] if os.name == "posix" else [])]
+START += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
 AUTH = "https://api.openai.com/auth"
 POSIX = os.name == "posix"
 LIMIT = 60  # seconds: no wait for a process, a thread or a socket is longer
@@ -1017,7 +1022,7 @@ class Case(unittest.TestCase):
 
     def start(self, *arguments, environ=None, **options):
         """The program as a process, at work."""
-        command = [sys.executable, PROGRAM, *arguments]
+        command = [*START, *arguments]
         running = Running(command, self.environ_with(environ), **options)
         self.addCleanup(running.close)
         return running
@@ -1032,13 +1037,13 @@ class Case(unittest.TestCase):
 
     def run_program(self, *arguments, environ=None, **options):
         """The same of the program."""
-        return self.run_command([sys.executable, PROGRAM, *arguments], environ, **options)
+        return self.run_command([*START, *arguments], environ, **options)
 
     def run_mounted(self, mounts, *arguments):
         """The same of the program, where the shell code `mounts` has been run before."""
         if not can_mount():
             self.skipTest("no mounts here")
-        start = [sys.executable, PROGRAM, *arguments]
+        start = [*START, *arguments]
         return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
 
     def run_injected(self, fault, *arguments):
@@ -1046,7 +1051,7 @@ class Case(unittest.TestCase):
         if not can_inject():
             self.skipTest("no strace here that may inject faults")
         strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=" + fault]
-        return self.run_command([*strace, sys.executable, PROGRAM, *arguments])
+        return self.run_command([*strace, *START, *arguments])
 
     def start_python(self, code, *arguments):
         """A Python at work that runs `code`, which may import the program, with `arguments`."""
