@@ -60,7 +60,7 @@ START += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
 AUTH = "https://api.openai.com/auth"
 POSIX = os.name == "posix"
 LIMIT = 60  # seconds: no wait for a process, a thread or a socket is longer
-WORKERS = 4  # processes that share the longest test
+WORKERS = 4  # processes that a test with many of them has at work at once
 TEST_LIMIT = 300  # seconds in which a test that hangs in this process is ended, with all others
 AUTHORIZATION_URL = r"^http\S+/(?:oauth|api/accounts)/authorize\?\S+$"
 COMMANDS = (
@@ -140,6 +140,12 @@ def wait_for(happened, seconds=15):
         if time.monotonic() > deadline:
             raise AssertionError(f"it has not happened within {seconds} s")
         time.sleep(0.01)
+
+
+def side_by_side(function, cases):
+    """The results of `function` for each of the `cases`, in their order; processes take turns."""
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
+        return list(workers.map(function, cases))
 
 
 def shell_line(*arguments):
@@ -1604,9 +1610,8 @@ class WireTest(Case):
         self.assertGreaterEqual(len(ANSWERS), 25)
         command = [sys.executable, HERE, "odd-answers"]
         shares = [list(ANSWERS)[number::WORKERS] for number in range(WORKERS)]
-        with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
-            for result in workers.map(lambda share: self.run_command(command + share), shares):
-                self.assertLess(float(self.assert_quiet(result)), 5)
+        for result in side_by_side(lambda share: self.run_command(command + share), shares):
+            self.assertLess(float(self.assert_quiet(result)), 5)
 
     def test_a_web_page_names_the_proxy_and_the_region(self):
         self.store(api_key="sk-1")
@@ -1629,13 +1634,13 @@ class WireTest(Case):
         look_up = socket.getaddrinfo
 
         def slow(*arguments, **options):
-            time.sleep(0.5)
+            time.sleep(0.3)
             return look_up(*arguments, **options)
 
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2", "CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
         with mock.patch.object(socket, "getaddrinfo", slow):
             self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
-            time.sleep(0.6)
+            time.sleep(0.3)
         self.assertEqual(self.double.requests, [])
         self.assertEqual(self.call("token")[0], 0)
 
@@ -1651,11 +1656,11 @@ class WireTest(Case):
                 body = json.dumps(self.double.tokens()).encode()
                 head = OK + f"Content-Length: {len(body)}\r\n\r\n".encode()
                 whole = [early, head, body] if parts == 3 else [early + head + body]
-                self.double.faults["refresh"] = raw(*whole, pause=0.02)
+                self.double.faults["refresh"] = raw(*whole, pause=0.01)
                 self.assertEqual(self.assert_fresh(self.call("token")), "")
         self.store(lifetime=-10)
-        self.double.faults["refresh"] = raw(*[hints] * 60, pause=0.02)
-        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.3"}
+        self.double.faults["refresh"] = raw(*[hints] * 60, pause=0.01)
+        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2"}
         self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
 
     def test_a_redirect_of_no_endpoint_is_followed(self):
@@ -2352,7 +2357,7 @@ class StoreTest(Case):
     @needs_modes
     def test_a_lock_file_that_was_removed_does_not_let_two_refresh_at_once(self):
         self.store(lifetime=-10)
-        self.double.delay = 0.5
+        self.double.delay = 0.4
         first = self.start("token")
         wait_for(lambda: self.double.count("refresh"))
         os.unlink(f"{self.token_file}.lock")
@@ -2363,7 +2368,7 @@ class StoreTest(Case):
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_child_that_was_forked_meanwhile_keeps_no_lock(self):
         self.store(lifetime=-10)
-        self.double.delay = 0.5
+        self.double.delay = 0.2
         code = """
 import os, threading, time, warnings, chatgpt_oauth as oauth
 warnings.simplefilter("ignore")
@@ -2799,7 +2804,7 @@ for command in ("status", "token"):
         def dump_no_core():
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-        self.double.delay = 0.2
+        self.double.delay = 0.1
         for name in ("SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGXCPU"):
             with self.subTest(name):
                 self.double.requests.clear()
@@ -2815,7 +2820,7 @@ for command in ("status", "token"):
     @unittest.skipIf(hasattr(sys, "pypy_version_info"), "PyPy runs no atexit after a Ctrl-C")
     def test_the_end_of_the_main_thread_does_not_lose_what_another_fetches(self):
         before = self.store(lifetime=-10)
-        self.double.delay = 1
+        self.double.delay = 0.6
         code = """
 import os, threading, time, chatgpt_oauth as oauth
 threading.Thread(target=oauth.get_access_token, daemon=True).start()
@@ -2833,7 +2838,7 @@ time.sleep(60)
         waited = running.saying(r"^waited (.+)$")[1]
         running.process.send_signal(signal.SIGINT)
         running.end()
-        self.assertLess(float(waited), 0.5)
+        self.assertLess(float(waited), 0.4)
         self.assertEqual(self.double.refresh_tokens[before["refresh_token"]], "used")
         self.assert_nothing_lost()
 
@@ -2869,7 +2874,7 @@ time.sleep(0.2)
     @needs_signals
     def test_ctrl_c_does_not_lose_the_answer(self):
         self.store(lifetime=-10)
-        self.double.delay = 0.5
+        self.double.delay = 0.2
         running = self.start("token")
         wait_for(lambda: self.double.count("refresh"))
         running.process.send_signal(signal.SIGINT)
@@ -3134,7 +3139,7 @@ class CallbackTest(Case):
         self.assertEqual(self.double.count("code"), 1)
 
     def test_a_repeat_is_told_of_a_failed_exchange_too(self):
-        self.double.delay = 0.2
+        self.double.delay = 0.1
         self.fault("code", 400, b"{}")
         place = response_to(self.url)
         with concurrent.futures.ThreadPoolExecutor(3) as browsers:
@@ -3200,7 +3205,7 @@ class CallbackTest(Case):
     def test_a_head_that_does_not_end_is_hung_up_on(self):
         self.finish()
         self.assertEqual(oauth.HEAD_TIMEOUT, 10)
-        self.seconds.update(HEAD_TIMEOUT=1)
+        self.seconds.update(HEAD_TIMEOUT=0.4)
         held = []
 
         def trickle(url):
@@ -3208,7 +3213,7 @@ class CallbackTest(Case):
                 began = time.monotonic()
                 # Each byte would start a time limit of its own anew, and it would never end.
                 with contextlib.suppress(ConnectionError):  # a byte was on its way meanwhile
-                    while not select.select([slow], [], [], 0.1)[0]:
+                    while not select.select([slow], [], [], 0.05)[0]:
                         slow.sendall(b"G")
                         self.assertLess(time.monotonic() - began, 9)
                     self.assertEqual(slow.recv(1), b"")
@@ -3216,7 +3221,7 @@ class CallbackTest(Case):
             visit(url)
 
         self.assert_done(self.call("auth", "--no-browser", browser=trickle))
-        self.assertTrue(0.9 < held[0] < 3, held)
+        self.assertTrue(0.3 < held[0] < 3, held)
 
     def test_of_more_than_64_connections_without_a_head_the_oldest_goes(self):
         silent = []
@@ -3232,7 +3237,7 @@ class CallbackTest(Case):
     @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
     def test_it_is_quiet_when_no_descriptor_can_be_had(self):
         self.running.saying("auth --device$")  # until then it loads modules, each from a file
-        time.sleep(0.2)
+        time.sleep(0.1)
         pid = str(self.running.process.pid)
         used = len(os.listdir(f"/proc/{pid}/fd"))
         limit = ["prlimit", "--pid", pid, f"--nofile={used + 3}:4096"]
@@ -3241,10 +3246,10 @@ class CallbackTest(Case):
         for _ in range(10):
             silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
             self.addCleanup(silent[-1].close)
-        time.sleep(0.3)
+        time.sleep(0.2)
         before = cpu_seconds(pid)
-        time.sleep(0.5)
-        self.assertLess(cpu_seconds(pid) - before, 0.25)
+        time.sleep(0.3)
+        self.assertLess(cpu_seconds(pid) - before, 0.15)
         subprocess.run(["prlimit", "--pid", pid, "--nofile=4096"], check=True, timeout=LIMIT)
         visit(self.url)
         self.assertNotIn("Exception", self.assert_done(self.running.end()))
@@ -3608,7 +3613,7 @@ class SignInTest(Case):
 
     def test_the_program_waits_for_the_success_page_but_not_for_long(self):
         self.assertEqual(oauth.SUCCESS_PAGE_TIMEOUT, 5)
-        self.seconds.update(SUCCESS_PAGE_TIMEOUT=0.5)
+        self.seconds.update(SUCCESS_PAGE_TIMEOUT=0.3)
         redirected = []
 
         def leave(url):
@@ -3617,7 +3622,7 @@ class SignInTest(Case):
 
         err = self.assert_done(self.call("auth", "--no-browser", browser=leave))
         self.assertIn("To use the API key", err)
-        self.assertTrue(0.3 < time.monotonic() - redirected[0] < 2.5)
+        self.assertTrue(0.2 < time.monotonic() - redirected[0] < 2.5)
 
     def test_an_access_token_in_the_place_of_a_key_is_none(self):
         self.fault("key", 200, json.dumps({"access_token": encode_jwt({"a": 1})}).encode())
@@ -3888,7 +3893,7 @@ class PasteTest(Case):
 
                 threading.Thread(target=pour, daemon=True).start()
                 url = running.url()
-                time.sleep(1)
+                time.sleep(0.4)  # in which it could read hundreds of MiB
                 if POSIX:  # elsewhere it would be Wine's own
                     bound = 64 if sys.implementation.name == "cpython" else 256  # MiB
                     self.assertLess(memory(running.process.pid), bound << 10)
@@ -3958,11 +3963,10 @@ class PasteTest(Case):
         leader, follower = pty.openpty()
         self.addCleanup(os.close, leader)
         self.addCleanup(os.close, follower)
-        arguments = ("auth", "--no-browser", "--timeout", "2")
+        os.write(leader, b"\x04")  # Ctrl-D, which waits there for the program
+        arguments = ("auth", "--no-browser", "--timeout", "0.5")
         running = self.start(*arguments, stdin=follower, start_new_session=True)
-        running.url()
-        os.write(leader, b"\x04")  # Ctrl-D
-        self.assert_fails(running.end(20), 1, "timed out after 2 seconds")
+        self.assert_fails(running.end(20), 1, "timed out after 0.5 seconds")
         self.assertNotIn("press Enter", running.err)
 
     @needs_terminal
@@ -4045,17 +4049,19 @@ class DeviceTest(Case):
 
         def silence(handler, _):
             moments.append(time.monotonic())
+            if len(moments) == 3:
+                return self.double.reply(handler, 400, b'{"error": "expired_token"}')
             return raw(b"", pause=0.3)(handler, _)
 
         self.double.faults["device"] = silence
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.1"}
-        result = self.call("auth", "--device", "--timeout", "1.6", environ=environ)
+        result = self.call("auth", "--device", environ=environ)
         self.assert_fails(result, 1, "timed out waiting for the code")
         gaps = [later - earlier for earlier, later in zip(moments, moments[1:])]
         self.assertGreater(gaps[1], gaps[0] + 0.1)
 
     def test_a_user_codes_lifetime_and_length_are_the_servers_within_reason(self):
-        answer = {"device_auth_id": "d", "user_code": "A" * 5000, "expires_in": "1"}
+        answer = {"device_auth_id": "d", "user_code": "A" * 5000, "expires_in": "0.3"}
         self.fault("usercode", 200, json.dumps(answer).encode())
         self.fault("device", 403)
         began = time.monotonic()
@@ -4071,7 +4077,7 @@ class DeviceTest(Case):
 
     def test_slow_down_adds_five_seconds(self):
         moments = []
-        self.seconds["SLOW_DOWN"] = 0.5
+        self.seconds["SLOW_DOWN"] = 0.2
 
         def fault(handler, _):
             moments.append(time.monotonic())
@@ -4080,7 +4086,7 @@ class DeviceTest(Case):
         self.double.faults["device"] = fault
         self.double.device_polls = 0
         self.assert_done(self.call("auth", "--device"))
-        self.assertGreater(moments[1] - moments[0], 0.5)
+        self.assertGreater(moments[1] - moments[0], 0.2)
 
     def test_denied_expired_and_too_late_are_told_apart(self):
         for status, error, words in (
@@ -4092,7 +4098,7 @@ class DeviceTest(Case):
             self.fault("device", status, body)
             self.assert_fails(self.call("auth", "--device"), 1, words)
         self.fault("device", 403, b"{}")
-        result = self.call("auth", "--device", "--timeout", "0.5")
+        result = self.call("auth", "--device", "--timeout", "0.1")
         self.assert_fails(result, 1, "timed out waiting for the code")
 
     def test_an_authorization_code_that_is_none_is_refused(self):
@@ -4106,7 +4112,7 @@ class DeviceTest(Case):
 
     def test_the_answer_may_be_of_older_form(self):
         began, waited = time.monotonic(), []
-        answer = {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.5}
+        answer = {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.2}
         self.fault("usercode", 200, json.dumps(answer).encode())
 
         def fault(handler, _):
@@ -4118,7 +4124,7 @@ class DeviceTest(Case):
         self.assertIn("\nWXYZ\n", err)
         sent = {"device_auth_id": "d", "user_code": "WXYZ"}
         self.assertEqual(self.double.asked("device"), [sent])
-        self.assertTrue(0.5 <= waited[0] < 4, waited)
+        self.assertTrue(0.2 <= waited[0] < 4, waited)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4586,7 +4592,7 @@ class ShellTest(Case):
     def test_a_key_of_every_allowed_character_goes_unharmed_through_every_shell(self):
         self.store(api_key=self.KEY)
         command = shell_line(sys.executable, PROGRAM, "env")
-        show = "echo $CHATGPT_OAUTH_API_KEY"
+        unset, show = command + " --unset", "echo $CHATGPT_OAUTH_API_KEY"
         for shell, code in (
             (["bash", "-c"], 'eval "$({})"; {}'),
             (["zsh", "-c"], 'eval "$({})"; {}'),
@@ -4602,12 +4608,11 @@ class ShellTest(Case):
                     self.skipTest(f"no {shell[0]} here")
                 name = {"mksh": "ksh", "busybox": "sh"}.get(shell[0], shell[0])
                 environ = {"SHELL": "/bin/" + name}
-                done = self.run_command([*shell, code.format(command, show)], environ)
-                self.assertEqual(done[1].strip(), self.KEY)
-                environ["CHATGPT_OAUTH_API_KEY"] = "old"
-                unset = code.format(command + " --unset", "env")
-                done = self.run_command([*shell, unset], environ)
-                self.assertNotIn("CHATGPT_OAUTH_API_KEY=", done[1])
+                held = {**environ, "CHATGPT_OAUTH_API_KEY": "old"}
+                runs = (code.format(command, show), environ), (code.format(unset, "env"), held)
+                done = side_by_side(lambda run: self.run_command([*shell, run[0]], run[1]), runs)
+                self.assertEqual(done[0][1].strip(), self.KEY)
+                self.assertNotIn("CHATGPT_OAUTH_API_KEY=", done[1][1])
 
     @needs_sh
     def test_two_variables_survive_an_unquoted_eval(self):
@@ -5317,12 +5322,12 @@ class InstallTest(Case):
             place.write_text("#!/bin/sh\nmine\n")
             before = self.files()
             for command in ("install", "uninstall"):
-                result = self.run_program(command, "--code-puppy")
+                result = self.call(command, "--code-puppy")
                 self.assert_fails(result, 6, f"{place}: not made by chatgpt_oauth", "--bin")
                 self.assertEqual(self.files(), before)
             place.unlink()
             place.mkdir()
-            self.assert_fails(self.run_program("install", "--code-puppy"), 6, str(place))
+            self.assert_fails(self.call("install", "--code-puppy"), 6, str(place))
             place.rmdir()
         elsewhere = self.folder / "bin"
         self.launcher.write_text("mine")
@@ -5931,8 +5936,11 @@ class PuppyTest(PuppyCase):
         self.addCleanup(signal.signal, signal.SIGINT, before)
 
         def interrupt(_):
-            time.sleep(0.3)
-            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
+            if POSIX:  # the system chooses the thread, and another's would only be seen at a tick
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            else:
+                signal.raise_signal(signal.SIGINT)
 
         self.assertEqual(self.command("/chatgpt-auth", browser=interrupt)[0], True)
         self.assertIn("run: /chatgpt-auth URL", self.texts())
@@ -5952,12 +5960,13 @@ class PuppyTest(PuppyCase):
         self.addCleanup(self.stdin.close)
         local_flags = lambda: termios.tcgetattr(follower)[3]  # noqa: E731
         before, shown = local_flags(), []
-        for seconds, told in (("91", False), ("60.5", True)):
+        for seconds, told in (("90.3", False), ("60.3", True)):
             arguments = (f"/chatgpt-auth --timeout {seconds}", shown.append)
             waiting = threading.Thread(target=self.command, args=arguments, daemon=True)
             waiting.start()
             wait_for(lambda: "Ctrl-C to cancel" in self.texts())
             wait_for(lambda: local_flags() == before & ~termios.ECHO)
+            time.sleep(0.4)  # a line that is typed lets it look at the clock
             for line, answer in (
                 ("/model gpt", "press Ctrl-C first to use another command"),
                 ("hello", "only the URL that the browser ends on helps here"),
@@ -5965,10 +5974,6 @@ class PuppyTest(PuppyCase):
             ):
                 os.write(leader, line.encode() + b"\n")
                 wait_for(lambda text=answer: text in self.texts())
-            if told:
-                wait_for(lambda: "60 seconds left" in self.texts())
-            else:
-                time.sleep(1.1)  # in which it would come
             self.assertEqual("60 seconds left" in self.texts(), told)
             self.assertEqual("seconds left" in self.texts(), told)
             os.write(leader, response_to(shown[-1]).encode() + b"\n")
@@ -6357,8 +6362,10 @@ class MainTest(Case):
         place = self.folder / "100% ours" / "c.py"
         place.parent.mkdir()
         shutil.copy(PROGRAM, place)
-        for command in COMMANDS:
-            said = self.assert_quiet(self.run_command([sys.executable, str(place), command, "-h"]))
+        start = [sys.executable, str(place)]
+        helped = side_by_side(lambda each: self.run_command([*start, each, "-h"]), COMMANDS)
+        for command, result in zip(COMMANDS, helped):
+            said = self.assert_quiet(result)
             usage = f"usage: {PYTHON} {typed(place)} {command} [options]"
             self.assertEqual(said[: len(usage)], usage)
 
@@ -6435,15 +6442,16 @@ runpy.run_path({1!r}, run_name="__main__")
         fields = self.store(api_key="sk-1")
         line = shell_line(sys.executable, PROGRAM)
         token = fields["access_token"] + "\n"
-        for code, expected in (
-            (f"{line} token 2>&-", token + "0\n"),
-            (f"{line} token 2>/dev/full", token + "0\n"),
-            (f"{line} token >&-", "0\n"),
-            (f"{line} token >&- 2>&-", "0\n"),
-            (f"HOME=/none {line} token 2>/dev/full", "3\n"),
-        ):
-            if "/dev/full" not in code or os.path.exists("/dev/full"):
-                self.assertEqual(self.run_shell(code + "; echo $?")[1], expected, code)
+        cases = {
+            f"{line} token 2>&-": token + "0\n",
+            f"{line} token 2>/dev/full": token + "0\n",
+            f"{line} token >&-": "0\n",
+            f"{line} token >&- 2>&-": "0\n",
+            f"HOME=/none {line} token 2>/dev/full": "3\n",
+        }
+        run = [c for c in cases if "/dev/full" not in c or os.path.exists("/dev/full")]
+        for code, result in zip(run, side_by_side(lambda c: self.run_shell(c + "; echo $?"), run)):
+            self.assertEqual(result[1], cases[code], code)
         if os.path.exists("/dev/full"):
             with open("/dev/full", "w") as full:
                 code, out, err = self.run_program("env", stdout=full)
@@ -6666,7 +6674,7 @@ class Fuzzer(Case):
 
 class FuzzTest(unittest.TestCase):
     def test_whatever_comes_the_contract_holds(self):
-        self.assertGreater(Fuzzer().go(1, seed=1), 10)
+        self.assertGreater(Fuzzer().go(0.5, seed=1), 3)
 
 
 # ---------------------------------------------------------------------------------------------
