@@ -1884,6 +1884,25 @@ class StoreTest(Case):
         for path in (self.token_file, self.models_file, self.home / "chatgpt_oauth.json.lock"):
             self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
 
+    def test_reading_changes_nothing_and_waits_for_no_lock(self):
+        reading = ("status", "env", "token", "token --json", "exec -- true", "env --access-token")
+        for command in reading:
+            self.call(*command.split())
+        self.assertFalse(self.home.exists())
+        self.store(api_key="sk-1")
+        self.models_file.write_text("{}")
+        times = {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}
+        done = [self.run_program(*command.split()) for command in reading]
+        self.assertEqual([code for code, _, _ in done], [0] * len(reading), done)
+        self.assertEqual(
+            {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}, times
+        )
+        with self.holding_lock():
+            began = time.monotonic()
+            self.assert_quiet(self.call("token"))
+            self.assert_quiet(self.call("env"))
+            self.assertLess(time.monotonic() - began, 2)
+
     @needs_modes
     def test_a_symbolic_link_stays_one(self):
         self.store(lifetime=-10)
@@ -5886,6 +5905,23 @@ class PuppyTest(PuppyCase):
         self.assertEqual(self.said, [])
         self.command("/chatgpt-status")
         self.assertEqual(self.texts().count("not valid JSON"), 1)
+
+    def test_a_hint_ends_in_the_command_as_it_is_typed_there(self):
+        self.host()
+        self.load()
+        self.double.faults["code"] = answering(400, b"{}")
+        self.command("/chatgpt-auth")
+        self.assertIn("hint: to try again, run: /chatgpt-auth", self.texts())
+        self.command("/chatgpt-auth --timeout 0.1", browser=None)
+        self.assertIn("run: /chatgpt-auth --timeout 240", self.texts())
+        self.command("/chatgpt-auth --tiemout 5")
+        self.assertIn("did you mean: /chatgpt-auth --timeout", self.texts())
+        self.another_account()
+        del self.double.faults["code"]
+        self.command("/chatgpt-auth")
+        self.assertIn("then run: /chatgpt-auth", self.texts())
+        self.command("/chatgpt-status")
+        self.assertNotIn("chatgpt_oauth.py", self.texts())
 
     def test_arguments_are_honoured(self):
         self.host()
