@@ -4628,8 +4628,9 @@ class ShellTest(Case):
                 name = {"mksh": "ksh", "busybox": "sh"}.get(shell[0], shell[0])
                 environ = {"SHELL": "/bin/" + name}
                 held = {**environ, "CHATGPT_OAUTH_API_KEY": "old"}
-                runs = (code.format(command, show), environ), (code.format(unset, "env"), held)
-                done = side_by_side(lambda run: self.run_command([*shell, run[0]], run[1]), runs)
+                setting = [*shell, code.format(command, show)], environ
+                unsetting = [*shell, code.format(unset, "env")], held
+                done = side_by_side(lambda run: self.run_command(*run), (setting, unsetting))
                 self.assertEqual(done[0][1].strip(), self.KEY)
                 self.assertNotIn("CHATGPT_OAUTH_API_KEY=", done[1][1])
 
