@@ -2628,21 +2628,10 @@ def is_ours(session: Session, name: str, entry: object) -> bool:
     return same_sign_in and name.startswith(session.settings.prefix)
 
 
-def registered_entries(session: Session) -> Dict[str, Fields]:
-    """This sign-in's entries in the models file. Raises StorageError."""
-    entries = session.models_file.read()
-    return {name: entry for name, entry in entries.items() if is_ours(session, name, entry)}
-
-
-def all_entries(session: Session) -> Dict[str, Fields]:
-    """The entries of every sign-in, this one's first. Raises StorageError."""
-    found = [registered_entries(each) for each in session.sign_ins()]
-    return {name: entry for entries in found for name, entry in entries.items()}
-
-
-def registered_models(session: Session) -> List[str]:
-    """The names of this sign-in's entries in the models file. Raises StorageError."""
-    return list(registered_entries(session))
+def registered_entries(*sign_ins: Session) -> Dict[str, Fields]:
+    """The entries of these sign-ins in the models file, in their order. Raises StorageError."""
+    entries = sign_ins[0].models_file.read()
+    return {k: v for each in sign_ins for k, v in entries.items() if is_ours(each, k, v)}
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
@@ -3309,7 +3298,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     """
     token_file = session.token_file
     with contextlib.suppress(StorageError):
-        if not token_file.exists() and not registered_models(session):
+        if not token_file.exists() and not registered_entries(session):
             return False
     with token_file.lock():
         tokens = None
@@ -3670,7 +3659,7 @@ def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fi
     elif official and not official_code and isinstance(trouble, SignInEndedError):
         code = 0  # the other one has not ended
     try:
-        names = list(all_entries(session))
+        names = list(registered_entries(*session.sign_ins()))
     except StorageError as error:
         trouble, code = trouble or error, code or error.exit_code
     other_usable = bool(official) and not official_code
@@ -4891,7 +4880,8 @@ class CodePuppyPlugin:
         try:
             session = Session(notify=self.notify)
             with session.models_file.lock():
-                session.models_file.save({**models, **all_entries(session)})
+                ours = registered_entries(*session.sign_ins())
+                session.models_file.save({**models, **ours})
         except OAuthError as error:
             tell_error(self.notify, error)
             return False
@@ -5088,7 +5078,7 @@ class CodePuppyPlugin:
 
     def _entries(self, session: Session) -> Dict[str, Fields]:
         with contextlib.suppress(StorageError):  # which the commands tell
-            return all_entries(session)
+            return registered_entries(*session.sign_ins())
         return {}
 
     def _tell_models(self, session: Session, in_use: Optional[str]) -> None:
