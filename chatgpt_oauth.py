@@ -2449,13 +2449,13 @@ def no_api_key(message: str = NO_API_KEY) -> OAuthError:
     return OAuthError(message, f"{ORGANIZATION_HINT}, then run", "auth")
 
 
-def plan_not_allowed(client: Client) -> OAuthError:
-    """The error of a sign-in that may not use the ChatGPT plan."""
+def plan_not_allowed() -> OAuthError:
+    """The error of an official sign-in that may not use the ChatGPT plan."""
     return OAuthError(
         "this sign-in was not allowed to use your ChatGPT plan",
         "allow it in ChatGPT under Settings > Security and login > Sign in with ChatGPT, or sign "
         "in again and agree; to do so, run",
-        client.sign_in_command,
+        OfficialClient.sign_in_command,
     )
 
 
@@ -2594,7 +2594,7 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     session, source = paying_session(session, source)
     settings, tokens, what = session.settings, session.tokens(), "list the models"
     if not session.client.plan_allowed(tokens.fields):
-        raise plan_not_allowed(session.client)
+        raise plan_not_allowed()
     if source != "api":
         response = plan_models_response(session, source)
         key, name = "models", "slug"
@@ -2875,7 +2875,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
         revoke_or_warn(session, old)
     session.notify("info", f"Tokens saved in {session.token_file.path}")
     if not allowed:
-        raise plan_not_allowed(client)
+        raise plan_not_allowed()
     if client.payment_notice:
         session.notify("info", client.payment_notice)
 
@@ -3709,7 +3709,7 @@ def describe_official(session: Session) -> Tuple[Optional[Fields], int]:
     usable = tokens is not None and (trouble is None or tokens.valid_for(0))
     code = trouble.exit_code if trouble and not usable else 0
     if not trouble and not allowed:
-        trouble = plan_not_allowed(session.client)
+        trouble = plan_not_allowed()
     expiry = tokens.expires_at() if tokens else None
     return {
         "email": text_or_none(fields.get("email")),
