@@ -2490,34 +2490,29 @@ def matches_any(name: str, globs: List[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def request_api_models(settings: Settings, api_key: str) -> Response:
-    """Ask what the API key may use."""
-    url, what = settings.api_base_url + "/v1/models", "list the API models"
-    return request_json(settings, url, what, bearer=api_key, limit=MODELS_LIMIT)
+def base_url(settings: Settings, source: str) -> str:
+    """Where the models of `source` are listed and used."""
+    return str(settings.codex_base_url if source == "codex" else settings.api_base_url + "/v1")
 
 
-def request_plan_models(settings: Settings, tokens: Tokens) -> Response:
-    """Ask the Codex backend what the ChatGPT plan may use."""
-    headers = {"originator": settings.originator}
-    if tokens.account_id:
-        headers["chatgpt-account-id"] = tokens.account_id
-    return request_json(
-        settings,
-        f"{settings.codex_base_url}/models?client_version={settings.codex_client_version}",
-        "list the ChatGPT plan's models",
-        bearer=tokens.access_token,
-        headers=headers,
-        limit=MODELS_LIMIT,
+def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
+    """Ask what the API key (`source` "api") or the ChatGPT plan may use. Raises OAuthError."""
+    url, what, bearer = (
+        base_url(settings, source) + "/models",
+        "list the API models",
+        tokens.api_key,
     )
-
-
-def plan_models_response(session: Session, source: str) -> Response:
-    """What the plan may use; an access token that was withdrawn is refreshed once."""
-    request = request_plan_models if source == "codex" else request_official_models
-    response = request(session.settings, session.valid_tokens())
-    if response.is_unauthorized:
-        response = request(session.settings, session.valid_tokens(refresh=True))
-    return response
+    headers: Dict[str, str] = {}
+    if source != "api":
+        url += f"?client_version={settings.codex_client_version}"
+        what, bearer = "list the ChatGPT plan's models", tokens.access_token
+    if source == "codex":
+        headers["originator"] = settings.originator
+        if tokens.account_id:
+            headers["chatgpt-account-id"] = tokens.account_id
+    return request_json(
+        settings, url, what, bearer=bearer or "", headers=headers, limit=MODELS_LIMIT
+    )
 
 
 def list_usage(session: Session) -> List[Fields]:
@@ -2557,17 +2552,6 @@ def _number(fields: Fields, name: str) -> Optional[float]:
     return value if known else None
 
 
-def request_official_models(settings: Settings, tokens: Tokens) -> Response:
-    """Ask the API what the ChatGPT plan may use by the official sign-in."""
-    return request_json(
-        settings,
-        f"{settings.api_base_url}/v1/models?client_version={settings.codex_client_version}",
-        "list the ChatGPT plan's models",
-        bearer=tokens.access_token,
-        limit=MODELS_LIMIT,
-    )
-
-
 def paying_session(session: Session, source: str) -> Tuple[Session, str]:
     """The sign-in by which the models of `source` are had, and what `source` comes to.
 
@@ -2596,16 +2580,16 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
     if not session.client.plan_allowed(tokens.fields):
         raise plan_not_allowed()
     if source != "api":
-        response = plan_models_response(session, source)
-        key, name = "models", "slug"
-    elif tokens.api_key:
-        response = request_api_models(settings, tokens.api_key)
-        key, name = "data", "id"
-    else:
+        tokens = session.valid_tokens()
+    elif not tokens.api_key:
         raise no_api_key()
+    response = request_models(settings, source, tokens)
+    if source != "api" and response.is_unauthorized:  # the access token was withdrawn
+        response = request_models(settings, source, session.valid_tokens(refresh=True))
     if response.status in (401, 403) and not response.is_html:
         again = ("to sign in again, run", session.client.sign_in_command)
         raise RefusedError(str(response.error(what)), *(again if response.status == 401 else ()))
+    key, name = ("data", "id") if source == "api" else ("models", "slug")
     listed = response.json_object(what).get(key)
     if not isinstance(listed, list):
         raise OAuthError(f"could not {what}: the response has no list of models")
@@ -2894,7 +2878,7 @@ def obtain_api_key(session: Session) -> None:
     Raises OAuthError when there is none to be had.
     """
     tokens = session.tokens()
-    if tokens.api_key and not api_key_refused(session.settings, tokens.api_key):
+    if tokens.api_key and not api_key_refused(session.settings, tokens):
         session.notify("done", "API key available (unchanged)")
         return
     try:
@@ -2909,10 +2893,10 @@ def obtain_api_key(session: Session) -> None:
     session.notify("done", "API key available")
 
 
-def api_key_refused(settings: Settings, api_key: str) -> bool:
+def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
     """Whether the API says that the key is no good; one that cannot be asked is kept."""
     try:
-        return request_api_models(settings, api_key).is_unauthorized
+        return request_models(settings, "api", tokens).is_unauthorized
     except OAuthError:
         return False
 
