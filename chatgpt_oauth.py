@@ -2569,13 +2569,12 @@ def paying_session(session: Session, source: str) -> Tuple[Session, str]:
     return session, source
 
 
-def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
-    """The source that `source` comes to, and its models by id, as the server describes them.
+def list_models(session: Session, source: str) -> Dict[str, Fields]:
+    """The models of `source` by id, as the server describes them; both as `paying_session` says.
 
     A plan's come in the server's order, the API's, which has none, with the newest first. Raises
     OAuthError, too where an API key is asked of an account without one.
     """
-    session, source = paying_session(session, source)
     settings, tokens, what = session.settings, session.tokens(), "list the models"
     if not session.client.plan_allowed(tokens.fields):
         raise plan_not_allowed()
@@ -2600,7 +2599,7 @@ def list_models(session: Session, source: str) -> Tuple[str, Dict[str, Fields]]:
         session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
     if source == "api":
         good.sort(key=lambda each: _number(each, "created") or 0, reverse=True)
-    return source, {entry[name]: entry for entry in good}
+    return {entry[name]: entry for entry in good}
 
 
 def is_ours(session: Session, name: str, entry: object) -> bool:
@@ -2698,15 +2697,17 @@ def _context_length(settings: Settings, listed: Fields) -> int:
     return PLAN_CONTEXT_LENGTH if default == API_CONTEXT_LENGTH else default
 
 
-def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, Fields], int]:
-    """The source, the entries of the models that match, and how many models there are.
+def import_models(
+    session: Session, models: ModelFilter, dry_run: bool = False
+) -> Tuple[str, List[str]]:
+    """Register the account's models that match (`dry_run`: do not); the source and the names.
 
     Raises OAuthError, too when patterns were given of which none matches.
     """
     settings = session.settings
-    session, source = paying_session(session, models.source)
-    source, listed = list_models(session, source)
-    prefix = settings.prefix + session.client.model_prefix
+    payer, source = paying_session(session, models.source)
+    tokens, listed = payer.tokens(), list_models(payer, source)
+    prefix = settings.prefix + payer.client.model_prefix
     entries = {
         prefix + name: model_entry(settings, source, name, described)
         for name, described in listed.items()
@@ -2721,22 +2722,13 @@ def find_models(session: Session, models: ModelFilter) -> Tuple[str, Dict[str, F
         if models.given:
             raise none
         tell_error(session.notify, none, "warning")
-    return source, entries, len(listed)
-
-
-def import_models(session: Session, models: ModelFilter) -> Tuple[str, List[str]]:
-    """Register the account's models that match; returns the source and the names.
-
-    Raises OAuthError.
-    """
-    payer, source = paying_session(session, models.source)
-    tokens = payer.tokens()
-    source, entries, count = find_models(payer, models)
+    if dry_run:
+        return source, list(entries)
     with payer.token_file.lock():
         if not tokens.same_account(payer.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
         names = session.imported = register_models(payer, entries)
-    session.notify("done", f"{len(names)} of {count} models imported, {PAYERS[source]}")
+    session.notify("done", f"{len(names)} of {len(listed)} models imported, {PAYERS[source]}")
     return source, names
 
 
@@ -2747,7 +2739,9 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     `source` is "api" (what the API key pays for), "codex" (what the ChatGPT plan pays for) or
     "auto" ("api" when there is a key). Raises OAuthError.
     """
-    return list(list_models(Session(), RULES["model_source"].check("source", source))[1])
+    session = Session()
+    source = RULES["model_source"].check("source", source)
+    return list(list_models(*paying_session(session, source)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3596,7 +3590,7 @@ class OnlineCheck:
 
     def _ask_for_models(self, name: str, source: str) -> None:
         try:
-            count = len(list_models(self.session, source)[1])
+            count = len(list_models(*paying_session(self.session, source)))
             self.verdicts[name] = "accepted"
             self.said[name] = f"accepted, {count} model{'' if count == 1 else 's'}"
         except OAuthError as error:
@@ -3913,11 +3907,7 @@ def command_models(session: Session, options: Namespace) -> None:
     """List, filter and import the account's models."""
     include = ["*"] if options.all else options.include
     models = ModelFilter(session.settings, include, options.exclude, options.source)
-    if options.dry_run:
-        source, entries, _ = find_models(session, models)
-        names = list(entries)
-    else:
-        source, names = import_models(session, models)
+    source, names = import_models(session, models, options.dry_run)
     if options.json:
         print(json.dumps({"model_source": source, "models": names}, indent=2))
     elif names:
