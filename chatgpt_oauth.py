@@ -2638,36 +2638,21 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
 
 def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
     """Code Puppy's entry for `model`, which the server describes as `listed`."""
-    if source == "codex":
-        return plan_entry(settings, model, listed)
-    if source == "official":
-        url = settings.api_base_url + "/v1"
-        entry = plan_entry(settings, model, listed)
-        return {**entry, "type": OfficialClient.model_type, "custom_endpoint": {"url": url}}
-    responses = matches_any(model, settings.responses_patterns.split(","))
-    return {
-        # Its type `openai` would ignore the URL (model_factory.py).
-        "type": "custom_openai_responses" if responses else "custom_openai",
+    entry = {
+        "type": "chatgpt_oauth" if source == "codex" else OfficialClient.model_type,
         "name": model,
-        "custom_endpoint": {
-            "url": settings.api_base_url + "/v1",
-            "api_key": "$" + settings.api_key_env_var,
-        },
+        "custom_endpoint": {"url": base_url(settings, source)},
         "context_length": settings.default_context_length,
         "oauth_source": OAUTH_SOURCE,
     }
-
-
-def plan_entry(settings: Settings, model: str, listed: Fields) -> Fields:
-    """Code Puppy's entry for a model that the ChatGPT plan pays for."""
-    entry = {
-        "type": "chatgpt_oauth",
-        "name": model,
-        "custom_endpoint": {"url": settings.codex_base_url},
-        "context_length": _context_length(settings, listed),
-        "oauth_source": OAUTH_SOURCE,
-        "supported_settings": ["reasoning_effort", "summary", "verbosity"],
-    }
+    if source == "api":
+        responses = matches_any(model, settings.responses_patterns.split(","))
+        # Its type `openai` would ignore the URL (model_factory.py).
+        entry["type"] = "custom_openai_responses" if responses else "custom_openai"
+        entry["custom_endpoint"]["api_key"] = "$" + settings.api_key_env_var
+        return entry
+    entry["context_length"] = _context_length(settings, listed)
+    entry["supported_settings"] = ["reasoning_effort", "summary", "verbosity"]
     levels = listed.get("supported_reasoning_levels")
     levels = levels if isinstance(levels, list) else []
     named = [level.get("effort") for level in levels if isinstance(level, dict)]
@@ -2684,15 +2669,12 @@ def plan_entry(settings: Settings, model: str, listed: Fields) -> Fields:
 
 def _context_length(settings: Settings, listed: Fields) -> int:
     """The tokens to budget with: the part of the window that the Codex backend calls effective."""
-    percent = listed.get("effective_context_window_percent")
-    if not isinstance(percent, (int, float)) or not 0 < percent <= 100:
-        percent = 95
+    percent = _number(listed, "effective_context_window_percent") or 0
+    percent = percent if 0 < percent <= 100 else 95
     for name in ("context_window", "max_context_window"):
-        window = listed.get(name)
-        if isinstance(window, (int, float)) and window < 1e10:
-            length = int(window * percent / 100)
-            if length >= MIN_CONTEXT_LENGTH:
-                return length
+        length = int((_number(listed, name) or 0) * percent / 100)
+        if MIN_CONTEXT_LENGTH <= length < 1e10:
+            return length
     default: int = settings.default_context_length
     return PLAN_CONTEXT_LENGTH if default == API_CONTEXT_LENGTH else default
 
