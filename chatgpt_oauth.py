@@ -2433,11 +2433,6 @@ API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens, where nothin
 MIN_CONTEXT_LENGTH = 16000  # tokens; a catalogue that says less does not mean it
 # A catalogue's effort levels that Code Puppy knows (0.0.946, model_utils.py); `ultra` it does not.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-PAYERS = {
-    "api": "billed to your OpenAI API account",
-    "codex": "covered by your ChatGPT plan",
-    "official": "covered by your ChatGPT plan",
-}
 NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = (
     "to get one, create an organization and a project at https://platform.openai.com"
@@ -2710,7 +2705,10 @@ def import_models(
         if not tokens.same_account(payer.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
         names = session.imported = register_models(payer, entries)
-    session.notify("done", f"{len(names)} of {len(listed)} models imported, {PAYERS[source]}")
+    paid = (
+        "billed to your OpenAI API account" if source == "api" else "covered by your ChatGPT plan"
+    )
+    session.notify("done", f"{len(names)} of {len(listed)} models imported, {paid}")
     return source, names
 
 
