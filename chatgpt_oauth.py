@@ -801,7 +801,6 @@ class Client:
     device_command = "auth --device"  # what signs in without a listener, "" where nothing does
     invalid_grant_hint = ""  # what a refused authorization code can mean besides
     model_source: Optional[str] = None  # the one source of models, None where there is a choice
-    model_type: Optional[str] = None  # the one type of its entries of the models file
     model_prefix = ""  # stands in their names, after the setting `prefix`
     has_api_keys = True  # whether the ID token can be exchanged for one
     shares_tokens = True  # whether other programs may have the tokens
@@ -883,7 +882,7 @@ class OfficialClient(Client):
     device_command = ""
     invalid_grant_hint = "this account may not be eligible: OpenAI asks for ChatGPT Plus or Pro"
     model_source = "official"
-    model_type = "chatgpt_plan"
+    model_type = "chatgpt_plan"  # of its entries of the models file; no other's have it
     model_prefix = "plan-"
     has_api_keys = shares_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
@@ -2602,7 +2601,7 @@ def is_ours(session: Session, name: str, entry: object) -> bool:
     if not isinstance(entry, dict) or entry.get("oauth_source") != OAUTH_SOURCE:
         return False
     official = entry.get("type") == OfficialClient.model_type
-    same_sign_in = official == (session.client.model_type == OfficialClient.model_type)
+    same_sign_in = official == (session.client.model_source == "official")
     return same_sign_in and name.startswith(session.settings.prefix)
 
 
