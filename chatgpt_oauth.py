@@ -1853,13 +1853,6 @@ class Session:
         clients = [each(self.settings) for each in others]
         return [self, *(Session(self.settings, self.notify, client) for client in clients)]
 
-    def prepare(self) -> None:
-        """Make sure that tokens can be stored, before anybody goes to fetch them."""
-        with self.token_file.lock():
-            self.token_file.reserve()
-            with contextlib.suppress(StorageError):  # a broken file has nothing to take up
-                self.client.resume(self.token_file.read())
-
     def valid_tokens(self, refresh: bool = False) -> Tokens:
         """Tokens whose access token is fresh (`refresh`: a new one).
 
@@ -2735,8 +2728,11 @@ WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")  # a part of these p
 
 
 def prepare_sign_in(session: Session) -> None:
-    """Make sure that tokens can be stored, and say whose a new sign-in replaces."""
-    session.prepare()
+    """Before anybody fetches tokens: can they be stored, and whose does a new sign-in replace?"""
+    with session.token_file.lock():
+        session.token_file.reserve()
+        with contextlib.suppress(StorageError):  # a broken file has nothing to take up
+            session.client.resume(session.token_file.read())
     with contextlib.suppress(NotSignedInError, StorageError):  # a broken file is told of later
         who = identity(session.tokens())["email"] or "an account without an email address"
         session.notify("info", f"You are signed in as {who}; a new sign-in replaces that.")
