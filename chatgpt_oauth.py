@@ -2850,15 +2850,20 @@ def obtain_api_key(session: Session) -> None:
     if tokens.api_key and not api_key_refused(session.settings, tokens):
         session.notify("done", "API key available (unchanged)")
         return
+    new, reason = {}, ""
     try:
-        api_key = exchange_id_token(session.settings, tokens.id_token or "")
+        new = {"api_key": exchange_id_token(session.settings, tokens.id_token or "")}
     except OAuthError as error:
-        _store_api_key(session, tokens, None)
         reason = str(error)
         if "missing organization_id" in reason:
             reason = "this account has no organization (missing organization_id)"
-        raise no_api_key(f"no API key: {reason}") from None
-    _store_api_key(session, tokens, api_key)
+    with session.token_file.lock():
+        current = session.token_file.load()
+        if current and tokens.same_account(current):
+            kept = {k: value for k, value in current.fields.items() if k != "api_key"}
+            session.token_file.save({**kept, **new})
+    if not new:
+        raise no_api_key(f"no API key: {reason}")
     session.notify("done", "API key available")
 
 
@@ -2868,17 +2873,6 @@ def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
         return request_models(settings, "api", tokens).is_unauthorized
     except OAuthError:
         return False
-
-
-def _store_api_key(session: Session, tokens: Tokens, api_key: Optional[str]) -> None:
-    """Store `api_key`, or with None that there is none, unless the account has changed."""
-    with session.token_file.lock():
-        current = session.token_file.load()
-        if current and tokens.same_account(current):
-            fields = {k: value for k, value in current.fields.items() if k != "api_key"}
-            if api_key:
-                fields["api_key"] = api_key
-            session.token_file.save(fields)
 
 
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
