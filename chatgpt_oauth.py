@@ -2743,11 +2743,15 @@ def exchange_and_store(
 ) -> Optional[Tokens]:
     """Exchange the code and store the tokens; returns those stored before.
 
-    The same account keeps, for now, its API key. Raises OAuthError, too when the sign-in is for
-    another workspace than the setting names.
+    A broken token file is kept beside them; the same account keeps, for now, its API key. Raises
+    OAuthError, too when the sign-in is for another workspace than the setting names.
     """
     with session.token_file.lock():
-        old = _replaced_tokens(session)
+        old = None
+        try:
+            old = session.token_file.load()
+        except StorageError as error:
+            session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
         session.token_file.reserve(len(encode(old.fields)) if old else 0)
         tries = Retry(session.settings.retry_window)
         while True:
@@ -2777,8 +2781,8 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
             )
         if tokens.account_id:
             fields["account_id"] = tokens.account_id
-        same_account = old is not None and tokens.same_account(old)
-        if old and same_account:
+        if old and tokens.same_account(old):
+            same_account = True
             renewed = {*SECRET_KEYS, "ended", "expires_at"}
             kept = {k: value for k, value in old.fields.items() if k not in renewed}
             if old.api_key:
@@ -2789,15 +2793,6 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         if not same_account:  # else it could end the sign-in that is still stored
             revoke_or_warn(session, tokens)
         raise
-
-
-def _replaced_tokens(session: Session) -> Optional[Tokens]:
-    """The sign-in that a new one replaces; a broken token file is kept beside it."""
-    try:
-        return session.token_file.load()
-    except StorageError as error:
-        session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
-        return None
 
 
 def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens]) -> None:
