@@ -799,6 +799,7 @@ class Client:
     addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
     sign_in_command = "auth"
     device_command = "auth --device"  # what signs in without a listener, "" where nothing does
+    without_port = ("to sign in without a port, run", device_command)
     invalid_grant_hint = ""  # what a refused authorization code can mean besides
     model_source: Optional[str] = None  # the one source of models, None where there is a choice
     model_prefix = ""  # stands in their names, after the setting `prefix`
@@ -880,6 +881,10 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)  # the only one that OpenAI takes, at any port
     sign_in_command = "auth --official"
     device_command = ""
+    without_port = (
+        "to paste the URL that the browser ends on, run in a terminal",
+        sign_in_command,
+    )
     invalid_grant_hint = "this account may not be eligible: OpenAI asks for ChatGPT Plus or Pro"
     model_source = "official"
     model_type = "chatgpt_plan"  # of its entries of the models file; no other's have it
@@ -3030,7 +3035,7 @@ class BrowserSignIn:
         """Whether somebody signed in before the time was up."""
         port, servers, fault = open_port(self.session.client)
         if fault and not self.stdin.usable:
-            raise OAuthError(fault, *self._without_port())
+            raise OAuthError(fault, *self.session.client.without_port)
         request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
         callback = Callback(request, servers)
         try:
@@ -3045,16 +3050,6 @@ class BrowserSignIn:
             return True
         finally:
             callback.close()
-
-    def _without_port(self) -> Tuple[str, str]:
-        """What helps where no port can be listened on."""
-        client = self.session.client
-        if client.device_command:
-            return "to sign in without a port, run", client.device_command
-        return (
-            "to paste the URL that the browser ends on, run in a terminal",
-            client.sign_in_command,
-        )
 
     def _show_url(self, callback: Callback) -> None:
         notify, url = self.session.notify, callback.request.url
@@ -3118,9 +3113,8 @@ class BrowserSignIn:
         if not line or not self.pastes_left:  # `yes |`: nobody pastes there
             self.stdin.close()
             if not callback.servers:
-                raise OAuthError(
-                    "cannot listen on a port, and standard input is closed", *self._without_port()
-                )
+                fault = "cannot listen on a port, and standard input is closed"
+                raise OAuthError(fault, *self.session.client.without_port)
         self.stdin.ask()
 
     def _refuse_line(self, line: str, fault: str) -> None:
