@@ -2730,6 +2730,11 @@ NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time 
 PASTE_LIMIT = 20  # lines of standard input that are looked at
 LINE_LIMIT = 8192  # bytes of one; an authorization response is shorter
 WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")  # a part of these plans' names
+PORT_OWNERS = {  # what tells which program listens on a port, by sys.platform
+    "win32": "netstat -ano | findstr :{0}",
+    "darwin": "lsof -nP -iTCP:{0} -sTCP:LISTEN",
+    "linux": "ss -ltnp 'sport = :{0}'",  # and on all others
+}
 
 
 def prepare_sign_in(session: Session) -> None:
@@ -3168,20 +3173,10 @@ def open_port(client: Client) -> Tuple[int, List[Any], str]:
             reason = reason or error.strerror or "error"
     if client.ports == (0,):
         return first, [], f"cannot listen on {client.addresses[0]} ({reason})"
-    ports, owner = " or ".join(map(str, client.ports)), port_owner_command(first)
-    return (
-        first,
-        [],
-        f"cannot listen on port {ports} ({reason}); to see what uses them, run: {owner}",
-    )
-
-
-def port_owner_command(port: int) -> str:
-    """The system's own command that tells which program listens on `port`."""
-    if sys.platform == "win32":
-        return f"netstat -ano | findstr :{port}"
-    macos = f"lsof -nP -iTCP:{port} -sTCP:LISTEN"
-    return macos if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
+    ports = " or ".join(map(str, client.ports))
+    owner = PORT_OWNERS.get(sys.platform, PORT_OWNERS["linux"]).format(first)
+    fault = f"cannot listen on port {ports} ({reason}); to see what uses them, run: {owner}"
+    return first, [], fault
 
 
 def sign_in_with_device(
