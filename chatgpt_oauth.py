@@ -2938,11 +2938,10 @@ class StandardInput:
     read beyond a line that is wanted, so that what comes afterwards is the next program's.
     """
 
-    def __init__(self, reading: bool) -> None:
-        from concurrent.futures import Future
+    line: AnyFuture
 
+    def __init__(self, reading: bool) -> None:
         self.usable = self.is_terminal = False
-        self.line: AnyFuture = Future()
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
             self.is_terminal = reading and is_terminal(self.descriptor)
@@ -3092,19 +3091,16 @@ class BrowserSignIn:
         seconds = 0
         while not callback.response.done() and time.monotonic() < deadline:
             before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
-            self._tell_time_left(before, seconds)
+            if not self.stdin.is_terminal:  # it must not write over what somebody is pasting
+                self.session.notify("countdown", str(seconds))
+            elif any(seconds <= mark < before for mark in self.countdown_marks):
+                self.session.notify("info", f"{seconds} seconds left")
             tick = max(0.0, min(1.0, deadline - time.monotonic()))
             either: List[AnyFuture] = [callback.response, self.stdin.line]
             wait(either, tick, FIRST_COMPLETED)
             if self.stdin.line.done():
                 self._paste(callback, self.stdin.line.result())
         return callback.response.done()
-
-    def _tell_time_left(self, before: int, seconds: int) -> None:
-        if not self.stdin.is_terminal:  # it must not write over what somebody is pasting
-            self.session.notify("countdown", str(seconds))
-        elif any(seconds <= mark < before for mark in self.countdown_marks):
-            self.session.notify("info", f"{seconds} seconds left")
 
     def _paste(self, callback: Callback, line: str) -> None:
         """Take the response from a `line` of the input ("" at its end), or ask for another one."""
