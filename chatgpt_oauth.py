@@ -3352,6 +3352,7 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
 COMMAND = "chatgpt-oauth"  # as `install` calls it
 LAUNCHERS = (COMMAND, COMMAND + ".cmd")  # on POSIX, on Windows
 ESCAPES = 4  # ENABLE_VIRTUAL_TERMINAL_PROCESSING, in the mode of Windows' console
+COLOURS = {"done": 32, "warning": 33, "error": 31}  # SGR parameters (ECMA-48 §8.3.117)
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
@@ -3408,17 +3409,12 @@ class Terminal:
         if kind == "countdown":
             self._count_down(int(text))
             return
-        lead, colour = {
-            "done": (self.tick, "32"),
-            "warning": ("warning: ", "33"),
-            "error": ("error: ", "31"),
-            "hint": ("hint: ", "0"),
-            "command": ("    ", "0"),
-        }.get(kind, ("", "0"))
-        if self.colour and colour != "0" and lead:
-            lead = f"\033[{colour}m{lead}\033[0m"
+        leads = {"done": self.tick, "warning": "warning: ", "error": "error: ", "hint": "hint: "}
+        lead = leads.get(kind, "")
+        if self.colour and lead and kind in COLOURS:
+            lead = f"\033[{COLOURS[kind]}m{lead}\033[0m"
         if kind == "command":
-            text = f"{program_name()} {text}"
+            text = f"    {program_name()} {text}"
         elif command:
             text = f"{text}: {program_name()} {command}"
         text = lead + printable(text, 5000)
