@@ -3407,7 +3407,9 @@ class Terminal:
         one) or countdown (`text` are the seconds left).
         """
         if kind == "countdown":
-            self._count_down(int(text))
+            if self.live:
+                self._print(f"{int(text) // 60}:{int(text) % 60:02} left ", end="")
+                self.counting = True
             return
         leads = {"done": self.tick, "warning": "warning: ", "error": "error: ", "hint": "hint: "}
         lead = leads.get(kind, "")
@@ -3423,12 +3425,6 @@ class Terminal:
     def interrupted(self) -> None:
         """Say that Ctrl-C was heard, on a line of its own: the terminal shows ^C."""
         self._print(("\n" if self.live else "") + "Interrupted.")
-
-    def _count_down(self, seconds: int) -> None:
-        if self.live:
-            minutes, seconds = divmod(seconds, 60)
-            self._print(f"{minutes}:{seconds:02} left ", end="")
-            self.counting = True
 
     def _print(self, text: str, end: str = "\n") -> None:
         clear = "\r\033[K" if self.counting else ""
