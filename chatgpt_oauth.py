@@ -3297,8 +3297,6 @@ OTHER_SHELLS = {
     "elvish": "set-env {1} ({0} token --api-key)",
     "xonsh": "${1} = $({0} token --api-key).strip()",
 }
-
-
 PROFILES = {
     "bash": "~/.bashrc",
     "zsh": "~/.zshrc",
@@ -3307,13 +3305,6 @@ PROFILES = {
     "csh": "~/.cshrc",
     "powershell": "$PROFILE",
 }
-
-
-def shell_quote(shell: str, word: str) -> str:
-    """`word` as the `shell` takes it, whatever is in it."""
-    import shlex
-
-    return "'" + word.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(word)
 
 
 def shell_name(settings: Settings, name: str) -> str:
@@ -3379,8 +3370,13 @@ def program_name(absolute: bool = False) -> str:
     return whole if name in LAUNCHERS else f"{python} {whole}"
 
 
-def quote_path(path: str) -> str:
-    """`path` as it is typed here; on Windows for PowerShell and the command prompt alike."""
+def quote_path(path: str, shell: str = "") -> str:
+    """`path` as it is typed in the `shell`.
+
+    Without one, as it is typed here; on Windows for PowerShell and the command prompt alike.
+    """
+    if shell == "powershell":
+        return "'" + path.replace("'", "''") + "'"
     if sys.platform == "win32":
         return f'"{path}"' if re.search(r"[^\w.:\\/-]", path) else path
     import shlex
@@ -4227,7 +4223,7 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
     found = shutil.which(COMMAND, path=environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
-        line = SHELLS[shell].search.format(shell_quote(shell, paths.bin_directory))
+        line = SHELLS[shell].search.format(quote_path(paths.bin_directory, shell))
         notify("info", f"To add it, put this line into {profile}:")
         notify("info", f"    {line}")
     elif not os.path.samefile(found, paths.launcher):
