@@ -2596,11 +2596,13 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
 
 def is_ours(session: Session, name: str, entry: object) -> bool:
     """Whether an entry of the models file was written by this program, for this sign-in."""
-    if not isinstance(entry, dict) or entry.get("oauth_source") != OAUTH_SOURCE:
-        return False
-    official = entry.get("type") == OfficialClient.model_type
-    same_sign_in = official == (session.client.model_source == "official")
-    return same_sign_in and name.startswith(session.settings.prefix)
+    official = session.client.model_source == "official"
+    return (
+        isinstance(entry, dict)
+        and entry.get("oauth_source") == OAUTH_SOURCE
+        and (entry.get("type") == OfficialClient.model_type) == official
+        and name.startswith(session.settings.prefix)
+    )
 
 
 def registered_entries(*sign_ins: Session) -> Dict[str, Fields]:
