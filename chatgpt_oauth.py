@@ -2781,7 +2781,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
     client = session.client
     fields = {"issuer": session.settings.issuer, "client_id": client.client_id}
     fields = merged(fields, response, session.notify)
-    tokens, same_account = Tokens(fields), False
+    tokens = Tokens(fields)
     try:
         fields.update(client.sign_in_fields(response, nonce))
         tokens = Tokens(fields)
@@ -2794,7 +2794,6 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         if tokens.account_id:
             fields["account_id"] = tokens.account_id
         if old and tokens.same_account(old):
-            same_account = True
             renewed = {*SECRET_KEYS, "ended", "expires_at"}
             kept = {k: value for k, value in old.fields.items() if k not in renewed}
             if old.api_key:
@@ -2802,7 +2801,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
             fields = {**kept, **fields}
         session.token_file.save(fields)
     except OAuthError:
-        if not same_account:  # else it could end the sign-in that is still stored
+        if not (old and tokens.same_account(old)):  # else it could end what is still stored
             revoke_or_warn(session, tokens)
         raise
 

@@ -3598,6 +3598,7 @@ class SignInTest(Case):
         result = self.call("auth", "--device", "--workspace", "acct-2")
         self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
         self.assertEqual(self.stored(), before)
+        self.assertEqual(self.double.count("revoke"), 0)  # it could end the stored one's grant
         self.double.account = "acct-2"
         self.sign_in("--workspace", "acct-2")
         self.assertEqual(self.stored()["account_id"], "acct-2")
