@@ -59,6 +59,12 @@ START = [sys.executable, *(["-S"] if os.name == "posix" else [])]
 START += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
 AUTH = "https://api.openai.com/auth"
 POSIX = os.name == "posix"
+# Where programs are found, but for the command that whoever runs the tests may have installed.
+PATH = os.pathsep.join(
+    place
+    for place in os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if not any(os.path.exists(os.path.join(place, name)) for name in oauth.LAUNCHERS)
+)
 LIMIT = 60  # seconds: no wait for a process, a thread or a socket is longer
 WORKERS = 4  # processes that a test with many of them has at work at once
 TEST_LIMIT = 300  # seconds in which a test that hangs in this process is ended, with all others
@@ -946,8 +952,9 @@ class Saying(io.StringIO):
 
 def environment(folder):
     """A person's environment whose home is `folder`."""
-    passed = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
-    return {"HOME": str(folder), "USERPROFILE": str(folder), "LANG": "C.UTF-8", **passed}
+    system = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+    home = {"HOME": str(folder), "USERPROFILE": str(folder)}
+    return {**home, "PATH": PATH, "LANG": "C.UTF-8", **system}
 
 
 needs_signals = unittest.skipUnless(POSIX, "a signal is no Ctrl-C on Windows")
@@ -5232,7 +5239,7 @@ class InstallTest(Case):
         self.program = self.data / "chatgpt_oauth" / "chatgpt_oauth.py"
         self.launcher = self.bin / ("chatgpt-oauth" if POSIX else "chatgpt-oauth.cmd")
         self.plugin = home / ".code_puppy/plugins/chatgpt_oauth_file/register_callbacks.py"
-        path = os.pathsep.join((str(self.bin), os.environ["PATH"]))
+        path = os.pathsep.join((str(self.bin), PATH))
         self.environ.update(HOME=str(home), USERPROFILE=str(home), PATH=path, SHELL="/bin/bash")
 
     def install(self, *arguments, **options):
@@ -5264,7 +5271,7 @@ class InstallTest(Case):
         hint = "hint: to sign in, run: chatgpt-oauth auth\n"
         self.assert_fails(self.run_installed("token"), 3, hint)
         self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h")[1])
-        environ = {"PATH": os.environ["PATH"]}
+        environ = {"PATH": PATH}
         hint = f"hint: to sign in, run: {self.launcher} auth\n"
         self.assert_fails(self.run_installed("token", environ=environ), 3, hint)
 
@@ -5531,7 +5538,7 @@ class InstallTest(Case):
             if not shell:
                 continue
             with self.subTest(name):
-                environ = {"PATH": os.environ["PATH"], "SHELL": f"/usr/bin/{name}"}
+                environ = {"PATH": PATH, "SHELL": f"/usr/bin/{name}"}
                 said = self.install(environ=environ)
                 self.assertIn(f"warning: {self.bin} is not in PATH\n", said)
                 self.assertEqual(said.count(f" put this line into {profile}:\n"), 2)
@@ -6501,7 +6508,7 @@ runpy.run_path({1!r}, run_name="__main__")
     @unittest.skipUnless(POSIX, "Windows starts no link like a program")
     def test_a_hint_names_the_python_that_was_started(self):
         (self.folder / "python3.99").symlink_to(sys.executable)
-        environ = {"PATH": str(self.folder) + os.pathsep + os.environ["PATH"]}
+        environ = {"PATH": str(self.folder) + os.pathsep + PATH}
         err = self.run_command(["python3.99", PROGRAM, "token"], environ)[2]
         self.assertIn(f"run: python3.99 {typed(PROGRAM)} auth", err)
 
