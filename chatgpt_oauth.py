@@ -184,8 +184,8 @@ class Settings:
 
         def __getattr__(self, key: str) -> Any: ...
 
-    def __init__(self, environ: Optional[Dict[str, str]] = None) -> None:
-        self.environ = dict(os.environ) if environ is None else environ
+    def __init__(self) -> None:
+        self.environ = dict(os.environ)
         for key, rule in RULES.items():
             name = "CHATGPT_OAUTH_" + key.upper()
             value = self.environ.get(name, CHATGPT_OAUTH_CONFIG.get(key))
