@@ -252,23 +252,11 @@ class NotSignedInError(OAuthError):
 
     exit_code = 3
 
-    def __init__(self, command: str = "auth") -> None:
-        super().__init__("not signed in to ChatGPT", "to sign in, run", command)
-
 
 class OfficialOnlyError(NotSignedInError):
     """Nobody is signed in but by the official sign-in, whose tokens are not handed out."""
 
     exit_code = 1
-
-    def __init__(self) -> None:
-        OAuthError.__init__(
-            self,
-            "there is only the official sign-in, and OpenAI's terms let its tokens serve "
-            "Code Puppy alone",
-            "to get tokens for other programs, run",
-            "auth",
-        )
 
 
 class SignInEndedError(OAuthError):
@@ -276,7 +264,7 @@ class SignInEndedError(OAuthError):
 
     exit_code = 4
 
-    def __init__(self, message: str, command: str = "auth") -> None:
+    def __init__(self, message: str, command: str) -> None:
         super().__init__(message, "to sign in again, run", command)
 
 
@@ -386,7 +374,7 @@ class Retry:
 class InvalidGrantError(SignInEndedError):
     """The refresh token was refused for `reason`, one of INVALID_GRANT_CODES."""
 
-    def __init__(self, reason: str, command: str = "auth") -> None:
+    def __init__(self, reason: str, command: str) -> None:
         why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
         super().__init__(f"your session has ended: {why}", command)
         self.reason = reason
@@ -1836,10 +1824,16 @@ class Session:
     def tokens(self) -> Tokens:
         """The stored tokens as they are. Raises NotSignedInError."""
         tokens = self.token_file.load()
+        command = self.client.sign_in_command
         if tokens is None and self.client.shares_tokens and self.official().signed_in():
-            raise OfficialOnlyError
+            raise OfficialOnlyError(
+                "there is only the official sign-in, and OpenAI's terms let its tokens serve "
+                "Code Puppy alone",
+                "to get tokens for other programs, run",
+                command,
+            )
         if tokens is None:
-            raise NotSignedInError(self.client.sign_in_command)
+            raise NotSignedInError("not signed in to ChatGPT", "to sign in, run", command)
         return tokens
 
     def signed_in(self) -> bool:
