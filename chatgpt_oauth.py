@@ -340,6 +340,7 @@ INVALID_GRANT_CODES = {
 }
 OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
 REGION_CODE = "unsupported_country_region_territory"
+NEVER = float("inf")  # seconds to the next try, where none can help
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")  # the first one counts
 _tls_contexts: Dict[str, Any] = {}  # by the certificates' file
 
@@ -348,11 +349,18 @@ class RequestError(UnavailableError):
     """A request without a response that can be used.
 
     `unprocessed` is true only if it certainly had no effect; `retry_after` are the seconds for
-    which the server asks to be left alone, or None; infinite where no time helps.
+    which the server asks to be left alone, or None; NEVER where no time helps.
     """
 
-    unprocessed = False
-    retry_after: Optional[float] = None
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        unprocessed: bool = False,
+        retry_after: Optional[float] = None,
+    ) -> None:
+        super().__init__(message, hint)
+        self.unprocessed, self.retry_after = unprocessed, retry_after
 
 
 class Retry:
@@ -463,13 +471,12 @@ class Response:
         failed = f"could not {what} (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "server error"
-            error = RequestError(f"{failed}: {busy}", "try again later")
             # With these two the server says that it did not get to the request (RFC 6585 §4,
             # RFC 9110 §15.6.4); with this code a part of it may have been carried out.
             unclear = self.code == "temporarily_unavailable"
-            error.unprocessed = self.status in (429, 503) and not unclear
-            error.retry_after = self.retry_after
-            return error
+            unprocessed = self.status in (429, 503) and not unclear
+            text = f"{failed}: {busy}"
+            return RequestError(text, "try again later", unprocessed, self.retry_after)
         if self.code == REGION_CODE:
             return RequestError(
                 f"{failed}: OpenAI does not serve the country or region of your network",
@@ -513,45 +520,32 @@ def tls_context(settings: Settings) -> Any:
     try:
         import ssl
     except ImportError as error:
-        raise not_sent(f"this Python cannot use TLS ({error})", "use another Python") from None
+        text = f"this Python cannot use TLS ({error})"
+        raise RequestError(
+            text, "use another Python", unprocessed=True, retry_after=NEVER
+        ) from None
     variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
     path = settings.environ.get(variable, "")
     if path not in _tls_contexts:
+        fault = f"SSLKEYLOGFILE={settings.environ.get('SSLKEYLOGFILE')}"
+        hint = "unset SSLKEYLOGFILE, or make the file writable"
         try:
             context = ssl.create_default_context()
+            if path:  # OpenSSL itself ignores one that holds no certificates
+                fault = f"{variable}={path}"
+                hint = f"let {variable} name a file of certificates, or unset it"
+                context.load_verify_locations(path)
         except OSError as error:
-            log = settings.environ.get("SSLKEYLOGFILE")
-            text = f"cannot set up TLS: SSLKEYLOGFILE={log}: {error.strerror}"
-            raise not_sent(text, "unset SSLKEYLOGFILE, or make the file writable") from None
-        if path:
-            load_certificates(context, variable, path)
+            no_pem = path and isinstance(error, ssl.SSLError)
+            why = "it holds no certificate in PEM form" if no_pem else error.strerror
+            text = f"cannot set up TLS: {fault}: {why}"
+            raise RequestError(text, hint, unprocessed=True, retry_after=NEVER) from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
         # RFC 5280 to the letter, as Python 3.13 has it, refuses companies' CAs without a key
         # usage, which browsers, curl and earlier Pythons take.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         _tls_contexts[path] = context
     return _tls_contexts[path]
-
-
-def load_certificates(context: Any, variable: str, path: str) -> None:
-    """Trust the certificates in the file `path`; OpenSSL itself ignores one that is none."""
-    import ssl
-
-    try:
-        context.load_verify_locations(path)
-    except OSError as error:
-        why = error.strerror
-        if isinstance(error, ssl.SSLError):
-            why = "it holds no certificate in PEM form"
-        text = f"cannot set up TLS: {variable}={path}: {why}"
-        raise not_sent(text, f"let {variable} name a file of certificates, or unset it") from None
-
-
-def not_sent(message: str, hint: str) -> RequestError:
-    """The error of a request that could not begin, and will not be able to either."""
-    error = RequestError(message, hint)
-    error.unprocessed, error.retry_after = True, float("inf")
-    return error
 
 
 def certificate_hint() -> str:
@@ -681,7 +675,8 @@ def request_json(
     try:
         threading.Thread(target=send, args=arguments, daemon=True).start()
     except RuntimeError as limit_reached:  # of processes; or Python 3.12 at its exit
-        raise not_sent(f"could not {what}: {limit_reached}", "try again later") from None
+        text = f"could not {what}: {limit_reached}"
+        raise RequestError(text, "try again later", unprocessed=True, retry_after=NEVER) from None
     in_time = False
     try:
         in_time = wait_for(answered, timeout)
@@ -752,7 +747,7 @@ def connection_error(
         why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
         hint = certificate_hint()
-        retry_after = float("inf")
+        retry_after = NEVER
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
@@ -764,9 +759,7 @@ def connection_error(
     else:
         name = type(error).__name__
         fault = f"{host} closed the connection or did not send valid HTTP ({name})"
-    failed = RequestError(f"could not {what}: {fault}", hint)
-    failed.unprocessed, failed.retry_after = unsent, retry_after
-    return failed
+    return RequestError(f"could not {what}: {fault}", hint, unsent, retry_after)
 
 
 class Client:
