@@ -578,16 +578,20 @@ def wait_for(future: AnyFuture, seconds: float) -> bool:
     return future.done()
 
 
-def build_opener(context: Any, proxied: bool, reached: AnyFuture) -> Any:
-    """An opener of urllib.request for one request to an https URL; to http without `context`.
+def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
+    """An opener of urllib.request for one request to `url`, by the environment's proxy if need be.
 
-    It goes through the environment's proxy if `proxied`; `reached` gets the socket when a
-    connection to the server, proxy and TLS included, stands and nothing is sent yet.
+    `reached` gets the socket when a connection to the server, proxy and TLS included, stands and
+    nothing is sent yet.
     """
     import http.client
     import urllib.request
 
-    base: Any = http.client.HTTPSConnection if context else http.client.HTTPConnection
+    base: Any = http.client.HTTPConnection
+    options = {}
+    if url.startswith("https:"):
+        options["context"] = tls_context(settings)
+        base = http.client.HTTPSConnection
 
     class FinalResponse(http.client.HTTPResponse):
         def begin(self) -> None:
@@ -607,31 +611,24 @@ def build_opener(context: Any, proxied: bool, reached: AnyFuture) -> Any:
             reached.set_result(self.sock)
 
     class Handler(urllib.request.HTTPHandler):
-        https_request = urllib.request.HTTPHandler.http_request
-
         def http_open(self, request: Any) -> Any:
-            return self.do_open(Connection, request)
+            return self.do_open(Connection, request, **options)
 
-        def https_open(self, request: Any) -> Any:
-            return self.do_open(Connection, request, context=context)
+        https_request, https_open = urllib.request.HTTPHandler.http_request, http_open
 
     # These two alone: no status is an exception, and no redirect is followed. A 307 would carry
     # the code and the verifier, or the refresh token, to wherever it points.
     opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler(None if proxied else {}))
+    opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(url) else None))
     opener.add_handler(Handler())
     return opener
 
 
-def send(
-    request: Any, context: Any, timeout: float, limit: int, reached: AnyFuture, answered: AnyFuture
-) -> None:
+def send(opener: Any, request: Any, timeout: float, limit: int, answered: AnyFuture) -> None:
     """Carry out one HTTP exchange; `answered` gets status, `limit` + 1 bytes and Retry-After."""
     import urllib.error
 
     try:
-        proxied = not is_loopback(request.full_url)
-        opener = build_opener(context, proxied, reached)
         with opener.open(request, timeout=timeout) as response:
             body = response.read(limit + 1)
             answered.set_result((response.status, body, response.headers.get("Retry-After", "")))
@@ -645,15 +642,15 @@ def request_json(
     settings: Settings,
     url: str,
     what: str,
+    fields: Optional[Dict[str, str]] = None,
     *,
-    form: Optional[Dict[str, str]] = None,
-    body: Optional[Dict[str, str]] = None,
+    as_json: bool = False,
     bearer: str = "",
     headers: Optional[Dict[str, str]] = None,
     timeout: float = float("inf"),
     limit: int = MEBIBYTE,
 ) -> Response:
-    """GET `url`, or POST `form` (form-encoded) or `body` (JSON) to it.
+    """GET `url`, or POST `fields` to it, form-encoded or `as_json`.
 
     `what` names the purpose in errors ("could not <what>"); the settings' request_timeout, or a
     shorter `timeout`, bounds the whole of it in seconds, from the name look-up to the last byte;
@@ -664,23 +661,22 @@ def request_json(
     from concurrent.futures import Future
 
     timeout = min(timeout, settings.request_timeout)
-    sent = {**(form or {}), **(body or {})}
-    request = build_request(url, form, body, bearer, headers or {})
+    fields = fields or {}
+    request = build_request(url, fields, as_json, bearer, headers or {})
     # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
     # the exchange has a thread of its own and the clock is watched from here.
     reached: AnyFuture = Future()
     answered: AnyFuture = Future()
-    context = tls_context(settings) if request.type == "https" else None
-    arguments = (request, context, timeout, limit, reached, answered)
+    arguments = (build_opener(settings, url, reached), request, timeout, limit, answered)
     try:
         threading.Thread(target=send, args=arguments, daemon=True).start()
     except RuntimeError as limit_reached:  # of processes; or Python 3.12 at its exit
         text = f"could not {what}: {limit_reached}"
         raise RequestError(text, "try again later", unprocessed=True, retry_after=NEVER) from None
-    in_time = False
     try:
-        in_time = wait_for(answered, timeout)
+        wait_for(answered, timeout)
     finally:
+        in_time = answered.done()
         unsent = reached.cancel()  # from here on nothing is sent that was not
         if not in_time and not unsent:
             hang_up(reached.result())
@@ -691,18 +687,14 @@ def request_json(
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
     private = ("code", "code_verifier", "refresh_token", "subject_token", "token", "device_auth_id")
-    secrets = {bearer, *(sent.get(name, "") for name in private)} - {""}
+    secrets = {bearer, *(fields.get(name, "") for name in private)} - {""}
     return Response(status, content, retry_after, secrets)
 
 
 def build_request(
-    url: str,
-    form: Optional[Dict[str, str]],
-    body: Optional[Dict[str, str]],
-    bearer: str,
-    headers: Dict[str, str],
+    url: str, fields: Dict[str, str], as_json: bool, bearer: str, headers: Dict[str, str]
 ) -> Any:
-    """A POST of `form` or of the JSON `body`, else a GET, as urllib.request takes it."""
+    """A POST of `fields`, or a GET where there are none, as urllib.request takes it."""
     import urllib.parse
     import urllib.request
 
@@ -710,12 +702,11 @@ def build_request(
     if bearer:
         head["Authorization"] = "Bearer " + bearer  # RFC 6750 §2.1
     data = None
-    if form:
-        head["Content-Type"] = "application/x-www-form-urlencoded"
-        data = urllib.parse.urlencode(form).encode()
-    elif body:
+    if as_json:
         head["Content-Type"] = "application/json"
-        data = json.dumps(body).encode()
+        data = json.dumps(fields).encode()
+    elif fields:
+        data = urllib.parse.urlencode(fields).encode()  # urllib.request adds that media type
     return urllib.request.Request(url, data, head)  # noqa: S310 - Settings admits http(s) alone
 
 
@@ -774,7 +765,7 @@ class Client:
     authorization_path = "/oauth/authorize"
     token_path = "/oauth/token"  # noqa: S105 - a path
     revocation_path = "/oauth/revoke"
-    revokes_by_form = False  # OpenAI takes JSON there, RFC 7009 §2.1 has a form
+    revokes_by_json = True  # what OpenAI takes there; RFC 7009 §2.1 has a form
     # OpenAI compares this client's redirect URI to the letter: the browser's `localhost` must
     # reach us by whichever address it takes (RFC 8252 §7.3 and §8.3).
     addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
@@ -858,7 +849,7 @@ class OfficialClient(Client):
     authorization_path = "/api/accounts/authorize"
     token_path = "/api/accounts/oauth/token"  # noqa: S105 - a path
     revocation_path = "/api/accounts/oauth/revoke"
-    revokes_by_form = True
+    revokes_by_json = False
     addresses = ("127.0.0.1",)  # the only one that OpenAI takes, at any port
     sign_in_command = "auth --official"
     device_command = ""
@@ -1020,7 +1011,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     }
     what = "exchange the authorization code"
     url = client.settings.issuer + client.token_path
-    response = request_json(client.settings, url, what, form=form)
+    response = request_json(client.settings, url, what, form)
     if response.code == "invalid_grant" and client.invalid_grant_hint:
         hint = f"{client.invalid_grant_hint}; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
@@ -1040,7 +1031,7 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     url, what = settings.issuer + "/oauth/token", "get an API key"
-    key = str(token_response(request_json(settings, url, what, form=form), what)["access_token"])
+    key = str(token_response(request_json(settings, url, what, form), what)["access_token"])
     if decode_claims(key):
         raise OAuthError(f"could not {what}: the response holds an access token instead")
     return key
@@ -1059,7 +1050,7 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
         **client.token_parameters,
     }
     what = "refresh the access token"
-    response = request_json(client.settings, tokens.issuer + client.token_path, what, form=form)
+    response = request_json(client.settings, tokens.issuer + client.token_path, what, form)
     client_error = 400 <= response.status < 500
     if response.status < 500 and response.code in INVALID_GRANT_CODES:  # in a 200, too
         raise InvalidGrantError(response.code, client.sign_in_command)
@@ -1082,11 +1073,10 @@ def revoke(client: Client, tokens: Tokens) -> None:
             "token_type_hint": "refresh_token",
             "client_id": tokens.client_id,
         }
-    form = body if client.revokes_by_form else None
     what = "revoke the refresh token"
     url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
-    # Ten seconds: whoever signs out leaves without delay.
-    response = request_json(client.settings, url, what, form=form, body=body, timeout=10.0)
+    as_json, timeout = client.revokes_by_json, 10.0  # seconds: signing out is without delay
+    response = request_json(client.settings, url, what, body, as_json=as_json, timeout=timeout)
     if not 200 <= response.status < 300:
         raise response.error(what)
 
@@ -1115,7 +1105,7 @@ class DeviceCode:
         url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
         body = {"device_auth_id": self.device_auth_id or "", "user_code": self.user_code or ""}
         try:
-            response = request_json(settings, url, what, body=body)
+            response = request_json(settings, url, what, body, as_json=True)
         except RequestError:  # RFC 8628 §3.5: poll less often where nothing comes in time
             self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
             raise
@@ -1146,7 +1136,7 @@ def device_code_expired() -> OAuthError:
 def request_device_code(settings: Settings) -> DeviceCode:
     """Ask for a device code (RFC 8628 §3.1, in OpenAI's dialect). Raises OAuthError."""
     url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "get a device code"
-    response = request_json(settings, url, what, body={"client_id": settings.client_id})
+    response = request_json(settings, url, what, {"client_id": settings.client_id}, as_json=True)
     if response.status == 404:
         raise OAuthError(
             "device code sign-in is turned off for this account",
