@@ -980,19 +980,13 @@ def authorization_url(
 
 
 def token_response(response: Response, what: str) -> Fields:
-    """The members of a token endpoint's response (RFC 6749 §5.1), its access token checked.
+    """The members of a token endpoint's response (RFC 6749 §5.1, §7.1), its bearer token checked.
 
     What is optional is checked where it is used: no fault in it may cost the rest.
     """
     members = response.json_object(what)
     if not is_b64token(members.get("access_token")):
         raise OAuthError(f"could not {what}: the response has no valid access_token")
-    return members
-
-
-def bearer_response(response: Response, what: str) -> Fields:
-    """The same, where the access token must be a bearer token (RFC 6749 §7.1)."""
-    members = token_response(response, what)
     kind = members.get("token_type")
     if kind is not None and str(kind).lower() != "bearer":
         raise OAuthError(f"could not {what}: the response has a token_type that is not Bearer")
@@ -1015,7 +1009,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     if response.code == "invalid_grant" and client.invalid_grant_hint:
         hint = f"{client.invalid_grant_hint}; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
-    return bearer_response(response, what)
+    return token_response(response, what)
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
@@ -1031,10 +1025,12 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     url, what = settings.issuer + "/oauth/token", "get an API key"
-    key = str(token_response(request_json(settings, url, what, form), what)["access_token"])
+    key = request_json(settings, url, what, form).json_object(what).get("access_token")
+    if not is_b64token(key):
+        raise OAuthError(f"could not {what}: the response has no valid access_token")
     if decode_claims(key):
         raise OAuthError(f"could not {what}: the response holds an access token instead")
-    return key
+    return str(key)
 
 
 def refresh_grant(client: Client, tokens: Tokens) -> Fields:
@@ -1051,13 +1047,12 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
     }
     what = "refresh the access token"
     response = request_json(client.settings, tokens.issuer + client.token_path, what, form)
-    client_error = 400 <= response.status < 500
     if response.status < 500 and response.code in INVALID_GRANT_CODES:  # in a 200, too
         raise InvalidGrantError(response.code, client.sign_in_command)
-    if client_error and response.data:  # understood, refused, and the sign-in goes on
+    if 400 <= response.status < 500 and response.data:  # understood, refused: the sign-in goes on
         raise response.error(what)
     try:
-        return bearer_response(response, what)
+        return token_response(response, what)
     except UnavailableError:
         raise
     except OAuthError as error:  # the refresh token may be spent: nothing that is known is lost
