@@ -1084,8 +1084,8 @@ class DeviceCode:
     """
 
     def __init__(self, members: Fields) -> None:
-        self.device_auth_id = text_or_none(members.get("device_auth_id"))
-        self.user_code = text_or_none(members.get("user_code") or members.get("usercode"))
+        self.device_auth_id = text_or_none(members.get("device_auth_id")) or ""
+        self.user_code = text_or_none(members.get("user_code") or members.get("usercode")) or ""
         interval = seconds_or_none(members.get("interval"))
         self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), POLL_CEILING)
         self.pause = self.interval
@@ -1098,34 +1098,30 @@ class DeviceCode:
         Raises RequestError, after which polling may go on, or OAuthError.
         """
         url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
-        body = {"device_auth_id": self.device_auth_id or "", "user_code": self.user_code or ""}
+        body = {"device_auth_id": self.device_auth_id, "user_code": self.user_code}
         try:
             response = request_json(settings, url, what, body, as_json=True)
         except RequestError:  # RFC 8628 §3.5: poll less often where nothing comes in time
             self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
             raise
-        status = response.status
-        pending = response.code in STILL_PENDING or status in (403, 404, 429) or status >= 500
-        if response.is_html or (200 <= status < 300 and response.code not in STILL_PENDING):
+        status, pending = response.status, response.code in STILL_PENDING
+        if response.is_html or (200 <= status < 300 and not pending):
             return response.json_object(what)
         if response.code == "access_denied":
-            raise OAuthError("the sign-in was denied in the browser", *NEW_DEVICE_CODE)
+            raise device_code_error("the sign-in was denied in the browser")
         if response.code == "expired_token":
-            raise device_code_expired()
+            raise device_code_error()
         if response.code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
             self.interval += SLOW_DOWN
-        elif not pending:
+        elif not (pending or status in (403, 404, 429) or status >= 500):
             raise response.error(what)
         self.pause = max(self.interval, min(response.retry_after or 0.0, POLL_CEILING))
         return None
 
 
-NEW_DEVICE_CODE = ("to get a new code, run", "auth --device")
-
-
-def device_code_expired() -> OAuthError:
-    """The error of a user code that nobody entered in time."""
-    return OAuthError("timed out waiting for the code to be entered", *NEW_DEVICE_CODE)
+def device_code_error(why: str = "timed out waiting for the code to be entered") -> OAuthError:
+    """The error of a device code that is of no more use."""
+    return OAuthError(why, "to get a new code, run", "auth --device")
 
 
 def request_device_code(settings: Settings) -> DeviceCode:
@@ -3159,7 +3155,7 @@ def sign_in_with_device(
     minutes = int(device.lifetime // 60)
     left = f"{minutes} minutes" if minutes > 1 else "less than 2 minutes"
     notify("info", f"Then enter this one-time code (valid for {left}):")
-    notify("verbatim", printable(device.user_code or "", USER_CODE_LIMIT))
+    notify("verbatim", printable(device.user_code, USER_CODE_LIMIT))
     notify("info", "Beware of phishing: use this code only if you started this sign-in yourself.")
     notify("info", "Waiting for you to enter the code... (Ctrl-C to cancel)")
     deadline = time.monotonic() + min(timeout or device.lifetime, device.lifetime)
@@ -3180,7 +3176,7 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
             session.notify("countdown", str(int(deadline - time.monotonic() + 0.999)))
             time.sleep(max(0.0, min(1.0, until - time.monotonic())))
         if until == deadline:
-            raise device_code_expired()
+            raise device_code_error()
         try:
             members = device.poll(session.settings)
             if members is not None:
