@@ -406,11 +406,9 @@ def decode_claims(jwt: Optional[str]) -> Fields:
     """
     from binascii import a2b_base64  # `base64` would cost a start of the shell its import
 
-    parts = (jwt or "").split(".")
-    if len(parts) != 3:
-        return {}
     try:
-        claims = json.loads(a2b_base64(parts[1].replace("-", "+").replace("_", "/") + "=="))
+        _, payload, _ = (jwt or "").split(".")
+        claims = json.loads(a2b_base64(payload.replace("-", "+").replace("_", "/") + "=="))
     except (ValueError, RecursionError):
         claims = {}
     return claims if isinstance(claims, dict) else {}
