@@ -425,10 +425,13 @@ def text_or_none(value: object) -> Optional[str]:
     return value if isinstance(value, str) and value else None
 
 
-def seconds_or_none(value: object) -> Optional[float]:
-    """`value`, a number or a string of digits, as seconds; None when it is neither."""
-    text = "" if isinstance(value, bool) else str(value)
-    return float(text) if re.fullmatch(_DECIMAL, text, re.ASCII) else None
+def number_or_none(value: object) -> Optional[float]:
+    """`value`, a number or a string of digits, as a number; None for what cannot be meant."""
+    if isinstance(value, str) and re.fullmatch(_DECIMAL, value, re.ASCII):
+        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e11:
+        return value
+    return None
 
 
 class Response:
@@ -912,7 +915,7 @@ class OfficialClient(Client):
         expiry, sub, granted = claims.get("exp"), claims.get("sub"), response.get("scope")
         if claims.get("nonce") != nonce:
             raise wrong_id_token("is for another sign-in")
-        if not isinstance(expiry, (int, float)) or expiry < time.time() - CLOCK_SKEW:
+        if (number_or_none(expiry) or 0) < time.time() - CLOCK_SKEW:
             raise wrong_id_token("has expired; is this computer's clock right?")
         if not text_or_none(sub):
             raise wrong_id_token("does not say whose it is")
@@ -1084,10 +1087,10 @@ class DeviceCode:
     def __init__(self, members: Fields) -> None:
         self.device_auth_id = text_or_none(members.get("device_auth_id")) or ""
         self.user_code = text_or_none(members.get("user_code") or members.get("usercode")) or ""
-        interval = seconds_or_none(members.get("interval"))
+        interval = number_or_none(members.get("interval"))
         self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), POLL_CEILING)
         self.pause = self.interval
-        lifetime = seconds_or_none(members.get("expires_in")) or DEVICE_CODE_LIFETIME
+        lifetime = number_or_none(members.get("expires_in")) or DEVICE_CODE_LIFETIME
         self.lifetime = min(lifetime, DEVICE_CODE_LIFETIME)
 
     def poll(self, settings: Settings) -> Optional[Fields]:
@@ -1936,7 +1939,7 @@ def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
             new[name] = value
         elif value not in (None, ""):
             notify("warning", f"ignored the {name} in the response, which is not a valid token")
-    lifetime = seconds_or_none(response.get("expires_in"))
+    lifetime = number_or_none(response.get("expires_in"))
     if lifetime:
         new["expires_at"] = timestamp(time.time() + lifetime)
     return {**kept, **new, "last_refresh": timestamp(time.time())}
@@ -2493,21 +2496,14 @@ def list_usage(session: Session) -> List[Fields]:
 
 def _usage_window(window: Fields) -> Optional[Fields]:
     """One window, or None when it does not tell how long it is or how much of it is used."""
-    length, used = _number(window, "limit_window_seconds"), _number(window, "used_percent")
+    names = ("limit_window_seconds", "used_percent", "reset_at", "reset_after_seconds")
+    length, used, resets, left = (number_or_none(window.get(name)) for name in names)
     if length is None or used is None:
         return None
-    resets, left = _number(window, "reset_at"), _number(window, "reset_after_seconds")
     if resets is None and left is not None:
         resets = time.time() + left
     when = None if resets is None else timestamp(resets)
     return {"window_seconds": length, "used_percent": used, "resets_at": when}
-
-
-def _number(fields: Fields, name: str) -> Optional[float]:
-    """The number of that name, None where there is none that can be meant."""
-    value = fields.get(name)
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e11
-    return value if known else None
 
 
 def paying_session(session: Session, source: str) -> Tuple[Session, str]:
@@ -2556,7 +2552,7 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     if odd:
         session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
     if source == "api":
-        good.sort(key=lambda each: _number(each, "created") or 0, reverse=True)
+        good.sort(key=lambda each: number_or_none(each.get("created")) or 0, reverse=True)
     return {entry[name]: entry for entry in good}
 
 
@@ -2629,10 +2625,10 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
 
 def _context_length(settings: Settings, listed: Fields) -> int:
     """The tokens to budget with: the part of the window that the Codex backend calls effective."""
-    percent = _number(listed, "effective_context_window_percent") or 0
+    percent = number_or_none(listed.get("effective_context_window_percent")) or 0
     percent = percent if 0 < percent <= 100 else 95
     for name in ("context_window", "max_context_window"):
-        length = int((_number(listed, name) or 0) * percent / 100)
+        length = int((number_or_none(listed.get(name)) or 0) * percent / 100)
         if MIN_CONTEXT_LENGTH <= length < 1e10:
             return length
     default: int = settings.default_context_length
