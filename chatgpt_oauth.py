@@ -284,16 +284,6 @@ class StorageError(OAuthError):
     exit_code = 6
 
 
-class ExecError(OAuthError):
-    """`exec` could not run its command: 127 where there is none of that name, else 126 (POSIX)."""
-
-    def __init__(self, name: str, error: OSError) -> None:
-        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        why = "command not found" if missing else f"cannot run it: {error.strerror}"
-        super().__init__(f"{name}: {why}")
-        self.exit_code = 127 if missing else 126
-
-
 @contextlib.contextmanager
 def nothing_but_oauth_errors() -> Iterator[None]:
     """Raise an OAuthError where this Python or this system has not got what is needed."""
@@ -3880,7 +3870,11 @@ def command_exec(session: Session, options: Namespace) -> int:
     try:
         return run_instead(options.command, environ)
     except OSError as error:
-        raise ExecError(options.command[0], error) from None
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        why = "command not found" if missing else f"cannot run it: {error.strerror}"
+        failed = OAuthError(f"{options.command[0]}: {why}")
+        failed.exit_code = 127 if missing else 126  # as POSIX has it
+        raise failed from None
 
 
 def run_instead(command: List[str], environ: Dict[str, str]) -> int:
