@@ -329,7 +329,6 @@ INVALID_GRANT_CODES = {
     "invalid_refresh_token": "it has expired or was revoked",
 }
 OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
-REGION_CODE = "unsupported_country_region_territory"
 NEVER = float("inf")  # seconds to the next try, where none can help
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")  # the first one counts
 _tls_contexts: Dict[str, Any] = {}  # by the certificates' file
@@ -468,7 +467,7 @@ class Response:
             unprocessed = self.status in (429, 503) and not unclear
             text = f"{failed}: {busy}"
             return RequestError(text, "try again later", unprocessed, self.retry_after)
-        if self.code == REGION_CODE:
+        if self.code == "unsupported_country_region_territory":
             return RequestError(
                 f"{failed}: OpenAI does not serve the country or region of your network",
                 "use a network in a supported region, then try again",
@@ -617,15 +616,13 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
 
 def send(opener: Any, request: Any, timeout: float, limit: int, answered: AnyFuture) -> None:
     """Carry out one HTTP exchange; `answered` gets status, `limit` + 1 bytes and Retry-After."""
-    import urllib.error
-
     try:
         with opener.open(request, timeout=timeout) as response:
             body = response.read(limit + 1)
             answered.set_result((response.status, body, response.headers.get("Retry-After", "")))
     except Exception as error:
-        # URLError wraps what went wrong before a response; nothing else's `reason` is an error.
-        wrapped = error.reason if isinstance(error, urllib.error.URLError) else None
+        # urllib's URLError wraps what went wrong before a response as its `reason`.
+        wrapped = getattr(error, "reason", None)
         answered.set_exception(wrapped if isinstance(wrapped, Exception) else error)
 
 
@@ -719,17 +716,14 @@ def connection_error(
 
     host = urllib.parse.urlsplit(url).netloc
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
-    hint = "check your network connection, then try again"
-    retry_after = None
-    if proxied and not is_loopback(url):
-        hint = "check HTTPS_PROXY and your network connection, then try again"
+    proxy = "HTTPS_PROXY and " if proxied and not is_loopback(url) else ""
+    hint, retry_after = f"check {proxy}your network connection, then try again", None
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
     elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):  # it may be missing
         why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
-        hint = certificate_hint()
-        retry_after = NEVER
+        hint, retry_after = certificate_hint(), NEVER
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
