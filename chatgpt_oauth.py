@@ -338,15 +338,11 @@ class RequestError(UnavailableError):
     """A request without a response that can be used.
 
     `unprocessed` is true only if it certainly had no effect; `retry_after` are the seconds for
-    which the server asks to be left alone, or None; NEVER where no time helps.
+    which the server asks to be left alone, NEVER where no time helps.
     """
 
     def __init__(
-        self,
-        message: str,
-        hint: str = "",
-        unprocessed: bool = False,
-        retry_after: Optional[float] = None,
+        self, message: str, hint: str = "", unprocessed: bool = False, retry_after: float = 0.0
     ) -> None:
         super().__init__(message, hint)
         self.unprocessed, self.retry_after = unprocessed, retry_after
@@ -361,7 +357,7 @@ class Retry:
 
     def wait(self, error: RequestError) -> None:
         """Wait for the next try; raises `error` where there must be none."""
-        pause = max(self.pause, error.retry_after or 0.0)  # an "at once" is no leave to flood
+        pause = max(self.pause, error.retry_after)  # an "at once" is no leave to flood
         if not error.unprocessed or time.monotonic() + pause > self.deadline:
             raise error
         time.sleep(pause)
@@ -491,13 +487,13 @@ class Response:
         return self.data
 
 
-def parse_retry_after(header: str) -> Optional[float]:
-    """Retry-After in seconds from now (RFC 9110 §10.2.3), None when absent or malformed."""
+def parse_retry_after(header: str) -> float:
+    """Retry-After in seconds from now (RFC 9110 §10.2.3), 0.0 when absent or malformed."""
     from email.utils import parsedate_to_datetime
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
         return max(0.0, parsedate_to_datetime(header[:40]).timestamp() - time.time())
-    return float(header[:9]) if header.isdecimal() else None
+    return float(header[:9]) if header.isdecimal() else 0.0
 
 
 def tls_context(settings: Settings) -> Any:
@@ -717,7 +713,7 @@ def connection_error(
     host = urllib.parse.urlsplit(url).netloc
     proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     proxy = "HTTPS_PROXY and " if proxied and not is_loopback(url) else ""
-    hint, retry_after = f"check {proxy}your network connection, then try again", None
+    hint, retry_after = f"check {proxy}your network connection, then try again", 0.0
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
     elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):  # it may be missing
@@ -1100,7 +1096,7 @@ class DeviceCode:
             self.interval += SLOW_DOWN
         elif not (pending or status in (403, 404, 429) or status >= 500):
             raise response.error(what)
-        self.pause = max(self.interval, min(response.retry_after or 0.0, POLL_CEILING))
+        self.pause = max(self.interval, min(response.retry_after, POLL_CEILING))
         return None
 
 
