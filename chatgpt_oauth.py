@@ -100,7 +100,6 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
 }
 
-SOURCES = ("auto", "api", "codex", "official")
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
 
@@ -161,7 +160,7 @@ RULES = {
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
     "responses_patterns": Rule(r"[!-~]*", _GLOBS),
-    "model_source": Rule("|".join(SOURCES), "auto, api, codex or official"),
+    "model_source": Rule("auto|api|codex|official", "auto, api, codex or official"),
     "workspace": Rule(f"(?:{_WORKSPACE.pattern})?", _WORKSPACE.meaning),
     "agent_name": Rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)"),
     "originator": _WORD,
