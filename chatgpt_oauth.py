@@ -856,11 +856,11 @@ class OfficialClient(Client):
 
     def resume(self, stored: Fields) -> None:
         """Take up the registration that an earlier sign-in has left in the token file."""
-        host_id, client_id = (str(stored.get(name)) for name in ("host_id", "client_id"))
+        host_id, client_id = (str(stored.get(name) or "") for name in ("host_id", "client_id"))
         if re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", host_id):
             self.host_id = host_id
         same_issuer = stored.get("issuer", self.settings.issuer) == self.settings.issuer
-        if stored.get("client_id") and same_issuer and re.fullmatch(_WORD.pattern, client_id):
+        if same_issuer and re.fullmatch(_WORD.pattern, client_id):
             self.client_id = client_id
         if stored.get("access_token") and not self.plan_allowed(stored):
             self.consent = {"prompt": "consent"}  # or the person would not be asked again
@@ -880,12 +880,12 @@ class OfficialClient(Client):
 
     def accept(self, response: Dict[str, str]) -> None:
         """Take the client id that was issued, once. Raises OAuthError."""
-        issued = response.get("client_id")
+        issued = response.get("client_id", "")
         if self.client_id == self.ENTRY_POINT:
-            if issued in (None, self.ENTRY_POINT) or not re.fullmatch(_WORD.pattern, issued or ""):
+            if issued == self.ENTRY_POINT or not re.fullmatch(_WORD.pattern, issued):
                 raise OAuthError("authorization failed (the response has no valid client ID)")
-            self.client_id = str(issued)
-        elif issued not in (None, self.client_id):
+            self.client_id = issued
+        elif issued not in ("", self.client_id):
             raise OAuthError("authorization failed (the response is for another client ID)")
 
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
@@ -908,13 +908,13 @@ class OfficialClient(Client):
 
     def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
         """The same after a refresh, whose response may omit the ID token and the scope."""
-        fields = {"earliest_refresh_at": response.get("earliest_refresh_at")}
-        if isinstance(response.get("scope"), str):
-            fields["scopes"] = response["scope"].split()
-        id_token = text_or_none(response.get("id_token"))
+        id_token, granted = text_or_none(response.get("id_token")), response.get("scope")
         if id_token and self._claims(id_token, old.client_id).get("sub") != old.fields.get("sub"):
             raise OAuthError(OTHER_ACCOUNT)
-        return fields
+        return {
+            "scopes": granted.split() if isinstance(granted, str) else old.fields.get("scopes"),
+            "earliest_refresh_at": response.get("earliest_refresh_at"),
+        }
 
     def plan_allowed(self, fields: Fields) -> bool:
         """Whether the person allowed the plan: only the granted scope tells."""
