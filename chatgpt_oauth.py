@@ -107,36 +107,36 @@ LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
 class Rule:
     """What a setting must be: a regular expression, and how to say so to a person.
 
-    The pattern's group 1, where it has one, is the value. `number` is the type of a number, which
+    The pattern's group 1, where it has one, is the value, of the type `kind`. A group `number`
     must lie between `low` and `high`.
     """
 
     def __init__(
-        self, pattern: str, meaning: str, number: Any = None, low: float = 0, high: float = 0
+        self, pattern: str, meaning: str, kind: Any = str, low: float = 0, high: float = 0
     ) -> None:
-        self.pattern, self.meaning = pattern, meaning
-        self.number, self.low, self.high = number, low, high
+        self.pattern, self.meaning, self.kind = pattern, meaning, kind
+        self.low, self.high = low, high
 
     def check(self, name: str, value: object) -> Any:
         """The value that `value` stands for. Raises UsageError, naming `name`."""
         found = re.fullmatch(self.pattern, str(value), re.ASCII)
-        if found and self.number is None:
-            return found[found.lastindex or 0]
-        if found and self.low <= float(found[0]) <= self.high:
-            return self.number(found[0])
-        raise UsageError(f"{name} must be {self.meaning}")
+        number = found and found.groupdict().get("number")
+        if not found or (number and not self.low <= float(number) <= self.high):
+            raise UsageError(f"{name} must be {self.meaning}")
+        return self.kind(found[found.lastindex or 0])
 
 
+_DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
+_INTEGER = r"(?P<number>[0-9]{1,10})"
 _URL = Rule(
-    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})"
-    r"(?::(?:[1-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_INTEGER})?"
     r"(?:/[\w.~%/-]*?)?)/*",
     "an https URL (http is allowed for localhost only)",
+    high=65535,  # the port
 )
 _WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
-_DECIMAL = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
 _SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
-_PORT = Rule(r"[0-9]{1,9}", "a number from 1 to 65535", int, 1, 65535)
+_PORT = Rule(_INTEGER, "a number from 1 to 65535", int, 1, 65535)
 _GLOBS = "glob patterns separated by commas"
 _WORKSPACE = Rule(r"[\w.-]{1,128}", "a workspace ID (letters, digits and . _ -)")
 RULES = {
@@ -156,7 +156,7 @@ RULES = {
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.169.0"),
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
-    "default_context_length": Rule(r"[0-9]{1,10}", "a number from 1 to 1000000000", int, 1, 10**9),
+    "default_context_length": Rule(_INTEGER, "a number from 1 to 1000000000", int, 1, 10**9),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
     "responses_patterns": Rule(r"[!-~]*", _GLOBS),
