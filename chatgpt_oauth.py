@@ -130,7 +130,7 @@ _DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 _INTEGER = r"(?P<number>[0-9]{1,10})"
 _URL = Rule(
     rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_INTEGER})?"
-    r"(?:/[\w.~%/-]*?)?)/*",
+    r"(?:/[\w.~%/-]*?)??)/*",
     "an https URL (http is allowed for localhost only)",
     high=65535,  # the port
 )

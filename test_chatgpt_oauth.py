@@ -1412,6 +1412,9 @@ class SettingsTest(Case):
         environ = {"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"}
         code, out, err = self.call("status", "--json", environ=environ)
         self.assertEqual(json.loads(out)["issuer"], "https://example.com/a")
+        self.store(lifetime=-10)
+        environ = {"CHATGPT_OAUTH_ISSUER": self.double.url + "/"}
+        self.assert_fresh(self.call("token", environ=environ))
 
 
 # ---------------------------------------------------------------------------------------------
