@@ -684,12 +684,9 @@ def build_request(
     head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json", **headers}
     if bearer:
         head["Authorization"] = "Bearer " + bearer  # RFC 6750 §2.1
-    data = None
-    if as_json:
+    if as_json:  # urllib.request names the media type of a form itself
         head["Content-Type"] = "application/json"
-        data = json.dumps(fields).encode()
-    elif fields:
-        data = urllib.parse.urlencode(fields).encode()  # urllib.request adds that media type
+    data = (json.dumps(fields) if as_json else urllib.parse.urlencode(fields)).encode() or None
     return urllib.request.Request(url, data, head)  # noqa: S310 - Settings admits http(s) alone
 
 
