@@ -752,8 +752,7 @@ class Client:
     invalid_grant_hint = ""  # what a refused authorization code can mean besides
     model_source: Optional[str] = None  # the one source of models, None where there is a choice
     model_prefix = ""  # stands in their names, after the setting `prefix`
-    has_api_keys = True  # whether the ID token can be exchanged for one
-    shares_tokens = True  # whether other programs may have the tokens
+    shares_tokens = True  # whether other programs may have the tokens, and an API key for them
     payment_notice = ""  # what must be said where somebody has signed in
     next_step = ("To get an access token, run", "token")
 
@@ -838,7 +837,7 @@ class OfficialClient(Client):
     model_source = "official"
     model_type = "chatgpt_plan"  # of its entries of the models file; no other's have it
     model_prefix = "plan-"
-    has_api_keys = shares_tokens = False
+    shares_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
     next_step = ("To use one of the models, type in Code Puppy: /model NAME", "")
 
@@ -2754,7 +2753,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     session.notify("done", f"Signed in{f' as {email}' if email else ''}{workspace}")
     allowed = client.plan_allowed(tokens.fields)
     try:
-        if client.has_api_keys:
+        if client.shares_tokens:
             obtain_api_key(session)
     except OAuthError as error:
         tell_error(session.notify, error, "warning")
