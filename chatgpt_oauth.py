@@ -313,7 +313,6 @@ MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a fil
 POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
 POLL_CEILING = 60.0  # seconds, however slow it must be
 DEVICE_CODE_LIFETIME = 900.0  # seconds; a server may say less
-STILL_PENDING = ("authorization_pending", "deviceauth_authorization_pending")
 SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
 RETRY_PAUSE = 0.5  # seconds before the second try of a request; doubled for each further one
 RETRY_PAUSE_LIMIT = 4.0  # seconds
@@ -458,8 +457,7 @@ class Response:
             busy = "too many requests" if self.status == 429 else "server error"
             # With these two the server says that it did not get to the request (RFC 6585 §4,
             # RFC 9110 §15.6.4); with this code a part of it may have been carried out.
-            unclear = self.code == "temporarily_unavailable"
-            unprocessed = self.status in (429, 503) and not unclear
+            unprocessed = self.status in (429, 503) and self.code != "temporarily_unavailable"
             text = f"{failed}: {busy}"
             return RequestError(text, "try again later", unprocessed, self.retry_after)
         if self.code == "unsupported_country_region_territory":
@@ -1080,7 +1078,8 @@ class DeviceCode:
         except RequestError:  # RFC 8628 §3.5: poll less often where nothing comes in time
             self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
             raise
-        status, pending = response.status, response.code in STILL_PENDING
+        status = response.status
+        pending = response.code.endswith("authorization_pending")  # deviceauth_..., too
         if response.is_html or (200 <= status < 300 and not pending):
             return response.json_object(what)
         if response.code == "access_denied":
