@@ -397,9 +397,9 @@ def decode_claims(jwt: Optional[str]) -> Fields:
     return claims if isinstance(claims, dict) else {}
 
 
-def auth_claims(token: Optional[str]) -> Fields:
-    """OpenAI's own claims in a token, or {}."""
-    claims = decode_claims(token).get("https://api.openai.com/auth")
+def auth_claims(token: Optional[str], kind: str = "auth") -> Fields:
+    """OpenAI's own claims of a `kind` in a token, or {}."""
+    claims = decode_claims(token).get(f"https://api.openai.com/{kind}")
     return claims if isinstance(claims, dict) else {}
 
 
@@ -885,10 +885,10 @@ class OfficialClient(Client):
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
         """Who signed in, by the ID token, and what was granted. Raises OAuthError."""
         claims = self._claims(text_or_none(response.get("id_token")), self.client_id)
-        expiry, sub, granted = claims.get("exp"), claims.get("sub"), response.get("scope")
+        sub, granted = claims.get("sub"), response.get("scope")
         if claims.get("nonce") != nonce:
             raise wrong_id_token("is for another sign-in")
-        if (number_or_none(expiry) or 0) < time.time() - CLOCK_SKEW:
+        if (number_or_none(claims.get("exp")) or 0) < time.time() - CLOCK_SKEW:
             raise wrong_id_token("has expired; is this computer's clock right?")
         if not text_or_none(sub):
             raise wrong_id_token("does not say whose it is")
@@ -2820,8 +2820,7 @@ def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     """`email`, `plan` and `organization_id` from the claims, None where unknown."""
     auth = tokens.auth_claims()
-    profile = decode_claims(tokens.access_token).get("https://api.openai.com/profile")
-    emails = [decode_claims(tokens.id_token), profile if isinstance(profile, dict) else {}]
+    emails = [decode_claims(tokens.id_token), auth_claims(tokens.access_token, "profile")]
     return {
         "email": next(filter(None, (text_or_none(each.get("email")) for each in emails)), None),
         "plan": text_or_none(auth.get("chatgpt_plan_type")),
