@@ -885,13 +885,11 @@ class OfficialClient(Client):
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
         """Who signed in, by the ID token, and what was granted. Raises OAuthError."""
         claims = self._claims(text_or_none(response.get("id_token")), self.client_id)
-        sub, granted = claims.get("sub"), response.get("scope")
-        if claims.get("nonce") != nonce:
-            raise wrong_id_token("is for another sign-in")
-        if (number_or_none(claims.get("exp")) or 0) < time.time() - CLOCK_SKEW:
-            raise wrong_id_token("has expired; is this computer's clock right?")
-        if not text_or_none(sub):
-            raise wrong_id_token("does not say whose it is")
+        sub, granted = text_or_none(claims.get("sub")), response.get("scope")
+        current = (number_or_none(claims.get("exp")) or 0) >= time.time() - CLOCK_SKEW
+        check_id_token(claims.get("nonce") == nonce, "is for another sign-in")
+        check_id_token(current, "has expired; is this computer's clock right?")
+        check_id_token(sub is not None, "does not say whose it is")
         return {
             "host_id": self.host_id,
             "sub": sub,
@@ -921,16 +919,16 @@ class OfficialClient(Client):
         Core §3.1.3.7, 6).
         """
         claims = decode_claims(id_token)
-        if str(claims.get("iss")).rstrip("/") != self.settings.issuer:
-            raise wrong_id_token("is from another issuer")
-        if claims.get("aud") not in (client_id, [client_id]):
-            raise wrong_id_token("is for another client")
+        issuer = str(claims.get("iss")).rstrip("/")
+        check_id_token(issuer == self.settings.issuer, "is from another issuer")
+        check_id_token(claims.get("aud") in (client_id, [client_id]), "is for another client")
         return claims
 
 
-def wrong_id_token(fault: str) -> OAuthError:
-    """The error of an ID token that is not the one that was asked for."""
-    return OAuthError(f"could not check who signed in: the ID token {fault}")
+def check_id_token(good: bool, fault: str) -> None:
+    """Raise OAuthError, naming the `fault`, unless an ID token is `good` in this point."""
+    if not good:
+        raise OAuthError(f"could not check who signed in: the ID token {fault}")
 
 
 def authorization_url(
