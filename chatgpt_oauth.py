@@ -1086,10 +1086,11 @@ class DeviceCode:
             raise device_code_error()
         if response.code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
             self.interval += SLOW_DOWN
-        elif not (pending or status in (403, 404, 429) or status >= 500):
-            raise response.error(what)
+            pending = True
         self.pause = max(self.interval, min(response.retry_after, POLL_CEILING))
-        return None
+        if pending or status in (403, 404, 429):
+            return None
+        raise response.error(what)  # a RequestError where the server is in trouble
 
 
 def device_code_error(why: str = "timed out waiting for the code to be entered") -> OAuthError:

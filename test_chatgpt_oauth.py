@@ -4058,7 +4058,8 @@ class DeviceTest(Case):
         self.double.device_polls = 1
         code, out, err = self.call("auth", "--device")
         self.assertEqual((code, answers), (0, []), err)
-        self.assertEqual(err.count("warning: "), 1)  # of the web page
+        self.assertEqual(err.count("still trying"), 2, err)  # the first two, and what they are
+        self.assertIn("(HTTP 500): server error; still trying", err)
 
     def test_pending_is_pending_whatever_the_status(self):
         statuses = [200, 400, 401, 403, 404, 428, 500]
