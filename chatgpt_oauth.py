@@ -347,9 +347,13 @@ class RequestError(UnavailableError):
 
 
 class Retry:
-    """The tries of one request: none starts more than `window` seconds after the first."""
+    """The tries of one request: none starts more than `window` seconds after the first.
 
-    def __init__(self, window: float) -> None:
+    `notify` hears, once, why there are more than one.
+    """
+
+    def __init__(self, window: float, notify: Optional[Notify] = None) -> None:
+        self.notify = notify
         self.deadline = time.monotonic() + window
         self.pause = RETRY_PAUSE
 
@@ -358,6 +362,9 @@ class Retry:
         pause = max(self.pause, error.retry_after)  # an "at once" is no leave to flood
         if not error.unprocessed or time.monotonic() + pause > self.deadline:
             raise error
+        if self.notify:
+            self.notify("warning", f"{error}; still trying")
+            self.notify = None
         time.sleep(pause)
         self.pause = min(self.pause * 2, RETRY_PAUSE_LIMIT)
 
@@ -2700,7 +2707,7 @@ def exchange_and_store(
         except StorageError as error:
             session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
         session.token_file.reserve(len(encode(old.fields)) if old else 0)
-        tries = Retry(session.settings.retry_window)
+        tries = Retry(session.settings.retry_window, session.notify)
         while True:
             try:
                 with uninterrupted(session.settings):

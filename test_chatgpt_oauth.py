@@ -3779,7 +3779,9 @@ class SignInTest(Case):
                 result = self.call("auth", "--no-browser", browser=visit)
                 self.assertEqual(self.double.count("code"), times)
                 if times == 2:
-                    self.assert_done(result)
+                    said = self.assert_done(result)
+                    self.assertIn(f"(HTTP {status})", said)
+                    self.assertEqual(said.count("; still trying"), 1)
                     self.assert_nothing_lost()
                 else:
                     self.assert_fails(result, 5)
