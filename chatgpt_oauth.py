@@ -3292,7 +3292,7 @@ TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "bro
 def program_name(absolute: bool = False) -> str:
     """How this program was started, for people who shall start it again.
 
-    `absolute`: in any directory, as the profile of a shell does.
+    `absolute`: with any directory and PATH, as at the start of a shell, whose profile sets it.
     """
     python = "python" if sys.platform == "win32" else "python3"
     started = getattr(sys, "orig_argv", [""])[0]  # since Python 3.10
@@ -3306,7 +3306,8 @@ def program_name(absolute: bool = False) -> str:
         return f"{python} chatgpt_oauth.py"
     directory, name = os.path.split(path)
     searched = map(os.path.normpath, os.environ.get("PATH", "").split(os.pathsep))
-    if os.path.normpath(directory) in searched and os.access(path, os.X_OK):
+    found = os.path.normpath(directory) in searched and os.access(path, os.X_OK)
+    if found and not absolute:
         return COMMAND if name in LAUNCHERS else quote_path(name)
     whole = quote_path(os.path.abspath(path) if absolute else path)
     return whole if name in LAUNCHERS else f"{python} {whole}"
