@@ -4251,7 +4251,6 @@ def remove_program(path: str) -> None:
 
 MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
-USAGE_PAGE = "https://chatgpt.com/settings/usage"
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
