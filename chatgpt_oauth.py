@@ -3979,10 +3979,17 @@ exit /b 6
 class InstallPaths:
     """Where `install` puts what: the program, its launcher (in `bin_directory`) and the plugin.
 
-    What differs between the platforms stands here and in `launcher_content`.
+    `files` has the path and the mark of each file that the options ask for; of the plugin too
+    where Code Puppy is there. What differs between the platforms stands here and in
+    `launcher_content`.
     """
 
-    def __init__(self, environ: Dict[str, str], bin_directory: Optional[str]) -> None:
+    def __init__(self, environ: Dict[str, str], options: Namespace) -> None:
+        if options.code_puppy and options.no_code_puppy:
+            raise UsageError(
+                "--code-puppy and --no-code-puppy cannot be used together",
+                "leave one of them out",
+            )
         if sys.platform == "win32":
             data = environ.get("LOCALAPPDATA") or r"~\AppData\Local"
             binaries, name = os.path.join(data, "Programs", "chatgpt_oauth"), LAUNCHERS[1]
@@ -3994,22 +4001,15 @@ class InstallPaths:
         self.directory = absolute_path(os.path.join(data, "chatgpt_oauth"))
         self.program = os.path.join(self.directory, "chatgpt_oauth.py")
         self.lock = os.path.join(self.directory, "install.lock")
-        self.bin_directory = absolute_path(bin_directory or binaries)
+        self.bin_directory = absolute_path(options.bin or binaries)
         self.launcher = os.path.join(self.bin_directory, name)
-        self.code_puppy = absolute_path("~/.code_puppy")
+        code_puppy = absolute_path("~/.code_puppy")
         self.plugin = os.path.join(
-            self.code_puppy, "plugins", "chatgpt_oauth_file", "register_callbacks.py"
+            code_puppy, "plugins", "chatgpt_oauth_file", "register_callbacks.py"
         )
-
-    def includes_plugin(self, options: Namespace) -> bool:
-        """Whether the options, or else a Code Puppy that is there, ask for the plugin."""
-        if options.code_puppy and options.no_code_puppy:
-            raise UsageError(
-                "--code-puppy and --no-code-puppy cannot be used together",
-                "leave one of them out",
-            )
-        there = os.path.isdir(self.code_puppy)
-        return options.code_puppy or (there and not options.no_code_puppy)
+        self.files = {self.launcher: LAUNCHER_MARK.encode(), self.program: PROGRAM_MARK}
+        if options.code_puppy or (os.path.isdir(code_puppy) and not options.no_code_puppy):
+            self.files[self.plugin] = PROGRAM_MARK
 
 
 def absolute_path(path: str) -> str:
@@ -4097,21 +4097,14 @@ def is_installed(path: str, mark: bytes) -> bool:
     )
 
 
-def installed_files(paths: InstallPaths, plugin: bool) -> Dict[str, bytes]:
-    """The path of each file that `install` puts somewhere, and its mark."""
-    files = {paths.launcher: LAUNCHER_MARK.encode(), paths.program: PROGRAM_MARK}
-    return {**files, paths.plugin: PROGRAM_MARK} if plugin else files
-
-
 def command_install(session: Session, options: Namespace) -> None:
     """Make this file a command, and Code Puppy's plugin where there is Code Puppy."""
-    paths, notify = InstallPaths(session.settings.environ, options.bin), session.notify
-    plugin = paths.includes_plugin(options)
+    paths, notify = InstallPaths(session.settings.environ, options), session.notify
     source = own_source()
     contents = {paths.program: source, paths.launcher: launcher_content(paths)}
-    if plugin:
+    if paths.plugin in paths.files:
         contents[paths.plugin] = source
-    for path, mark in installed_files(paths, plugin).items():
+    for path, mark in paths.files.items():
         # On Windows the launcher may be running, and what is open there cannot be replaced.
         same = is_installed(path, mark) and file_content(path) == contents[path]
         if same and sys.platform == "win32":
@@ -4129,7 +4122,7 @@ def command_install(session: Session, options: Namespace) -> None:
     sys.argv[0] = paths.launcher  # so is the program called from here on
     notify("done", f"Installed the command {paths.launcher}")
     notify("info", f"It runs the copy {paths.program}")
-    if plugin:
+    if paths.plugin in paths.files:
         notify("done", f"Installed the Code Puppy plugin {paths.plugin}")
     tell_how_to_use(session, paths)
 
@@ -4187,10 +4180,8 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove what `install` made, and nothing else."""
-    paths = InstallPaths(session.settings.environ, options.bin)
-    plugin = paths.includes_plugin(options)
-    files = installed_files(paths, plugin)
-    present = [path for path, mark in files.items() if is_installed(path, mark)]
+    paths = InstallPaths(session.settings.environ, options)
+    present = [path for path, mark in paths.files.items() if is_installed(path, mark)]
     forgotten = forget_registration(session.official())
     if not present and not forgotten:
         session.notify("info", "Not installed; nothing to do.")
