@@ -4081,20 +4081,23 @@ def file_content(path: str) -> bytes:
         return file.read(MEBIBYTE)
 
 
-def is_installed(path: str, mark: bytes) -> bool:
-    """Whether a file of ours is at `path`. Raises StorageError where something else is."""
+def installed_content(path: str, mark: bytes) -> bytes:
+    """Our file at `path`, b"" where there is none. Raises StorageError where something else is."""
+    content = b""
     try:
-        if stat.S_ISREG(os.lstat(path).st_mode) and mark in file_content(path):
-            return True
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            content = file_content(path)
     except FileNotFoundError:
-        return False
+        return b""
     except OSError as error:
         raise StorageError(f"{path}: cannot read: {error.strerror}") from None
-    raise StorageError(
-        f"{path}: not made by chatgpt_oauth, so it is left alone",
-        "rename or remove it, then try again (--bin DIR chooses another place for the command, "
-        "--no-code-puppy does without the plugin)",
-    )
+    if mark not in content:
+        raise StorageError(
+            f"{path}: not made by chatgpt_oauth, so it is left alone",
+            "rename or remove it, then try again (--bin DIR chooses another place for the command, "
+            "--no-code-puppy does without the plugin)",
+        )
+    return content
 
 
 def command_install(session: Session, options: Namespace) -> None:
@@ -4106,8 +4109,7 @@ def command_install(session: Session, options: Namespace) -> None:
         contents[paths.plugin] = source
     for path, mark in paths.files.items():
         # On Windows the launcher may be running, and what is open there cannot be replaced.
-        same = is_installed(path, mark) and file_content(path) == contents[path]
-        if same and sys.platform == "win32":
+        if installed_content(path, mark) == contents[path] and sys.platform == "win32":
             del contents[path]
     try:
         for path in contents:
@@ -4181,7 +4183,7 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove what `install` made, and nothing else."""
     paths = InstallPaths(session.settings.environ, options)
-    present = [path for path, mark in paths.files.items() if is_installed(path, mark)]
+    present = [path for path, mark in paths.files.items() if installed_content(path, mark)]
     forgotten = forget_registration(session.official())
     if not present and not forgotten:
         session.notify("info", "Not installed; nothing to do.")
