@@ -4083,10 +4083,8 @@ def file_content(path: str) -> bytes:
 
 def installed_content(path: str, mark: bytes) -> bytes:
     """Our file at `path`, b"" where there is none. Raises StorageError where something else is."""
-    content = b""
     try:
-        if stat.S_ISREG(os.lstat(path).st_mode):
-            content = file_content(path)
+        content = file_content(path) if stat.S_ISREG(os.lstat(path).st_mode) else b""
     except FileNotFoundError:
         return b""
     except OSError as error:
@@ -4112,13 +4110,7 @@ def command_install(session: Session, options: Namespace) -> None:
         if installed_content(path, mark) == contents[path] and sys.platform == "win32":
             del contents[path]
     try:
-        for path in contents:
-            _make_directory(os.path.dirname(path), 0o755)
-        deadline = time.monotonic() + session.settings.lock_timeout
-        with contextlib.ExitStack() as held:
-            held.callback(_release, _acquire_made(paths.lock, deadline))
-            put_in_place(contents, paths.launcher)
-            compile_program(paths.program)
+        put_in_place(contents, paths, session.settings.lock_timeout)
     except OSError as error:
         raise storage_error("write", error.filename or paths.directory, error) from None
     sys.argv[0] = paths.launcher  # so is the program called from here on
@@ -4129,26 +4121,27 @@ def command_install(session: Session, options: Namespace) -> None:
     tell_how_to_use(session, paths)
 
 
-def put_in_place(contents: Dict[str, bytes], executable: str) -> None:
-    """Replace each file by its new content; when one has no place, none is replaced."""
+def put_in_place(contents: Dict[str, bytes], paths: InstallPaths, timeout: float) -> None:
+    """Replace each file by its new content, and compile the program ahead of its first start.
+
+    When one file has no place, none is replaced. Raises OSError.
+    """
+    import py_compile
+
+    for path in contents:
+        _make_directory(os.path.dirname(path), 0o755)
+    replacements = []
     with contextlib.ExitStack() as stack:
-        replacements = []
+        stack.callback(_release, _acquire_made(paths.lock, time.monotonic() + timeout))
         for path, content in contents.items():
-            replacement = Replacement(path, 0o755 if path == executable else 0o644)
+            replacement = Replacement(path, 0o755 if path == paths.launcher else 0o644)
             stack.callback(replacement.close)
             replacement.write(content)
             replacements.append((replacement, content))
         for replacement, content in replacements:
             replacement.commit(content)
-
-
-def compile_program(path: str) -> None:
-    """Compile the program ahead of its first start. Raises OSError."""
-    import py_compile
-
-    py_compile.compile(
-        path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP
-    )
+        stamped = py_compile.PycInvalidationMode.TIMESTAMP
+        py_compile.compile(paths.program, doraise=True, invalidation_mode=stamped)
 
 
 def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
@@ -4219,19 +4212,18 @@ def forget_registration(official: Session) -> bool:
 
 def remove_program(path: str) -> None:
     """Remove the file at `path` with what Python compiled from it. Raises StorageError."""
-    import glob
+    import pathlib
 
-    directory, name = os.path.split(path)
-    cache = os.path.join(directory, "__pycache__")
-    compiled = os.path.join(glob.escape(cache), glob.escape(name[:-3]) + ".*.pyc")
+    file = pathlib.Path(path)
+    cache = file.parent / "__pycache__"
     try:
-        os.unlink(path)
-        for each in glob.glob(compiled) if name.endswith(".py") else []:
-            os.unlink(each)
+        file.unlink()
+        for each in cache.glob(f"{file.stem}.*.pyc"):
+            each.unlink()
         with contextlib.suppress(FileNotFoundError):  # left by an `install` that was killed
             os.unlink(path + ".tmp")
         with contextlib.suppress(OSError):  # there is none, or something else is in it
-            os.rmdir(cache)
+            cache.rmdir()
     except OSError as error:
         raise storage_error("remove", path, error) from None
 
