@@ -4332,16 +4332,22 @@ class CodePuppy:
         config.clear_model_cache()
         agents.get_current_agent()._code_generation_agent = None
 
-    def register(self, phase: str, function: Callable[..., Any]) -> None:
-        """Register a callback of ours."""
-        self.callbacks.register_callback(phase, function)
+    def unless_disabled(
+        self, ours: Callable[..., Any], theirs: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """A function that is `ours`, and `theirs` while this plugin is disabled."""
+        return lambda *args, **options: (ours if self.enabled() else theirs)(*args, **options)
 
-    def wrap_builtin(self, phase: str, wrap: Callable[[Any], Any]) -> None:
-        """Put `wrap(theirs)` in the place of the built-in plugin's callback.
+    def take_over(
+        self, phase: str, ours: Callable[..., Any], remainder: Callable[..., Any]
+    ) -> None:
+        """Register `ours`; the built-in's callback becomes `remainder`, which is told of it first.
 
         It stays the built-in's own, so that the host drops it when that plugin is disabled
-        (0.0.946), and asks `enabled()` itself: a disabled plugin of ours changes nothing.
+        (0.0.946).
         """
+        import functools
+
         callbacks = self.callbacks
         try:
             registered = callbacks.get_callbacks(phase, include_disabled=True)
@@ -4353,26 +4359,22 @@ class CodePuppy:
             owner = getattr(callbacks, "get_callback_owner", lambda _: None)(theirs)
             callbacks.unregister_callback(phase, theirs)
             context = callbacks.set_loading_context(owner) if owner else None
-            try:
-                callbacks.register_callback(phase, wrap(theirs))
-            finally:
-                if owner:
-                    callbacks.clear_loading_context(context)
+            rest = self.unless_disabled(functools.partial(remainder, theirs), theirs)
+            callbacks.register_callback(phase, rest)
+            if owner:
+                callbacks.clear_loading_context(context)
+        callbacks.register_callback(phase, ours)
 
-    def replace_builtin(self, name: str, ours: Callable[..., Any]) -> None:
-        """Let the built-in plugin's modules call `ours` instead of their function `name`.
+    def replace_builtin(self, **ours: Callable[..., Any]) -> None:
+        """Let the built-in plugin's modules call `ours` instead of their functions of these names.
 
         They share our files, and write them in place, without a lock.
         """
         for module_name, module in list(sys.modules.items()):
-            theirs = vars(module).get(name) if module_name.startswith(BUILTIN) else None
-            if theirs is None or module_name == __name__:
-                continue
-
-            def choose(*args: Any, _theirs: Any = theirs, **options: Any) -> Any:
-                return (ours if self.enabled() else _theirs)(*args, **options)
-
-            setattr(module, name, choose)
+            if module_name.startswith(BUILTIN) and module_name != __name__:
+                for name in set(ours) & set(vars(module)):
+                    theirs = getattr(module, name)
+                    setattr(module, name, self.unless_disabled(ours[name], theirs))
 
     def show_usage_of(self, plan_models: Set[str]) -> None:
         """Let the usage line count `plan_models`: it tests for the prefix codex- (0.0.946)."""
@@ -4636,6 +4638,16 @@ class PromptSignIn(BrowserSignIn):
         self.session.notify("info", text)
 
 
+def other_command(theirs: Callable[..., Any], command: str, name: str) -> Any:
+    """The built-in's `custom_command` without ours: the host asks all plugins, not the first."""
+    return None if name in PLUGIN_COMMANDS else theirs(command=command, name=name)
+
+
+def other_help(theirs: Callable[..., Any]) -> List[Any]:
+    """The built-in's `custom_command_help`, less what we say ourselves."""
+    return [entry for entry in theirs() or [] if entry[0] not in PLUGIN_COMMANDS]
+
+
 class CodePuppyPlugin:
     """Stands between Code Puppy and the commands: nothing comes out but messages."""
 
@@ -4653,25 +4665,25 @@ class CodePuppyPlugin:
                 to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
 
     def _take_commands(self) -> None:
-        self.host.wrap_builtin("custom_command", self.without_our_commands)
-        self.host.wrap_builtin("custom_command_help", self.without_our_help)
-        self.host.register("custom_command", self.on_command)
-        self.host.register("custom_command_help", self.on_help)
+        self.host.take_over("custom_command", self.on_command, other_command)
+        self.host.take_over("custom_command_help", self.on_help, other_help)
 
     def _take_files(self) -> None:
         config, host = CHATGPT_OAUTH_CONFIG, self.host
         config["home"] = config["home"] or host.home()
-        host.replace_builtin("get_valid_access_token", self.access_token)
-        host.replace_builtin("refresh_access_token", lambda: self.access_token(refresh=True))
-        host.replace_builtin("load_stored_tokens", self.stored_fields)
-        host.replace_builtin("save_chatgpt_models", self.save_models)
+        host.replace_builtin(
+            get_valid_access_token=self.access_token,
+            refresh_access_token=lambda: self.access_token(refresh=True),
+            load_stored_tokens=self.stored_fields,
+            save_chatgpt_models=self.save_models,
+        )
 
     def _take_models(self) -> None:
         if not self.host.has_responses_type():
             CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
         if self.host.has_plan_models:
-            self.host.wrap_builtin("register_model_type", self.without_our_model_types)
-            self.host.register("register_model_type", self.model_types)
+            # None of theirs: of two that make models of one type the first counts.
+            self.host.take_over("register_model_type", self.model_types, lambda theirs: [])
             self.host.show_usage_of(self.plan_models)
 
     def _start_export(self) -> None:
@@ -4679,29 +4691,6 @@ class CodePuppyPlugin:
             self.export_at_start()
 
     # In place of the built-in plugin's ------------------------------------------------------
-
-    def without_our_commands(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        """The built-in's `custom_command`: the host asks all plugins, so it must not hear ours."""
-
-        def custom_command(command: str, name: str) -> Any:
-            ours = name in PLUGIN_COMMANDS and self.host.enabled()
-            return None if ours else theirs(command=command, name=name)
-
-        return custom_command
-
-    def without_our_help(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        """The built-in's `custom_command_help`, less what we say ourselves."""
-
-        def custom_command_help() -> Any:
-            entries = theirs() or []
-            enabled = self.host.enabled()
-            return [entry for entry in entries if not (enabled and entry[0] in PLUGIN_COMMANDS)]
-
-        return custom_command_help
-
-    def without_our_model_types(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        """The built-in's `register_model_type`, while we are disabled: the first handler counts."""
-        return lambda: [] if self.host.enabled() else theirs()
 
     def access_token(self, refresh: bool = False) -> Optional[str]:
         """A valid access token, None (and a warning) where there is none."""
