@@ -4658,7 +4658,12 @@ class CodePuppyPlugin:
 
     def register(self) -> None:
         """Put our commands and models into the host, in place of the built-in plugin's."""
-        for step in (self._take_files, self._take_commands, self._take_models, self._start_export):
+        for step in (
+            self._take_files,
+            self._take_commands,
+            self._take_models,
+            self.export_at_start,
+        ):
             try:
                 step()
             except Exception as error:  # what a release lacks is done without
@@ -4686,10 +4691,6 @@ class CodePuppyPlugin:
             self.host.take_over("register_model_type", self.model_types, lambda theirs: [])
             self.host.show_usage_of(self.plan_models)
 
-    def _start_export(self) -> None:
-        if self.host.enabled():
-            self.export_at_start()
-
     # In place of the built-in plugin's ------------------------------------------------------
 
     def access_token(self, refresh: bool = False) -> Optional[str]:
@@ -4701,9 +4702,13 @@ class CodePuppyPlugin:
             return None
 
     def stored_fields(self) -> Optional[Fields]:
-        """The token file's content, None where it has no sign-in; what is wrong `status` tells."""
-        with contextlib.suppress(OAuthError):
-            return Session(notify=self.notify).tokens().fields
+        """The token file's content, None where it has no sign-in."""
+        tokens = self._tokens()
+        return tokens.fields if tokens else None
+
+    def _tokens(self) -> Optional[Tokens]:
+        with contextlib.suppress(OAuthError):  # what is wrong `status` tells
+            return Session(notify=self.notify).tokens()
         return None
 
     def save_models(self, models: Fields) -> bool:
@@ -4770,49 +4775,43 @@ class CodePuppyPlugin:
         A value that the person has set stays, unless it can be no key: the setup guide's `jq`
         line makes it `null` for who is not signed in yet.
         """
-        session = Session(notify=self.notify)
-        variable = session.settings.api_key_env_var
-        if not can_be_api_key(os.environ.get(variable)):
-            self._export(variable, self._stored_key(session))
+        variable = Settings().api_key_env_var
+        if self.host.enabled() and not can_be_api_key(os.environ.get(variable)):
+            self._export()
 
-    def export_after_change(self, session: Session) -> None:
-        """Let the key follow a sign-in or sign-out, whatever was there before."""
-        self._export(session.settings.api_key_env_var, self._stored_key(session))
-
-    def export_again(self, session: Session) -> None:
+    def export_again(self) -> None:
         """Let the key follow what another program, such as the command line, has done."""
-        variable, key = session.settings.api_key_env_var, self._stored_key(session)
+        variable, key = self._stored_key()
         held = os.environ.get(variable)
-        overridden = self._tell_override(session)
+        overridden = self._tell_override()
         if key and held not in (key, self.exported) and can_be_api_key(held) and not overridden:
             text = f"{variable} held another API key; this session uses the stored one from now on"
             self.notify("warning", text)
         if held != key and (key or held == self.exported):
-            self._export(variable, key)
+            self._export()
             self._forget_model()
 
-    def _tell_override(self, session: Session) -> bool:
+    def _tell_override(self) -> bool:
         """Whether the host goes by a key of its own settings, and then also say so."""
-        variable = session.settings.api_key_env_var
-        setting = self.host.setting(variable)
-        overridden = setting is not None and setting != self._stored_key(session)
+        variable, key = self._stored_key()
+        overridden = self.host.setting(variable) not in (None, key)
         if overridden:
             text = f"the Code Puppy setting {variable.lower()} overrides this API key"
             self.notify("warning", text)
             self.notify("hint", self.host.setting_removal(variable))
         return overridden
 
-    def _stored_key(self, session: Session) -> Optional[str]:
-        with contextlib.suppress(StorageError):  # which `status` tells
-            tokens = session.token_file.load()
-            return tokens.api_key if tokens else None
-        return None
-
-    def _export(self, variable: str, key: Optional[str]) -> None:
-        self.exported = key
+    def _export(self) -> None:
+        """Let the host have the stored API key, or none, whatever was there before."""
+        variable, self.exported = self._stored_key()
         os.environ.pop(variable, None)
-        if key:
-            os.environ[variable] = key
+        if self.exported:
+            os.environ[variable] = self.exported
+
+    def _stored_key(self) -> Tuple[str, Optional[str]]:
+        """The variable for the API key, and the key; the official sign-in has none."""
+        tokens = self._tokens()
+        return Settings().api_key_env_var, tokens.api_key if tokens else None
 
     # Commands -------------------------------------------------------------------------------
 
@@ -4889,11 +4888,11 @@ class CodePuppyPlugin:
                 command_logout(session, options)
         finally:
             if name == "logout" or self.stored_fields() != stored:
-                self.export_after_change(session)
+                self._export()
                 self._forget_model()
         self._tell_models(session, in_use if in_use in entries else None)
         if name == "auth":
-            self._tell_override(session)
+            self._tell_override()
 
     def _forget_model(self) -> None:
         try:
@@ -4940,7 +4939,7 @@ class CodePuppyPlugin:
         else:
             lines = status_lines(facts, problem_line(error, typed), online)
             self.notify("info", "\n".join(lines))
-        self.export_again(session)
+        self.export_again()
 
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
         options.no_browser = options.no_browser or self.host.suppresses_browser()

@@ -6074,6 +6074,17 @@ class PuppyTest(PuppyCase):
         self.command("/chatgpt-logout")
         self.assertIsNone(self.key())
 
+    def test_the_official_sign_in_leaves_the_key_alone(self):
+        self.host()
+        self.store(api_key="sk-1")
+        self.load()
+        self.puppy.settings["chatgpt_oauth_api_key"] = "sk-1"
+        self.command("/chatgpt-auth --official")
+        self.assertNotIn("overrides", self.texts())
+        self.command("/chatgpt-logout --official")
+        self.assertIn("Signed out", self.texts())
+        self.assertEqual(self.key(), "sk-1")
+
     def test_a_broken_models_file_does_not_keep_the_key(self):
         self.host()
         self.store(api_key="sk-1")
