@@ -4401,8 +4401,7 @@ class CodePuppy:
         entry: Fields,
         agent: Dict[str, str],
         credentials: Callable[[], Dict[str, str]],
-        tell: Notify,
-        sign_in_command: str,
+        stopped: Callable[[OAuthError], Exception],
     ) -> Any:
         """The model for an entry that the plan pays for; see `plan_model_class`.
 
@@ -4424,7 +4423,7 @@ class CodePuppy:
             http_client=http_client,
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
-        return plan_model_class()(entry["name"], provider, credentials, tell, sign_in_command)
+        return plan_model_class(credentials, stopped)(entry["name"], provider=provider)
 
     def _shape_requests(self, http_client: Any) -> None:
         """Let the host's client send what the API takes, once it has done its own (0.0.946)."""
@@ -4469,12 +4468,14 @@ def plan_request(body: Fields) -> Fields:
     return {**kept, "input": items, "store": False, "stream": True}
 
 
-def plan_model_class() -> Any:
+def plan_model_class(
+    credentials: Callable[[], Dict[str, str]], stopped: Callable[[OAuthError], Exception]
+) -> Any:
     """The host's model for the Responses API, with the headers `credentials()` at each request.
 
     The built-in plugin's model takes one access token when it is built, and so is refused for
     the rest of the session once that has expired (0.0.946). Only the host's event loop runs
-    this; `credentials` waits in a thread.
+    this; `credentials` waits in a thread. `stopped` makes of an error what the host is to get.
     """
     import asyncio
 
@@ -4482,24 +4483,8 @@ def plan_model_class() -> Any:
     base: Any = host_module("pydantic_ai.models.openai").OpenAIResponsesModel
 
     class PlanModel(base):  # type: ignore[misc]
-        def __init__(
-            self,
-            name: str,
-            provider: Any,
-            headers: Callable[[], Dict[str, str]],
-            tell: Notify,
-            sign_in_command: str,
-        ) -> None:
-            super().__init__(name, provider=provider)
-            self._headers, self._tell = headers, tell
-            self._sign_in_command = sign_in_command
-
-        async def request(
-            self, messages: Any, model_settings: Any, model_request_parameters: Any
-        ) -> Any:
-            async with self.request_stream(
-                messages, model_settings, model_request_parameters
-            ) as stream:
+        async def request(self, *arguments: Any, **more: Any) -> Any:
+            async with self.request_stream(*arguments, **more) as stream:
                 async for _ in stream:
                     pass
                 return stream.get()
@@ -4510,32 +4495,24 @@ def plan_model_class() -> Any:
         ) -> Any:
             loop = asyncio.get_running_loop()
             try:
-                headers = await loop.run_in_executor(None, self._headers)
+                headers = await loop.run_in_executor(None, credentials)
             except OAuthError as error:
-                raise self._stopped(error) from None
+                raise stopped(error) from None
             wanted = {**(model_settings or {}), "extra_headers": headers}
             refusal = None
             try:
                 async with super().request_stream(messages, wanted, *rest, **more) as stream:
                     yield stream
             except http_error as error:
-                refusal = plan_refusal(error.status_code, error.body, self._sign_in_command)
+                refusal = plan_refusal(error.status_code, error.body)
                 if not refusal:
                     raise
             if refusal:  # out here: the host tries again when a cause of an error is a 429
-                raise self._stopped(refusal)
+                raise stopped(refusal)
 
         async def _process_streamed_response(self, response: Any, *rest: Any, **more: Any) -> Any:
-            events = PlanEvents(response, self._stopped, self._sign_in_command)
+            events = PlanEvents(response, stopped)
             return await super()._process_streamed_response(events, *rest, **more)
-
-        def _stopped(self, error: OAuthError) -> Exception:
-            """The one exception that the host does not answer with ten tries and a traceback.
-
-            It shows no text of its own (0.0.946, agents/_runtime.py), so the text is told here.
-            """
-            tell_error(self._tell, error)
-            return InterruptedError(str(error))
 
     return PlanModel
 
@@ -4546,19 +4523,16 @@ class PlanEvents:
     Of its own it passes over `response.failed` in silence (2.51).
     """
 
-    def __init__(
-        self, stream: Any, stopped: Callable[[OAuthError], Exception], sign_in_command: str
-    ) -> None:
+    def __init__(self, stream: Any, stopped: Callable[[OAuthError], Exception]) -> None:
         self.stream, self.stopped, self.close = stream, stopped, stream.close
-        self.sign_in_command = sign_in_command
 
     async def __aiter__(self) -> Any:
         async for event in self.stream:
             if event.type == "response.failed":
                 fault = event.response.error
                 code, text = getattr(fault, "code", None), getattr(fault, "message", None)
-                refusal = plan_refusal(0, {"code": code}, self.sign_in_command)
                 said = f"OpenAI could not finish the response ({text or code or 'no reason given'})"
+                refusal = plan_refusal(0, {"code": code})
                 raise self.stopped(refusal or OAuthError(said, "try again"))
             yield event
 
@@ -4581,7 +4555,7 @@ PLAN_REFUSALS = {
 }
 
 
-def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[OAuthError]:
+def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
     """What to tell a person about a refused request; None: the host knows what to do."""
     fields = fault if isinstance(fault, dict) else {}
     code = str(fields.get("code") or fields.get("type") or "")
@@ -4589,7 +4563,7 @@ def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[O
         if part in code:
             return OAuthError(text, hint)
     if status == 401 or "invalid_user" in code:
-        return SignInEndedError("OpenAI does not accept this sign-in any more", sign_in_command)
+        return SignInEndedError("OpenAI does not accept this sign-in any more")
     return None
 
 
@@ -4727,44 +4701,47 @@ class CodePuppyPlugin:
 
     def model_types(self) -> List[Fields]:
         """The types of models that we make, and what makes them."""
-        return [
-            {"type": "chatgpt_oauth", "handler": self.codex_model},
-            {"type": OfficialClient.model_type, "handler": self.official_model},
-        ]
+        types = ("chatgpt_oauth", OfficialClient.model_type)
+        return [{"type": each, "handler": self.plan_model} for each in types]
 
-    def codex_model(self, name: str, entry: Fields, _: Fields) -> Any:
-        """The model for an entry of the Codex backend.
+    def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
+        """The model for an entry that the plan pays for.
 
         This must not fail: the host would take another model, and another payer, in silence.
         """
-        self.plan_models.add(name)
-        version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
-        with contextlib.suppress(UsageError):  # a bad setting, which the first request tells
-            version = Settings().codex_client_version
-        # It serves newer models to the Codex CLI alone, which it knows by these.
-        agent = {"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"}
-        credentials = self.codex_credentials
-        return self.host.plan_model(entry, agent, credentials, self.notify, Client.sign_in_command)
-
-    def official_model(self, _name: str, entry: Fields, _: Fields) -> Any:
-        """The model for an entry of the official sign-in; this must not fail either."""
+        official = entry["type"] == OfficialClient.model_type
         agent = {"User-Agent": f"chatgpt_oauth/{__version__}"}
-        command = OfficialClient.sign_in_command
-        return self.host.plan_model(entry, agent, self.official_credentials, self.notify, command)
+        if not official:
+            self.plan_models.add(name)
+            version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
+            with contextlib.suppress(UsageError):  # a bad setting, which the first request tells
+                version = Settings().codex_client_version
+            # The Codex backend serves newer models to the Codex CLI alone, which it knows by these.
+            agent = {"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"}
 
-    def official_credentials(self) -> Dict[str, str]:
-        """The header that the API goes by. Raises OAuthError."""
-        tokens = Session(notify=self.notify).official().valid_tokens()
-        return {"Authorization": f"Bearer {tokens.access_token}"}
+        def stopped(error: OAuthError) -> Exception:
+            """The one exception that the host does not answer with ten tries and a traceback.
 
-    def codex_credentials(self) -> Dict[str, str]:
-        """The headers that the Codex backend goes by, both of one sign-in. Raises OAuthError."""
+            It shows no text of its own (0.0.946, agents/_runtime.py), so the text is told here.
+            """
+            if isinstance(error, SignInEndedError):
+                error.command = (OfficialClient if official else Client).sign_in_command
+            tell_error(self.notify, error)
+            return InterruptedError(str(error))
+
+        return self.host.plan_model(entry, agent, lambda: self.credentials(official), stopped)
+
+    def credentials(self, official: bool) -> Dict[str, str]:
+        """The headers by which the plan pays, all of one sign-in. Raises OAuthError."""
         session = Session(notify=self.notify)
+        if official:
+            session = session.official()
         tokens = session.valid_tokens()
-        self.host.refresh_usage(session.settings.usage_url, tokens)
         headers = {"Authorization": f"Bearer {tokens.access_token}"}
-        if tokens.account_id:
-            headers["ChatGPT-Account-Id"] = tokens.account_id
+        if not official:
+            self.host.refresh_usage(session.settings.usage_url, tokens)
+            if tokens.account_id:
+                headers["ChatGPT-Account-Id"] = tokens.account_id
         return headers
 
     # The API key ----------------------------------------------------------------------------
