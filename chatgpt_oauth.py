@@ -4268,6 +4268,8 @@ class CodePuppy:
 
     def __init__(self) -> None:
         self.callbacks = host_module("code_puppy.callbacks")
+        self.config = host_module("code_puppy.config")
+        self.plan_models: Set[str] = set()  # those that were built, for the usage line
         # The plugin that is being loaded, which is this one; 0.0.229 does not say.
         self.plugin = getattr(self.callbacks, "get_loading_context", lambda: None)()
         # 0.0.229 has no model that a plan can pay for, and a type that it does not know makes it
@@ -4289,13 +4291,11 @@ class CodePuppy:
 
     def home(self) -> str:
         """The host's own directory; 0.0.229 has no DATA_DIR, and knows no XDG_DATA_HOME."""
-        config = host_module("code_puppy.config")
-        return str(getattr(config, "DATA_DIR", None) or config.CONFIG_DIR)
+        return str(getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR)
 
     def setting(self, name: str) -> Optional[str]:
         """What /set has stored under `name`; the host prefers it to the environment."""
-        config = host_module("code_puppy.config")
-        return text_or_none(config.get_value(name.lower()))
+        return text_or_none(self.config.get_value(name.lower()))
 
     def setting_removal(self, name: str) -> str:
         """How to remove a setting: 0.0.946 refuses an empty value for a key."""
@@ -4319,8 +4319,7 @@ class CodePuppy:
 
     def model_in_use(self) -> Optional[str]:
         """The model of the next prompt."""
-        config = host_module("code_puppy.config")
-        return text_or_none(config.get_global_model_name())
+        return text_or_none(self.config.get_global_model_name())
 
     def forget_model(self) -> None:
         """Let the next prompt build its model anew, with the key of now.
@@ -4328,9 +4327,9 @@ class CodePuppy:
         The agent at work goes on with the model that it began with (0.0.946 does the same in
         model_switching.py), and what was looked up in the models file is remembered.
         """
-        agents, config = host_module("code_puppy.agents"), host_module("code_puppy.config")
-        config.clear_model_cache()
-        agents.get_current_agent()._code_generation_agent = None
+        with contextlib.suppress(ImportError, AttributeError):  # a release that remembers none
+            self.config.clear_model_cache()
+            host_module("code_puppy.agents").get_current_agent()._code_generation_agent = None
 
     def unless_disabled(
         self, ours: Callable[..., Any], theirs: Callable[..., Any]
@@ -4376,13 +4375,13 @@ class CodePuppy:
                     theirs = getattr(module, name)
                     setattr(module, name, self.unless_disabled(ours[name], theirs))
 
-    def show_usage_of(self, plan_models: Set[str]) -> None:
-        """Let the usage line count `plan_models`: it tests for the prefix codex- (0.0.946)."""
+    def show_usage(self) -> None:
+        """Let the usage line count our plan models: it tests for the prefix codex- (0.0.946)."""
         spinner = host_module("code_puppy.messaging.spinner")
         theirs = spinner._codex_usage_suffix
 
         def suffix() -> str:
-            if not self.enabled() or self.model_in_use() not in plan_models:
+            if not self.enabled() or self.model_in_use() not in self.plan_models:
                 return str(theirs())
             usage = self.callbacks.get_usage_status()
             return f" · Codex {usage}" if usage else ""
@@ -4628,7 +4627,6 @@ class CodePuppyPlugin:
     def __init__(self, host: CodePuppy) -> None:
         self.host = host
         self.exported: Optional[str] = None
-        self.plan_models: Set[str] = set()
 
     def register(self) -> None:
         """Put our commands and models into the host, in place of the built-in plugin's."""
@@ -4663,7 +4661,7 @@ class CodePuppyPlugin:
         if self.host.has_plan_models:
             # None of theirs: of two that make models of one type the first counts.
             self.host.take_over("register_model_type", self.model_types, lambda theirs: [])
-            self.host.show_usage_of(self.plan_models)
+            self.host.show_usage()
 
     # In place of the built-in plugin's ------------------------------------------------------
 
@@ -4712,7 +4710,7 @@ class CodePuppyPlugin:
         official = entry["type"] == OfficialClient.model_type
         agent = {"User-Agent": f"chatgpt_oauth/{__version__}"}
         if not official:
-            self.plan_models.add(name)
+            self.host.plan_models.add(name)
             version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
             with contextlib.suppress(UsageError):  # a bad setting, which the first request tells
                 version = Settings().codex_client_version
@@ -4766,7 +4764,7 @@ class CodePuppyPlugin:
             self.notify("warning", text)
         if held != key and (key or held == self.exported):
             self._export()
-            self._forget_model()
+            self.host.forget_model()
 
     def _tell_override(self) -> bool:
         """Whether the host goes by a key of its own settings, and then also say so."""
@@ -4797,9 +4795,7 @@ class CodePuppyPlugin:
         name = "chatgpt-" + command.partition(" ")[0]
         if name in PLUGIN_COMMANDS:
             return f"/chatgpt-{command}"
-        import shlex
-
-        return f"python3 {shlex.quote(__file__)} {command}"
+        return f"python3 {quote_path(__file__)} {command}"
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
         """Say `text` through the host's emitters (kinds as in Terminal.notify)."""
@@ -4866,16 +4862,10 @@ class CodePuppyPlugin:
         finally:
             if name == "logout" or self.stored_fields() != stored:
                 self._export()
-                self._forget_model()
+                self.host.forget_model()
         self._tell_models(session, in_use if in_use in entries else None)
         if name == "auth":
             self._tell_override()
-
-    def _forget_model(self) -> None:
-        try:
-            self.host.forget_model()
-        except (ImportError, AttributeError) as error:  # a release that remembers none
-            to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
 
     def _list_models(self) -> None:
         in_use = self.host.model_in_use()
