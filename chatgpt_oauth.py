@@ -4236,6 +4236,7 @@ def remove_program(path: str) -> None:
 
 MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
+PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)  # of entries that the plan pays for
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
@@ -4256,11 +4257,9 @@ def host_module(name: str) -> Any:
 
 def has_module(name: str) -> bool:
     """Whether this release of the host has the module `name`."""
-    try:
-        host_module(name)
-    except ImportError:
-        return False
-    return True
+    with contextlib.suppress(ImportError):
+        return bool(host_module(name))
+    return False
 
 
 class CodePuppy:
@@ -4624,8 +4623,8 @@ def other_help(theirs: Callable[..., Any]) -> List[Any]:
 class CodePuppyPlugin:
     """Stands between Code Puppy and the commands: nothing comes out but messages."""
 
-    def __init__(self, host: CodePuppy) -> None:
-        self.host = host
+    def __init__(self) -> None:
+        self.host = CodePuppy()
         self.exported: Optional[str] = None
 
     def register(self) -> None:
@@ -4643,7 +4642,8 @@ class CodePuppyPlugin:
 
     def _take_commands(self) -> None:
         self.host.take_over("custom_command", self.on_command, other_command)
-        self.host.take_over("custom_command_help", self.on_help, other_help)
+        our_help = list(PLUGIN_COMMANDS.items())
+        self.host.take_over("custom_command_help", lambda: our_help, other_help)
 
     def _take_files(self) -> None:
         config, host = CHATGPT_OAUTH_CONFIG, self.host
@@ -4659,8 +4659,9 @@ class CodePuppyPlugin:
         if not self.host.has_responses_type():
             CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
         if self.host.has_plan_models:
+            types = [{"type": each, "handler": self.plan_model} for each in PLAN_TYPES]
             # None of theirs: of two that make models of one type the first counts.
-            self.host.take_over("register_model_type", self.model_types, lambda theirs: [])
+            self.host.take_over("register_model_type", lambda: types, lambda theirs: [])
             self.host.show_usage()
 
     # In place of the built-in plugin's ------------------------------------------------------
@@ -4696,11 +4697,6 @@ class CodePuppyPlugin:
         return True
 
     # Models that the plan pays for ----------------------------------------------------------
-
-    def model_types(self) -> List[Fields]:
-        """The types of models that we make, and what makes them."""
-        types = ("chatgpt_oauth", OfficialClient.model_type)
-        return [{"type": each, "handler": self.plan_model} for each in types]
 
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
         """The model for an entry that the plan pays for.
@@ -4811,43 +4807,40 @@ class CodePuppyPlugin:
         else:
             self.host.emit(kind, f"hint: {text}" if kind == "hint" else text)
 
-    def on_help(self) -> List[Tuple[str, str]]:
-        """Our commands, for the host's /help."""
-        return list(PLUGIN_COMMANDS.items())
-
     def on_command(self, command: str, name: str) -> Optional[bool]:
         """Carry out one of our commands; None for all others."""
         if name not in PLUGIN_COMMANDS:
             return None
-        import io
         import signal
         import threading
 
-        said = io.StringIO()
         try:
             with contextlib.ExitStack() as stack:
                 if threading.current_thread() is threading.main_thread():
                     # The host swallows Ctrl-C; while we wait it means what it says.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
-                self._run(name, command, said)
+                self._run(name.rpartition("-")[2], command)
         except OAuthError as error:
             tell_error(self.notify, error)
         except KeyboardInterrupt:
             self.notify("warning", "Interrupted.")
-        except SystemExit:  # --help
-            self.notify("info", said.getvalue())
         return True
 
-    def _run(self, name: str, command: str, said: Any) -> None:
+    def _run(self, name: str, command: str) -> None:
         if name == "models":
             self._list_models()
             return
-        name = name.rpartition("-")[2]
+        import io
+
         words = [word.strip("'\"") for word in command.split()[1:]]
         urls = [word for word in words if "://" in word or "state=" in word]
-        with contextlib.redirect_stdout(said):
-            options = parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                options = parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
+        except SystemExit:  # after --help
+            self.notify("info", said.getvalue())
+            return
         session = open_session(self.notify, options)
         if name == "status":
             self._status(session, options)
@@ -4882,8 +4875,7 @@ class CodePuppyPlugin:
         """What became of our models; `in_use` was one of them, and is the next prompt's."""
         entries = self._entries(session)
         types = {entry.get("type") for entry in entries.values()}
-        plan = types & {"chatgpt_oauth", OfficialClient.model_type}
-        usable = self.host.has_plan_models or not plan
+        usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
         choice = next(iter(entries), "NAME") if usable else "NAME"
         if not usable:
             text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for"
@@ -4936,11 +4928,6 @@ class CodePuppyPlugin:
 def can_be_api_key(value: Optional[str]) -> bool:
     """Whether a variable's value can be an API key; a JWT is an access token."""
     return value != "null" and is_b64token(value) and not decode_claims(value)
-
-
-def register_callbacks() -> None:
-    """Make this file a plugin of the running Code Puppy."""
-    CodePuppyPlugin(CodePuppy()).register()
 
 
 def is_plugin() -> bool:
@@ -5300,4 +5287,4 @@ def run_program() -> NoReturn:
 if __name__ == "__main__":
     run_program()
 if is_plugin():
-    register_callbacks()
+    CodePuppyPlugin().register()
