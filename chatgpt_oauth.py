@@ -4288,24 +4288,26 @@ class CodePuppy:
         ask = getattr(self.callbacks, "is_callback_owner_enabled", lambda _: True)
         return bool(ask(self.plugin))
 
-    def home(self) -> str:
-        """The host's own directory; 0.0.229 has no DATA_DIR, and knows no XDG_DATA_HOME."""
-        return str(getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR)
+    def adapt(self) -> None:
+        """Let our configuration go by what this release has."""
+        configuration = CHATGPT_OAUTH_CONFIG
+        # 0.0.229 has no DATA_DIR, and knows no XDG_DATA_HOME.
+        home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
+        configuration["home"] = configuration["home"] or str(home)
+        factory = host_module("code_puppy.model_factory")
+        if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
+            configuration["responses_patterns"] = ""  # 0.0.229: no entry may be of that type
 
-    def setting(self, name: str) -> Optional[str]:
-        """What /set has stored under `name`; the host prefers it to the environment."""
-        return text_or_none(self.config.get_value(name.lower()))
+    def overriding_setting(self, name: str, value: Optional[str]) -> str:
+        """How to remove what /set has stored under `name`, if that is not `value`; else "".
 
-    def setting_removal(self, name: str) -> str:
-        """How to remove a setting: 0.0.946 refuses an empty value for a key."""
-        if has_module("code_puppy.shared_credentials"):
+        The host prefers it to the environment.
+        """
+        if self.config.get_value(name.lower()) in (None, "", value):
+            return ""
+        if has_module("code_puppy.shared_credentials"):  # 0.0.946 refuses an empty key
             return f"to remove that setting, run: code-puppy --setup auth logout {name}"
         return f"to remove that setting, type: /set {name.lower()}="
-
-    def has_responses_type(self) -> bool:
-        """Whether an entry's type may be custom_openai_responses (not in 0.0.229)."""
-        factory = host_module("code_puppy.model_factory")
-        return "custom_openai_responses" in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ())
 
     def suppresses_browser(self) -> bool:
         """Whether the host runs where no browser shall open; 0.0.229 has no such wish."""
@@ -4630,6 +4632,7 @@ class CodePuppyPlugin:
     def register(self) -> None:
         """Put our commands and models into the host, in place of the built-in plugin's."""
         for step in (
+            self.host.adapt,
             self._take_files,
             self._take_commands,
             self._take_models,
@@ -4646,9 +4649,7 @@ class CodePuppyPlugin:
         self.host.take_over("custom_command_help", lambda: our_help, other_help)
 
     def _take_files(self) -> None:
-        config, host = CHATGPT_OAUTH_CONFIG, self.host
-        config["home"] = config["home"] or host.home()
-        host.replace_builtin(
+        self.host.replace_builtin(
             get_valid_access_token=self.access_token,
             refresh_access_token=lambda: self.access_token(refresh=True),
             load_stored_tokens=self.stored_fields,
@@ -4656,8 +4657,6 @@ class CodePuppyPlugin:
         )
 
     def _take_models(self) -> None:
-        if not self.host.has_responses_type():
-            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
         if self.host.has_plan_models:
             types = [{"type": each, "handler": self.plan_model} for each in PLAN_TYPES]
             # None of theirs: of two that make models of one type the first counts.
@@ -4765,12 +4764,12 @@ class CodePuppyPlugin:
     def _tell_override(self) -> bool:
         """Whether the host goes by a key of its own settings, and then also say so."""
         variable, key = self._stored_key()
-        overridden = self.host.setting(variable) not in (None, key)
-        if overridden:
+        way_out = self.host.overriding_setting(variable, key)
+        if way_out:
             text = f"the Code Puppy setting {variable.lower()} overrides this API key"
             self.notify("warning", text)
-            self.notify("hint", self.host.setting_removal(variable))
-        return overridden
+            self.notify("hint", way_out)
+        return bool(way_out)
 
     def _export(self) -> None:
         """Let the host have the stored API key, or none, whatever was there before."""
@@ -4788,8 +4787,7 @@ class CodePuppyPlugin:
 
     def typed(self, command: str) -> str:
         """A command as it is typed in the host, where it has one, else in a shell."""
-        name = "chatgpt-" + command.partition(" ")[0]
-        if name in PLUGIN_COMMANDS:
+        if "chatgpt-" + command.partition(" ")[0] in PLUGIN_COMMANDS:
             return f"/chatgpt-{command}"
         return f"python3 {quote_path(__file__)} {command}"
 
@@ -4812,11 +4810,10 @@ class CodePuppyPlugin:
         if name not in PLUGIN_COMMANDS:
             return None
         import signal
-        import threading
 
         try:
             with contextlib.ExitStack() as stack:
-                if threading.current_thread() is threading.main_thread():
+                with contextlib.suppress(ValueError):  # only the main thread may, and hears it
                     # The host swallows Ctrl-C; while we wait it means what it says.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
