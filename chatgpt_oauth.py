@@ -4022,11 +4022,7 @@ def absolute_path(path: str) -> str:
 
 def launcher_content(paths: InstallPaths) -> bytes:
     """The file that starts this very Python with the installed program."""
-    facts = {
-        "python": lasting_python(),
-        "program": paths.program,
-        "directory": paths.directory,
-    }
+    facts = {"python": lasting_python(), "program": paths.program, "directory": paths.directory}
     words = {"mark": LAUNCHER_MARK, "code": LAUNCH_CODE}
     if sys.platform != "win32":
         import shlex
@@ -4185,9 +4181,8 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     for path in present:
         remove_program(path)
         session.notify("done", f"Removed {path}")
-    if paths.program in present:
-        with contextlib.suppress(OSError):  # another install has it open, or it was never there
-            os.unlink(paths.lock)
+    with contextlib.suppress(OSError):  # another install has it open, or it was never there
+        os.unlink(paths.lock)
     for directory in (os.path.dirname(paths.plugin), paths.directory):
         with contextlib.suppress(OSError):  # something else is in it
             os.rmdir(directory)
@@ -4373,8 +4368,8 @@ class CodePuppy:
         for module_name, module in list(sys.modules.items()):
             if module_name.startswith(BUILTIN) and module_name != __name__:
                 for name in set(ours) & set(vars(module)):
-                    theirs = getattr(module, name)
-                    setattr(module, name, self.unless_disabled(ours[name], theirs))
+                    chosen = self.unless_disabled(ours[name], getattr(module, name))
+                    setattr(module, name, chosen)
 
     def show_usage(self) -> None:
         """Let the usage line count our plan models: it tests for the prefix codex- (0.0.946)."""
