@@ -4391,14 +4391,8 @@ class CodePuppy:
             usage._USAGE_URL = url
             usage.refresh_usage_in_background(tokens.access_token, tokens.account_id or "")
 
-    def plan_model(
-        self,
-        entry: Fields,
-        agent: Dict[str, str],
-        credentials: Callable[[], Dict[str, str]],
-        stopped: Callable[[OAuthError], Exception],
-    ) -> Any:
-        """The model for an entry that the plan pays for; see `plan_model_class`.
+    def plan_model(self, model_class: Any, entry: Fields, agent: Dict[str, str]) -> Any:
+        """A model of this class for an entry that the plan pays for.
 
         `agent` are the headers that say which program asks: the host's client sets its own
         User-Agent in the place of a single request's.
@@ -4418,7 +4412,7 @@ class CodePuppy:
             http_client=http_client,
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
-        return plan_model_class(credentials, stopped)(entry["name"], provider=provider)
+        return model_class(entry["name"], provider=provider)
 
     def _shape_requests(self, http_client: Any) -> None:
         """Let the host's client send what the API takes, once it has done its own (0.0.946)."""
@@ -4717,7 +4711,8 @@ class CodePuppyPlugin:
             tell_error(self.notify, error)
             return InterruptedError(str(error))
 
-        return self.host.plan_model(entry, agent, lambda: self.credentials(official), stopped)
+        model_class = plan_model_class(lambda: self.credentials(official), stopped)
+        return self.host.plan_model(model_class, entry, agent)
 
     def credentials(self, official: bool) -> Dict[str, str]:
         """The headers by which the plan pays, all of one sign-in. Raises OAuthError."""
