@@ -4144,14 +4144,12 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
     """Say whether the shell finds the command, and which lines its profile may have."""
     import shutil
 
-    notify, environ = session.notify, session.settings.environ
-    name = os.path.basename(environ.get("SHELL") or "sh")
-    try:
-        shell = find_shell(session.settings, "auto")
-    except UsageError:  # one that we don't know; it may understand this one's line
-        shell = "sh"
-    profile = PROFILES.get(shell if sys.platform == "win32" else name, "~/.profile")
-    found = shutil.which(COMMAND, path=environ.get("PATH"))
+    notify, settings = session.notify, session.settings
+    name = shell_name(settings, "auto")
+    # One that we don't know may understand the line of `sh`.
+    shell = name if name in SHELLS else SHELL_ALIASES.get(name, "sh")
+    profile = PROFILES.get(name, "~/.profile")
+    found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
         line = SHELLS[shell].search.format(quote_path(paths.bin_directory, shell))
