@@ -4334,10 +4334,10 @@ class CodePuppy:
     def take_over(
         self, phase: str, ours: Callable[..., Any], remainder: Callable[..., Any]
     ) -> None:
-        """Register `ours`; the built-in's callback becomes `remainder`, which is told of it first.
+        """Register `ours`, with `remainder` in the place of the built-in plugin's callback.
 
-        It stays the built-in's own, so that the host drops it when that plugin is disabled
-        (0.0.946).
+        `remainder` gets that callback before its arguments. It stays the built-in's own, so that
+        the host drops it when that plugin is disabled (0.0.946).
         """
         import functools
 
