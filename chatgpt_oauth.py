@@ -4283,13 +4283,12 @@ class CodePuppy:
 
     def adapt(self) -> None:
         """Let our configuration go by what this release has."""
-        configuration = CHATGPT_OAUTH_CONFIG
         # 0.0.229 has no DATA_DIR, and knows no XDG_DATA_HOME.
         home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
-        configuration["home"] = configuration["home"] or str(home)
+        CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
         factory = host_module("code_puppy.model_factory")
         if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
-            configuration["responses_patterns"] = ""  # 0.0.229: no entry may be of that type
+            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""  # 0.0.229: no entry may be of that type
 
     def overriding_setting(self, name: str, value: Optional[str]) -> str:
         """How to remove what /set has stored under `name`, if that is not `value`; else "".
