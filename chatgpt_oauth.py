@@ -1318,8 +1318,10 @@ class Replacement:
     def close(self) -> None:
         """Leave nothing behind, but what the next one to take the lock can still put into place."""
         self.opened.close()
-        if not self.unplaced:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.unplaced:
+                os.utime(self.temporary)  # the file is no newer for being put back as it was
+            else:
                 os.unlink(self.temporary)
 
 

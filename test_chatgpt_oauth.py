@@ -1059,11 +1059,12 @@ class Case(unittest.TestCase):
         start = [*START, *arguments]
         return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
 
-    def run_injected(self, fault, *arguments):
-        """The same of the program, with a fault of strace's in its system calls."""
+    def run_injected(self, faults, *arguments):
+        """The same of the program, with faults of strace's, between spaces, in its system calls."""
         if not can_inject():
             self.skipTest("no strace here that may inject faults")
-        strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=" + fault]
+        inject = [f"-einject={fault}" for fault in faults.split()]
+        strace = ["strace", "-f", "-qq", "-o", os.devnull, *inject]
         return self.run_command([*strace, *START, *arguments])
 
     def start_python(self, code, *arguments):
@@ -2316,6 +2317,15 @@ class StoreTest(Case):
         for error in ("EACCES", "EIO"):
             self.store(lifetime=-10)
             self.assert_fresh(self.run_injected(f"/^rename:error={error}", "token"))
+
+    def test_an_answer_that_has_no_place_at_all_is_stored_by_the_next(self):
+        self.store(lifetime=-10)
+        # The third write is the one in place; the fourth puts back what was there, 50 ms after
+        # the answer was written beside it.
+        faults = "/^rename:error=EBUSY write:error=ENOSPC:when=3:delay_enter=50000"
+        self.assert_fails(self.run_injected(faults, "token"), 6, "cannot write")
+        self.assert_fresh(self.run_program("token"))
+        self.assertEqual(self.double.count("refresh"), 1)
 
     def test_a_disk_that_fails_to_sync_loses_nothing(self):
         for when, spent in (("1", 0), ("2", 1), ("2+", 1), ("3", 1)):
