@@ -1131,6 +1131,7 @@ LAST_MOMENT = 32535215999  # 3000-12-31T23:59:59Z, in seconds since 1970; Window
 REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
 RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
 PRIVATE = 0o600  # the mode of a file that its owner alone may read
+READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)  # and through no symbolic link
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
 
 
@@ -1327,9 +1328,8 @@ class Replacement:
 
 def _open_current(path: str) -> Any:
     """The file at `path`, unbuffered, for writing; None where it can or must be done without."""
-    flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
-        return os.fdopen(_patiently(os.open, path, flags), "r+b", buffering=0)
+        return os.fdopen(_patiently(os.open, path, READ_WRITE), "r+b", buffering=0)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -1351,12 +1351,13 @@ def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
 
 def _open_temporary(path: str, model: str, mode: int) -> Any:
     """A new file of the owner of `model`, unbuffered; or that of a killed process once more."""
-    if mode != PRIVATE or not _is_leftover(path, model):
+    if mode == PRIVATE and _is_leftover(path, model):
+        descriptor = os.open(path, READ_WRITE)
+    else:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        return os.fdopen(_create(path, model, mode), "r+b", buffering=0)
-    flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(os.open(path, flags), "r+b", buffering=0)
+        descriptor = _create(path, model, mode)
+    return os.fdopen(descriptor, "r+b", buffering=0)
 
 
 def _is_leftover(path: str, model: str) -> bool:
@@ -1374,8 +1375,7 @@ def _is_leftover(path: str, model: str) -> bool:
 
 def _create(path: str, model: str, mode: int) -> int:
     """Create a file of the owner of `model`; raises FileExistsError where there is one."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, mode)
+    descriptor = os.open(path, READ_WRITE | os.O_CREAT | os.O_EXCL, mode)
     _chown_like(descriptor, model)
     return descriptor
 
@@ -1453,7 +1453,7 @@ def _acquire(path: str, deadline: float) -> int:
     Raises UnavailableError when another process holds it until time.monotonic() `deadline`.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, READ_WRITE)
         with contextlib.ExitStack() as opened:
             opened.callback(os.close, descriptor)
             while not _try_lock(descriptor):
