@@ -1261,9 +1261,8 @@ class Replacement:
     """A new content for the file at `path`: durable, all or nothing.
 
     It is written beside the file, with its `mode` (less the umask) from its first byte, and renamed
-    into place. The file itself is held open for writing meanwhile: one that cannot be written
-    shows itself at once, and takes the content where nothing can be renamed. The caller holds
-    the lock. Every method may raise OSError.
+    into place; where nothing can be renamed, it is written into the file, so one that cannot be
+    written shows itself at once. The caller holds the lock. Every method may raise OSError.
 
     `unplaced` is true while a whole content lies beside the file alone.
     """
@@ -1272,16 +1271,10 @@ class Replacement:
         self.path = os.path.realpath(path)  # a symbolic link stays one
         self.temporary = self.path + ".tmp"
         self.unplaced = False
-        with contextlib.ExitStack() as opened:
-            self.current = _open_current(self.path)
-            if self.current:
-                opened.enter_context(self.current)
-            if sys.platform == "win32":  # where an open file cannot be replaced
-                opened.close()
-                self.current = None
-            temporary = _patiently(_open_temporary, self.temporary, self.path, mode)
-            self.file = opened.enter_context(temporary)
-            self.opened = opened.pop_all()
+        current = _open_current(self.path)
+        if current:
+            current.close()  # Windows replaces no file that is open
+        self.file = _patiently(_open_temporary, self.temporary, self.path, mode)
 
     def write(self, data: bytes) -> None:
         """Make `data` the new content, on the disk."""
@@ -1296,17 +1289,15 @@ class Replacement:
             self.unplaced = True
             _replace(self.temporary, self.path)
         except OSError:
-            if sys.platform == "win32":
-                self.current = _open_current(self.path)
-            if not self.current:
+            current = _open_current(self.path)
+            if not current:
                 raise
-            with self.current:
-                self._write_in_place(self.current, data)
+            with current:
+                self._write_in_place(current, data)
         self.unplaced = False
 
     def _write_in_place(self, current: Any, data: bytes) -> None:
         """Without a rename: a mount of the file itself, a directory that lets nothing go."""
-        current.seek(0)
         before = current.read()
         try:
             _overwrite(current, data)
@@ -1318,7 +1309,7 @@ class Replacement:
 
     def close(self) -> None:
         """Leave nothing behind, but what the next one to take the lock can still put into place."""
-        self.opened.close()
+        self.file.close()
         with contextlib.suppress(OSError):
             if self.unplaced:
                 os.utime(self.temporary)  # the file is no newer for being put back as it was
@@ -1602,10 +1593,10 @@ class JsonFile:
         try:
             self.reserved = Replacement(self.path)
             self.reserved.write(b" " * (size + RESERVE))
+            gone = os.path.exists(self.path) and os.stat(self.path).st_nlink == 0
         except OSError as error:
             raise storage_error("write", self.path, error) from None
-        current = self.reserved.current
-        if current and os.fstat(current.fileno()).st_nlink == 0:
+        if gone and sys.platform != "win32":
             raise StorageError(
                 f"{self.path} is a mount of a file that has been replaced since",
                 "mount the directory, not the file",
