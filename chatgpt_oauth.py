@@ -1496,6 +1496,11 @@ class JsonFile:
         self.path = os.path.join(settings.home, name)
         self.reserved: Optional[Replacement] = None
 
+    @property
+    def real_path(self) -> str:
+        """Where the file is, and what else lies beside it: a symbolic link stays one."""
+        return os.path.realpath(self.path)
+
     def read(self) -> Fields:
         """The JSON object, {} where there is no file."""
         deadline = time.monotonic() + REREAD_SECONDS
@@ -1554,12 +1559,9 @@ class JsonFile:
             try:
                 self._take_locks(held, deadline)
             except OSError as error:
-                raise storage_error("lock", self._lock_path(), error) from None
+                raise storage_error("lock", self.real_path + ".lock", error) from None
             held.callback(self._drop_reservation)
             yield
-
-    def _lock_path(self) -> str:
-        return os.path.realpath(self.path) + ".lock"
 
     def _take_locks(self, held: contextlib.ExitStack, deadline: float) -> None:
         """Take the lock beside the file, then that of the file itself.
@@ -1574,10 +1576,10 @@ class JsonFile:
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         _make_directory(self.settings.home)
-        held.callback(_release, _acquire_made(self._lock_path(), deadline))
+        held.callback(_release, _acquire_made(self.real_path + ".lock", deadline))
         if sys.platform != "win32":  # where a lock would keep readers out
             with contextlib.suppress(OSError):  # none, or one that `reserve` will refuse
-                held.callback(_release, _acquire(os.path.realpath(self.path), deadline))
+                held.callback(_release, _acquire(self.real_path, deadline))
 
     def _drop_reservation(self) -> None:
         if self.reserved:
@@ -1644,10 +1646,8 @@ class TokenFile(JsonFile):
         """Whether there is anything of a sign-in, whole or not. Raises StorageError."""
         kept = set(self.client.kept_after_sign_out)
         ended = bool(kept) and set(self.read()) <= kept
-        return (os.path.lexists(self.path) and not ended) or os.path.lexists(self._temporary())
-
-    def _temporary(self) -> str:
-        return os.path.realpath(self.path) + ".tmp"
+        left = os.path.lexists(self.path) and not ended
+        return left or os.path.lexists(self.real_path + ".tmp")
 
     def _recover(self) -> None:
         """Store what a killed process had received and not yet put into place.
@@ -1658,13 +1658,13 @@ class TokenFile(JsonFile):
         if successor:
             self.save(successor)
         with contextlib.suppress(OSError):  # of no use, and in nobody's way
-            os.unlink(self._temporary())
+            os.unlink(self.real_path + ".tmp")
 
     def _successor(self) -> Fields:
         """A complete sign-in that is newer than the file, or {}."""
-        path, temporary = os.path.realpath(self.path), self._temporary()
+        temporary = self.real_path + ".tmp"
         try:
-            if not _is_leftover(temporary, path):
+            if not _is_leftover(temporary, self.real_path):
                 return {}
             with os.fdopen(os.open(temporary, os.O_RDONLY), "rb") as file:
                 fields = json.loads(file.read(self.limit))
@@ -1700,7 +1700,7 @@ class TokenFile(JsonFile):
 
     def set_aside(self) -> str:
         """Rename a broken file; returns its new path. The caller holds the lock."""
-        path = os.path.realpath(self.path)
+        path = self.real_path
         try:
             _patiently(os.replace, path, path + ".bad")
         except OSError as error:
@@ -1712,11 +1712,11 @@ class TokenFile(JsonFile):
 
         The caller holds the lock.
         """
-        path = os.path.realpath(self.path)
+        path = self.real_path
         left: Fields = {}
         with contextlib.suppress(StorageError):  # of a broken file nothing is left
             left = {name: value for name, value in self.read().items() if name in kept}
-        gone = [self._temporary(), path + ".bad"]
+        gone = [path + ".tmp", path + ".bad"]
         if left:
             self.save(left)
         else:
