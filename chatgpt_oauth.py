@@ -1560,8 +1560,12 @@ class JsonFile:
                 self._take_locks(held, deadline)
             except OSError as error:
                 raise storage_error("lock", self.real_path + ".lock", error) from None
-            held.callback(self._drop_reservation)
-            yield
+            try:
+                yield
+            finally:
+                if self.reserved:
+                    self.reserved.close()
+                    self.reserved = None
 
     def _take_locks(self, held: contextlib.ExitStack, deadline: float) -> None:
         """Take the lock beside the file, then that of the file itself.
@@ -1580,11 +1584,6 @@ class JsonFile:
         if sys.platform != "win32":  # where a lock would keep readers out
             with contextlib.suppress(OSError):  # none, or one that `reserve` will refuse
                 held.callback(_release, _acquire(self.real_path, deadline))
-
-    def _drop_reservation(self) -> None:
-        if self.reserved:
-            self.reserved.close()
-            self.reserved = None
 
     def reserve(self, size: int = 0) -> None:
         """Make sure that `size` bytes and RESERVE more can be stored.
@@ -1608,12 +1607,11 @@ class JsonFile:
         """Put `value` in the place of what is there. The caller holds the lock."""
         data = encode(value)
         try:
-            self.reserved = self.reserved or Replacement(self.path)
-            self.reserved.commit(data)
+            with contextlib.closing(self.reserved or Replacement(self.path)) as replacement:
+                self.reserved = None
+                replacement.commit(data)
         except OSError as error:
             raise storage_error("write", self.path, error) from None
-        finally:
-            self._drop_reservation()
 
 
 class TokenFile(JsonFile):
