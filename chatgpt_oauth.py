@@ -3715,10 +3715,6 @@ def sign_in_as_told(
     session: Session, options: Namespace, reading: bool, way: Type[BrowserSignIn] = BrowserSignIn
 ) -> None:
     """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
-    odd = [flag for flag in ("device", "source", "workspace") if vars(options).get(flag)]
-    if options.official and odd:
-        text = f"--official and --{odd[0]} cannot be used together"
-        raise UsageError(text, "leave one of them out")
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     if options.workspace:
         session.settings.workspace = options.workspace
@@ -3884,11 +3880,6 @@ def run_instead(command: List[str], environ: Dict[str, str]) -> int:
 
 def command_token(session: Session, options: Namespace) -> None:
     """Print an access token that is valid now, or the API key."""
-    for flag, given in (("--refresh", options.refresh), ("--json", options.json)):
-        if given and options.api_key:
-            raise UsageError(
-                f"{flag} and --api-key cannot be used together", "leave one of them out"
-            )
     if options.api_key:
         api_key = session.tokens().api_key
         if not api_key:
@@ -3976,11 +3967,6 @@ class InstallPaths:
     """
 
     def __init__(self, environ: Dict[str, str], options: Namespace) -> None:
-        if options.code_puppy and options.no_code_puppy:
-            raise UsageError(
-                "--code-puppy and --no-code-puppy cannot be used together",
-                "leave one of them out",
-            )
         if sys.platform == "win32":
             data = environ.get("LOCALAPPDATA") or r"~\AppData\Local"
             binaries, name = os.path.join(data, "Programs", "chatgpt_oauth"), LAUNCHERS[1]
@@ -4962,6 +4948,14 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--code-puppy": ("install the Code Puppy plugin, even where there is no ~/.code_puppy", FLAG),
     "--no-code-puppy": ("leave Code Puppy alone", FLAG),
 }
+EXCLUSIVE = (
+    ("--official", "--device"),
+    ("--official", "--source"),
+    ("--official", "--workspace"),
+    ("--refresh", "--api-key"),
+    ("--json", "--api-key"),
+    ("--code-puppy", "--no-code-puppy"),
+)
 
 
 class Command:
@@ -5058,6 +5052,11 @@ def parse(name: str, arguments: List[str], prog: str = "") -> Any:
     if options is None:
         options = parse_any(name, arguments[:end], prog or f"{program_name()} {name}")
     options.command = arguments[end + 1 :]
+    for pair in EXCLUSIVE:
+        if all(vars(options).get(attribute_name(flag)) for flag in pair):
+            raise UsageError(
+                " and ".join(pair) + " cannot be used together", "leave one of them out"
+            )
     return options
 
 
