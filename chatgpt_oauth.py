@@ -3794,56 +3794,48 @@ def command_env(session: Session, options: Namespace) -> int:
         hint = f"use --shell with another name, or in {other}: {other_shell_line(other)}"
         raise UsageError(f"env prints no code for {other}", hint)
     shell = find_shell(session.settings, options.shell)
-    names = exported_names(session.settings, options)
-    variables: Dict[str, Optional[str]] = dict.fromkeys(names)
-    if not options.unset:
-        try:
-            variables = exported_variables(session, options, names, "env --access-token")
-        except NotSignedInError as error:  # each new shell says it: in one line
-            session.notify("error", f"{error}; {error.hint}", error.command)
-            return error.exit_code
+    try:
+        variables = exported_variables(session, options, "env --access-token", options.unset)
+    except NotSignedInError as error:  # each new shell says it: in one line
+        session.notify("error", f"{error}; {error.hint}", error.command)
+        return error.exit_code
     print(shell_code(shell, variables))
     return 0
 
 
-def exported_names(settings: Settings, options: Namespace) -> List[str]:
-    """The variables that `env` and `exec` set. Raises UsageError."""
-    account = "CHATGPT_OAUTH_ACCOUNT_ID"
+def exported_variables(
+    session: Session, options: Namespace, keyless: str, unset: bool = False
+) -> Dict[str, Optional[str]]:
+    """What `env` and `exec` set: the API key; or a valid access token and the account id.
+
+    `keyless` is the command that does without a key; `unset`: all are None. Raises OAuthError.
+    """
+    token, account = "CHATGPT_OAUTH_ACCESS_TOKEN", "CHATGPT_OAUTH_ACCOUNT_ID"
     name = options.name
     if name is None:
-        name = "CHATGPT_OAUTH_ACCESS_TOKEN" if options.access_token else settings.api_key_env_var
+        name = token if options.access_token else session.settings.api_key_env_var
     name = RULES["api_key_env_var"].check("--name", name)
     if name == account:
         raise UsageError(f"--name cannot be {account}", "choose another name")
-    return [name, account] if options.access_token else [name]
-
-
-def exported_variables(
-    session: Session, options: Namespace, names: List[str], keyless: str
-) -> Dict[str, Optional[str]]:
-    """The API key; or a valid access token and the account id.
-
-    `keyless` is the command that does without a key. Raises OAuthError.
-    """
+    if unset:
+        return dict.fromkeys([name, account] if options.access_token else [name])
     if options.access_token:
         tokens = session.valid_tokens()
-        return dict(zip(names, (tokens.access_token, tokens.account_id)))
+        return {name: tokens.access_token, account: tokens.account_id}
     api_key = session.tokens().api_key
     if not api_key:
         hint = f"{ORGANIZATION_HINT} and sign in again; to do without, run"
         raise OAuthError(NO_API_KEY, hint, keyless)
-    return {names[0]: api_key}
+    return {name: api_key}
 
 
 def command_exec(session: Session, options: Namespace) -> int:
     """Run a command that has the API key in its environment; the shell never sees it."""
     if not any(options.command[:1]):  # `exec -- "$EDITOR"` without an EDITOR is none, too
         raise UsageError("no command to run was given", "to run one, type", "exec -- COMMAND")
-    names = exported_names(session.settings, options)
-    keyless = "exec --access-token -- COMMAND"
-    variables = exported_variables(session, options, names, keyless)
-    inherited = {k: v for k, v in session.settings.environ.items() if k not in variables}
-    environ = {**inherited, **{k: v for k, v in variables.items() if v is not None}}
+    variables = exported_variables(session, options, "exec --access-token -- COMMAND")
+    wanted = {**session.settings.environ, **variables}
+    environ = {name: value for name, value in wanted.items() if value is not None}
     try:
         return run_instead(options.command, environ)
     except OSError as error:
