@@ -3430,213 +3430,214 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
 SHOWN_MODELS = 10  # in `status`, one a line
 
 
-class OnlineCheck:
-    """What OpenAI says of the stored sign-in now. A question that fails hides no other.
+class Verdict:
+    """What a server says of a key or token: it is accepted, refused or unreachable (`word`).
 
-    `facts` is `online` of `status --json`, and `said` the same in a person's words. `problem` is
-    what keeps the sign-in from being used, or None; `code` the exit code for it, or 0.
+    `said` is the same for people, with the reason; `error` is the reason, or None.
+    """
+
+    def __init__(self, session: Session, source: str) -> None:
+        self.error: Optional[OAuthError] = None
+        try:
+            count = len(list_models(*paying_session(session, source)))
+            self.word = "accepted"
+            self.said = f"accepted, {count} model{'' if count == 1 else 's'}"
+        except OAuthError as error:
+            refused = isinstance(error, (RefusedError, SignInEndedError))
+            self.word = "refused" if refused else "unreachable"
+            self.said = f"{self.word}: {error}"
+            self.error = error
+
+
+class OnlineCheck:
+    """What OpenAI says of the stored sign-ins now. A question that fails hides no other.
+
+    `problem` is what keeps the sign-in from being used, or None; `exit_code` the code for it, or 0.
     """
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.verdicts: Dict[str, str] = {}  # accepted, refused or unreachable, by what was asked
-        self.said: Dict[str, str] = {}
+        self.verdicts: Dict[str, Verdict] = {}  # by what was asked about
         self.usage: List[Fields] = []
-        self.errors: Dict[str, OAuthError] = {}
-        self.problem: Optional[OAuthError] = None
-        self.code = 0
-        # What keeps a file from being read `describe` tells; there is nothing to ask about.
+        self.no_usage = "OpenAI tells none"
+        # What keeps a file from being read `Status` tells; there is nothing to ask about.
         with contextlib.suppress(OAuthError):
             if session.tokens().api_key:
-                self._ask_for_models("api_key", "api")
-            self._ask_for_models("access_token", "codex")
-            self._ask_for_usage()
+                self.verdicts["api_key"] = Verdict(session, "api")
+            self.verdicts["access_token"] = Verdict(session, "codex")
+            try:
+                self.usage = list_usage(session)
+            except OAuthError as error:
+                self.no_usage = f"unknown: {error}"
         with contextlib.suppress(OAuthError):
             official = session.official()
             if official.client.plan_allowed(official.tokens().fields):
-                self._ask_for_models("official", "official")
-        self._judge()
-        verdicts = {name: self.verdicts.get(name) for name in ("api_key", "access_token")}
-        self.facts: Fields = {**verdicts, "usage": self.usage}
-
-    def _ask_for_models(self, name: str, source: str) -> None:
-        try:
-            count = len(list_models(*paying_session(self.session, source)))
-            self.verdicts[name] = "accepted"
-            self.said[name] = f"accepted, {count} model{'' if count == 1 else 's'}"
-        except OAuthError as error:
-            refused = isinstance(error, (RefusedError, SignInEndedError))
-            self.verdicts[name] = "refused" if refused else "unreachable"
-            self.said[name] = f"{self.verdicts[name]}: {error}"
-            self.errors[name] = error
-
-    def _ask_for_usage(self) -> None:
-        try:
-            self.usage = list_usage(self.session)
-            self.said["usage"] = "OpenAI tells none"
-        except OAuthError as error:
-            self.said["usage"] = f"unknown: {error}"
-
-    def _judge(self) -> None:
-        token = "access_token" if "access_token" in self.verdicts else "official"  # noqa: S105
-        if self.verdicts.get(token) == "refused":
-            self.code = SignInEndedError.exit_code
-        elif set(self.verdicts.values()) == {"unreachable"}:
-            self.code = UnavailableError.exit_code
-        if self.code:
-            self.problem = self.errors[token]
+                self.verdicts["official"] = Verdict(session, "official")
+        self.words = {name: verdict.word for name, verdict in self.verdicts.items()}
+        main = self.verdicts.get("access_token") or self.verdicts.get("official")
+        self.problem, self.exit_code = main.error if main else None, 0
+        if main and main.word == "refused":
+            self.exit_code = SignInEndedError.exit_code
+        elif set(self.words.values()) == {"unreachable"}:
+            self.exit_code = UnavailableError.exit_code
+        else:
+            self.problem = None  # something else was reached
 
 
-def describe(session: Session, online: Optional[OnlineCheck] = None) -> Tuple[Fields, int]:
-    """What `status --json` prints, and its exit code. It asks nobody; holds no secret.
+class StoredSignIn:
+    """What is stored of a sign-in: its `tokens`, or None, and the `problem` with it, or None.
 
-    `problem` is still the OAuthError: who tells it knows how a command is typed there.
+    `usable` says whether requests can be made with it, perhaps after a refresh.
     """
-    settings = session.settings
-    trouble: Optional[OAuthError] = None
-    tokens = names = None
-    try:
-        tokens = session.tokens()
-        session.require_refreshable(tokens)
-    except OAuthError as error:
-        trouble = error
-    usable = tokens is not None and (trouble is None or tokens.valid_for(0))
-    code = trouble.exit_code if trouble and not usable else 0
-    official, official_code = describe_official(session.official())
-    if official and isinstance(trouble, NotSignedInError):  # it is all there is
-        trouble, code = official["problem"], official_code
-    elif official and not official_code and isinstance(trouble, SignInEndedError):
-        code = 0  # the other one has not ended
-    try:
-        names = list(registered_entries(*session.sign_ins()))
-    except StorageError as error:
-        trouble, code = trouble or error, code or error.exit_code
-    other_usable = bool(official) and not official_code
-    if online:
-        trouble, code = trouble or online.problem, code or online.code
-        usable = usable and code != SignInEndedError.exit_code
-        other_usable = other_usable and online.verdicts.get("official") != "refused"
-    who = tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
-    expiry = who.expires_at()
-    refreshed = parse_timestamp(who.fields.get("last_refresh"))
-    source = settings.model_source
-    if source == "auto" and (tokens or official):
-        source = "api" if who.api_key else "codex" if tokens else "official"
-    return {
-        "authenticated": usable or other_usable,
-        **identity(who),
-        "account_id": who.account_id,
-        "has_api_key": bool(who.api_key),
-        "has_refresh_token": bool(who.refresh_token),
-        "access_token_expires_at": None if expiry is None else timestamp(expiry),
-        "last_refresh": None if refreshed is None else timestamp(refreshed),
-        "models": names,
-        "token_file": session.token_file.path,
-        "models_file": session.models_file.path,
-        "model_source": source,
-        "issuer": who.issuer,
-        "client_id": who.client_id,
-        "problem": trouble,
-        "official": official,
-        **({"online": online.facts} if online else {}),
-    }, code
+
+    def __init__(self, session: Session) -> None:
+        self.tokens: Optional[Tokens] = None
+        self.problem: Optional[OAuthError] = None
+        try:
+            self.tokens = session.tokens()
+            session.require_refreshable(self.tokens)
+        except OAuthError as error:
+            self.problem = error
+        self.exists = not isinstance(self.problem, NotSignedInError)  # if only as a broken file
+        self.usable = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
+        self.fields = self.tokens.fields if self.tokens else {}
+        self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
+        self.plan_allowed = session.client.plan_allowed(self.fields)
+        if not self.problem and not self.plan_allowed:
+            self.problem = plan_not_allowed()
 
 
-def describe_official(session: Session) -> Tuple[Optional[Fields], int]:
-    """The same of the official sign-in, None where there is none."""
-    trouble: Optional[OAuthError] = None
-    tokens = None
-    try:
-        tokens = session.token_file.load()
-        if not tokens:
-            return None, 0
-        session.require_refreshable(tokens)
-    except OAuthError as error:
-        trouble = error
-    fields = tokens.fields if tokens else {}
-    allowed = session.client.plan_allowed(fields)
-    usable = tokens is not None and (trouble is None or tokens.valid_for(0))
-    code = trouble.exit_code if trouble and not usable else 0
-    if not trouble and not allowed:
-        trouble = plan_not_allowed()
-    expiry = tokens.expires_at() if tokens else None
-    return {
-        "email": text_or_none(fields.get("email")),
-        "plan_allowed": allowed,
-        "access_token_expires_at": None if expiry is None else timestamp(expiry),
-        "problem": trouble,
-    }, code
+class Status:
+    """What is known of the sign-ins, and if `online` what OpenAI says of them; it holds no secret.
 
-
-def in_words(facts: Fields, type_command: Callable[[str], str]) -> Fields:
-    """`facts`, as `describe` gives them, with sentences for the problems: now they are JSON."""
-    error, told = facts["problem"], dict(facts)
-    told["problem"] = sentence(error, type_command(error.command) if error else "")
-    if facts.get("official"):
-        told["official"] = in_words(facts["official"], type_command)
-    return told
-
-
-def sentence(error: Optional[OAuthError], typed: str) -> Optional[str]:
-    """`error` with its next step, whose command is typed as `typed`; None where there is none."""
-    if not error:
-        return None
-    step = f"{error.hint}: {typed}" if error.command else error.hint
-    return f"{error}; {step}" if step else str(error)
-
-
-def status_lines(
-    facts: Fields, problem: str, online: Optional[OnlineCheck] = None, live: bool = False
-) -> List[str]:
-    """`facts`, as `describe` gives them, for people; the first two as the setup guide has them.
-
-    `live`: they read them on a terminal.
+    `facts` is what `status --json` prints, `exit_code` that command's. `typed` writes a command
+    as it is typed here.
     """
-    expiry, official = facts["access_token_expires_at"], facts["official"]
-    alone = bool(official) and not (expiry or facts["email"])  # no other sign-in beside it
-    lines = [
-        "ChatGPT OAuth: " + ("Authenticated" if facts["authenticated"] else "Not authenticated")
-    ]
-    rows: List[Tuple[str, str]] = []
-    if alone and facts["authenticated"]:
-        lines = [lines[0] + OfficialClient.label]
-    elif facts["authenticated"] or expiry or facts["email"]:
-        lines.append(
-            "API key available" if facts["has_api_key"] else f"No API key; {ORGANIZATION_HINT}"
-        )
-        rows = [
-            ("Account", facts["email"] or "unknown"),
-            ("Plan", facts["plan"] or "unknown"),
-            ("Access token", format_expiry(expiry, refreshable=not problem)),
-        ]
-    lines += [problem] if problem else []
-    rows += online_rows(online, live) if online and "access_token" in online.said else []
-    if official:
-        rows += official_rows(official, told=alone and bool(problem))
-    if online and "official" in online.said:
-        rows.append(("", f"OpenAI says: {online.said['official']}"))
-    names = facts["models"]
-    shown = ["unknown"] if names is None else names[:SHOWN_MODELS] or ["none imported"]
-    if names and len(names) > SHOWN_MODELS:
-        shown.append(f"and {len(names) - SHOWN_MODELS} more")
-    rows += labelled("Models", shown)
-    rows += [("Token file", facts["token_file"]), ("Models file", facts["models_file"])]
-    return [*lines, "", *(f"{label + ':' if label else '':14}{text}" for label, text in rows)]
+
+    def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
+        self.typed = typed
+        self.online = OnlineCheck(session) if online else None
+        self.stored, self.official = StoredSignIn(session), StoredSignIn(session.official())
+        main = self.stored if self.stored.exists or not self.official.exists else self.official
+        self.problem, self.exit_code = main.problem, 0
+        self.models: Optional[List[str]] = None
+        if main.problem and not main.usable:
+            self.exit_code = main.problem.exit_code
+        if self.official.usable and isinstance(main.problem, SignInEndedError):
+            self.exit_code = 0  # the other one has not ended
+        try:
+            self.models = list(registered_entries(*session.sign_ins()))
+        except StorageError as error:
+            self._add(error, error.exit_code)
+        if self.online:
+            self._add(self.online.problem, self.online.exit_code)
+        self.facts = self._facts(session)
+
+    def _add(self, problem: Optional[OAuthError], exit_code: int) -> None:
+        self.problem, self.exit_code = self.problem or problem, self.exit_code or exit_code
+
+    def _facts(self, session: Session) -> Fields:
+        settings, stored, official = session.settings, self.stored, self.official
+        words = self.online.words if self.online else {}
+        usable = stored.usable and words.get("access_token") != "refused"
+        other_usable = official.usable and words.get("official") != "refused"
+        who = stored.tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
+        source = settings.model_source
+        if source == "auto" and (stored.tokens or official.exists):
+            source = "api" if who.api_key else "codex" if stored.tokens else "official"
+        facts: Fields = {
+            "authenticated": usable or other_usable,
+            **identity(who),
+            "account_id": who.account_id,
+            "has_api_key": bool(who.api_key),
+            "has_refresh_token": bool(who.refresh_token),
+            "access_token_expires_at": stored.expires_at,
+            "last_refresh": timestamp_or_none(parse_timestamp(stored.fields.get("last_refresh"))),
+            "models": self.models,
+            "token_file": session.token_file.path,
+            "models_file": session.models_file.path,
+            "model_source": source,
+            "issuer": who.issuer,
+            "client_id": who.client_id,
+            "problem": self._sentence(self.problem),
+            "official": None,
+        }
+        if official.exists:
+            facts["official"] = {
+                "email": text_or_none(official.fields.get("email")),
+                "plan_allowed": official.plan_allowed,
+                "access_token_expires_at": official.expires_at,
+                "problem": self._sentence(official.problem),
+            }
+        if self.online:
+            asked = {name: words.get(name) for name in ("api_key", "access_token")}
+            facts["online"] = {**asked, "usage": self.online.usage}
+        return facts
+
+    def _sentence(self, error: Optional[OAuthError]) -> Optional[str]:
+        """`error` with its next step, None where there is none."""
+        if not error:
+            return None
+        step = f"; {error.hint}" if error.hint else ""
+        return f"{error}{step}: {self.typed(error.command)}" if error.command else f"{error}{step}"
+
+    def text(self, as_json: bool, live: bool = False) -> str:
+        """What `status` prints; `live`: people read it on a terminal."""
+        if as_json:
+            return json.dumps(self.facts, indent=2)
+        lines = [*self._headlines(), ""]
+        for label, texts in self._rows(live).items():
+            labels = [f"{label}:"] + [""] * len(texts)
+            lines += [f"{name:14}{text}" for name, text in zip(labels, texts)]
+        return "\n".join(map(printable, lines))
+
+    def _headlines(self) -> List[str]:
+        """The first lines as the setup guide has them, then what is wrong."""
+        facts, problem = self.facts, self.problem
+        state = "Authenticated" if facts["authenticated"] else "Not authenticated"
+        lines = [f"ChatGPT OAuth: {state}"]
+        if self.stored.tokens:
+            missing = f"No API key; {ORGANIZATION_HINT}"
+            lines.append("API key available" if facts["has_api_key"] else missing)
+        elif facts["authenticated"]:
+            lines[0] += OfficialClient.label
+        if isinstance(problem, NotSignedInError):
+            lines.append(f"To sign in, run: {self.typed(problem.command)}")
+        elif problem:
+            lines.append(f"Problem: {facts['problem']}")
+        return lines
+
+    def _rows(self, live: bool) -> Dict[str, List[str]]:
+        """The lines below, by their label."""
+        facts, online, official = self.facts, self.online, self.official
+        rows: Dict[str, List[str]] = {}
+        if self.stored.tokens:
+            rows["Account"] = [facts["email"] or "unknown"]
+            rows["Plan"] = [facts["plan"] or "unknown"]
+            rows["Access token"] = [format_expiry(self.stored.expires_at, not self.problem)]
+        said = {name: verdict.said for name, verdict in online.verdicts.items()} if online else {}
+        if online and "access_token" in said:
+            rows["API key"] = [said.get("api_key", "there is none")]
+            rows["ChatGPT plan"] = [said["access_token"]]
+            rows["Usage"] = [usage_line(each, live) for each in online.usage] or [online.no_usage]
+        if official.exists:
+            plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
+            rows["Official"] = [facts["official"]["email"] or "unknown", f"{plan}; {USAGE_PAGE}"]
+            rows["Plan token"] = [format_expiry(official.expires_at, not official.problem)]
+            if official.problem and official.problem is not self.problem:
+                rows["Plan token"].append(f"Problem: {facts['official']['problem']}")
+            if "official" in said:
+                rows["Plan token"].append(f"OpenAI says: {said['official']}")
+        names = self.models or []
+        shown = names[:SHOWN_MODELS] or ["unknown" if self.models is None else "none imported"]
+        more = len(names) - SHOWN_MODELS
+        rows["Models"] = [*shown, f"and {more} more"] if more > 0 else shown
+        rows["Token file"], rows["Models file"] = [facts["token_file"]], [facts["models_file"]]
+        return rows
 
 
-def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
-    """`texts` as rows, of which the first one has the label."""
-    return list(zip([label] + [""] * len(texts), texts))
-
-
-def online_rows(online: OnlineCheck, live: bool) -> List[Tuple[str, str]]:
-    """What OpenAI said, for people."""
-    usage = [usage_line(window, live) for window in online.usage]
-    return [
-        ("API key", online.said.get("api_key", "there is none")),
-        ("ChatGPT plan", online.said["access_token"]),
-        *labelled("Usage", usage or [online.said["usage"]]),
-    ]
+def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
+    """`moment` as `timestamp` writes it; None stays None."""
+    return None if moment is None else timestamp(moment)
 
 
 def usage_line(window: Fields, live: bool) -> str:
@@ -3660,19 +3661,6 @@ def format_distance(when: str) -> str:
     """How far a time that `timestamp` wrote is from now, and itself: `in 9 days (...)`."""
     seconds = int((parse_timestamp(when) or 0.0) - time.time())
     return f"{'in ' * (seconds >= 0)}{duration(seconds)}{' ago' * (seconds < 0)} ({when})"
-
-
-def official_rows(official: Fields, told: bool) -> List[Tuple[str, str]]:
-    """The official sign-in, for people; `told`: they know of its problem."""
-    problem = official["problem"]
-    plan = "Using ChatGPT plan" if official["plan_allowed"] else "ChatGPT plan not allowed"
-    expiry = format_expiry(official["access_token_expires_at"], refreshable=not problem)
-    rows = [
-        ("Official", official["email"] or "unknown"),
-        ("", f"{plan}; {USAGE_PAGE}"),
-        ("Plan token", expiry),
-    ]
-    return rows + ([("", f"Problem: {problem}")] if problem and not told else [])
 
 
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
@@ -3702,7 +3690,7 @@ def sign_in(
         sign_in_with_device(session, models, timeout)
     else:
         BrowserSignIn(session, models, timeout, open_browser).run()
-    return in_words(describe(session)[0], lambda command: f"chatgpt_oauth.py {command}")
+    return Status(session, lambda command: f"chatgpt_oauth.py {command}").facts
 
 
 @nothing_but_oauth_errors()
@@ -3750,24 +3738,9 @@ def command_auth(session: Session, options: Namespace) -> None:
 
 def command_status(session: Session, options: Namespace) -> int:
     """Say who is signed in."""
-    online = OnlineCheck(session) if options.online else None
-    facts, code = describe(session, online)
-    error = facts["problem"]
-    typed = f"{program_name()} {error.command}" if error else ""
-    facts = in_words(facts, lambda command: f"{program_name()} {command}")
-    if options.json:
-        print(json.dumps(facts, indent=2))
-        return code
-    lines = status_lines(facts, problem_line(error, typed), online, sys.stdout.isatty())
-    print("\n".join(map(printable, lines)))
-    return code
-
-
-def problem_line(error: Optional[OAuthError], typed: str) -> str:
-    """What `status` says of a problem; that nobody is signed in is none, but has a next step."""
-    if isinstance(error, NotSignedInError):
-        return f"To sign in, run: {typed}"
-    return f"Problem: {sentence(error, typed)}" if error else ""
+    status = Status(session, lambda command: f"{program_name()} {command}", options.online)
+    print(status.text(options.json, sys.stdout.isatty()))
+    return status.exit_code
 
 
 def command_models(session: Session, options: Namespace) -> None:
@@ -3880,11 +3853,10 @@ def command_token(session: Session, options: Namespace) -> None:
         return
     tokens = session.valid_tokens(options.refresh)
     if options.json:
-        expiry = tokens.expires_at()
         facts = {
             "access_token": tokens.access_token,
             "account_id": tokens.account_id,
-            "expires_at": None if expiry is None else timestamp(expiry),
+            "expires_at": timestamp_or_none(tokens.expires_at()),
         }
         print(json.dumps(facts))
     else:
@@ -4841,16 +4813,7 @@ class CodePuppyPlugin:
             self.notify("info", f"To use one of the models, type: /model {choice}")
 
     def _status(self, session: Session, options: Namespace) -> None:
-        online = OnlineCheck(session) if options.online else None
-        facts = describe(session, online)[0]
-        error = facts["problem"]
-        typed = self.typed(error.command) if error else ""
-        facts = in_words(facts, self.typed)
-        if options.json:
-            self.notify("info", json.dumps(facts, indent=2))
-        else:
-            lines = status_lines(facts, problem_line(error, typed), online)
-            self.notify("info", "\n".join(lines))
+        self.notify("info", Status(session, self.typed, options.online).text(options.json))
         self.export_again()
 
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
