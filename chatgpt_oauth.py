@@ -3431,15 +3431,19 @@ SHOWN_MODELS = 10  # in `status`, one a line
 
 
 class Verdict:
-    """What a server says of a key or token: it is accepted, refused or unreachable (`word`).
+    """What a server says of a key or token: accepted, refused, unreachable, or None if not asked.
 
-    `said` is the same for people, with the reason; `error` is the reason, or None.
+    `word` is that, `said` the same for people, with the reason; `error` is the reason, or None.
     """
 
-    def __init__(self, session: Session, source: str) -> None:
+    def __init__(self, session: Session, source: str, ask: bool) -> None:
+        self.word: Optional[str] = None
+        self.said = "there is none"
         self.error: Optional[OAuthError] = None
+        if not ask:
+            return
         try:
-            count = len(list_models(*paying_session(session, source)))
+            count = len(list_models(session, source))
             self.word = "accepted"
             self.said = f"accepted, {count} model{'' if count == 1 else 's'}"
         except OAuthError as error:
@@ -3449,56 +3453,27 @@ class Verdict:
             self.error = error
 
 
-class OnlineCheck:
-    """What OpenAI says of the stored sign-ins now. A question that fails hides no other.
-
-    `problem` is what keeps the sign-in from being used, or None; `exit_code` the code for it, or 0.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.verdicts: Dict[str, Verdict] = {}  # by what was asked about
-        self.usage: List[Fields] = []
-        self.no_usage = "OpenAI tells none"
-        # What keeps a file from being read `Status` tells; there is nothing to ask about.
-        with contextlib.suppress(OAuthError):
-            if session.tokens().api_key:
-                self.verdicts["api_key"] = Verdict(session, "api")
-            self.verdicts["access_token"] = Verdict(session, "codex")
-            try:
-                self.usage = list_usage(session)
-            except OAuthError as error:
-                self.no_usage = f"unknown: {error}"
-        with contextlib.suppress(OAuthError):
-            official = session.official()
-            if official.client.plan_allowed(official.tokens().fields):
-                self.verdicts["official"] = Verdict(session, "official")
-        self.words = {name: verdict.word for name, verdict in self.verdicts.items()}
-        main = self.verdicts.get("access_token") or self.verdicts.get("official")
-        self.problem, self.exit_code = main.error if main else None, 0
-        if main and main.word == "refused":
-            self.exit_code = SignInEndedError.exit_code
-        elif set(self.words.values()) == {"unreachable"}:
-            self.exit_code = UnavailableError.exit_code
-        else:
-            self.problem = None  # something else was reached
-
-
-class StoredSignIn:
-    """What is stored of a sign-in: its `tokens`, or None, and the `problem` with it, or None.
+class SignInStatus:
+    """A sign-in: its `tokens` and the `problem` with it, each None without, and the `verdict`.
 
     `usable` says whether requests can be made with it, perhaps after a refresh.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, online: bool) -> None:
         self.tokens: Optional[Tokens] = None
         self.problem: Optional[OAuthError] = None
+        ask = False
+        with contextlib.suppress(OAuthError):  # told below; there is nothing to ask about
+            ask = online and session.client.plan_allowed(session.tokens().fields)
+        self.verdict = Verdict(session, session.client.model_source or "codex", ask)
         try:
             self.tokens = session.tokens()
             session.require_refreshable(self.tokens)
         except OAuthError as error:
             self.problem = error
         self.exists = not isinstance(self.problem, NotSignedInError)  # if only as a broken file
-        self.usable = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
+        valid = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
+        self.usable = valid and self.verdict.word != "refused"
         self.fields = self.tokens.fields if self.tokens else {}
         self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
         self.plan_allowed = session.client.plan_allowed(self.fields)
@@ -3514,38 +3489,54 @@ class Status:
     """
 
     def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
-        self.typed = typed
-        self.online = OnlineCheck(session) if online else None
-        self.stored, self.official = StoredSignIn(session), StoredSignIn(session.official())
+        self.typed, self.online = typed, online
+        self.stored = SignInStatus(session, online)
+        self.official = SignInStatus(session.official(), online)
         main = self.stored if self.stored.exists or not self.official.exists else self.official
         self.problem, self.exit_code = main.problem, 0
-        self.models: Optional[List[str]] = None
         if main.problem and not main.usable:
             self.exit_code = main.problem.exit_code
         if self.official.usable and isinstance(main.problem, SignInEndedError):
             self.exit_code = 0  # the other one has not ended
+        self.models: Optional[List[str]] = None
         try:
             self.models = list(registered_entries(*session.sign_ins()))
         except StorageError as error:
-            self._add(error, error.exit_code)
-        if self.online:
-            self._add(self.online.problem, self.online.exit_code)
+            self._add_problem(error, error.exit_code)
+        self._ask(session)
         self.facts = self._facts(session)
 
-    def _add(self, problem: Optional[OAuthError], exit_code: int) -> None:
+    def _ask(self, session: Session) -> None:
+        """Ask about the API key and the usage, too, and judge what was said."""
+        api_key = self.stored.tokens and self.stored.tokens.api_key
+        self.api_key = Verdict(session, "api", self.online and bool(api_key))
+        self.usage: List[Fields] = []
+        self.no_usage = "OpenAI tells none"
+        if self.stored.verdict.word:
+            try:
+                self.usage = list_usage(session)
+            except OAuthError as error:
+                self.no_usage = f"unknown: {error}"
+        asked = (self.stored.verdict, self.official.verdict, self.api_key)
+        verdicts = [verdict for verdict in asked if verdict.word]
+        words = [verdict.word for verdict in verdicts]
+        if words[:1] == ["refused"]:
+            self._add_problem(verdicts[0].error, SignInEndedError.exit_code)
+        elif set(words) == {"unreachable"}:
+            self._add_problem(verdicts[0].error, UnavailableError.exit_code)
+
+    def _add_problem(self, problem: Optional[OAuthError], exit_code: int) -> None:
+        """Note a problem; one that was known before is told in its place."""
         self.problem, self.exit_code = self.problem or problem, self.exit_code or exit_code
 
     def _facts(self, session: Session) -> Fields:
         settings, stored, official = session.settings, self.stored, self.official
-        words = self.online.words if self.online else {}
-        usable = stored.usable and words.get("access_token") != "refused"
-        other_usable = official.usable and words.get("official") != "refused"
         who = stored.tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
         source = settings.model_source
         if source == "auto" and (stored.tokens or official.exists):
             source = "api" if who.api_key else "codex" if stored.tokens else "official"
         facts: Fields = {
-            "authenticated": usable or other_usable,
+            "authenticated": stored.usable or official.usable,
             **identity(who),
             "account_id": who.account_id,
             "has_api_key": bool(who.api_key),
@@ -3569,8 +3560,11 @@ class Status:
                 "problem": self._sentence(official.problem),
             }
         if self.online:
-            asked = {name: words.get(name) for name in ("api_key", "access_token")}
-            facts["online"] = {**asked, "usage": self.online.usage}
+            facts["online"] = {
+                "api_key": self.api_key.word,
+                "access_token": stored.verdict.word,
+                "usage": self.usage,
+            }
         return facts
 
     def _sentence(self, error: Optional[OAuthError]) -> Optional[str]:
@@ -3608,25 +3602,24 @@ class Status:
 
     def _rows(self, live: bool) -> Dict[str, List[str]]:
         """The lines below, by their label."""
-        facts, online, official = self.facts, self.online, self.official
+        facts, stored, official = self.facts, self.stored, self.official
         rows: Dict[str, List[str]] = {}
-        if self.stored.tokens:
+        if stored.tokens:
             rows["Account"] = [facts["email"] or "unknown"]
             rows["Plan"] = [facts["plan"] or "unknown"]
-            rows["Access token"] = [format_expiry(self.stored.expires_at, not self.problem)]
-        said = {name: verdict.said for name, verdict in online.verdicts.items()} if online else {}
-        if online and "access_token" in said:
-            rows["API key"] = [said.get("api_key", "there is none")]
-            rows["ChatGPT plan"] = [said["access_token"]]
-            rows["Usage"] = [usage_line(each, live) for each in online.usage] or [online.no_usage]
+            rows["Access token"] = [format_expiry(stored.expires_at, not self.problem)]
+        if stored.verdict.word:
+            rows["API key"] = [self.api_key.said]
+            rows["ChatGPT plan"] = [stored.verdict.said]
+            rows["Usage"] = [usage_line(each, live) for each in self.usage] or [self.no_usage]
         if official.exists:
             plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
             rows["Official"] = [facts["official"]["email"] or "unknown", f"{plan}; {USAGE_PAGE}"]
             rows["Plan token"] = [format_expiry(official.expires_at, not official.problem)]
             if official.problem and official.problem is not self.problem:
                 rows["Plan token"].append(f"Problem: {facts['official']['problem']}")
-            if "official" in said:
-                rows["Plan token"].append(f"OpenAI says: {said['official']}")
+            if official.verdict.word:
+                rows["Plan token"].append(f"OpenAI says: {official.verdict.said}")
         names = self.models or []
         shown = names[:SHOWN_MODELS] or ["unknown" if self.models is None else "none imported"]
         more = len(names) - SHOWN_MODELS
