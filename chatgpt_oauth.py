@@ -4877,8 +4877,8 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--json": ("output as JSON", FLAG),
     "--online": ("ask OpenAI, too: are key and token accepted, how much of the plan is used", FLAG),
     "--shell": (
-        "sh (also bash, zsh, ksh, dash), fish, csh (also tcsh), powershell, cmd, dotenv, json "
-        "or auto (default: from $SHELL)",
+        "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
+        "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
         {"metavar": "NAME", "default": "auto"},
     ),
     "--name": ("variable to set (default: CHATGPT_OAUTH_API_KEY)", {"metavar": "VAR"}),
