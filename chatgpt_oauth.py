@@ -4483,7 +4483,8 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
         if part in code:
             return OAuthError(text, hint)
     if status == 401 or "invalid_user" in code:
-        return SignInEndedError("OpenAI does not accept this sign-in any more")
+        text = "OpenAI does not accept this sign-in any more"
+        return SignInEndedError(text, Client.sign_in_command)
     return None
 
 
@@ -4637,7 +4638,7 @@ class CodePuppyPlugin:
 
             It shows no text of its own (0.0.946, agents/_runtime.py), so the text is told here.
             """
-            if isinstance(error, SignInEndedError):
+            if isinstance(error, SignInEndedError):  # by whichever of the two sign-ins it was
                 error.command = (OfficialClient if official else Client).sign_in_command
             tell_error(self.notify, error)
             return InterruptedError(str(error))
