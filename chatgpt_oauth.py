@@ -3152,10 +3152,11 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
-    """Revoke the sign-in (best effort), remove its file and our entries; False: nothing was there.
+    """Revoke the sign-in (best effort), remove our entries and its file; False: nothing was there.
 
     A broken token file is removed too; a broken models file raises, after that.
     """
+    broken: Optional[StorageError] = None
     token_file = session.token_file
     with contextlib.suppress(StorageError):
         if not token_file.exists() and not registered_entries(session):
@@ -3169,15 +3170,19 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         if tokens and revoking:
             revoke_or_warn(session, tokens)
         try:
-            token_file.remove(session.client.kept_after_sign_out)
-        finally:
             register_models(session, {})
+        except StorageError as error:
+            broken = error
+        token_file.remove(session.client.kept_after_sign_out)
     who = identity(tokens)["email"] if tokens else None
     name = f"{f' of {who}' if who else ''}{session.client.label}"
-    session.notify("done", f"Signed out{name}; imported models removed")
+    removed = "" if broken else "; imported models removed"
+    session.notify("done", f"Signed out{name}{removed}")
     if tokens and tokens.api_key:
         url = "https://platform.openai.com/api-keys"
         session.notify("info", f"The API key stays valid; delete it at {url}")
+    if broken:
+        raise broken
     return True
 
 
@@ -3866,7 +3871,8 @@ def command_logout(session: Session, options: Namespace) -> None:
         except OAuthError as error:
             failures.append(error)
     for failure in failures[1:]:
-        tell_error(session.notify, failure, "warning")
+        if str(failure) != str(failures[0]):  # both have their entries in one file
+            tell_error(session.notify, failure, "warning")
     if failures:
         raise failures[0]
     if not ended:

@@ -4606,6 +4606,15 @@ class SignOutTest(Case):
         self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself")
         self.assertEqual(json.loads(self.models_file.read_text()), {})
 
+    def test_a_broken_models_file_is_told_once_and_the_rest_is_done(self):
+        self.store(api_key="sk-1")
+        self.models_file.write_text("[")
+        err = self.assert_fails(self.call("logout"), 6, "not valid JSON")
+        self.assertIn("Signed out of ada@example.com\nThe API key stays valid", err)
+        self.assertEqual(err.count("not valid JSON"), 1)
+        self.assertFalse(self.token_file.exists())
+        self.assertEqual(self.models_file.read_text(), "[")
+
     def test_a_failed_revocation_is_a_warning(self):
         self.store()
         self.fault("revoke", 500, b"")
