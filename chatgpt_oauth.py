@@ -3642,9 +3642,10 @@ def usage_line(window: Fields, live: bool) -> str:
     """A window of the plan's usage limits: `5 hours: 32% used, resets in 2 hours (...)`."""
     percent, resets = window["used_percent"], window["resets_at"]
     tenths = min(10, max(0, round(percent / 10)))
-    bar = "#" * tenths + "." * (10 - tenths) + " " if live else ""
-    when = f", resets {format_distance(resets)}" if resets else ""
-    return f"{duration(window['window_seconds'])}: {bar}{percent:g}% used{when}"
+    bar = "#" * tenths + "." * (10 - tenths)
+    used = f"{bar} {percent:g}%" if live else f"{percent:g}% used"
+    when = f", resets {format_distance(resets[:16] + 'Z')}" if resets else ""  # to the minute
+    return f"{duration(window['window_seconds'])}: {used}{when}"
 
 
 def duration(seconds: float) -> str:

@@ -5152,8 +5152,10 @@ class OnlineStatusTest(Case):
         with os.fdopen(leader, "rb", 0) as screen, os.fdopen(follower, "wb", 0) as terminal:
             self.run_program("status", "--online", stdout=terminal)
             said = screen.read(65536).decode()
-        self.assertIn("5 hours: #......... 7.5% used", said)
-        self.assertIn("7 days: ###....... 32% used", said)
+        self.assertIn("5 hours: #......... 7.5%, resets in 1 hour (20", said)
+        self.assertIn("7 days: ###....... 32%, resets in ", said)
+        lines = [line for line in said.splitlines() if str(self.folder) not in line]
+        self.assertLessEqual(max(map(len, lines)), 80)
         self.assertNotIn("##", self.run_program("status", "--online")[1])
 
 
