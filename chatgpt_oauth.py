@@ -3595,8 +3595,10 @@ class Status:
         state = "Authenticated" if facts["authenticated"] else "Not authenticated"
         lines = [f"ChatGPT OAuth: {state}"]
         if self.stored.tokens:
-            missing = f"No API key; {ORGANIZATION_HINT}"
-            lines.append("API key available" if facts["has_api_key"] else missing)
+            if facts["has_api_key"]:
+                lines.append("API key available")
+            else:
+                lines += ["No API key", f"{ORGANIZATION_HINT[0].upper()}{ORGANIZATION_HINT[1:]}"]
         elif facts["authenticated"]:
             lines[0] += OfficialClient.label
         if isinstance(problem, NotSignedInError):
