@@ -718,9 +718,10 @@ def connection_error(
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
     elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):  # it may be missing
-        why = getattr(error, "verify_message", "") or getattr(error, "reason", "") or "SSLError"
+        unverified = getattr(error, "verify_message", "")
+        why = unverified or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
-        hint, retry_after = certificate_hint(), NEVER
+        hint, retry_after = certificate_hint() if unverified else hint, NEVER
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
