@@ -4913,6 +4913,7 @@ EXCLUSIVE = (
     ("--official", "--workspace"),
     ("--refresh", "--api-key"),
     ("--json", "--api-key"),
+    ("--all", "--include"),
     ("--code-puppy", "--no-code-puppy"),
 )
 
