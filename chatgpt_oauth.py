@@ -4880,13 +4880,13 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
         {"metavar": "SOURCE", "type": lambda text: RULES["model_source"].check("--source", text)},
     ),
     "--workspace": (
-        "sign in to this ChatGPT workspace (its ID), to no other",
+        "sign in to this ChatGPT workspace only (its ID)",
         {"metavar": "ID", "type": lambda text: _WORKSPACE.check("--workspace", text)},
     ),
     "--all": ("import every model", FLAG),
     "--dry-run": ("print the models without importing them", FLAG),
     "--json": ("output as JSON", FLAG),
-    "--online": ("ask OpenAI, too: are key and token accepted, how much of the plan is used", FLAG),
+    "--online": ("also ask whether key and token are accepted, what of the plan is used", FLAG),
     "--shell": (
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
         "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
@@ -4898,14 +4898,14 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--refresh": ("refresh it first, even if it is still valid", FLAG),
     "--api-key": ("print the API key instead", FLAG),
     "--local": ("do not revoke the tokens at OpenAI", FLAG),
-    "--official": ("OpenAI's official sign-in for apps, for Code Puppy alone", FLAG),
+    "--official": ("OpenAI's official sign-in (for Code Puppy alone), not the usual one", FLAG),
     "--bin": (
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
         {"metavar": "DIR"},
     ),
-    "--code-puppy": ("install the Code Puppy plugin, even where there is no ~/.code_puppy", FLAG),
-    "--no-code-puppy": ("leave Code Puppy alone", FLAG),
+    "--code-puppy": ("with the Code Puppy plugin, even where there is no ~/.code_puppy", FLAG),
+    "--no-code-puppy": ("without the Code Puppy plugin", FLAG),
 }
 EXCLUSIVE = (
     ("--official", "--device"),
