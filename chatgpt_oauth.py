@@ -1634,6 +1634,12 @@ class TokenFile(JsonFile):
         except ValueError as error:
             raise self.broken(str(error)) from None
 
+    def holds_sign_in(self) -> bool:
+        """Whether there is a sign-in; in a broken file there is none."""
+        with contextlib.suppress(StorageError):
+            return self.load() is not None
+        return False
+
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
         """Hold the lock, with what a killed process left put in order first."""
@@ -1668,18 +1674,12 @@ class TokenFile(JsonFile):
             with os.fdopen(os.open(temporary, os.O_RDONLY), "rb") as file:
                 fields = json.loads(file.read(self.limit))
             whole = isinstance(fields, dict) and Tokens(fields).access_token
-            return fields if whole and not self._is_newer_than(temporary) else {}
+            # Code Puppy's own plugin writes in place and takes no lock: a newer file is its.
+            stored = self.holds_sign_in()
+            newer = stored and os.path.getmtime(self.path) > os.path.getmtime(temporary)
+            return fields if whole and not newer else {}
         except (OSError, ValueError, RecursionError):
             return {}
-
-    def _is_newer_than(self, temporary: str) -> bool:
-        """Whether the file is whole and was written after `temporary`, in place and unlocked."""
-        try:
-            if not self.load():
-                return False
-        except StorageError:  # torn: written in place, and not to the end
-            return False
-        return os.stat(self.path).st_mtime_ns > os.stat(temporary).st_mtime_ns
 
     def _check(self, descriptor: int) -> None:
         """Refuse another user's file, too; take others' access to ours away."""
@@ -1771,23 +1771,17 @@ class Session:
     def tokens(self) -> Tokens:
         """The stored tokens as they are. Raises NotSignedInError."""
         tokens = self.token_file.load()
+        if tokens:
+            return tokens
         command = self.client.sign_in_command
-        if tokens is None and self.client.shares_tokens and self.official().signed_in():
+        if self.client.shares_tokens and self.official().token_file.holds_sign_in():
             raise OfficialOnlyError(
                 "there is only the official sign-in, and OpenAI's terms let its tokens serve "
                 "Code Puppy alone",
                 "to get tokens for other programs, run",
                 command,
             )
-        if tokens is None:
-            raise NotSignedInError("not signed in to ChatGPT", "to sign in, run", command)
-        return tokens
-
-    def signed_in(self) -> bool:
-        """Whether there is a sign-in; in a broken file there is none."""
-        with contextlib.suppress(StorageError):
-            return self.token_file.load() is not None
-        return False
+        raise NotSignedInError("not signed in to ChatGPT", "to sign in, run", command)
 
     def official(self) -> Session:
         """The official sign-in, which can stand beside the Codex CLI's."""
@@ -2486,7 +2480,8 @@ def paying_session(session: Session, source: str) -> Tuple[Session, str]:
     if session.client.model_source:
         return session, session.client.model_source
     official = session.official()
-    if source == "auto" and not session.signed_in() and official.signed_in():
+    here, there = session.token_file, official.token_file
+    if source == "auto" and not here.holds_sign_in() and there.holds_sign_in():
         source = "official"
     if source == "official":
         return official, source
