@@ -1941,28 +1941,23 @@ def signals_deferred() -> Iterator[None]:
     """Hold back what would end the process until the block is done; a second one acts at once."""
     import signal
 
-    before: Dict[int, Any] = {}
+    handlers = contextlib.ExitStack()  # what there was before comes back
     held: List[int] = []
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def hold(number: int, _: object) -> None:
-        restore()
+        handlers.close()
         held.append(number)
 
-    ending = [getattr(signal, name, None) for name in ENDING_SIGNALS]
-    other = [getattr(signal, name, None) for name in OTHER_SIGNALS]
     with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
-        for number in filter(None, ending + other):
-            handler = signal.getsignal(number)
-            if handler == signal.SIG_DFL or (number in ending and callable(handler)):
-                before[number] = signal.signal(number, hold)
+        for name in ENDING_SIGNALS + OTHER_SIGNALS:
+            number = getattr(signal, name, 0)
+            handler = signal.getsignal(number) if number else None
+            if handler == signal.SIG_DFL or (name in ENDING_SIGNALS and callable(handler)):
+                handlers.callback(signal.signal, number, signal.signal(number, hold))
     try:
         yield
     finally:
-        restore()
+        handlers.close()
         if held:
             signal.raise_signal(held[0])
 
