@@ -1789,9 +1789,8 @@ class Session:
 
     def sign_ins(self) -> List[Session]:
         """Every sign-in that this user can have, this one first."""
-        others = [each for each in (Client, OfficialClient) if each is not type(self.client)]
-        clients = [each(self.settings) for each in others]
-        return [self, *(Session(self.settings, self.notify, client) for client in clients)]
+        other = OfficialClient if type(self.client) is Client else Client
+        return [self, Session(self.settings, self.notify, other(self.settings))]
 
     def valid_tokens(self, refresh: bool = False) -> Tokens:
         """Tokens whose access token is fresh (`refresh`: a new one).
