@@ -1219,10 +1219,6 @@ class Tokens:
         expiry = self.expires_at()
         return seconds <= 0 if expiry is None else expiry - time.time() > seconds
 
-    def refresh_allowed_at(self) -> float:
-        """The moment before which the server refuses a refresh, in seconds since 1970."""
-        return parse_timestamp(self.fields.get("earliest_refresh_at")) or 0.0
-
     def is_fresh(self) -> bool:
         """Whether the access token needs no refresh yet: one that lives shortly, half its life."""
         expiry, refreshed = self.expires_at(), parse_timestamp(self.fields.get("last_refresh"))
@@ -1800,34 +1796,34 @@ class Session:
         """
         stored = self.tokens()
         if refresh or not stored.valid_for(0):
-            return self._refreshed(stored, True, self.settings.lock_timeout)
+            return self._refreshed(stored, retry=True)
         if stored.is_fresh():
             return stored
         timeout = self.settings.lock_timeout
         if stored.valid_for(timeout):  # whoever holds the lock may be stopped
             timeout = min(timeout, BRIEF_LOCK_TIMEOUT)
         try:
-            return self._refreshed(stored, False, timeout)
+            return self._refreshed(stored, retry=False, timeout=timeout)
         except NotSignedInError:
             raise
         except OAuthError as error:
             self.notify("warning", f"{error}; using the current one, which is still valid")
             return stored
 
-    def _refreshed(self, old: Tokens, retry: bool, timeout: float) -> Tokens:
+    def _refreshed(self, old: Tokens, retry: bool, timeout: Optional[float] = None) -> Tokens:
         """Newer tokens than `old`: another process's, or else our own refresh's."""
         with self.token_file.lock(timeout):
             tokens = self.tokens()
-            replaced = tokens.access_token != old.access_token
-            if replaced and tokens.is_fresh():
+            if tokens.access_token != old.access_token and tokens.is_fresh():
                 return tokens
             self.require_refreshable(tokens)
-            if tokens.refresh_allowed_at() > time.time():
+            allowed_at = parse_timestamp(tokens.fields.get("earliest_refresh_at")) or 0.0
+            if allowed_at > time.time():
                 if tokens.valid_for(0):
                     return tokens
-                when = timestamp(tokens.refresh_allowed_at())
                 raise UnavailableError(
-                    f"the access token has expired, and OpenAI allows no refresh before {when}",
+                    "the access token has expired, and OpenAI allows no refresh before "
+                    f"{timestamp(allowed_at)}",
                     "try again then",
                 )
             # The refresh token is good for one use: have a place for its successor first.
