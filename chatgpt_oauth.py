@@ -1861,16 +1861,14 @@ class Session:
 
     def _refresh_once(self, old: Tokens) -> Tokens:
         """One try: store what came, unless another process stored something meanwhile."""
-        response: Fields = {}
         ended: Optional[InvalidGrantError] = None
         try:
             response = refresh_grant(self.client, old)
         except InvalidGrantError as error:
-            ended = error
-        try:
+            ended, response = error, {}
+        current = old
+        with contextlib.suppress(StorageError):  # torn by somebody who writes in place
             current = self.tokens()
-        except StorageError:
-            current = old  # torn by somebody who writes in place; what came must not be lost
         if current.refresh_token != old.refresh_token:
             if current.valid_for(0):
                 return current
