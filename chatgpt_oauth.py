@@ -2309,7 +2309,7 @@ def callback_handler_class() -> Any:
         def _send(self, status: int, page: bytes) -> None:
             headers = {
                 "Server": "chatgpt_oauth",
-                "Date": self.date_time_string(),
+                "Date": self.date_time_string(min(time.time(), LAST_MOMENT)),
                 "Content-Type": "text/html; charset=utf-8",
                 "Content-Length": str(len(page)),
                 "Cache-Control": "no-store",

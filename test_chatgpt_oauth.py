@@ -3651,6 +3651,15 @@ class SignInTest(Case):
         self.assert_done(running.end())
         self.assertEqual(seen, [True])
 
+    def test_a_clock_beyond_the_year_9999_leaves_the_browser_its_page(self):
+        code = (
+            "import time, chatgpt_oauth as oauth; time.time = lambda: 1e12; "
+            "sys.exit(oauth.main(['auth', '--no-browser']))"
+        )
+        running = self.start_python(code)
+        self.assertEqual([page[1] for page in visit(running.url())], [302, 303, 200])
+        self.assert_done(running.end())
+
     def test_the_program_waits_for_the_success_page_but_not_for_long(self):
         self.assertEqual(oauth.SUCCESS_PAGE_TIMEOUT, 5)
         self.seconds.update(SUCCESS_PAGE_TIMEOUT=0.3)
