@@ -2205,19 +2205,16 @@ def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
 
     server_class = callback_server_class()
     servers: List[Any] = []
-    try:
+    with contextlib.ExitStack() as opened:
         for address in addresses:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             try:
-                servers.append(server_class(family, (address, port)))
+                servers.append(opened.enter_context(server_class(family, (address, port))))
             except OSError as error:
                 missing = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
                 if not (missing and servers):  # there may be no IPv6
                     raise
-    except OSError:
-        for server in servers:
-            server.server_close()
-        raise
+        opened.pop_all()
     return servers
 
 
