@@ -2025,15 +2025,6 @@ def stray_page(text: str) -> bytes:
     return render_page("Nothing to do here", text, hint, kind="note")
 
 
-def failure_page(error: OAuthError) -> bytes:
-    """The page that tells what stopped the sign-in; the terminal tells which command helps."""
-    hint = error.hint
-    if error.command or not hint:
-        hint = "return to your terminal and try again"
-    lines = (f"{line[:1].upper()}{line[1:]}." for line in (str(error), hint))
-    return render_page("Sign-in failed", *lines)
-
-
 class AuthorizationRequest:
     """One authorization request: its URL, and what its response is checked against."""
 
@@ -2118,6 +2109,7 @@ class Callback:
         self.threads = []
         for server in servers:
             server.callback = self
+            # server.shutdown() waits for the next poll: with 0.05 s the end comes 65 ms later.
             thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
             try:
                 thread.start()
@@ -2149,14 +2141,11 @@ class Callback:
         own = [f"{name}:{self.request.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
         if len(hosts) != 1 or hosts[0] not in own:  # DNS rebinding
             return 400, stray_page("This host name is not served here."), False
-        if path == self.request.path:
-            return self._answer_response(query, headers)
         if path == "/success" and self.outcome.done() and not self._failure():
             text = "You can close this tab and return to your terminal."
             return 200, render_page("You're signed in", text, kind="yes"), True
-        return 404, stray_page("There is no page at this URL."), False
-
-    def _answer_response(self, query: str, headers: Any) -> Tuple[int, bytes, bool]:
+        if path != self.request.path:
+            return 404, stray_page("There is no page at this URL."), False
         try:
             response = self.request.parse_response(query)
             if not is_navigation(headers):
@@ -2168,14 +2157,20 @@ class Callback:
         return (400, failure, True) if failure else (303, b"", False)
 
     def _failure(self) -> bytes:
-        """The failure page, b"" after a success; waits for the outcome."""
+        """The page that tells what stopped the sign-in, b"" if nothing; waits for the outcome."""
         from concurrent.futures import CancelledError
 
         try:
             error = self.outcome.exception()
         except CancelledError:
             return render_page("Sign-in stopped", "Return to your terminal and start again.")
-        return failure_page(error) if isinstance(error, OAuthError) else b""
+        if not isinstance(error, OAuthError):
+            return b""
+        hint = error.hint
+        if error.command or not hint:  # the terminal tells which command helps
+            hint = "return to your terminal and try again"
+        lines = (f"{line[:1].upper()}{line[1:]}." for line in (str(error), hint))
+        return render_page("Sign-in failed", *lines)
 
     def stop(self) -> None:
         """Let the servers accept no more connections."""
