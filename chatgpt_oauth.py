@@ -2221,7 +2221,6 @@ def callback_server_class() -> Any:
     handler = callback_handler_class()
 
     class CallbackServer(ThreadingHTTPServer):
-        daemon_threads = True
         request_queue_size = 128
         callback: Callback
 
@@ -2280,10 +2279,8 @@ def callback_handler_class() -> Any:
 
         def setup(self) -> None:
             super().setup()
-            try:
-                self.rfile = io.BytesIO(read_head(self.connection))
-            finally:
-                self.server.headless.pop(self.connection, None)
+            self.rfile = io.BytesIO(read_head(self.connection))
+            self.server.headless.pop(self.connection, None)
 
         def do_GET(self) -> None:  # noqa: N802 - http.server looks for this name
             status, page, told = self.server.callback.answer(self.path, self.headers)
