@@ -1582,15 +1582,15 @@ class JsonFile:
             with contextlib.suppress(OSError):  # none, or one that `reserve` will refuse
                 held.callback(_release, _acquire(self.real_path, deadline))
 
-    def reserve(self, size: int = 0) -> None:
-        """Make sure that `size` bytes and RESERVE more can be stored.
+    def reserve(self, present: Fields) -> None:
+        """Make sure that `present`, with RESERVE bytes more, can be stored.
 
         So a full disk, or a file that cannot be written, shows itself while there is nothing to
         lose. The caller holds the lock; what is reserved serves the next `save`.
         """
         try:
             self.reserved = Replacement(self.path)
-            self.reserved.write(b" " * (size + RESERVE))
+            self.reserved.write(b" " * (len(encode(present)) + RESERVE))
             gone = os.path.exists(self.path) and os.stat(self.path).st_nlink == 0
         except OSError as error:
             raise storage_error("write", self.path, error) from None
@@ -1827,7 +1827,7 @@ class Session:
                     "try again then",
                 )
             # The refresh token is good for one use: have a place for its successor first.
-            self.token_file.reserve(len(encode(tokens.fields)))
+            self.token_file.reserve(tokens.fields)
             return self._refresh_with_retry(tokens, retry)
 
     def require_refreshable(self, tokens: Tokens) -> None:
@@ -2648,7 +2648,7 @@ PORT_OWNERS = {  # what tells which program listens on a port, by sys.platform
 def prepare_sign_in(session: Session) -> None:
     """Before anybody fetches tokens: can they be stored, and whose does a new sign-in replace?"""
     with session.token_file.lock():
-        session.token_file.reserve()
+        session.token_file.reserve({})
         with contextlib.suppress(StorageError):  # a broken file has nothing to take up
             session.client.resume(session.token_file.read())
     with contextlib.suppress(NotSignedInError, StorageError):  # a broken file is told of later
@@ -2670,7 +2670,7 @@ def exchange_and_store(
             old = session.token_file.load()
         except StorageError as error:
             session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
-        session.token_file.reserve(len(encode(old.fields)) if old else 0)
+        session.token_file.reserve(old.fields if old else {})
         tries = Retry(session.settings.retry_window, session.notify)
         while True:
             try:
