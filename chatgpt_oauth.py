@@ -1268,10 +1268,10 @@ class Replacement:
         self.path = os.path.realpath(path)  # a symbolic link stays one
         self.temporary = self.path + ".tmp"
         self.unplaced = False
-        current = _open_current(self.path)
+        current = self._open_current()
         if current:
             current.close()  # Windows replaces no file that is open
-        self.file = _patiently(_open_temporary, self.temporary, self.path, mode)
+        self.file = _patiently(self._open_temporary, mode)
 
     def write(self, data: bytes) -> None:
         """Make `data` the new content, on the disk."""
@@ -1284,14 +1284,57 @@ class Replacement:
             self.write(data)
             self.file.close()
             self.unplaced = True
-            _replace(self.temporary, self.path)
+            self._rename()
         except OSError:
-            current = _open_current(self.path)
+            current = self._open_current()
             if not current:
                 raise
             with current:
                 self._write_in_place(current, data)
         self.unplaced = False
+
+    def close(self) -> None:
+        """Leave nothing behind, but what the next one to take the lock can still put into place."""
+        self.file.close()
+        with contextlib.suppress(OSError):
+            if self.unplaced:
+                os.utime(self.temporary)  # the file is no newer for being put back as it was
+            else:
+                os.unlink(self.temporary)
+
+    def _open_current(self) -> Any:
+        """The file, unbuffered, for writing; None where it can or must be done without."""
+        try:
+            return os.fdopen(_patiently(os.open, self.path, READ_WRITE), "r+b", buffering=0)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # Its mode alone keeps no file from being replaced on POSIX; a directory is moved away.
+            by_mode = sys.platform != "win32" and error.errno == errno.EACCES
+            if by_mode or os.path.isdir(self.path):
+                return None
+            raise
+
+    def _open_temporary(self, mode: int) -> Any:
+        """A new file of the same owner, unbuffered; or that of a killed process once more."""
+        if mode == PRIVATE and _is_leftover(self.temporary, self.path):
+            descriptor = os.open(self.temporary, READ_WRITE)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temporary)
+            descriptor = _create(self.temporary, self.path, mode)
+        return os.fdopen(descriptor, "r+b", buffering=0)
+
+    def _rename(self) -> None:
+        """Put the temporary file into place, durably."""
+        _patiently(os.replace, self.temporary, self.path)
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
+                directory = os.open(os.path.dirname(self.path), os.O_RDONLY)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
 
     def _write_in_place(self, current: Any, data: bytes) -> None:
         """Without a rename: a mount of the file itself, a directory that lets nothing go."""
@@ -1304,28 +1347,6 @@ class Replacement:
         with contextlib.suppress(OSError):  # a disk that fails: there is no better place
             os.fsync(current.fileno())
 
-    def close(self) -> None:
-        """Leave nothing behind, but what the next one to take the lock can still put into place."""
-        self.file.close()
-        with contextlib.suppress(OSError):
-            if self.unplaced:
-                os.utime(self.temporary)  # the file is no newer for being put back as it was
-            else:
-                os.unlink(self.temporary)
-
-
-def _open_current(path: str) -> Any:
-    """The file at `path`, unbuffered, for writing; None where it can or must be done without."""
-    try:
-        return os.fdopen(_patiently(os.open, path, READ_WRITE), "r+b", buffering=0)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        # Its mode alone keeps no file from being replaced on POSIX; a directory is moved away.
-        if os.path.isdir(path) or (sys.platform != "win32" and error.errno == errno.EACCES):
-            return None
-        raise
-
 
 def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
     """Make a system call; on Windows again while a reader or a scanner has the file open."""
@@ -1335,17 +1356,6 @@ def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
             return call(*arguments)
         time.sleep(0.05)
     return call(*arguments)
-
-
-def _open_temporary(path: str, model: str, mode: int) -> Any:
-    """A new file of the owner of `model`, unbuffered; or that of a killed process once more."""
-    if mode == PRIVATE and _is_leftover(path, model):
-        descriptor = os.open(path, READ_WRITE)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        descriptor = _create(path, model, mode)
-    return os.fdopen(descriptor, "r+b", buffering=0)
 
 
 def _is_leftover(path: str, model: str) -> bool:
@@ -1390,18 +1400,6 @@ def _chown_like(descriptor: int, path: str) -> None:
     if sys.platform != "win32" and os.geteuid() == 0:
         owner = _owner(path)
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
-
-
-def _replace(source: str, target: str) -> None:
-    """Rename durably."""
-    _patiently(os.replace, source, target)
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
-            directory = os.open(os.path.dirname(target), os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
 
 
 def _make_directory(path: str, mode: int = 0o700) -> None:
