@@ -1261,13 +1261,13 @@ class Replacement:
     into place; where nothing can be renamed, it is written into the file, so one that cannot be
     written shows itself at once. The caller holds the lock. Every method may raise OSError.
 
-    `unplaced` is true while a whole content lies beside the file alone.
+    `unplaced` is true while a whole content may lie beside the file alone.
     """
 
     def __init__(self, path: str, mode: int = PRIVATE) -> None:
         self.path = os.path.realpath(path)  # a symbolic link stays one
         self.temporary = self.path + ".tmp"
-        self.unplaced = False
+        self.unplaced = mode == PRIVATE and _is_leftover(self.temporary, self.path)
         current = self._open_current()
         if current:
             current.close()  # Windows replaces no file that is open
@@ -1317,7 +1317,7 @@ class Replacement:
 
     def _open_temporary(self, mode: int) -> Any:
         """A new file of the same owner, unbuffered; or that of a killed process once more."""
-        if mode == PRIVATE and _is_leftover(self.temporary, self.path):
+        if self.unplaced:
             descriptor = os.open(self.temporary, READ_WRITE)
         else:
             with contextlib.suppress(FileNotFoundError):

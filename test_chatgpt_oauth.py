@@ -2327,6 +2327,14 @@ class StoreTest(Case):
         self.assert_fresh(self.run_program("token"))
         self.assertEqual(self.double.count("refresh"), 1)
 
+    def test_what_a_killed_process_had_received_outlasts_a_full_disk(self):
+        self.store(lifetime=-10)
+        self.run_injected("/^rename:signal=SIGKILL:error=EIO", "token")
+        # The same bytes in the same place need space, too, where every write is a copy.
+        self.assertEqual(self.run_injected("write:error=ENOSPC", "token")[0], 6)
+        self.assert_fresh(self.run_program("token"))
+        self.assertEqual(self.double.count("refresh"), 1)
+
     def test_a_disk_that_fails_to_sync_loses_nothing(self):
         for when, spent in (("1", 0), ("2", 1), ("2+", 1), ("3", 1)):
             with self.subTest(when):
