@@ -2104,7 +2104,7 @@ class Callback:
         self.request, self.servers = request, servers
         self.response: AnyFuture = Future()
         self.outcome: AnyFuture = Future()
-        self.threads = []
+        self.threads = {}
         for server in servers:
             server.callback = self
             # server.shutdown() waits for the next poll: with 0.05 s the end comes 65 ms later.
@@ -2114,7 +2114,7 @@ class Callback:
             except RuntimeError as error:
                 self.close()
                 raise OAuthError(f"cannot listen for the browser: {error}", "try again") from None
-            self.threads.append(thread)
+            self.threads[server] = thread
 
     def accept(self, response: Dict[str, str]) -> None:
         """Take the authorization response, unless one has come already."""
@@ -2172,13 +2172,13 @@ class Callback:
 
     def stop(self) -> None:
         """Let the servers accept no more connections."""
-        for server, _ in zip(self.servers, self.threads):  # one without a thread would wait
+        for server in self.threads:
             server.shutdown()
 
     def wait_until_told(self, seconds: float) -> None:
         """Wait until a browser has been told the outcome, or will not be."""
         deadline = time.monotonic() + seconds
-        for thread in self.threads:
+        for thread in self.threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
