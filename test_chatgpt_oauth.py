@@ -823,8 +823,11 @@ def visit(url, follow=True):
     seen = []
     while url and len(seen) < 9:
         parts = urllib.parse.urlsplit(url)
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=LIMIT)
-        connection.request("GET", parts.path + ("?" + parts.query if parts.query else ""))
+        # As browsers do (RFC 6761 §6.3), whatever /etc/hosts says.
+        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+        connection = http.client.HTTPConnection(host, parts.port, timeout=LIMIT)
+        target = parts.path + ("?" + parts.query if parts.query else "")
+        connection.request("GET", target, headers={"Host": parts.netloc})
         response = connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
         seen.append((url, response.status, headers, response.read().decode()))
