@@ -960,9 +960,20 @@ def environment(folder):
     return {**home, "PATH": PATH, "LANG": "C.UTF-8", **system}
 
 
+def has_terminals():
+    """Whether there are pseudo-terminals: not on Windows, nor where /dev/pts is not mounted."""
+    try:
+        for each in os.openpty():
+            os.close(each)
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
 needs_signals = unittest.skipUnless(POSIX, "a signal is no Ctrl-C on Windows")
 needs_modes = unittest.skipUnless(POSIX, "Windows knows no owners and modes of this kind")
-needs_terminal = unittest.skipUnless(POSIX, "Windows has no pseudo-terminals of this kind")
+needs_terminal = unittest.skipUnless(has_terminals(), "no pseudo-terminals here")
+needs_proc = unittest.skipUnless(os.path.exists("/proc/self/fd"), "no /proc here")
 needs_root = unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
 needs_windows = unittest.skipIf(POSIX, "it is only so on Windows")
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
@@ -1472,8 +1483,9 @@ class ErrorsTest(Case):
         for secret in (fields["access_token"], fields["refresh_token"], "sk-1"):
             self.assertNotIn(secret, "".join(shown.values()))
 
-    @unittest.skipUnless(shutil.which("ps"), "no ps here")
     def test_nothing_secret_is_in_the_process_list(self):
+        if not works("ps", "axww"):
+            self.skipTest("no ps here, or no /proc for it")
         self.double.delay = 0.15
         running = self.start("auth", "--no-browser")
         url = running.url()
@@ -3284,6 +3296,7 @@ class CallbackTest(Case):
         self.assertEqual(open_ones, [])
         self.finish()
 
+    @needs_proc
     @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
     def test_it_is_quiet_when_no_descriptor_can_be_had(self):
         self.running.saying("auth --device$")  # until then it loads modules, each from a file
