@@ -2863,15 +2863,19 @@ for command in ("status", "token"):
     def test_signals_that_end_a_process_do_not_lose_the_answer(self):
         import resource
 
-        def dump_no_core():
+        names = ("SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGXCPU")
+
+        def prepare():  # nohup, and shells in the background, start us with some of them ignored
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            for name in names:
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
 
         self.double.delay = 0.1
-        for name in ("SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGXCPU"):
+        for name in names:
             with self.subTest(name):
                 self.double.requests.clear()
                 old = self.store(lifetime=-10)["refresh_token"]
-                running = self.start("token", preexec_fn=dump_no_core)
+                running = self.start("token", preexec_fn=prepare)
                 wait_for(lambda: self.double.count("refresh"))
                 running.process.send_signal(getattr(signal, name))
                 self.assertEqual(running.end()[:2], (-getattr(signal, name), ""))
