@@ -3206,6 +3206,8 @@ OTHER_SHELLS = {
     "elvish": "set-env {1} ({0} token --api-key)",
     "xonsh": "${1} = $({0} token --api-key).strip()",
 }
+# What needs no quotes; elsewhere as shlex has it, which python3-minimal has not.
+UNQUOTED = r"[\w.:\\/-]+" if sys.platform == "win32" else r"(?a:[\w@%+=:,./-]+)"
 PROFILES = {
     "bash": "~/.bashrc",
     "zsh": "~/.zshrc",
@@ -3287,11 +3289,11 @@ def quote_path(path: str, shell: str = "") -> str:
     """
     if shell == "powershell":
         return "'" + path.replace("'", "''") + "'"
-    if sys.platform == "win32":
-        return f'"{path}"' if re.search(r"[^\w.:\\/-]", path) else path
-    import shlex
-
-    return shlex.quote(path)
+    if re.fullmatch(UNQUOTED, path):
+        return path
+    if sys.platform == "win32" or ("'" in path and not re.search(r'["$`\\!]', path)):
+        return f'"{path}"'
+    return "'" + path.replace("'", "'\"'\"'") + "'"
 
 
 class Terminal:
@@ -3939,9 +3941,7 @@ def launcher_content(paths: InstallPaths) -> bytes:
     facts = {"python": lasting_python(), "program": paths.program, "directory": paths.directory}
     words = {"mark": LAUNCHER_MARK, "code": LAUNCH_CODE}
     if sys.platform != "win32":
-        import shlex
-
-        quoted = {name: shlex.quote(path) for name, path in facts.items()}
+        quoted = {name: quote_path(path) for name, path in facts.items()}
         return os.fsencode(POSIX_LAUNCHER.format(**quoted, **words))
     quoted = {name: '"' + path.replace("%", "%%") + '"' for name, path in facts.items()}
     text = WINDOWS_LAUNCHER.format(**quoted, **words)

@@ -166,6 +166,8 @@ PORT_TAKEN = os.strerror(errno.EADDRINUSE) if POSIX else "cannot listen on port"
 
 def typed(path):
     """A path in what people shall type."""
+    if POSIX and not re.search(r"^[^']*$|[\"$`\\!]", str(path)):
+        return f'"{path}"'
     if POSIX:
         return shlex.quote(str(path))
     return f'"{path}"' if re.search(r"[^\w.:\\/-]", str(path)) else str(path)
@@ -6509,6 +6511,19 @@ runpy.run_path({1!r}, run_name="__main__")
                 error, hint = err.splitlines()[-2:]
                 self.assertEqual(error, f"error: this Python has no module {module}")
                 self.assertIn("hint: install a complete Python", hint)
+
+    def test_the_next_step_is_told_without_another_module(self):
+        code = """
+import chatgpt_oauth
+class Nothing:
+    def find_spec(self, name, *_):
+        raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Nothing())
+sys.argv[0] = "a folder/c.py"
+chatgpt_oauth.run_program()
+"""
+        result = self.start_python(code, "token").end()
+        self.assert_fails(result, 3, f"to sign in, run: {PYTHON} {typed('a folder/c.py')} auth\n")
 
     def test_an_older_python_shows_which_one_is_needed(self):
         found = [
