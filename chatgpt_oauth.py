@@ -3165,8 +3165,8 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 class Shell:
     """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
 
-    `profile` evaluates what the command {0} prints; `search` lets it find commands in the quoted
-    directory {0}. Only b64tokens and identifiers get into the statements, so their quotes cannot
+    `profile` evaluates what the command {0} prints; `search` lets it find commands in the
+    directory {0}, or between quotes in any case {1}. Only b64tokens and identifiers get into the statements, so their quotes cannot
     be broken out of.
     """
 
@@ -3188,7 +3188,7 @@ SHELLS = {
         "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
         ";\n",
         "{0} | Out-String | iex",
-        "$env:PATH = {0} + ';' + $env:PATH",
+        "$env:PATH = {1} + ';' + $env:PATH",
     ),
     "cmd": Shell('set "{0}={1}"', 'set "{0}="', "\n", "for /f \"delims=\" %i in ('{0}') do @%i"),
     "dotenv": Shell("{0}={1}", "{0}=", "\n", ""),
@@ -3206,6 +3206,7 @@ OTHER_SHELLS = {
     "elvish": "set-env {1} ({0} token --api-key)",
     "xonsh": "${1} = $({0} token --api-key).strip()",
 }
+CALLS = {"powershell": "& ", "nu": "^"}  # what a quoted name of a command has before it
 # What needs no quotes; elsewhere as shlex has it, which python3-minimal has not.
 UNQUOTED = r"[\w.:\\/-]+" if sys.platform == "win32" else r"(?a:[\w@%+=:,./-]+)"
 PROFILES = {
@@ -3216,6 +3217,24 @@ PROFILES = {
     "csh": "~/.cshrc",
     "powershell": "$PROFILE",
 }
+
+
+def shell_quote(shell: str, text: str) -> str:
+    """`text` between the quotes of the `shell`.
+
+    csh takes no newline, and no backtick within those of its `eval`. What suits sh suits most of
+    the others, for hints that cannot know where they are pasted.
+    """
+    if shell in ("powershell", "elvish"):
+        return "'" + text.replace("'", "''") + "'"
+    if shell in ("nu", "xonsh"):
+        return json.dumps(text, ensure_ascii=False)
+    if "'" in text and not re.search(r'["$`\\!]', text):
+        return f'"{text}"'
+    if shell == "fish":
+        text = text.replace("\\", "\\\\")
+    quoted = "'" + text.replace("'", "'\"'\"'") + "'"
+    return quoted.replace("!", r"'\!'") if shell == "csh" else quoted
 
 
 def shell_name(settings: Settings, name: str) -> str:
@@ -3247,6 +3266,14 @@ def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
     )
 
 
+def profile_line(shell: str, absolute: bool = False) -> str:
+    """The line that sets the API key in `shell` (`absolute` as in program_name)."""
+    start = program_name(absolute, shell)
+    if shell in OTHER_SHELLS:
+        return OTHER_SHELLS[shell].format(start, CHATGPT_OAUTH_CONFIG["api_key_env_var"])
+    return SHELLS[shell].profile.format(f"{start} env --shell {shell}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Terminal: the one object that talks to a person
 # ---------------------------------------------------------------------------------------------
@@ -3258,10 +3285,11 @@ COLOURS = {"done": 32, "warning": 33, "error": 31}  # SGR parameters (ECMA-48 §
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
-def program_name(absolute: bool = False) -> str:
+def program_name(absolute: bool = False, shell: str = "") -> str:
     """How this program was started, for people who shall start it again.
 
     `absolute`: with any directory and PATH, as at the start of a shell, whose profile sets it.
+    `shell`: in that one, where it is known.
     """
     python = "python" if sys.platform == "win32" else "python3"
     started = getattr(sys, "orig_argv", [""])[0]  # since Python 3.10
@@ -3278,8 +3306,11 @@ def program_name(absolute: bool = False) -> str:
     found = os.path.normpath(directory) in searched and os.access(path, os.X_OK)
     if found and not absolute:
         return COMMAND if name in LAUNCHERS else quote_path(name)
-    whole = quote_path(os.path.abspath(path) if absolute else path)
-    return whole if name in LAUNCHERS else f"{python} {whole}"
+    path = os.path.abspath(path) if absolute else path
+    whole = quote_path(path, shell)
+    if name not in LAUNCHERS:
+        return f"{python} {whole}"
+    return whole if whole == path else CALLS.get(shell, "") + whole
 
 
 def quote_path(path: str, shell: str = "") -> str:
@@ -3287,13 +3318,12 @@ def quote_path(path: str, shell: str = "") -> str:
 
     Without one, as it is typed here; on Windows for PowerShell and the command prompt alike.
     """
-    if shell == "powershell":
-        return "'" + path.replace("'", "''") + "'"
     if re.fullmatch(UNQUOTED, path):
         return path
-    if sys.platform == "win32" or ("'" in path and not re.search(r'["$`\\!]', path)):
+    if sys.platform == "win32" and shell != "powershell":
         return f'"{path}"'
-    return "'" + path.replace("'", "'\"'\"'") + "'"
+    quoted = shell_quote(shell, path)
+    return f"@({quoted})" if shell == "xonsh" else quoted
 
 
 class Terminal:
@@ -3702,11 +3732,11 @@ def command_auth(session: Session, options: Namespace) -> None:
         session.notify("info", *session.client.next_step)
         return
     try:
-        shell = SHELLS[find_shell(session.settings, "auto")]
+        shell = find_shell(session.settings, "auto")
     except UsageError:  # an unknown shell; nobody asked for it
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
-    line = shell.profile.format(f"{program_name()} env")
+    line = SHELLS[shell].profile.format(f"{program_name(shell=shell)} env")
     session.notify("info", f"To use the API key in this shell: {line}")
 
 
@@ -3728,17 +3758,11 @@ def command_models(session: Session, options: Namespace) -> None:
         print("\n".join(names))
 
 
-def other_shell_line(name: str, absolute: bool = False) -> str:
-    """The line that sets the API key in a shell whose statements `env` does not print."""
-    variable = CHATGPT_OAUTH_CONFIG["api_key_env_var"]
-    return OTHER_SHELLS[name].format(program_name(absolute), variable)
-
-
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account id."""
     other = shell_name(session.settings, options.shell)
     if other in OTHER_SHELLS:
-        hint = f"use --shell with another name, or in {other}: {other_shell_line(other)}"
+        hint = f"use --shell with another name, or in {other}: {profile_line(other)}"
         raise UsageError(f"env prints no code for {other}", hint)
     shell = find_shell(session.settings, options.shell)
     try:
@@ -4066,19 +4090,17 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
-        line = SHELLS[shell].search.format(quote_path(paths.bin_directory, shell))
+        line = SHELLS[shell].search.format(
+            quote_path(paths.bin_directory, shell), shell_quote(shell, paths.bin_directory)
+        )
         notify("info", f"To add it, put this line into {profile}:")
         notify("info", f"    {line}")
     elif not os.path.samefile(found, paths.launcher):
         notify("warning", f"another {COMMAND} comes first in PATH: {found}")
     else:
         notify("info", f"{paths.bin_directory} is in PATH; to see what it can do, run", "--help")
-    start = program_name()
-    if shell == "powershell" and not start.startswith(COMMAND):
-        start = f"& {start}"  # or it takes a quoted path for a text
-    code = SHELLS[shell].profile.format(f"{start} env --shell {shell}")
     notify("info", f"To have the API key in each new shell, put this line into {profile}:")
-    notify("info", f"    {code}")
+    notify("info", f"    {profile_line(shell)}")
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:
@@ -5071,12 +5093,8 @@ def example_help(command: Command, prog: str) -> List[str]:
 def profile_help() -> List[str]:
     """The end of `env --help`; a profile runs in any directory."""
     lines = ["add one of these to your shell's profile:"]
-    for name, shell in SHELLS.items():
-        if shell.profile:
-            line = shell.profile.format(f"{program_name(absolute=True)} env --shell {name}")
-            lines += [f"  {name}:", f"    {line}"]
-    for name in OTHER_SHELLS:
-        lines += [f"  {name}:", f"    {other_shell_line(name, absolute=True)}"]
+    for name in (*(name for name, shell in SHELLS.items() if shell.profile), *OTHER_SHELLS):
+        lines += [f"  {name}:", f"    {profile_line(name, absolute=True)}"]
     return lines
 
 

@@ -4756,6 +4756,37 @@ class ShellTest(Case):
             self.assertIn(f"  {shell}:\n", profiles)
             self.assertIn(line, profiles)
 
+    @unittest.skipUnless(POSIX, "Windows allows no such names")
+    def test_the_lines_of_the_help_work_from_any_folder(self):
+        self.store(api_key=self.KEY)
+        names = ["it's a", 'a $HOME & \\\' (b) "c"; *?[d] {e} ~ # !', "`f`", "a\nb"]
+        programs = [self.folder / name / "c.py" for name in names]
+        for program in programs:
+            program.parent.mkdir()
+            shutil.copy(PROGRAM, program)
+        lines = []
+        for program in programs:
+            out = self.assert_quiet(self.run_command([sys.executable, str(program), "env", "-h"]))
+            lines.append(dict(re.findall(r"(?ms)^  (\w+):\n    (.+?)$(?=\n  \w+:\n|\n?\Z)", out)))
+        echo = "echo $CHATGPT_OAUTH_API_KEY"
+        for shell, row, show in (
+            ("bash", "sh", echo),
+            ("zsh", "sh", echo),
+            ("dash", "sh", echo),
+            ("fish", "fish", echo),
+            ("tcsh", "csh", echo),
+            ("nu", "nu", "print $env.CHATGPT_OAUTH_API_KEY"),
+            ("elvish", "elvish", "echo $E:CHATGPT_OAUTH_API_KEY"),
+            ("xonsh", "xonsh", echo),
+        ):
+            with self.subTest(shell):
+                if not shutil.which(shell):
+                    self.skipTest(f"no {shell} here")
+                there = lines[:2] if shell == "tcsh" else lines  # its eval takes neither of them
+                commands = [[shell, "-c", f"{each[row]}\n{show}"] for each in there]
+                for command, done in zip(commands, side_by_side(self.run_command, commands)):
+                    self.assertEqual(done[1].strip(), self.KEY, (command, done))
+
     @needs_sh
     def test_signed_out_it_is_one_quiet_line_and_harmless(self):
         err = self.assert_fails(self.run_program("env"), 3, "not signed in", "auth")
