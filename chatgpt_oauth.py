@@ -3165,13 +3165,18 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 class Shell:
     """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
 
-    `profile` evaluates what the command {0} prints; `search` lets it find commands in the
-    directory {0}, or between quotes in any case {1}. Only b64tokens and identifiers get into the statements, so their quotes cannot
+    `profile` evaluates what the command {0} prints, or sets variable {1} by the program {0};
+    `search` lets it find commands in the directory {0}, or between quotes {1}. Only b64tokens and identifiers get into the statements, so their quotes cannot
     be broken out of.
     """
 
     def __init__(
-        self, assign: str, unset: str, separator: str, profile: str, search: str = ""
+        self,
+        assign: str = "",
+        unset: str = "",
+        separator: str = "",
+        profile: str = "",
+        search: str = "",
     ) -> None:
         self.assign, self.unset = assign, unset
         self.separator, self.profile, self.search = separator, profile, search
@@ -3191,8 +3196,8 @@ SHELLS = {
         "$env:PATH = {1} + ';' + $env:PATH",
     ),
     "cmd": Shell('set "{0}={1}"', 'set "{0}="', "\n", "for /f \"delims=\" %i in ('{0}') do @%i"),
-    "dotenv": Shell("{0}={1}", "{0}=", "\n", ""),
-    "json": Shell("", "", "", ""),
+    "dotenv": Shell("{0}={1}", "{0}=", "\n"),
+    "json": Shell(),
 }
 SHELL_ALIASES = {
     **dict.fromkeys(("bash", "zsh", "ksh", "dash", "ash", "busybox", "mksh", "lksh"), "sh"),
@@ -3200,11 +3205,21 @@ SHELL_ALIASES = {
     "tcsh": "csh",
     "pwsh": "powershell",
 }
-# Shells whose statements are not printed; each sets variable {1} by the command {0} so.
+# Shells whose statements are not printed. A command that fails would end their profile, if it were
+# not caught: signed out, the rest of it has to run.
 OTHER_SHELLS = {
-    "nu": "{0} env --shell json | from json | load-env",
-    "elvish": "set-env {1} ({0} token --api-key)",
-    "xonsh": "${1} = $({0} token --api-key).strip()",
+    "nu": Shell(
+        profile="try {{ {0} env --shell json | from json | load-env }}",
+        search="$env.PATH = ($env.PATH | prepend {0})",
+    ),
+    "elvish": Shell(
+        profile="try {{ set-env {1} ({0} token --api-key) }} catch e {{ }}",
+        search="set paths = [{0} $@paths]",
+    ),
+    "xonsh": Shell(
+        profile="${1} = !({0} token --api-key).out.strip()",
+        search="$PATH.insert(0, {1})",
+    ),
 }
 CALLS = {"powershell": "& ", "nu": "^"}  # what a quoted name of a command has before it
 # What needs no quotes; elsewhere as shlex has it, which python3-minimal has not.
@@ -3216,6 +3231,9 @@ PROFILES = {
     "tcsh": "~/.tcshrc",
     "csh": "~/.cshrc",
     "powershell": "$PROFILE",
+    "nu": "$nu.config-path",
+    "elvish": "~/.config/elvish/rc.elv",
+    "xonsh": "~/.xonshrc",
 }
 
 
@@ -3270,7 +3288,7 @@ def profile_line(shell: str, absolute: bool = False) -> str:
     """The line that sets the API key in `shell` (`absolute` as in program_name)."""
     start = program_name(absolute, shell)
     if shell in OTHER_SHELLS:
-        return OTHER_SHELLS[shell].format(start, CHATGPT_OAUTH_CONFIG["api_key_env_var"])
+        return OTHER_SHELLS[shell].profile.format(start, CHATGPT_OAUTH_CONFIG["api_key_env_var"])
     return SHELLS[shell].profile.format(f"{start} env --shell {shell}")
 
 
@@ -4085,12 +4103,13 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
     notify, settings = session.notify, session.settings
     name = shell_name(settings, "auto")
     # One that we don't know may understand the line of `sh`.
-    shell = name if name in SHELLS else SHELL_ALIASES.get(name, "sh")
+    shells = {**SHELLS, **OTHER_SHELLS}
+    shell = name if name in shells else SHELL_ALIASES.get(name, "sh")
     profile = PROFILES.get(name, "~/.profile")
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
-        line = SHELLS[shell].search.format(
+        line = shells[shell].search.format(
             quote_path(paths.bin_directory, shell), shell_quote(shell, paths.bin_directory)
         )
         notify("info", f"To add it, put this line into {profile}:")
@@ -5093,8 +5112,9 @@ def example_help(command: Command, prog: str) -> List[str]:
 def profile_help() -> List[str]:
     """The end of `env --help`; a profile runs in any directory."""
     lines = ["add one of these to your shell's profile:"]
-    for name in (*(name for name, shell in SHELLS.items() if shell.profile), *OTHER_SHELLS):
-        lines += [f"  {name}:", f"    {profile_line(name, absolute=True)}"]
+    for name, shell in {**SHELLS, **OTHER_SHELLS}.items():
+        if shell.profile:
+            lines += [f"  {name}:", f"    {profile_line(name, absolute=True)}"]
     return lines
 
 

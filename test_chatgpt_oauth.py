@@ -4750,7 +4750,7 @@ class ShellTest(Case):
         for shell, line in (
             ("nu", "env --shell json | from json | load-env"),
             ("elvish", "set-env CHATGPT_OAUTH_API_KEY ("),
-            ("xonsh", "$CHATGPT_OAUTH_API_KEY = $("),
+            ("xonsh", "$CHATGPT_OAUTH_API_KEY = !("),
         ):
             self.assert_fails(self.call("env", "--shell", shell), 2, shell, line, "--shell")
             self.assertIn(f"  {shell}:\n", profiles)
@@ -5628,10 +5628,17 @@ class InstallTest(Case):
             "fish": "~/.config/fish/config.fish",
             "tcsh": "~/.tcshrc",
             "dash": "~/.profile",
-            "nu": "~/.profile",
+            "nu": "$nu.config-path",
+            "elvish": "~/.config/elvish/rc.elv",
+            "xonsh": "~/.xonshrc",
+            "unknown": "~/.profile",
+        }
+        show = {
+            "nu": "print $env.CHATGPT_OAUTH_API_KEY?",
+            "elvish": "echo $E:CHATGPT_OAUTH_API_KEY",
         }
         for name, profile in profiles.items():
-            shell = shutil.which("sh" if name == "nu" else name)
+            shell = shutil.which("sh" if name == "unknown" else name)
             if not shell:
                 continue
             with self.subTest(name):
@@ -5640,10 +5647,17 @@ class InstallTest(Case):
                 self.assertIn(f"warning: {self.bin} is not in PATH\n", said)
                 self.assertEqual(said.count(f" put this line into {profile}:\n"), 2)
                 lines = re.findall(r"(?m)^    (.+)$", said)
-                lines += ["echo $CHATGPT_OAUTH_API_KEY", "chatgpt-oauth --version"]
-                result = self.run_command([shell, "-c", "\n".join(lines)], environ)
-                out = self.assert_quiet(result)
+                lines += [show.get(name, "echo $CHATGPT_OAUTH_API_KEY"), "chatgpt-oauth --version"]
+                command = [shell, "-c", "\n".join(lines)]
+                out = self.assert_quiet(self.run_command(command, environ))
                 self.assertEqual(out.split(), ["sk-1", "chatgpt_oauth", oauth.__version__])
+                environ["CHATGPT_OAUTH_HOME"] = str(self.folder / "none")
+                if name == "tcsh":  # an unset variable would be an error of its own
+                    environ["CHATGPT_OAUTH_API_KEY"] = ""
+                code, out, err = self.run_command(command, environ)
+                self.assertEqual((code, out.split()), (0, ["chatgpt_oauth", oauth.__version__]))
+                if name != "xonsh":  # its `!()` keeps what goes to standard error
+                    self.assertIn("error: not signed in", err)
 
 
 # ---------------------------------------------------------------------------------------------
