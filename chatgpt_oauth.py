@@ -526,8 +526,11 @@ def tls_context(settings: Settings) -> Any:
                 hint = f"let {variable} name a file of certificates, or unset it"
                 context.load_verify_locations(path)
         except OSError as error:
+            if not (path or error.filename):  # PyPy, where there are no CA certificates
+                fault, hint = "CA certificates", certificate_hint()
             no_pem = path and isinstance(error, ssl.SSLError)
-            why = "it holds no certificate in PEM form" if no_pem else error.strerror
+            why = error.strerror or os.strerror(error.errno or 0)  # PyPy leaves it empty
+            why = "it holds no certificate in PEM form" if no_pem else why
             text = f"cannot set up TLS: {fault}: {why}"
             raise RequestError(text, hint, unprocessed=True, retry_after=NEVER) from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it

@@ -1739,6 +1739,18 @@ class WireTest(Case):
         environ = {"CODEX_CA_CERTIFICATE": certificate, "SSL_CERT_FILE": os.devnull}
         self.assert_fresh(self.run_program("token", environ=environ))
 
+    def test_certificates_that_python_cannot_load_are_told(self):
+        code = """
+import ssl, chatgpt_oauth
+def load(*_):
+    raise FileNotFoundError(2, "")  # as PyPy does it without CA certificates
+ssl.SSLContext.load_default_certs = load
+chatgpt_oauth.run_program()
+"""
+        result = self.start_python(code, "auth", "--no-browser").end()
+        err = self.assert_fails(result, 5, "TLS: CA certificates: ", "hint: ")
+        self.assertNotIn("SSLKEYLOGFILE", err)
+
     def test_a_proxy_that_refuses_shows_no_credentials(self):
         basic = base64.b64encode(b"user:hunter2").decode()
         said = f"HTTP/1.1 407 user:hunter2 Basic {basic} is wrong\r\n\r\n".encode()
