@@ -4128,6 +4128,9 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove what `install` made, and nothing else."""
     paths = InstallPaths(session.settings.environ, options)
+    if options.bin and not os.path.lexists(paths.launcher):
+        hint = "use --bin with the directory that was given to install"
+        raise UsageError(f"there is no command {paths.launcher}", hint)
     present = [path for path, mark in paths.files.items() if installed_content(path, mark)]
     forgotten = forget_registration(session.official())
     if not present and not forgotten:

@@ -5606,6 +5606,13 @@ class InstallTest(Case):
         said = self.assert_done(self.run_program("uninstall"))
         self.assertEqual(said, "Not installed; nothing to do.\n")
 
+    def test_uninstall_with_another_directory_than_install_removes_nothing(self):
+        self.install()
+        before = list(self.files())
+        result = self.run_program("uninstall", "--bin", str(self.folder))
+        self.assert_fails(result, 2, str(self.folder / self.launcher.name), "given to install")
+        self.assertEqual(list(self.files()), before)
+
     def test_uninstall_leaves_what_it_did_not_bring(self):
         self.home.mkdir()
         self.install()
