@@ -3500,7 +3500,9 @@ class SignInStatus:
             session.require_refreshable(self.tokens)
         except OAuthError as error:
             self.problem = error
-        self.exists = not isinstance(self.problem, NotSignedInError)  # if only as a broken file
+        # If only as a broken file; where nobody may look there is none.
+        there = os.path.lexists(session.token_file.path)
+        self.exists = there and not isinstance(self.problem, NotSignedInError)
         valid = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
         self.usable = valid and self.verdict.word != "refused"
         self.fields = self.tokens.fields if self.tokens else {}

@@ -2157,6 +2157,17 @@ class StoreTest(Case):
         self.assertEqual(self.call("logout", environ=environ)[0], 0)
         self.assertFalse((self.folder / "none").exists())
 
+    @needs_modes
+    def test_a_home_that_nobody_may_look_into_shows_no_sign_in(self):
+        self.store()
+        with self.somebody_else_at_home():
+            self.home.chmod(0o000)
+            code, out, err = self.call("status")
+            self.home.chmod(0o700)
+        self.assertEqual(code, 6)
+        self.assertIn("Permission denied", out)
+        self.assertNotIn("Official", out)
+
     @unittest.skipUnless(POSIX, "Windows has no list of accounts and their homes")
     def test_without_home_in_the_environment_the_accounts_own_counts(self):
         import pwd
