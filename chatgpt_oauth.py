@@ -4072,7 +4072,7 @@ def command_install(session: Session, options: Namespace) -> None:
         raise storage_error("write", error.filename or paths.directory, error) from None
     sys.argv[0] = paths.launcher  # so is the program called from here on
     notify("done", f"Installed the command {paths.launcher}")
-    notify("info", f"It runs the copy {paths.program}")
+    notify("info", f"It runs a copy of this file: {paths.program}")
     if paths.plugin in paths.files:
         notify("done", f"Installed the Code Puppy plugin {paths.plugin}")
     tell_how_to_use(session, paths)
@@ -4121,10 +4121,12 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
         notify("info", f"    {line}")
     elif not os.path.samefile(found, paths.launcher):
         notify("warning", f"another {COMMAND} comes first in PATH: {found}")
+        notify("hint", f"remove that one, or put {paths.bin_directory} before it in PATH")
     else:
         notify("info", f"{paths.bin_directory} is in PATH; to see what it can do, run", "--help")
     notify("info", f"To have the API key in each new shell, put this line into {profile}:")
-    notify("info", f"    {profile_line(shell)}")
+    notify("info", f"    {profile_line(shell, absolute=True)}")
+    notify("info", "Then open a new terminal.")
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:

@@ -5380,6 +5380,8 @@ class InstallTest(Case):
         said = self.install("--no-code-puppy")
         self.assertIn(f"Installed the command {self.launcher}\n", said)
         self.assertIn(f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", said)
+        # A profile may run before PATH is whole, as Debian's ~/.bashrc does.
+        self.assertIn(f"{typed(self.launcher)} env --shell ", said)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
         out = self.assert_quiet(self.run_installed("env", "--shell", "sh"))
