@@ -1808,7 +1808,10 @@ class Session:
         except NotSignedInError:
             raise
         except OAuthError as error:
-            self.notify("warning", f"{error}; using the current one, which is still valid")
+            text = f"{error}; using the current access token, which is still valid"
+            self.notify("warning", text)
+            if isinstance(error, SignInEndedError):
+                self.notify("hint", error.hint or "", error.command)
             return stored
 
     def _refreshed(self, old: Tokens, retry: bool, timeout: Optional[float] = None) -> Tokens:
