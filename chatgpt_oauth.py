@@ -3172,8 +3172,8 @@ class Shell:
     """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
 
     `profile` evaluates what the command {0} prints, or sets variable {1} by the program {0};
-    `search` lets it find commands in the directory {0}, or between quotes {1}. Only b64tokens and identifiers get into the statements, so their quotes cannot
-    be broken out of.
+    `search` lets it find commands in the directory {0}, or between quotes {1}. Only b64tokens and
+    identifiers get into the statements, so their quotes cannot be broken out of.
     """
 
     def __init__(
