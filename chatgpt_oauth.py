@@ -1521,7 +1521,7 @@ class JsonFile:
                 fault, lasting = "not valid JSON", False
             if lasting or time.monotonic() > deadline:
                 raise self.broken(fault)
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def broken(self, fault: str) -> StorageError:
         """The error of a file that is not what it should be."""
