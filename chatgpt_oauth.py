@@ -4134,6 +4134,9 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove what `install` made, and nothing else."""
+    place, name = os.path.split(os.path.abspath(sys.argv[0]))
+    if name in LAUNCHERS and not options.bin:
+        options.bin = place  # this very command's, wherever that was put
     paths = InstallPaths(session.settings.environ, options)
     if options.bin and not os.path.lexists(paths.launcher):
         hint = "use --bin with the directory that was given to install"

@@ -5619,6 +5619,14 @@ class InstallTest(Case):
         said = self.assert_done(self.run_program("uninstall"))
         self.assertEqual(said, "Not installed; nothing to do.\n")
 
+    def test_uninstall_finds_the_command_that_it_is(self):
+        elsewhere = self.folder / "bin"
+        self.install("--bin", str(elsewhere))
+        launcher = elsewhere / self.launcher.name
+        said = self.assert_done(self.run_command([str(launcher), "uninstall"]))
+        self.assertIn(f"Removed {launcher}\n", said)
+        self.assertEqual(list(self.files()), [])
+
     def test_uninstall_with_another_directory_than_install_removes_nothing(self):
         self.install()
         before = list(self.files())
