@@ -3131,13 +3131,14 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
 def end_sign_in(session: Session, revoking: bool) -> bool:
     """Revoke the sign-in (best effort), remove our entries and its file; False: nothing was there.
 
-    A broken token file is removed too; a broken models file raises, after that.
+    A broken token file is removed too; entries that cannot be removed raise, after that.
     """
-    broken: Optional[StorageError] = None
-    token_file = session.token_file
-    with contextlib.suppress(StorageError):
-        if not token_file.exists() and not registered_entries(session):
-            return False
+    failure: Optional[OAuthError] = None
+    token_file, there = session.token_file, True
+    with contextlib.suppress(StorageError):  # a broken one is there
+        there = token_file.exists()
+    if not there and not registered_entries(session):
+        return False
     with token_file.lock():
         tokens = None
         try:
@@ -3148,18 +3149,18 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
             revoke_or_warn(session, tokens)
         try:
             register_models(session, {})
-        except StorageError as error:
-            broken = error
+        except OAuthError as error:  # the tokens, revoked already, must not stay for that
+            failure = error
         token_file.remove(session.client.kept_after_sign_out)
     who = identity(tokens)["email"] if tokens else None
     name = f"{f' of {who}' if who else ''}{session.client.label}"
-    removed = "" if broken else "; imported models removed"
+    removed = "" if failure else "; imported models removed"
     session.notify("done", f"Signed out{name}{removed}")
     if tokens and tokens.api_key:
         url = "https://platform.openai.com/api-keys"
         session.notify("info", f"The API key stays valid; delete it at {url}")
-    if broken:
-        raise broken
+    if failure:
+        raise failure
     return True
 
 

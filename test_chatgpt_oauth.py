@@ -1113,9 +1113,9 @@ class Case(unittest.TestCase):
         return code, out.getvalue(), err.getvalue()
 
     @contextlib.contextmanager
-    def holding_lock(self):
-        """What another process does that refreshes or signs in: it holds the lock."""
-        with open(f"{self.token_file}.lock", "w") as held:
+    def holding_lock(self, path=None):
+        """What another process does that refreshes or signs in: it holds the lock (of `path`)."""
+        with open(f"{path or self.token_file}.lock", "w") as held:
             if sys.platform == "win32":
                 import msvcrt
 
@@ -4676,6 +4676,22 @@ class SignOutTest(Case):
         self.assertEqual(err.count("not valid JSON"), 1)
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
+
+    def test_nobody_is_signed_out_who_was_not_signed_in(self):
+        self.home.mkdir(mode=0o700)
+        self.models_file.write_text("[")
+        err = self.assert_fails(self.call("logout"), 6, "chatgpt_models.json: not valid JSON")
+        self.assertNotIn("Signed out", err)
+        self.assertEqual(os.listdir(self.home), ["chatgpt_models.json"])
+
+    def test_tokens_that_are_revoked_go_though_the_models_file_is_locked(self):
+        self.store()
+        environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.2"}
+        with self.holding_lock(self.models_file):
+            err = self.assert_fails(self.call("logout", environ=environ), 5, "models.json.lock")
+        self.assertEqual(self.double.count("revoke"), 1)
+        self.assertIn("Signed out of ada@example.com\n", err)
+        self.assertFalse(self.token_file.exists())
 
     def test_a_failed_revocation_is_a_warning(self):
         self.store()
