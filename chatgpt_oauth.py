@@ -239,6 +239,11 @@ class OAuthError(Exception):
         super().__init__(printable(message))
         self.hint, self.command = printable(hint) or None, command
 
+    def suggest(self, command: str) -> None:
+        """Have `command` tried again, where nothing else is known to help."""
+        if not self.hint:
+            self.hint, self.command = "to try again, run", command
+
 
 class UsageError(OAuthError):
     """The command line or a setting is wrong."""
@@ -1066,7 +1071,10 @@ class DeviceCode:
     the next poll, where the server asks for more.
     """
 
-    def __init__(self, members: Fields) -> None:
+    def __init__(self, settings: Settings, members: Fields) -> None:
+        self.settings = settings
+        self.page = settings.issuer + "/codex/device"  # where the user code is entered
+        self.redirect_uri = settings.issuer + "/deviceauth/callback"
         self.device_auth_id = text_or_none(members.get("device_auth_id")) or ""
         self.user_code = text_or_none(members.get("user_code") or members.get("usercode")) or ""
         interval = number_or_none(members.get("interval"))
@@ -1075,11 +1083,13 @@ class DeviceCode:
         lifetime = number_or_none(members.get("expires_in")) or DEVICE_CODE_LIFETIME
         self.lifetime = min(lifetime, DEVICE_CODE_LIFETIME)
 
-    def poll(self, settings: Settings) -> Optional[Fields]:
+    def poll(self) -> Optional[Tuple[str, str]]:
         """Ask once for the authorization code (RFC 8628 §3.4); None while it is pending.
 
-        Raises RequestError, after which polling may go on, or OAuthError.
+        Returns it with its code verifier. Raises RequestError, after which polling may go on, or
+        OAuthError.
         """
+        settings = self.settings
         url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
         body = {"device_auth_id": self.device_auth_id, "user_code": self.user_code}
         try:
@@ -1087,21 +1097,28 @@ class DeviceCode:
         except RequestError:  # RFC 8628 §3.5: poll less often where nothing comes in time
             self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
             raise
-        status = response.status
-        pending = response.code.endswith("authorization_pending")  # deviceauth_..., too
+        status, code = response.status, re.sub("^deviceauth_", "", response.code)
+        pending = code in ("authorization_pending", "slow_down")
         if response.is_html or (200 <= status < 300 and not pending):
-            return response.json_object(what)
-        if response.code == "access_denied":
+            return self._authorization(response.json_object(what))
+        if code == "access_denied":
             raise device_code_error("the sign-in was denied in the browser")
-        if response.code == "expired_token":
+        if code == "expired_token":
             raise device_code_error()
-        if response.code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
+        if code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
             self.interval += SLOW_DOWN
-            pending = True
         self.pause = max(self.interval, min(response.retry_after, POLL_CEILING))
         if pending or status in (403, 404, 429):
             return None
         raise response.error(what)  # a RequestError where the server is in trouble
+
+    def _authorization(self, members: Fields) -> Tuple[str, str]:
+        """The authorization code and the code verifier, which OpenAI makes here."""
+        code, verifier = members.get("authorization_code"), members.get("code_verifier")
+        if not is_b64token(code) or not is_b64token(verifier):
+            text = "could not use the device code: the response has no authorization code"
+            raise device_code_error(text)
+        return str(code), str(verifier)
 
 
 def device_code_error(why: str = "timed out waiting for the code to be entered") -> OAuthError:
@@ -1119,7 +1136,7 @@ def request_device_code(settings: Settings) -> DeviceCode:
             "turn it on in ChatGPT under Settings > Security (workspaces: ask an administrator), "
             "or sign in without --device",
         )
-    device = DeviceCode(response.json_object(what))
+    device = DeviceCode(settings, response.json_object(what))
     if not (device.device_auth_id and device.user_code):
         raise OAuthError(f"could not {what}: the response has no code")
     return device
@@ -3043,8 +3060,7 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
             session, response["code"], request.code_verifier, request.redirect_uri, request.nonce
         )
     except OAuthError as error:
-        if not error.hint:
-            error.hint, error.command = "to try again, run", session.client.sign_in_command
+        error.suggest(session.client.sign_in_command)
         callback.outcome.set_exception(error)
         callback.wait_until_told(2.0)
         raise
@@ -3089,10 +3105,9 @@ def sign_in_with_device(
     session: Session, models: ModelFilter, timeout: Optional[float] = None
 ) -> None:
     """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
-    settings, notify = session.settings, session.notify
-    device = request_device_code(settings)
+    notify, device = session.notify, request_device_code(session.settings)
     notify("info", "To sign in, open this page in any browser:")
-    notify("verbatim", settings.issuer + "/codex/device")
+    notify("verbatim", device.page)
     minutes = int(device.lifetime // 60)
     left = f"{minutes} minutes" if minutes > 1 else "less than 2 minutes"
     notify("info", f"Then enter this one-time code (valid for {left}):")
@@ -3100,16 +3115,20 @@ def sign_in_with_device(
     notify("info", "Beware of phishing: use this code only if you started this sign-in yourself.")
     notify("info", "Waiting for you to enter the code... (Ctrl-C to cancel)")
     deadline = time.monotonic() + min(timeout or device.lifetime, device.lifetime)
-    members = await_device_code(session, device, deadline)
-    code, verifier = (members.get(key, "") for key in ("authorization_code", "code_verifier"))
-    if not is_b64token(code) or not is_b64token(verifier):
-        raise OAuthError("could not use the device code: the response has no authorization code")
-    old = exchange_and_store(session, code, verifier, settings.issuer + "/deviceauth/callback")
+    code, verifier = await_device_code(session, device, deadline)
+    try:
+        old = exchange_and_store(session, code, verifier, device.redirect_uri)
+    except OAuthError as error:
+        error.suggest(session.client.device_command)
+        raise
     complete_sign_in(session, models, old)
 
 
-def await_device_code(session: Session, device: DeviceCode, deadline: float) -> Fields:
-    """Poll until the user code was entered or refused, or time.monotonic() reaches `deadline`."""
+def await_device_code(session: Session, device: DeviceCode, deadline: float) -> Tuple[str, str]:
+    """Poll until the user code was entered or refused, or time.monotonic() reaches `deadline`.
+
+    Returns the authorization code and its code verifier. Raises OAuthError.
+    """
     told = ""
     while True:
         until = min(time.monotonic() + device.pause, deadline)
@@ -3119,9 +3138,9 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
         if until == deadline:
             raise device_code_error()
         try:
-            members = device.poll(session.settings)
-            if members is not None:
-                return members
+            authorization = device.poll()
+            if authorization:
+                return authorization
         except RequestError as error:
             if str(error) != told:
                 told = str(error)

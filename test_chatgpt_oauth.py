@@ -4114,6 +4114,13 @@ class DeviceTest(Case):
         self.assertEqual(self.double.count("device"), 1)
         self.assertTrue(self.stored()["api_key"])
 
+    def test_a_code_that_is_of_no_use_has_a_next_step(self):
+        self.fault("device", 200, b'{"authorization_code": "a b"}')
+        self.assert_fails(self.call("auth", "--device"), 1, "to get a new code, run: ", "--device")
+        del self.double.faults["device"]
+        self.fault("code", 400)
+        self.assert_fails(self.call("auth", "--device"), 1, "to try again, run: ", "--device")
+
     def test_what_comes_while_it_waits(self):
         answers = [
             (500, b"oops", {}),
@@ -4196,7 +4203,9 @@ class DeviceTest(Case):
     def test_denied_expired_and_too_late_are_told_apart(self):
         for status, error, words in (
             (403, "access_denied", "denied in the browser"),
+            (403, "deviceauth_access_denied", "denied in the browser"),
             (400, "expired_token", "timed out waiting for the code"),
+            (400, "deviceauth_expired_token", "timed out waiting for the code"),
             (400, "something", "something"),
         ):
             body = json.dumps({"error": {"code": error}}).encode()
