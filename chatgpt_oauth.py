@@ -2941,34 +2941,50 @@ class BrowserSignIn:
 
     def run(self) -> None:
         """Sign in, or raise OAuthError."""
-        longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
         try:
-            while not self._attempt():
-                if not (self.stdin.is_terminal and self._new_url_wanted()):
-                    raise OAuthError(
-                        f"timed out after {self.timeout:g} seconds waiting for you to sign in",
-                        "to try again with more time, run",
-                        f"{self.session.client.sign_in_command} --timeout {longer:g}",
-                    )
+            while not self._attempt() and not self._late_paste():
+                pass
         finally:
             self.stdin.close()
 
-    def _new_url_wanted(self) -> bool:
-        self.session.notify(
-            "warning",
-            f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL",
-        )
-        wanted = wait_for(self.stdin.line, NEW_URL_TIMEOUT) and bool(self.stdin.line.result())
+    def _late_paste(self) -> bool:
+        """Whether somebody signed in after the time was up, rather than ask for a new URL.
+
+        Raises OAuthError where nobody does either.
+        """
+        line = self._line_after_timeout()
+        if not line:
+            longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
+            raise OAuthError(
+                f"timed out after {self.timeout:g} seconds waiting for you to sign in",
+                "to try again with more time, run",
+                f"{self.session.client.sign_in_command} --timeout {longer:g}",
+            )
+        callback = Callback(self.request, [])
+        try:
+            callback.paste(line)
+        except ValueError:  # just Enter
+            return False
+        redeem(self.session, self.models, callback)
+        return True
+
+    def _line_after_timeout(self) -> str:
+        """What is typed when the time was up; "" if nothing."""
+        if not self.stdin.is_terminal:
+            return ""
+        text = f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL"
+        self.session.notify("warning", text)
+        line = self.stdin.line.result() if wait_for(self.stdin.line, NEW_URL_TIMEOUT) else ""
         self.stdin.ask()
-        return wanted
+        return str(line)
 
     def _attempt(self) -> bool:
         """Whether somebody signed in before the time was up."""
         port, servers, fault = open_port(self.session.client)
         if fault and not self.stdin.usable:
             raise OAuthError(fault, *self.session.client.without_port)
-        request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
-        callback = Callback(request, servers)
+        self.request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
+        callback = Callback(self.request, servers)
         try:
             if fault:
                 self.session.notify("warning", fault)
@@ -4551,8 +4567,8 @@ class PromptSignIn(BrowserSignIn):
     countdown_marks = (60, 30)
     paste_note = " and press Enter (it does not show while you paste)"
 
-    def _new_url_wanted(self) -> bool:
-        return False  # the prompt comes back
+    def _line_after_timeout(self) -> str:
+        return ""  # the prompt comes back
 
     def _await_response(self, callback: Callback, deadline: float) -> bool:
         try:

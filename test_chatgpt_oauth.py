@@ -4061,6 +4061,21 @@ class PasteTest(Case):
         self.assertIn("--device", err)
 
     @needs_terminal
+    def test_a_url_that_is_pasted_late_signs_in_all_the_same(self):
+        import pty
+
+        leader, follower = pty.openpty()
+        self.addCleanup(os.close, leader)
+        self.addCleanup(os.close, follower)
+        arguments = ("auth", "--no-browser", "--timeout", "0.5")
+        running = self.start(*arguments, stdin=follower, start_new_session=True)
+        place = response_to(running.url())
+        running.saying("press Enter")
+        os.write(leader, place.encode() + b"\n")
+        self.assertEqual(self.assert_done(running.end()).count("/oauth/authorize?"), 1)
+        self.assertTrue(self.stored()["access_token"])
+
+    @needs_terminal
     def test_nobody_can_press_enter_after_the_end_of_the_input(self):
         import pty
 
