@@ -2692,15 +2692,22 @@ def exchange_and_store(
         except StorageError as error:
             session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
         session.token_file.reserve(old.fields if old else {})
-        tries = Retry(session.settings.retry_window, session.notify)
+        tries, stored = Retry(session.settings.retry_window, session.notify), False
         while True:
             try:
                 with uninterrupted(session.settings):
                     response = exchange_code(session.client, code, verifier, redirect_uri)
                     _store_sign_in(session, response, old, nonce)
+                    stored = True
                 return old
             except RequestError as error:
                 tries.wait(error)
+            except KeyboardInterrupt:
+                if stored:
+                    session.notify(
+                        "warning", "you are signed in all the same; to sign out, run", "logout"
+                    )
+                raise
 
 
 def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], nonce: str) -> None:
