@@ -2790,20 +2790,24 @@ def obtain_api_key(session: Session) -> None:
     if tokens.api_key and not api_key_refused(session.settings, tokens):
         session.notify("done", "API key available (unchanged)")
         return
-    new, reason = {}, ""
+    new: Fields = {}
+    missing: Optional[OAuthError] = None
     try:
         new = {"api_key": exchange_id_token(session.settings, tokens.id_token or "")}
+    except UnavailableError as error:  # which tells nothing about the account
+        missing = OAuthError(f"no API key: {error}", "to try again, run", "auth")
     except OAuthError as error:
         reason = str(error)
         if "missing organization_id" in reason:
             reason = "this account has no organization (missing organization_id)"
+        missing = no_api_key(f"no API key: {reason}")
     with session.token_file.lock():
         current = session.token_file.load()
         if current and tokens.same_account(current):
             kept = {k: value for k, value in current.fields.items() if k != "api_key"}
             session.token_file.save({**kept, **new})
-    if not new:
-        raise no_api_key(f"no API key: {reason}")
+    if missing:
+        raise missing
     session.notify("done", "API key available")
 
 

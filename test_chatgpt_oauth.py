@@ -3838,6 +3838,26 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("revoke"), 0)  # it could end the whole grant
         self.assert_nothing_lost()
 
+    def test_a_server_that_gives_no_key_now_says_nothing_about_the_account(self):
+        self.fault("key", 503)
+        said = self.sign_in()
+        self.assertIn("no API key: could not get an API key (HTTP 503): server error\n", said)
+        self.assertRegex(said, "(?m)^hint: to try again, run: .* auth$")
+        self.assertNotIn("create an organization", said)
+
+    @needs_signals
+    def test_ctrl_c_while_the_code_is_redeemed_says_what_is_stored(self):
+        self.double.delay = 0.2
+        running = self.start("auth", "--no-browser")
+        url = running.url()
+        threading.Thread(target=visit, args=(url,), daemon=True).start()
+        wait_for(lambda: self.double.count("code"))
+        running.process.send_signal(signal.SIGINT)
+        code, out, err = running.end()
+        self.assertEqual((code, out), (130, ""))
+        self.assertRegex(err, "(?m)^warning: you are signed in all the same; .*: .* logout$")
+        self.assertEqual(self.call("token")[0], 0)
+
     def test_a_code_is_sent_again_only_if_it_was_certainly_not_redeemed(self):
         for status, headers, times in (
             (503, {}, 2),
