@@ -809,7 +809,7 @@ class Client:
         for token in (response["access_token"], response.get("id_token")):
             account = auth_claims(text_or_none(token)).get("chatgpt_account_id")
             if account and old.account_id and account != old.account_id:
-                raise OAuthError(OTHER_ACCOUNT)
+                raise OAuthError(OTHER_ACCOUNT, "to sign in again, run", self.sign_in_command)
         return {}
 
     def plan_allowed(self, fields: Fields) -> bool:
@@ -918,7 +918,7 @@ class OfficialClient(Client):
         """The same after a refresh, whose response may omit the ID token and the scope."""
         id_token, granted = text_or_none(response.get("id_token")), response.get("scope")
         if id_token and self._claims(id_token, old.client_id).get("sub") != old.fields.get("sub"):
-            raise OAuthError(OTHER_ACCOUNT)
+            raise OAuthError(OTHER_ACCOUNT, "to sign in again, run", self.sign_in_command)
         return {
             "scopes": granted.split() if isinstance(granted, str) else old.fields.get("scopes"),
             "earliest_refresh_at": response.get("earliest_refresh_at"),

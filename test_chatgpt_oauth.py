@@ -2682,7 +2682,7 @@ for command in ("status", "token"):
         before = self.store(lifetime=0)
         answer = json.dumps(self.double.tokens(account="acct-9")).encode()
         self.fault("refresh", 200, answer)
-        self.assert_fails(self.call("token"), 1, "another account")
+        self.assert_fails(self.call("token"), 1, "another account", "to sign in again, run: ")
         self.assertEqual(self.stored(), before)
 
     def test_another_account_shows_in_the_access_token_alone_too(self):
