@@ -554,7 +554,9 @@ def certificate_hint() -> str:
         if os.environ.get(name):
             return f"the CA certificates that {name} names do not vouch for it; add the right one"
     paths = ssl.get_default_verify_paths()
-    known = paths.cafile or (paths.capath and os.listdir(paths.capath))
+    known = [paths.cafile] if paths.cafile else []
+    with contextlib.suppress(OSError):
+        known = known or os.listdir(paths.capath or os.devnull)
     if not known and sys.platform != "win32":
         return "there are no CA certificates here (Debian and Ubuntu: apt install ca-certificates)"
     return "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
