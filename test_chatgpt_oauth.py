@@ -1925,14 +1925,15 @@ class StoreTest(Case):
             self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
 
     def test_reading_changes_nothing_and_waits_for_no_lock(self):
-        reading = ("status", "env", "token", "token --json", "exec -- true", "env --access-token")
+        reading = [["status"], ["env"], ["env", "--access-token"], ["token"], ["token", "--json"]]
         for command in reading:
-            self.call(*command.split())
+            self.call(*command)
         self.assertFalse(self.home.exists())
         self.store(api_key="sk-1")
         self.models_file.write_text("{}")
         times = {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}
-        done = [self.run_program(*command.split()) for command in reading]
+        reading.append(["exec", "--", sys.executable, "-c", "pass"])
+        done = [self.run_program(*command) for command in reading]
         self.assertEqual([code for code, _, _ in done], [0] * len(reading), done)
         self.assertEqual(
             {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}, times
