@@ -17,13 +17,17 @@ code.  The code is exchanged for tokens, which are on disk before anything else 
 ID token for an API key (RFC 8693), where the account has an organization; and the models that the
 key or the ChatGPT plan pays for are written where Code Puppy looks for them.
 
-Afterwards everything asks one place for tokens, `Session.valid_tokens`.  It refreshes them under a
-lock that all processes share, for OpenAI's refresh tokens are good for one use: of two programs
-that refresh at the same moment one would be signed out.
+Afterwards whatever needs an access token asks one place, `Session.valid_tokens`.  It refreshes the
+tokens under a lock that all processes share, for OpenAI's refresh tokens are good for one use: of
+two programs that refresh at the same moment one would be signed out.
+
+`auth --official` is OpenAI's own sign-in for apps, a second client beside the Codex CLI's.  Imported,
+the file is a module (`get_access_token` and six more functions); in Code Puppy's plugin directory
+it is a plugin, with the same commands.
 
 The token file holds what its name says.  Whoever can read it can use the account; it is written
-readable by its owner alone, and no command but `env` and `token` prints from it; `exec` hands the
-key on to one process.
+readable by its owner alone, and no command but `env` and `token` prints a secret from it; `exec`
+hands the key on to one process.
 
 Unofficial: not made, endorsed or supported by OpenAI.  Licence: MIT.
 """
@@ -2342,7 +2346,10 @@ def callback_handler_class() -> Any:
 
 
 def read_head(connection: Socket) -> bytes:
-    """A request line and its headers, HEAD_LIMIT bytes at most; b"" if they do not end in time."""
+    """A request line and its headers, HEAD_LIMIT bytes at most; b"" if they do not end.
+
+    Raises OSError (a TimeoutError) when they do not come in time.
+    """
     head = tail = b""
     deadline = time.monotonic() + HEAD_TIMEOUT
     while b"\n\r\n" not in tail and b"\n\n" not in tail:
@@ -2644,8 +2651,8 @@ def import_models(
 def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     """The ids of the account's models, unfiltered.
 
-    `source` is "api" (what the API key pays for), "codex" (what the ChatGPT plan pays for) or
-    "auto" ("api" when there is a key). Raises OAuthError.
+    `source` is "api" (what the API key pays for), "codex" or "official" (what the ChatGPT plan pays
+    for, by either sign-in) or "auto" ("api" when there is a key). Raises OAuthError.
     """
     session = Session()
     source = RULES["model_source"].check("source", source)
