@@ -3785,14 +3785,11 @@ def sign_out(*, revoke: bool = True) -> None:
     end_sign_in(Session(), revoke)
 
 
-def sign_in_as_told(
+def sign_in_with_options(
     session: Session, options: Namespace, reading: bool, way: Type[BrowserSignIn] = BrowserSignIn
 ) -> None:
     """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
-    if options.workspace:
-        session.settings.workspace = options.workspace
-        session.client = Client(session.settings)  # which asks for the workspace
     prepare_sign_in(session)
     if options.device:
         sign_in_with_device(session, models, options.timeout)
@@ -3803,13 +3800,15 @@ def sign_in_as_told(
 
 def open_session(notify: Notify, options: Namespace) -> Session:
     """The sign-in that the options mean."""
-    session = Session(notify=notify)
-    return session.official() if getattr(options, "official", False) else session
+    settings, wanted = Settings(), vars(options)
+    settings.workspace = wanted.get("workspace") or settings.workspace
+    client = OfficialClient if wanted.get("official") else Client
+    return Session(settings, notify, client(settings))
 
 
 def command_auth(session: Session, options: Namespace) -> None:
     """Sign in, and say what can be done then."""
-    sign_in_as_told(session, options, reading=True)
+    sign_in_with_options(session, options, reading=True)
     if not session.tokens().api_key:
         session.notify("info", *session.client.next_step)
         return
@@ -4909,7 +4908,7 @@ class CodePuppyPlugin:
             self._redeem_pasted(session, options, urls[0])
         else:
             reading = sys.stdin is not None and sys.stdin.isatty()
-            sign_in_as_told(session, options, reading, PromptSignIn)
+            sign_in_with_options(session, options, reading, PromptSignIn)
 
     def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
         """Finish a sign-in that was broken off, with the URL that its browser ended on."""
