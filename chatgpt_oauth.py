@@ -3184,7 +3184,7 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
-    """Revoke the sign-in (best effort), remove our entries and its file; False: nothing was there.
+    """Revoke the sign-in (best effort), remove its file and our entries; False: nothing was there.
 
     A broken token file is removed too; entries that cannot be removed raise, after that.
     """
@@ -3203,10 +3203,12 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         if tokens and revoking:
             revoke_or_warn(session, tokens)
         try:
-            register_models(session, {})
-        except OAuthError as error:  # the tokens, revoked already, must not stay for that
-            failure = error
-        token_file.remove(session.client.kept_after_sign_out)
+            token_file.remove(session.client.kept_after_sign_out)
+        finally:
+            try:
+                register_models(session, {})
+            except OAuthError as error:
+                failure = error
     who = identity(tokens)["email"] if tokens else None
     name = f"{f' of {who}' if who else ''}{session.client.label}"
     removed = "" if failure else "; imported models removed"
