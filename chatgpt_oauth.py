@@ -2984,6 +2984,7 @@ class BrowserSignIn:
         try:
             callback.paste(line)
         except ValueError:  # just Enter
+            self.stdin.ask()
             return False
         redeem(self.session, self.models, callback)
         return True
@@ -2994,9 +2995,8 @@ class BrowserSignIn:
             return ""
         text = f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL"
         self.session.notify("warning", text)
-        line = self.stdin.line.result() if wait_for(self.stdin.line, NEW_URL_TIMEOUT) else ""
-        self.stdin.ask()
-        return str(line)
+        in_time = wait_for(self.stdin.line, NEW_URL_TIMEOUT)
+        return str(self.stdin.line.result()) if in_time else ""
 
     def _attempt(self) -> bool:
         """Whether somebody signed in before the time was up."""
