@@ -1160,6 +1160,7 @@ RESERVE = 16384  # bytes beyond the present content that a refreshed token file 
 PRIVATE = 0o600  # the mode of a file that its owner alone may read
 READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)  # and through no symbolic link
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
+FACTS_OF_TOKENS = ("expires_at", "ended")  # which new tokens make void
 
 
 def timestamp(moment: float) -> str:
@@ -1917,7 +1918,7 @@ def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
 
     So does what is no valid token; that is a warning, and the good ones are kept.
     """
-    kept = {k: value for k, value in fields.items() if k not in ("expires_at", "ended")}
+    kept = {k: value for k, value in fields.items() if k not in FACTS_OF_TOKENS}
     new = {"access_token": response["access_token"]}
     for name in ("refresh_token", "id_token"):
         value = response.get(name)
@@ -2737,8 +2738,8 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         if tokens.account_id:
             fields["account_id"] = tokens.account_id
         if old and tokens.same_account(old):
-            renewed = {*SECRET_KEYS, "ended", "expires_at"}
-            kept = {k: value for k, value in old.fields.items() if k not in renewed}
+            replaced = (*SECRET_KEYS, *FACTS_OF_TOKENS)
+            kept = {k: value for k, value in old.fields.items() if k not in replaced}
             if old.api_key:
                 kept["api_key"] = old.api_key
             fields = {**kept, **fields}
