@@ -1173,11 +1173,16 @@ def timestamp(moment: float) -> str:
 
 
 def parse_timestamp(value: object) -> Optional[float]:
-    """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone), else None."""
+    """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of such seconds.
+
+    None for what is neither.
+    """
     from datetime import datetime, timezone
 
+    if not isinstance(value, str):
+        return number_or_none(value)
     with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     return None
 

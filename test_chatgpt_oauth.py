@@ -2623,6 +2623,8 @@ for command in ("status", "token"):
         for dates, due in (
             ({"expires_at": timestamp(now + 1000)}, False),
             ({"expires_at": timestamp(now + 100)}, True),
+            ({"expires_at": now + 1000}, False),  # as other programs write it
+            ({"expires_at": 20261124}, True),
             ({"last_refresh": timestamp(now - 7 * 86400)}, False),
             ({"last_refresh": timestamp(now - 9 * 86400)}, True),
             ({"last_refresh": "2026-01-01T00:00:00.123456+00:00"}, True),
