@@ -337,6 +337,11 @@ INVALID_GRANT_CODES = {
 }
 OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
 NEVER = float("inf")  # seconds to the next try, where none can help
+# What requests send that is no secret; all else is taken out of what a server says of them.
+PUBLIC_FIELDS = (
+    *("grant_type", "client_id", "redirect_uri", "resource", "requested_token"),
+    *("subject_token_type", "token_type_hint"),
+)
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")  # the first one counts
 _tls_contexts: Dict[str, Any] = {}  # by the certificates' file
 
@@ -433,15 +438,25 @@ def number_or_none(value: object) -> Optional[float]:
     return None
 
 
+def without_secrets(value: object, private: Set[str]) -> str:
+    """A server's text, "" where `value` is none, without what it repeats of a request."""
+    text = value if isinstance(value, str) else ""
+    for secret in private - {""}:
+        text = text.replace(secret, "[...]")
+    # An error code of lower-case words is no token, however long it is.
+    words = r"(?![a-z_]+(?![A-Za-z0-9._~+/=%-]))"
+    return printable(re.sub(words + r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
+
+
 class Response:
     """A server's response: its `status`, its `data` (parsed JSON or None), and its error.
 
-    `code` and `text` are the error's code and description, made printable, with the secrets
-    that were `sent` and whatever else looks like one taken out.
+    `code` and `text` are the error's code and description, made printable, with what was sent
+    in `private` and whatever else looks like a secret taken out.
     """
 
-    def __init__(self, status: int, body: bytes, retry_after: str, sent: Set[str]) -> None:
-        self.status, self.sent = status, sent
+    def __init__(self, status: int, body: bytes, retry_after: str, private: Set[str]) -> None:
+        self.status = status
         self.is_html = body.lstrip()[:1] == b"<"
         self.is_unauthorized = status == 401 and not self.is_html  # a web page is a proxy's
         self.retry_after = parse_retry_after(retry_after)
@@ -453,18 +468,9 @@ class Response:
         outer = self.data if isinstance(self.data, dict) else {}
         error = outer.get("error")
         inner = error if isinstance(error, dict) else {"code": error}
-        self.code = self._public(inner.get("code") or inner.get("type"))
-        self.text = self._public(
-            inner.get("message") or outer.get("error_description") or outer.get("detail")
-        )
-
-    def _public(self, value: object) -> str:
-        text = value if isinstance(value, str) else ""
-        for secret in self.sent:
-            text = text.replace(secret, "[...]")
-        # An error code of lower-case words is no token, however long it is.
-        words = r"(?![a-z_]+(?![A-Za-z0-9._~+/=%-]))"
-        return printable(re.sub(words + r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
+        text = inner.get("message") or outer.get("error_description") or outer.get("detail")
+        self.code = without_secrets(inner.get("code") or inner.get("type"), private)
+        self.text = without_secrets(text, private)
 
     def error(self, what: str) -> OAuthError:
         """The error that tells a person why it was not possible to `what`."""
@@ -688,9 +694,8 @@ def request_json(
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
-    private = ("code", "code_verifier", "refresh_token", "subject_token", "token", "device_auth_id")
-    secrets = {bearer, *(fields.get(name, "") for name in private)} - {""}
-    return Response(status, content, retry_after, secrets)
+    private = {value for name, value in fields.items() if name not in PUBLIC_FIELDS}
+    return Response(status, content, retry_after, private | {bearer})
 
 
 def build_request(
