@@ -1325,6 +1325,9 @@ class StoryTest(Case):
 
 
 class SettingsTest(Case):
+    def test_every_setting_has_a_rule(self):
+        self.assertEqual(list(oauth.RULES), list(oauth.CHATGPT_OAUTH_CONFIG))
+
     def test_every_bad_value_is_refused_by_its_name_before_anything_happens(self):
         bad = {
             "issuer": (
