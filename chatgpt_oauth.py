@@ -21,9 +21,9 @@ Afterwards whatever needs an access token asks one place, `Session.valid_tokens`
 tokens under a lock that all processes share, for OpenAI's refresh tokens are good for one use: of
 two programs that refresh at the same moment one would be signed out.
 
-`auth --official` is OpenAI's own sign-in for apps, a second client beside the Codex CLI's.  Imported,
-the file is a module (`get_access_token` and six more functions); in Code Puppy's plugin directory
-it is a plugin, with the same commands.
+`auth --official` is OpenAI's own sign-in for apps, a second client beside the Codex CLI's.  The
+file is a module, too (`get_access_token` and six more functions), and in Code Puppy's directory of
+plugins it is a plugin with the same commands.
 
 The token file holds what its name says.  Whoever can read it can use the account; it is written
 readable by its owner alone, and no command but `env` and `token` prints a secret from it; `exec`
