@@ -3240,76 +3240,97 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 class Shell:
     """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
 
-    `profile` evaluates what the command {0} prints, or sets variable {1} by the program {0};
-    `search` lets it find commands in the directory {0}, or between quotes {1}. Only b64tokens and
-    identifiers get into the statements, so their quotes cannot be broken out of.
+    `names` are the shells that it is for, each with its profile. There `profile` evaluates what the
+    command {0} prints, or sets variable {1} by the program {0}; `search` lets the shell find
+    commands in the directory {0}, or between quotes {1}; `call` stands before a quoted command.
+    `prints`: whether `env` prints statements for it. Only b64tokens and identifiers get into those,
+    so their quotes cannot be broken out of.
     """
 
     def __init__(
         self,
-        assign: str = "",
-        unset: str = "",
-        separator: str = "",
+        names: Dict[str, str],
         profile: str = "",
         search: str = "",
+        assign: str = "",
+        unset: str = "",
+        separator: str = ";\n",
+        call: str = "",
+        prints: bool = True,
     ) -> None:
-        self.assign, self.unset = assign, unset
-        self.separator, self.profile, self.search = separator, profile, search
+        self.names, self.profile, self.search, self.call = names, profile, search, call
+        self.assign, self.unset, self.separator, self.prints = assign, unset, separator, prints
 
 
+# A new shell is a row here; how it quotes is in `shell_quote`.
 SHELLS = {
-    "sh": Shell("export {0}='{1}'", "unset {0}", ";\n", 'eval "$({0})"', 'export PATH={0}:"$PATH"'),
-    "fish": Shell("set -gx {0} '{1}'", "set -e {0}", ";\n", "{0} | source", "fish_add_path {0}"),
+    "sh": Shell(
+        {
+            "bash": "~/.bashrc",
+            "zsh": "~/.zshrc",
+            **dict.fromkeys(("sh", "dash", "ash", "busybox", "yash", "posh"), "~/.profile"),
+            **dict.fromkeys(("ksh", "mksh", "lksh", "oksh", "rksh", "rbash"), "~/.profile"),
+        },
+        'eval "$({0})"',
+        'export PATH={0}:"$PATH"',
+        "export {0}='{1}'",
+        "unset {0}",
+    ),
+    "fish": Shell(
+        {"fish": "~/.config/fish/config.fish"},
+        "{0} | source",
+        "fish_add_path {0}",
+        "set -gx {0} '{1}'",
+        "set -e {0}",
+    ),
     "csh": Shell(
-        "setenv {0} '{1}'", "unsetenv {0}", ";\n", "eval `{0}`", 'setenv PATH {0}:"$PATH"'
+        {"csh": "~/.cshrc", "tcsh": "~/.tcshrc"},
+        "eval `{0}`",
+        'setenv PATH {0}:"$PATH"',
+        "setenv {0} '{1}'",
+        "unsetenv {0}",
     ),
     "powershell": Shell(
-        "$env:{0} = '{1}'",
-        "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
-        ";\n",
+        {"powershell": "$PROFILE", "pwsh": "$PROFILE"},
         "{0} | Out-String | iex",
         "$env:PATH = {1} + ';' + $env:PATH",
+        "$env:{0} = '{1}'",
+        "Remove-Item Env:{0} -ErrorAction SilentlyContinue",
+        call="& ",
     ),
-    "cmd": Shell('set "{0}={1}"', 'set "{0}="', "\n", "for /f \"delims=\" %i in ('{0}') do @%i"),
-    "dotenv": Shell("{0}={1}", "{0}=", "\n"),
-    "json": Shell(),
-}
-SHELL_ALIASES = {
-    **dict.fromkeys(("bash", "zsh", "ksh", "dash", "ash", "busybox", "mksh", "lksh"), "sh"),
-    **dict.fromkeys(("oksh", "rksh", "rbash", "yash", "posh"), "sh"),
-    "tcsh": "csh",
-    "pwsh": "powershell",
-}
-# Shells whose statements are not printed. A command that fails would end their profile, if it were
-# not caught: signed out, the rest of it has to run.
-OTHER_SHELLS = {
+    "cmd": Shell(
+        {"cmd": ""},
+        "for /f \"delims=\" %i in ('{0}') do @%i",
+        assign='set "{0}={1}"',
+        unset='set "{0}="',
+        separator="\n",
+    ),
+    "dotenv": Shell({"dotenv": ""}, assign="{0}={1}", unset="{0}=", separator="\n"),
+    "json": Shell({"json": ""}),
+    # A command that fails would end these shells' profile, if it were not caught: signed out, the
+    # rest of it has to run.
     "nu": Shell(
-        profile="try {{ {0} env --shell json | from json | load-env }}",
-        search="$env.PATH = ($env.PATH | prepend {0})",
+        {"nu": "$nu.config-path"},
+        "try {{ {0} env --shell json | from json | load-env }}",
+        "$env.PATH = ($env.PATH | prepend {0})",
+        call="^",
+        prints=False,
     ),
     "elvish": Shell(
-        profile="try {{ set-env {1} ({0} token --api-key) }} catch e {{ }}",
-        search="set paths = [{0} $@paths]",
+        {"elvish": "~/.config/elvish/rc.elv"},
+        "try {{ set-env {1} ({0} token --api-key) }} catch e {{ }}",
+        "set paths = [{0} $@paths]",
+        prints=False,
     ),
     "xonsh": Shell(
-        profile="${1} = !({0} token --api-key).out.strip()",
-        search="$PATH.insert(0, {1})",
+        {"xonsh": "~/.xonshrc"},
+        "${1} = !({0} token --api-key).out.strip()",
+        "$PATH.insert(0, {1})",
+        prints=False,
     ),
 }
-CALLS = {"powershell": "& ", "nu": "^"}  # what a quoted name of a command has before it
 # What needs no quotes; elsewhere as shlex has it, which python3-minimal has not.
 UNQUOTED = r"[\w.:\\/-]+" if sys.platform == "win32" else r"(?a:[\w@%+=:,./-]+)"
-PROFILES = {
-    "bash": "~/.bashrc",
-    "zsh": "~/.zshrc",
-    "fish": "~/.config/fish/config.fish",
-    "tcsh": "~/.tcshrc",
-    "csh": "~/.cshrc",
-    "powershell": "$PROFILE",
-    "nu": "$nu.config-path",
-    "elvish": "~/.config/elvish/rc.elv",
-    "xonsh": "~/.xonshrc",
-}
 
 
 def shell_quote(shell: str, text: str) -> str:
@@ -3339,32 +3360,41 @@ def shell_name(settings: Settings, name: str) -> str:
     return plain[0] if plain else name
 
 
-def find_shell(settings: Settings, name: str) -> str:
-    """The table's name for the shell `name`. Raises UsageError."""
+def known_shell(name: str) -> Optional[str]:
+    """The table's row for the shell `name`, None where there is none."""
+    return next((row for row, shell in SHELLS.items() if name in shell.names), None)
+
+
+def printing_shell(settings: Settings, name: str) -> str:
+    """The table's row for the shell `name`, whose statements are printed. Raises UsageError."""
     name = shell_name(settings, name)
-    shell = SHELL_ALIASES.get(name, name)
-    if shell not in SHELLS:
-        raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {', '.join(SHELLS)}")
-    return shell
+    row = known_shell(name)
+    if row is None:
+        known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
+        raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
+    if not SHELLS[row].prints:
+        hint = f"use --shell with another name, or in {name}: {profile_line(row)}"
+        raise UsageError(f"env prints no code for {name}", hint)
+    return row
 
 
-def shell_code(shell: str, variables: Dict[str, Optional[str]]) -> str:
-    """Code that sets the `variables` in `shell`; those that are None are unset."""
-    if shell == "json":
+def shell_code(row: str, variables: Dict[str, Optional[str]]) -> str:
+    """Code that sets the `variables` in the shell of a table's row; those that are None, unsets."""
+    if row == "json":
         return json.dumps(variables)
-    row = SHELLS[shell]
-    return row.separator.join(
-        (row.unset if value is None else row.assign).format(name, value)
+    shell = SHELLS[row]
+    return shell.separator.join(
+        (shell.unset if value is None else shell.assign).format(name, value)
         for name, value in variables.items()
     )
 
 
-def profile_line(shell: str, absolute: bool = False) -> str:
-    """The line that sets the API key in `shell` (`absolute` as in program_name)."""
-    start = program_name(absolute, shell)
-    if shell in OTHER_SHELLS:
-        return OTHER_SHELLS[shell].profile.format(start, CHATGPT_OAUTH_CONFIG["api_key_env_var"])
-    return SHELLS[shell].profile.format(f"{start} env --shell {shell}")
+def profile_line(row: str, absolute: bool = False) -> str:
+    """The line that sets the API key in a table's row's shell (`absolute` as in program_name)."""
+    start, shell = program_name(absolute, row), SHELLS[row]
+    if shell.prints:
+        return shell.profile.format(f"{start} env --shell {row}")
+    return shell.profile.format(start, Settings().api_key_env_var)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3403,7 +3433,7 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     whole = quote_path(path, shell)
     if name not in LAUNCHERS:
         return f"{python} {whole}"
-    return whole if whole == path else CALLS.get(shell, "") + whole
+    return whole if whole == path or not shell else SHELLS[shell].call + whole
 
 
 def quote_path(path: str, shell: str = "") -> str:
@@ -3826,8 +3856,8 @@ def command_auth(session: Session, options: Namespace) -> None:
         session.notify("info", *session.client.next_step)
         return
     try:
-        shell = find_shell(session.settings, "auto")
-    except UsageError:  # an unknown shell; nobody asked for it
+        shell = printing_shell(session.settings, "auto")
+    except UsageError:  # another shell; nobody asked for its code
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
     line = SHELLS[shell].profile.format(f"{program_name(shell=shell)} env")
@@ -3854,11 +3884,7 @@ def command_models(session: Session, options: Namespace) -> None:
 
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account id."""
-    other = shell_name(session.settings, options.shell)
-    if other in OTHER_SHELLS:
-        hint = f"use --shell with another name, or in {other}: {profile_line(other)}"
-        raise UsageError(f"env prints no code for {other}", hint)
-    shell = find_shell(session.settings, options.shell)
+    shell = printing_shell(session.settings, options.shell)
     try:
         variables = exported_variables(session, options, "env --access-token", options.unset)
     except NotSignedInError as error:  # each new shell says it: in one line
@@ -4178,14 +4204,12 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 
     notify, settings = session.notify, session.settings
     name = shell_name(settings, "auto")
-    # One that we don't know may understand the line of `sh`.
-    shells = {**SHELLS, **OTHER_SHELLS}
-    shell = name if name in shells else SHELL_ALIASES.get(name, "sh")
-    profile = PROFILES.get(name, "~/.profile")
+    shell = known_shell(name) or "sh"  # whose line another one may understand
+    profile = SHELLS[shell].names.get(name, "~/.profile")
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
-        line = shells[shell].search.format(
+        line = SHELLS[shell].search.format(
             quote_path(paths.bin_directory, shell), shell_quote(shell, paths.bin_directory)
         )
         notify("info", f"To add it, put this line into {profile}:")
@@ -5196,7 +5220,7 @@ def example_help(command: Command, prog: str) -> List[str]:
 def profile_help() -> List[str]:
     """The end of `env --help`; a profile runs in any directory."""
     lines = ["add one of these to your shell's profile:"]
-    for name, shell in {**SHELLS, **OTHER_SHELLS}.items():
+    for name, shell in SHELLS.items():
         if shell.profile:
             lines += [f"  {name}:", f"    {profile_line(name, absolute=True)}"]
     return lines
