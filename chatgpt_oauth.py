@@ -1238,9 +1238,9 @@ class Tokens:
 
     def expires_at(self) -> Optional[float]:
         """When the access token expires, in seconds since 1970; None when nothing tells."""
-        expiry = decode_claims(self.access_token).get("exp")
-        if isinstance(expiry, (int, float)) and 0 < expiry < 1e11:
-            return float(expiry)
+        expiry = number_or_none(decode_claims(self.access_token).get("exp"))
+        if expiry:
+            return expiry
         stored = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
         if stored is None and refreshed is not None:
@@ -2179,7 +2179,7 @@ class Callback:
         own = [f"{name}:{self.request.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
         if len(hosts) != 1 or hosts[0] not in own:  # DNS rebinding
             return 400, stray_page("This host name is not served here."), False
-        if path == "/success" and self.outcome.done() and not self._failure():
+        if path == "/success" and self.outcome.done() and not self._failure_page():
             text = "You can close this tab and return to your terminal."
             return 200, render_page("You're signed in", text, kind="yes"), True
         if path != self.request.path:
@@ -2191,10 +2191,10 @@ class Callback:
         except ValueError as error:
             return 400, stray_page(f"This request was ignored: {error}."), False
         self.accept(response)
-        failure = self._failure()
+        failure = self._failure_page()
         return (400, failure, True) if failure else (303, b"", False)
 
-    def _failure(self) -> bytes:
+    def _failure_page(self) -> bytes:
         """The page that tells what stopped the sign-in, b"" if nothing; waits for the outcome."""
         from concurrent.futures import CancelledError
 
@@ -2959,8 +2959,8 @@ class BrowserSignIn:
         self,
         session: Session,
         models: ModelFilter,
-        timeout: Optional[float] = None,
-        browser: bool = True,
+        timeout: Optional[float],
+        browser: bool,
         reading: bool = False,
     ) -> None:
         self.session, self.models, self.browser = session, models, browser
@@ -3148,9 +3148,7 @@ def open_port(client: Client) -> Tuple[int, List[Any], str]:
     return first, [], fault
 
 
-def sign_in_with_device(
-    session: Session, models: ModelFilter, timeout: Optional[float] = None
-) -> None:
+def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional[float]) -> None:
     """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
     notify, device = session.notify, request_device_code(session.settings)
     notify("info", "To sign in, open this page in any browser:")
