@@ -6989,6 +6989,53 @@ class DemoTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
+# All tests
+# ---------------------------------------------------------------------------------------------
+
+
+class Halves(unittest.TestSuite):
+    """All tests, every other class of them in a second process: most of the time they wait."""
+
+    def run(self, result, debug=False):
+        classes = [suite for suite in self if suite.countTestCases()]
+        module = pathlib.Path(HERE).stem
+        others = [f"{module}.{type(next(iter(suite))).__name__}" for suite in classes[1::2]]
+        flags = ["-v"] if getattr(result, "showAll", False) else []
+        warnings = [f"-W{each}" for each in sys.warnoptions]
+        command = [sys.executable, *warnings, "-m", "unittest", *flags, *others]
+        options = {"cwd": os.path.dirname(HERE), "stdin": subprocess.DEVNULL}
+        with tempfile.TemporaryFile() as told:
+            second = subprocess.Popen(command, stderr=told, **options)
+            try:
+                for suite in classes[::2]:
+                    suite.run(result, debug)
+                second.wait(TEST_LIMIT)
+            finally:
+                second.kill()
+                second.wait()
+            told.seek(0)
+            text = told.read().decode("utf-8", "replace").replace("\r\n", "\n")
+        self.add(result, text, second.returncode)
+        return result
+
+    def add(self, result, text, exit_code):
+        """Add to `result` what the second process has told, in the form of unittest."""
+        listed, _, details = re.split(r"\n+([=-]{70}\n)", text + "\n" + "-" * 70 + "\n", maxsplit=1)
+        result.stream.write(listed + "\n" * ("... " in listed))
+        result.testsRun += sum(map(int, re.findall(r"(?m)^Ran (\d+) test", details)))
+        skipped = sum(map(int, re.findall(r"skipped=(\d+)", details)))
+        result.skipped += [(self, "said by the second process")] * skipped
+        if exit_code:
+            where = unittest.FunctionTestCase(self.add, description="the second process")
+            result.failures.append((where, details))
+
+
+def load_tests(loader, tests, _):
+    """What `python3 -m unittest` runs, unless somebody has chosen among the tests."""
+    return tests if loader.testNamePatterns else Halves(tests)
+
+
+# ---------------------------------------------------------------------------------------------
 # Demo, stress, fuzz
 # ---------------------------------------------------------------------------------------------
 
