@@ -4724,6 +4724,7 @@ class SignOutTest(Case):
         err = self.assert_fails(self.call("logout"), 6, "not valid JSON")
         self.assertIn("Signed out of ada@example.com\nThe API key stays valid", err)
         self.assertEqual(err.count("not valid JSON"), 1)
+        self.assertNotIn("official", err)  # there was no such sign-in to end
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
 
