@@ -4612,6 +4612,10 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
     if status == 401 or "invalid_user" in code:
         text = "OpenAI does not accept this sign-in any more"
         return SignInEndedError(text, Client.sign_in_command)
+    if status == 403:
+        reason = text_or_none(fields.get("detail"))
+        text = f"OpenAI refused this request{f' ({reason})' if reason else ''}"
+        return OAuthError(text, "to see what it says of this sign-in, run", "status --online")
     return None
 
 
@@ -4779,6 +4783,8 @@ class CodePuppyPlugin:
         if official:
             session = session.official()
         tokens = session.valid_tokens()
+        if not session.client.plan_allowed(tokens.fields):
+            raise plan_not_allowed()
         headers = {"Authorization": f"Bearer {tokens.access_token}"}
         if not official:
             self.host.refresh_usage(session.settings.usage_url, tokens)

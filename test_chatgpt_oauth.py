@@ -6586,6 +6586,23 @@ class PuppyModelTest(PuppyCase):
         with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
             self.assert_stopped(model, "does not accept this sign-in", "/chatgpt-auth")
 
+    def test_a_refused_request_is_told_with_the_reason(self):
+        self.store()
+        model = self.model()
+        for body, reason in (({"detail": "Not here."}, " (Not here.)"), ("<html>", "")):
+            refused = ModelHTTPError(403, body)
+            with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
+                self.assert_stopped(model, "/chatgpt-status --online")
+            self.assertIn(f"OpenAI refused this request{reason}\n", self.texts())
+
+    def test_a_plan_that_was_not_allowed_is_not_asked(self):
+        self.double.plan_allowed = False
+        err = self.call("auth", "--official", "--no-browser", browser=visit)[2]
+        self.assertIn("Signed in as ada@example.com", err)
+        model, _ = self.official_model("gpt-6-astra")
+        self.assert_stopped(model, "was not allowed", "/chatgpt-auth --official")
+        self.assertEqual(self.headers, [])
+
     def test_other_failures_are_the_hosts(self):
         self.store()
         model = self.model()
