@@ -3740,7 +3740,8 @@ class Status:
         if stored.tokens:
             rows["Account"] = [facts["email"] or "unknown"]
             rows["Plan"] = [facts["plan"] or "unknown"]
-            rows["Access token"] = [format_expiry(stored.expires_at, not self.problem)]
+            refreshable = stored.usable and not stored.problem
+            rows["Access token"] = [format_expiry(stored.expires_at, refreshable)]
         if stored.verdict.word:
             rows["API key"] = [self.api_key.said]
             rows["ChatGPT plan"] = [stored.verdict.said]

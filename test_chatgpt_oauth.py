@@ -5047,6 +5047,13 @@ class CommandsTest(Case):
         self.assertIsNone(facts["problem"])
         self.assert_no_secret(out)
 
+    def test_a_broken_models_file_says_nothing_of_the_access_token(self):
+        self.store()
+        self.models_file.write_text("[")
+        out = self.call("status")[1]
+        self.assertIn("models.json: not valid JSON", out)
+        self.assertIn(", auto-refreshed\n", out)
+
     def test_a_minimal_file_is_a_sign_in(self):
         self.store({"access_token": "opaque"})
         code, out, err = self.call("status", "--json")
