@@ -3601,7 +3601,8 @@ class SignInStatus:
         except OAuthError as error:
             self.problem = error
         # If only as a broken file; where nobody may look there is none.
-        there = os.path.lexists(session.token_file.path)
+        self.path = session.token_file.path
+        there = os.path.lexists(self.path)
         self.exists = there and not isinstance(self.problem, NotSignedInError)
         valid = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
         self.usable = valid and self.verdict.word != "refused"
@@ -3758,7 +3759,9 @@ class Status:
         shown = names[:SHOWN_MODELS] or ["unknown" if self.models is None else "none imported"]
         more = len(names) - SHOWN_MODELS
         rows["Models"] = [*shown, f"and {more} more"] if more > 0 else shown
-        rows["Token file"], rows["Models file"] = [facts["token_file"]], [facts["models_file"]]
+        files = [each.path for each in (stored, official) if each.exists]
+        rows["Token file"] = files or [stored.path]
+        rows["Models file"] = [facts["models_file"]]
         return rows
 
 

@@ -4335,6 +4335,8 @@ class OfficialTest(Case):
         ):
             self.assertIn(words, err)
         self.assert_no_secret(err, *(page[3] for page in pages))
+        out = self.assert_quiet(self.call("status"))
+        self.assertIn(f"\nToken file:   {self.plan_file}\nModels file: ", out)
         first = self.plan()
         members = (
             "access_token client_id earliest_refresh_at email expires_at host_id id_token issuer "
