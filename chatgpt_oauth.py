@@ -4880,7 +4880,7 @@ class CodePuppyPlugin:
         except OAuthError as error:
             tell_error(self.notify, error)
         except KeyboardInterrupt:
-            self.notify("warning", "Interrupted.")
+            self.notify("warning", "\nInterrupted.")  # not behind the terminal's ^C
         return True
 
     def _run(self, name: str, command: str) -> None:

@@ -6216,7 +6216,7 @@ class PuppyTest(PuppyCase):
 
         self.assertEqual(self.command("/chatgpt-auth", browser=interrupt)[0], True)
         self.assertIn("run: /chatgpt-auth URL", self.texts())
-        self.assertEqual(self.said[-1], ("warning", "Interrupted."))
+        self.assertEqual(self.said[-1], ("warning", "\nInterrupted."))  # after the echoed ^C
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
 
     @needs_terminal
