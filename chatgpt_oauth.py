@@ -2692,8 +2692,12 @@ def prepare_sign_in(session: Session) -> None:
         session.token_file.reserve({})
         with contextlib.suppress(StorageError):  # a broken file has nothing to take up
             session.client.resume(session.token_file.read())
-    with contextlib.suppress(NotSignedInError, StorageError):  # a broken file is told of later
-        who = identity(session.tokens())["email"] or "an account without an email address"
+    # A broken file is told of later.
+    with contextlib.suppress(NotSignedInError, SignInEndedError, StorageError):
+        tokens = session.tokens()
+        if not tokens.valid_for(0):
+            session.require_refreshable(tokens)
+        who = identity(tokens)["email"] or "an account without an email address"
         session.notify("info", f"You are signed in as {who}; a new sign-in replaces that.")
 
 

@@ -3662,6 +3662,9 @@ class SignInTest(Case):
         err = self.sign_in()
         self.assertTrue(err.startswith("You are signed in as ada@example.com; "), err)
         self.assertIn("Signed in as bob@example.com\n", err)
+        self.store(lifetime=-10, refresh_token="rt_unknown")
+        self.assert_fails(self.call("token"), 4, "session has ended")
+        self.assertNotIn("replaces", self.sign_in())  # nobody is signed in any more
 
     def test_a_workspace_is_asked_for_and_no_other_is_taken(self):
         before = self.store()
