@@ -4362,8 +4362,10 @@ class CodePuppy:
     def overriding_setting(self, name: str, value: Optional[str]) -> str:
         """How to remove what /set has stored under `name`, if that is not `value`; else "".
 
-        The host prefers it to the environment.
+        The host prefers it to the environment; 0.0.229 knows the environment alone.
         """
+        if not hasattr(host_module("code_puppy.model_factory"), "get_api_key"):
+            return ""
         if self.config.get_value(name.lower()) in (None, "", value):
             return ""
         if has_module("code_puppy.shared_credentials"):  # 0.0.946 refuses an empty key

@@ -5893,6 +5893,7 @@ class Host:
         self.config.DATA_DIR = str(self.home)
         self.common.should_suppress_browser = lambda: False
         self.factory._CUSTOM_OPENAI_MODEL_TYPES = {"custom_openai", "custom_openai_responses"}
+        self.factory.get_api_key = os.environ.get
         self.module("code_puppy.shared_credentials")
         self.spinner = self.module(
             "code_puppy.messaging.spinner", _codex_usage_suffix=lambda: "theirs"
@@ -6336,11 +6337,13 @@ class PuppyTest(PuppyCase):
         self.assertIsNone(self.key())
 
     def test_a_setting_of_the_hosts_that_overrides_the_key_is_told_with_the_way_out(self):
-        for release, way in (
-            ("new", "run: code-puppy --setup auth logout CHATGPT_OAUTH_API_KEY"),
-            ("old", "type: /set chatgpt_oauth_api_key="),
+        for credentials, way in (
+            (True, "run: code-puppy --setup auth logout CHATGPT_OAUTH_API_KEY"),
+            (False, "type: /set chatgpt_oauth_api_key="),
         ):
-            self.host(release)
+            self.host()
+            if not credentials:  # a release before there were these
+                sys.modules["code_puppy.shared_credentials"] = None
             self.store(api_key="sk-1")
             self.load()
             self.puppy.settings["chatgpt_oauth_api_key"] = "sk-stale"
@@ -6351,6 +6354,17 @@ class PuppyTest(PuppyCase):
             self.puppy.settings["chatgpt_oauth_api_key"] = self.stored()["api_key"]
             self.command("/chatgpt-status")
             self.assertNotIn("overrides", self.texts())
+
+    def test_an_old_release_goes_by_the_environment_whatever_is_set(self):
+        self.environ["CHATGPT_OAUTH_API_KEY"] = "sk-own"
+        self.host("old")
+        self.store(api_key="sk-1")
+        self.load()
+        self.puppy.settings["chatgpt_oauth_api_key"] = "sk-stale"
+        self.command("/chatgpt-status")
+        self.assertNotIn("overrides", self.texts())
+        self.assertIn("held another API key", self.texts())
+        self.assertEqual(self.key(), "sk-1")
 
     # Models ---------------------------------------------------------------------------------
 
