@@ -4299,6 +4299,10 @@ def remove_program(path: str) -> None:
 MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)  # of entries that the plan pays for
+NO_PLAN_MODELS = (
+    "this release of Code Puppy cannot use models that a ChatGPT plan pays for",
+    "to use them, update it: pip install --upgrade code-puppy",
+)
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
@@ -4940,9 +4944,8 @@ class CodePuppyPlugin:
         usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
         choice = next(iter(entries), "NAME") if usable else "NAME"
         if not usable:
-            text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for"
-            self.notify("warning", f"{text}; prompts to them go to another provider")
-            self.notify("hint", "to use them, update it: pip install --upgrade code-puppy")
+            text = f"{NO_PLAN_MODELS[0]}; prompts to them go to another provider"
+            tell_error(self.notify, OAuthError(text, NO_PLAN_MODELS[1]), "warning")
         if in_use and in_use not in entries:
             self.notify("warning", f"the model in use, {in_use}, is no longer there")
             self.notify("hint", f"to choose another model, type: /model {choice}")
@@ -4954,6 +4957,8 @@ class CodePuppyPlugin:
         self.export_again()
 
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
+        if options.official and not self.host.has_plan_models:
+            raise OAuthError(*NO_PLAN_MODELS)  # the tokens would be of no use to anybody
         options.no_browser = options.no_browser or self.host.suppresses_browser()
         if urls and not options.device:
             self._redeem_pasted(session, options, urls[0])

@@ -6397,6 +6397,14 @@ class PuppyTest(PuppyCase):
         self.command("/chatgpt-logout")
         self.assertNotIn("/model", self.texts())
 
+    def test_an_old_release_begins_no_official_sign_in(self):
+        self.host("old")
+        self.load()
+        self.assertEqual(self.command("/chatgpt-auth --official"), (True, ""))  # no URL
+        self.assertIn("cannot use models that a ChatGPT plan pays for", self.texts())
+        self.assertIn("pip install --upgrade code-puppy", self.texts())
+        self.assertFalse((self.home / "chatgpt_plan.json").exists())
+
     def test_an_old_release_is_told_that_it_has_no_plan_models(self):
         self.host("old")
         self.load()
