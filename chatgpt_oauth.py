@@ -3752,8 +3752,10 @@ class Status:
             rows["ChatGPT plan"] = [stored.verdict.said]
             rows["Usage"] = [usage_line(each, live) for each in self.usage] or [self.no_usage]
         if official.exists:
-            plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
-            rows["Official"] = [facts["official"]["email"] or "unknown", f"{plan}; {USAGE_PAGE}"]
+            rows["Official"] = [facts["official"]["email"] or "unknown"]
+            if official.usable:
+                plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
+                rows["Official"].append(f"{plan}; {USAGE_PAGE}")
             rows["Plan token"] = [format_expiry(official.expires_at, not official.problem)]
             if official.problem and official.problem is not self.problem:
                 rows["Plan token"].append(f"Problem: {facts['official']['problem']}")

@@ -4521,6 +4521,7 @@ class OfficialTest(Case):
                 self.assertEqual(code, 4)
                 self.assertIn("Not authenticated\nProblem: your session has ended", out)
                 self.assertIn("auth --official", out)
+                self.assertNotIn("Using ChatGPT plan", out)
 
     def test_a_client_that_is_refused_ends_nothing(self):
         self.assert_done(self.official())
@@ -4657,7 +4658,9 @@ class OfficialTest(Case):
         self.home.mkdir(mode=0o700)
         self.plan_file.write_text("[")
         self.assert_fails(self.refresh(), 6, "chatgpt_plan.json", "auth --official")
-        self.assertEqual(self.call("status")[0], 6)
+        code, out, err = self.call("status")
+        self.assertEqual(code, 6)
+        self.assertNotIn("ChatGPT plan", out)  # nobody knows whether it may be used
         self.assertEqual(self.call("token")[0], 3)  # the other sign-in's affair
         self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official()))
         self.assertTrue(self.plan()["access_token"])
