@@ -2781,6 +2781,8 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     try:
         if allowed:
             import_models(session, models)
+        else:  # those of an earlier sign-in, perhaps, are of no use
+            register_models(session, {})
     except OAuthError as error:
         tell_error(session.notify, error, "warning")
     other_account = old and old.account and tokens.account not in (None, old.account)

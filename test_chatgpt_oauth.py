@@ -4447,6 +4447,9 @@ class OfficialTest(Case):
         self.assert_done(self.official())
         self.assertEqual(self.double.asked("plan_authorize")[-1]["prompt"], "consent")
         self.assertEqual(len(self.models()), 2)
+        self.double.plan_allowed = False
+        self.assert_fails(self.official(), 1, "not allowed")
+        self.assertEqual(self.models(), {})
 
     def test_an_id_token_that_is_not_to_the_request_is_refused(self):
         for changes, words in (
