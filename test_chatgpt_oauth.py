@@ -7173,7 +7173,8 @@ def demo_command(typed, environ, seconds):
     )
     lines = result.stdout.splitlines()
     if "install" in arguments:  # its line for a profile would name the temporary home
-        lines = [each for each in lines if "this line into" not in each and each[:4] != "    "]
+        left_out = re.compile("    |.* this line into|Then open a new terminal")
+        lines = [each for each in lines if not left_out.match(each)]
     for line in lines:
         print(line if len(line) <= 76 or "token" not in arguments else f"{line[:76]}...")
     return result.returncode
