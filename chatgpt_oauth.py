@@ -1972,11 +1972,15 @@ def signals_deferred() -> Iterator[None]:
     """Hold back what would end the process until the block is done; a second one acts at once."""
     import signal
 
-    handlers = contextlib.ExitStack()  # what there was before comes back
+    before: Dict[int, Any] = {}
     held: List[int] = []
 
+    def restore() -> None:  # may come again at any moment in itself: no ExitStack could
+        for number, handler in reversed(list(before.items())):
+            signal.signal(number, handler)
+
     def hold(number: int, _: object) -> None:
-        handlers.close()
+        restore()
         held.append(number)
 
     with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
@@ -1984,11 +1988,11 @@ def signals_deferred() -> Iterator[None]:
             number = getattr(signal, name, 0)
             handler = signal.getsignal(number) if number else None
             if handler == signal.SIG_DFL or (name in ENDING_SIGNALS and callable(handler)):
-                handlers.callback(signal.signal, number, signal.signal(number, hold))
+                before[number] = signal.signal(number, hold)
     try:
         yield
     finally:
-        handlers.close()
+        restore()
         if held:
             signal.raise_signal(held[0])
 

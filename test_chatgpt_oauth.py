@@ -2980,6 +2980,51 @@ time.sleep(0.2)
         self.assertEqual(self.call("token")[0], 0)
         self.assertEqual(self.double.count("refresh"), 1)
 
+    def interrupt_at(self, moment):
+        """`token`, with a Ctrl-C before the line `moment` that runs once the refresh was asked for.
+
+        Counted are the program's lines with those of `contextlib`. None when they are fewer.
+        """
+        left = moment
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code.co_filename not in (oauth.__file__, contextlib.__file__):
+                return None
+            if event == "return" and frame.f_code is oauth.main.__code__:
+                sys.settrace(None)
+            if event == "line" and self.double.requests:
+                left -= 1
+                if left == 0:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        self.double.requests.clear()
+        sys.settrace(trace)
+        try:
+            result = self.call("token")
+        finally:
+            sys.settrace(None)
+        return None if left > 0 else result
+
+    @needs_signals
+    @mock.patch("atexit.register", mock.Mock())  # the end of the tests is not the program's
+    def test_ctrl_c_is_heard_at_any_line_and_loses_no_answer(self):
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        moment = 1
+        while True:
+            shutil.rmtree(self.home, ignore_errors=True)  # a lock goes with a process, not before
+            self.store(lifetime=-10)
+            result = self.interrupt_at(moment)
+            if result is None:
+                break
+            self.assertEqual(result[::2], (130, "Interrupted.\n"), f"at line {moment}")
+            self.assert_nothing_lost()
+            after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+            self.assertEqual(after, handlers, f"at line {moment}")
+            moment += 1
+        self.assertGreater(moment, 300)
+
     @needs_signals
     def test_ctrl_c_ends_the_waiting_between_two_tries(self):
         self.store(lifetime=-10)
