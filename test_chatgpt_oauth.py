@@ -1357,7 +1357,7 @@ class SettingsTest(Case):
             "model_excludes": ("a b",),
             "responses_patterns": ("a b",),
             "model_source": ("", "x"),
-            "agent_name": ("", " a", "a\nb", "\u00e9", "a" * 101),
+            "agent_name": ("", " a", "a\nb", os.fsdecode("\u00e9".encode()), "a" * 101),
             "originator": ("", "a b", "a\r\nb: c"),
             "request_timeout": ("0",),
             "retry_window": ("x",),
@@ -5544,7 +5544,7 @@ class InstallTest(Case):
         for name in (
             'it\'s a "home"',
             "a $HOME `id` %PATH% \\x",
-            "\u00e4 \u20ac",
+            os.fsdecode("\u00e4 \u20ac".encode()),  # in the C locale, too
             "new\nline",
             "-n",
         ):
@@ -5625,10 +5625,10 @@ class InstallTest(Case):
         self.assertEqual(source.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
 
     def test_over_itself_and_over_an_older_copy(self):
-        older = pathlib.Path(PROGRAM).read_text().replace(oauth.__version__, "0.0.1")
+        older = pathlib.Path(PROGRAM).read_bytes().replace(oauth.__version__.encode(), b"0.0.1")
         old = self.folder / "old" / "chatgpt_oauth.py"
         old.parent.mkdir()
-        old.write_text(older)
+        old.write_bytes(older)
         self.assert_done(self.run_command([sys.executable, str(old), "install", "--code-puppy"]))
         self.assertEqual(self.run_installed("-V")[1], "chatgpt_oauth 0.0.1\n")
         self.assert_done(self.run_installed("install", "--code-puppy"))
@@ -5651,6 +5651,11 @@ class InstallTest(Case):
     @needs_modes
     def test_a_place_that_cannot_be_written_changes_nothing(self):
         self.folder.chmod(0o755)
+        source = self.folder / "chatgpt_oauth.py"  # where somebody else may read it
+        shutil.copy(PROGRAM, source)
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(mock.patch.object(oauth, "__file__", str(source)))
         with mock.patch.object(sys, "argv", list(sys.argv)):  # nobody else may import all modules
             self.assertEqual(self.call("install", "--code-puppy")[0], 0)
         for place in (self.bin, self.data, self.plugin.parent):
@@ -5665,7 +5670,7 @@ class InstallTest(Case):
                 result = self.call("install", "--code-puppy")
             self.assert_fails(result, 6, f"cannot write {place}", "permissions")
             left = {path for path in self.files() if not path.endswith(".lock")}
-            self.assertEqual(left, set(), place)
+            self.assertEqual(left, {str(source)}, place)
             place.chmod(0o755)
 
     @needs_signals
@@ -6720,17 +6725,18 @@ class MainTest(Case):
         self.assertEqual((code, out), (2, ""))
         self.assertIn("examples:", err)
         text = self.assert_quiet(self.run_program("-h"))
-        place, name = os.path.split(PROGRAM)
+        name = "chatgpt_oauth.py"
+        shutil.copy(PROGRAM, self.folder / name)  # in a path that no shell quotes
         helps = {}
         for command in COMMANDS:
             line = [sys.executable, name, command, "-h"]
-            helps[command] = Running(line, self.environ, cwd=place)
+            helps[command] = Running(line, self.environ, cwd=str(self.folder))
             self.addCleanup(helps[command].close)
         for command, running in helps.items():
             self.assertIn(f"  {command}", text)
             said = self.assert_quiet(running.end())
             self.assertRegex(said, "examples:|profile")
-            lines = [line for line in said.splitlines() if PROGRAM not in line]
+            lines = [line for line in said.splitlines() if str(self.folder) not in line]
             self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
 
