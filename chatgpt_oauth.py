@@ -3640,12 +3640,12 @@ class Status:
             self.exit_code = main.problem.exit_code
         if self.official.usable and isinstance(main.problem, SignInEndedError):
             self.exit_code = 0  # the other one has not ended
+        self._ask(session)
         self.models: Optional[List[str]] = None
         try:
             self.models = list(registered_entries(*session.sign_ins()))
         except StorageError as error:
             self._add_problem(error, error.exit_code)
-        self._ask(session)
         self.facts = self._facts(session)
 
     def _ask(self, session: Session) -> None:

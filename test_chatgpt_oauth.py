@@ -5332,6 +5332,13 @@ class OnlineStatusTest(Case):
         self.assertIn("ChatGPT OAuth: Not authenticated\n", out)
         self.assertIn("\nProblem: ", out)
 
+    def test_a_broken_models_file_does_not_hide_that_the_sign_in_is_refused(self):
+        self.models_file.write_text("[")
+        self.fault("codex", 401)
+        self.assertEqual(self.online(exit_code=4)[0]["access_token"], "refused")
+        del self.double.faults["codex"]
+        self.assertEqual(self.online(exit_code=6)[0]["access_token"], "accepted")
+
     def test_a_sign_in_that_has_ended_is_refused(self):
         self.store(lifetime=-10, refresh_token="rt_gone")
         online, problem = self.online(4)
