@@ -4240,7 +4240,7 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove what `install` made, and nothing else."""
-    place, name = os.path.split(os.path.abspath(sys.argv[0]))
+    place, name = os.path.split(os.path.realpath(sys.argv[0]))
     if name in LAUNCHERS and not options.bin:
         options.bin = place  # this very command's, wherever that was put
     paths = InstallPaths(session.settings.environ, options)
