@@ -817,9 +817,10 @@ class Client:
 
     def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
         """The same after a refresh. Raises OAuthError for another account's response."""
+        known = old.auth_claims().get("chatgpt_account_id") or old.account_id  # which may be edited
         for token in (response["access_token"], response.get("id_token")):
             account = auth_claims(text_or_none(token)).get("chatgpt_account_id")
-            if account and old.account_id and account != old.account_id:
+            if account and known and account != known:
                 raise OAuthError(OTHER_ACCOUNT, "to sign in again, run", self.sign_in_command)
         return {}
 

@@ -2699,6 +2699,10 @@ for command in ("status", "token"):
         self.assert_fails(self.call("token"), 1, "another account", "to sign in again, run: ")
         self.assertEqual(self.stored(), before)
 
+    def test_an_account_id_that_somebody_has_edited_costs_no_sign_in(self):
+        self.store(lifetime=-10, account_id="acct-9")
+        self.assertEqual(self.assert_fresh(self.call("token")), "")
+
     def test_another_account_shows_in_the_access_token_alone_too(self):
         before = self.store(lifetime=0)
         access = self.double.tokens(account="acct-9")["access_token"]
