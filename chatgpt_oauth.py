@@ -306,6 +306,18 @@ def nothing_but_oauth_errors() -> Iterator[None]:
         raise UnavailableError(f"this system is at its limits ({error.strerror})", hint) from None
 
 
+@contextlib.contextmanager
+def module_function() -> Iterator[None]:
+    """Raise nothing but an OAuthError whose hint is a whole sentence, for users of the module."""
+    try:
+        with nothing_but_oauth_errors():
+            yield
+    except OAuthError as error:
+        if error.command:
+            error.hint, error.command = f"{error.hint}: chatgpt_oauth.py {error.command}", ""
+        raise
+
+
 def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
     """Tell a person what happened (`kind`: as an error or a warning), and the next step."""
     notify(kind, str(error))
@@ -1998,7 +2010,7 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(held[0])
 
 
-@nothing_but_oauth_errors()
+@module_function()
 def get_access_token(*, refresh: bool = False) -> str:
     """An access token that is valid now, refreshed first when due (`refresh`: in any case).
 
@@ -2007,7 +2019,7 @@ def get_access_token(*, refresh: bool = False) -> str:
     return Session().valid_tokens(refresh).access_token
 
 
-@nothing_but_oauth_errors()
+@module_function()
 def get_account_id() -> Optional[str]:
     """The account's id, for requests that name it beside the access token; None when unknown.
 
@@ -2016,7 +2028,7 @@ def get_account_id() -> Optional[str]:
     return Session().tokens().account_id
 
 
-@nothing_but_oauth_errors()
+@module_function()
 def get_api_key() -> Optional[str]:
     """The stored API key, None when the account has none. Raises NotSignedInError, StorageError."""
     return Session().tokens().api_key
@@ -2663,7 +2675,7 @@ def import_models(
     return source, names
 
 
-@nothing_but_oauth_errors()
+@module_function()
 def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     """The ids of the account's models, unfiltered.
 
@@ -3816,7 +3828,7 @@ def format_expiry(when: Optional[str], refreshable: bool) -> str:
     return f"expired {format_distance(when)}" + (", refreshed on next use" if refreshable else "")
 
 
-@nothing_but_oauth_errors()
+@module_function()
 def sign_in(
     *, device: bool = False, open_browser: bool = True, timeout: Optional[float] = None
 ) -> Dict[str, Any]:
@@ -3837,7 +3849,7 @@ def sign_in(
     return Status(session, lambda command: f"chatgpt_oauth.py {command}").facts
 
 
-@nothing_but_oauth_errors()
+@module_function()
 def sign_out(*, revoke: bool = True) -> None:
     """Revoke the sign-in (best effort), remove its file and our models. Raises OAuthError."""
     end_sign_in(Session(), revoke)

@@ -5451,6 +5451,7 @@ sys.exit(oauth.main(["token"]))
         with mock.patch.dict(os.environ, self.environ, clear=True):
             with self.assertRaises(oauth.NotSignedInError) as caught:
                 oauth.get_access_token()
+            self.assertEqual(caught.exception.hint, "to sign in, run: chatgpt_oauth.py auth")
             self.assertEqual(caught.exception.exit_code, 3)
             self.store(lifetime=-10, api_key="sk-1")
             self.assertEqual(oauth.get_access_token(), self.stored()["access_token"])
