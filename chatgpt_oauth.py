@@ -992,13 +992,19 @@ def authorization_url(
 
 
 def token_response(response: Response, what: str) -> Fields:
-    """The members of a token endpoint's response (RFC 6749 §5.1, §7.1), its bearer token checked.
+    """The members of a token endpoint's response (RFC 6749 §5.1), its access token checked.
 
     What is optional is checked where it is used: no fault in it may cost the rest.
     """
     members = response.json_object(what)
     if not is_b64token(members.get("access_token")):
         raise OAuthError(f"could not {what}: the response has no valid access_token")
+    return members
+
+
+def bearer_response(response: Response, what: str) -> Fields:
+    """The same, where the access token must be a bearer token (RFC 6749 §7.1)."""
+    members = token_response(response, what)
     kind = members.get("token_type")
     if kind is not None and str(kind).lower() != "bearer":
         raise OAuthError(f"could not {what}: the response has a token_type that is not Bearer")
@@ -1021,7 +1027,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     if response.code == "invalid_grant" and client.invalid_grant_hint:
         hint = f"{client.invalid_grant_hint}; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
-    return token_response(response, what)
+    return bearer_response(response, what)
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
@@ -1037,12 +1043,10 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     url, what = settings.issuer + "/oauth/token", "get an API key"
-    key = request_json(settings, url, what, form).json_object(what).get("access_token")
-    if not is_b64token(key):
-        raise OAuthError(f"could not {what}: the response has no valid access_token")
+    key = str(token_response(request_json(settings, url, what, form), what)["access_token"])
     if decode_claims(key):
         raise OAuthError(f"could not {what}: the response holds an access token instead")
-    return str(key)
+    return key
 
 
 def refresh_grant(client: Client, tokens: Tokens) -> Fields:
@@ -1064,7 +1068,7 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
     if 400 <= response.status < 500 and response.data:  # understood, refused: the sign-in goes on
         raise response.error(what)
     try:
-        return token_response(response, what)
+        return bearer_response(response, what)
     except UnavailableError:
         raise
     except OAuthError as error:  # the refresh token may be spent: nothing that is known is lost
