@@ -4841,23 +4841,22 @@ class CodePuppyPlugin:
         """
         variable = Settings().api_key_env_var
         if self.host.enabled() and not can_be_api_key(os.environ.get(variable)):
-            self._export()
+            self._export(*self._stored_key())
 
     def export_again(self) -> None:
         """Let the key follow what another program, such as the command line, has done."""
         variable, key = self._stored_key()
         held = os.environ.get(variable)
-        overridden = self._tell_override()
+        overridden = self._tell_override(variable, key)
         if key and held not in (key, self.exported) and can_be_api_key(held) and not overridden:
             text = f"{variable} held another API key; this session uses the stored one from now on"
             self.notify("warning", text)
         if held != key and (key or held == self.exported):
-            self._export()
+            self._export(variable, key)
             self.host.forget_model()
 
-    def _tell_override(self) -> bool:
+    def _tell_override(self, variable: str, key: Optional[str]) -> bool:
         """Whether the host goes by a key of its own settings, and then also say so."""
-        variable, key = self._stored_key()
         way_out = self.host.overriding_setting(variable, key)
         if way_out:
             text = f"the Code Puppy setting {variable.lower()} overrides this API key"
@@ -4865,12 +4864,12 @@ class CodePuppyPlugin:
             self.notify("hint", way_out)
         return bool(way_out)
 
-    def _export(self) -> None:
-        """Let the host have the stored API key, or none, whatever was there before."""
-        variable, self.exported = self._stored_key()
+    def _export(self, variable: str, key: Optional[str]) -> None:
+        """Let the host have the stored API `key`, or none, whatever was there before."""
+        self.exported = key
         os.environ.pop(variable, None)
-        if self.exported:
-            os.environ[variable] = self.exported
+        if key:
+            os.environ[variable] = key
 
     def _stored_key(self) -> Tuple[str, Optional[str]]:
         """The variable for the API key, and the key; the official sign-in has none."""
@@ -4945,11 +4944,11 @@ class CodePuppyPlugin:
                 command_logout(session, options)
         finally:
             if name == "logout" or self.stored_fields() != stored:
-                self._export()
+                self._export(*self._stored_key())
                 self.host.forget_model()
         self._tell_models(session, in_use if in_use in entries else None)
         if name == "auth":
-            self._tell_override()
+            self._tell_override(*self._stored_key())
 
     def _list_models(self) -> None:
         in_use = self.host.model_in_use()
