@@ -3586,31 +3586,31 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
 SHOWN_MODELS = 10  # in `status`, one a line
 
 
-class Verdict:
+class OnlineCheck:
     """What a server says of a key or token: accepted, refused, unreachable, or None if not asked.
 
-    `word` is that, `said` the same for people, with the reason; `error` is the reason, or None.
+    `result` is that, `said` the same for people, with the reason; `error` is the reason, or None.
     """
 
     def __init__(self, session: Session, source: str, ask: bool) -> None:
-        self.word: Optional[str] = None
+        self.result: Optional[str] = None
         self.said = "there is none"
         self.error: Optional[OAuthError] = None
         if not ask:
             return
         try:
             count = len(list_models(session, source))
-            self.word = "accepted"
+            self.result = "accepted"
             self.said = f"accepted, {count} model{'' if count == 1 else 's'}"
         except OAuthError as error:
             refused = isinstance(error, (RefusedError, SignInEndedError))
-            self.word = "refused" if refused else "unreachable"
-            self.said = f"{self.word}: {error}"
+            self.result = "refused" if refused else "unreachable"
+            self.said = f"{self.result}: {error}"
             self.error = error
 
 
 class SignInStatus:
-    """A sign-in: its `tokens` and the `problem` with it, each None without, and the `verdict`.
+    """A sign-in: its `tokens` and the `problem` with it, each None without, and the `check` of it.
 
     `usable` says whether requests can be made with it, perhaps after a refresh.
     """
@@ -3621,7 +3621,7 @@ class SignInStatus:
         ask = False
         with contextlib.suppress(OAuthError):  # told below; there is nothing to ask about
             ask = online and session.client.plan_allowed(session.tokens().fields)
-        self.verdict = Verdict(session, session.client.model_source or "codex", ask)
+        self.check = OnlineCheck(session, session.client.model_source or "codex", ask)
         try:
             self.tokens = session.tokens()
             session.require_refreshable(self.tokens)
@@ -3632,7 +3632,7 @@ class SignInStatus:
         there = os.path.lexists(self.path)
         self.exists = there and not isinstance(self.problem, NotSignedInError)
         valid = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
-        self.usable = valid and self.verdict.word != "refused"
+        self.usable = valid and self.check.result != "refused"
         self.fields = self.tokens.fields if self.tokens else {}
         self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
         self.plan_allowed = session.client.plan_allowed(self.fields)
@@ -3668,21 +3668,21 @@ class Status:
     def _ask(self, session: Session) -> None:
         """Ask about the API key and the usage, too, and judge what was said."""
         api_key = self.stored.tokens and self.stored.tokens.api_key
-        self.api_key = Verdict(session, "api", self.online and bool(api_key))
+        self.api_key = OnlineCheck(session, "api", self.online and bool(api_key))
         self.usage: List[Fields] = []
         self.no_usage = "OpenAI tells none"
-        if self.stored.verdict.word:
+        if self.stored.check.result:
             try:
                 self.usage = list_usage(session)
             except OAuthError as error:
                 self.no_usage = f"unknown: {error}"
-        asked = (self.stored.verdict, self.official.verdict, self.api_key)
-        verdicts = [verdict for verdict in asked if verdict.word]
-        words = [verdict.word for verdict in verdicts]
-        if words[:1] == ["refused"]:
-            self._add_problem(verdicts[0].error, SignInEndedError.exit_code)
-        elif set(words) == {"unreachable"}:
-            self._add_problem(verdicts[0].error, UnavailableError.exit_code)
+        checks = (self.stored.check, self.official.check, self.api_key)
+        asked = [check for check in checks if check.result]
+        results = [check.result for check in asked]
+        if results[:1] == ["refused"]:
+            self._add_problem(asked[0].error, SignInEndedError.exit_code)
+        elif set(results) == {"unreachable"}:
+            self._add_problem(asked[0].error, UnavailableError.exit_code)
 
     def _add_problem(self, problem: Optional[OAuthError], exit_code: int) -> None:
         """Note a problem; one that was known before is told in its place."""
@@ -3720,8 +3720,8 @@ class Status:
             }
         if self.online:
             facts["online"] = {
-                "api_key": self.api_key.word,
-                "access_token": stored.verdict.word,
+                "api_key": self.api_key.result,
+                "access_token": stored.check.result,
                 "usage": self.usage,
             }
         return facts
@@ -3770,9 +3770,9 @@ class Status:
             rows["Plan"] = [facts["plan"] or "unknown"]
             refreshable = stored.usable and not stored.problem
             rows["Access token"] = [format_expiry(stored.expires_at, refreshable)]
-        if stored.verdict.word:
+        if stored.check.result:
             rows["API key"] = [self.api_key.said]
-            rows["ChatGPT plan"] = [stored.verdict.said]
+            rows["ChatGPT plan"] = [stored.check.said]
             rows["Usage"] = [usage_line(each, live) for each in self.usage] or [self.no_usage]
         if official.exists:
             rows["Official"] = [facts["official"]["email"] or "unknown"]
@@ -3782,8 +3782,8 @@ class Status:
             rows["Plan token"] = [format_expiry(official.expires_at, not official.problem)]
             if official.problem and official.problem is not self.problem:
                 rows["Plan token"].append(f"Problem: {facts['official']['problem']}")
-            if official.verdict.word:
-                rows["Plan token"].append(f"OpenAI says: {official.verdict.said}")
+            if official.check.result:
+                rows["Plan token"].append(f"OpenAI says: {official.check.said}")
         names = self.models or []
         shown = names[:SHOWN_MODELS] or ["unknown" if self.models is None else "none imported"]
         more = len(names) - SHOWN_MODELS
