@@ -1859,8 +1859,7 @@ class Session:
         except NotSignedInError:
             raise
         except OAuthError as error:
-            text = f"{error}; using the current access token, which is still valid"
-            self.notify("warning", text)
+            self.notify("warning", f"{error}; using the current one, which is still valid")
             if isinstance(error, SignInEndedError):
                 self.notify("hint", error.hint or "", error.command)
             return stored
@@ -3749,10 +3748,8 @@ class Status:
         state = "Authenticated" if facts["authenticated"] else "Not authenticated"
         lines = [f"ChatGPT OAuth: {state}"]
         if self.stored.tokens:
-            if facts["has_api_key"]:
-                lines.append("API key available")
-            else:
-                lines += ["No API key", f"{ORGANIZATION_HINT[0].upper()}{ORGANIZATION_HINT[1:]}"]
+            missing = f"No API key; {ORGANIZATION_HINT}"
+            lines.append("API key available" if facts["has_api_key"] else missing)
         elif facts["authenticated"]:
             lines[0] += OfficialClient.label
         if isinstance(problem, NotSignedInError):
@@ -5048,7 +5045,7 @@ OPTIONS: Dict[str, Tuple[str, Fields]] = {
     "--all": ("import every model", FLAG),
     "--dry-run": ("print the models without importing them", FLAG),
     "--json": ("output as JSON", FLAG),
-    "--online": ("also ask whether key and token are accepted, what of the plan is used", FLAG),
+    "--online": ("ask OpenAI, too: are key and token accepted, how much of the plan is used", FLAG),
     "--shell": (
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
         "powershell, cmd, dotenv, json or auto (default: from $SHELL)",

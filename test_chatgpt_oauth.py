@@ -3702,7 +3702,7 @@ class SignInTest(Case):
         self.assertEqual(sent["headers"]["chatgpt-account-id"], "acct-1")
         code, out, err = self.run_program("status")
         self.assertEqual(code, 0)
-        self.assertIn("\nNo API key\nTo get one, create an organization", out)
+        self.assertIn("\nNo API key; to get one, create an organization", out)
         self.assert_fails(self.run_program("env"), 1, "no API key", "--access-token")
         self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
         code, out, err = self.run_program("env", "--access-token", "--shell", "json")
