@@ -783,7 +783,7 @@ class Client:
     # OpenAI compares this client's redirect URI to the letter: the browser's `localhost` must
     # reach us by whichever address it takes (RFC 8252 §7.3 and §8.3).
     addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
-    sign_in_command = "auth"
+    sign_in_command, sign_out_command = "auth", "logout"
     device_command = "auth --device"  # what signs in without a listener, "" where nothing does
     without_port = ("to sign in without a port, run", device_command)
     invalid_grant_hint = ""  # what a refused authorization code can mean besides
@@ -865,7 +865,7 @@ class OfficialClient(Client):
     revocation_path = "/api/accounts/oauth/revoke"
     revokes_by_json = False
     addresses = ("127.0.0.1",)  # the only one that OpenAI takes, at any port
-    sign_in_command = "auth --official"
+    sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
     without_port = (
         "to paste the URL that the browser ends on, run in a terminal",
@@ -2748,9 +2748,8 @@ def exchange_and_store(
                 tries.wait(error)
             except KeyboardInterrupt:
                 if stored:
-                    session.notify(
-                        "warning", "you are signed in all the same; to sign out, run", "logout"
-                    )
+                    text, command = "to sign out, run", session.client.sign_out_command
+                    session.notify("warning", f"you are signed in all the same; {text}", command)
                 raise
 
 

@@ -3914,15 +3914,19 @@ class SignInTest(Case):
     @needs_signals
     def test_ctrl_c_while_the_code_is_redeemed_says_what_is_stored(self):
         self.double.delay = 0.2
-        running = self.start("auth", "--no-browser")
-        url = running.url()
-        threading.Thread(target=visit, args=(url,), daemon=True).start()
-        wait_for(lambda: self.double.count("code"))
-        running.process.send_signal(signal.SIGINT)
-        code, out, err = running.end()
-        self.assertEqual((code, out), (130, ""))
-        self.assertRegex(err, "(?m)^warning: you are signed in all the same; .*: .* logout$")
+        for flags, endpoint in (([], "code"), (["--official"], "plan_code")):
+            running = self.start("auth", "--no-browser", *flags)
+            threading.Thread(target=visit, args=(running.url(),), daemon=True).start()
+            wait_for(lambda asked=endpoint: self.double.count(asked))
+            running.process.send_signal(signal.SIGINT)
+            code, out, err = running.end()
+            self.assertEqual((code, out), (130, ""))
+            command = " ".join(["logout", *flags])
+            self.assertRegex(
+                err, f"(?m)^warning: you are signed in all the same; .*: .* {command}$"
+            )
         self.assertEqual(self.call("token")[0], 0)
+        self.assertTrue(self.plan_file.exists())
 
     def test_a_code_is_sent_again_only_if_it_was_certainly_not_redeemed(self):
         for status, headers, times in (
