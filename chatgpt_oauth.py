@@ -2462,12 +2462,8 @@ def base_url(settings: Settings, source: str) -> str:
 
 def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     """Ask what the API key (`source` "api") or the ChatGPT plan may use. Raises OAuthError."""
-    url, what, bearer = (
-        base_url(settings, source) + "/models",
-        "list the API models",
-        tokens.api_key,
-    )
-    headers: Dict[str, str] = {}
+    url, headers = base_url(settings, source) + "/models", {}
+    what, bearer = "list the API models", tokens.api_key
     if source != "api":
         url += f"?client_version={settings.codex_client_version}"
         what, bearer = "list the ChatGPT plan's models", tokens.access_token
