@@ -4150,15 +4150,19 @@ class PasteTest(Case):
         self.assertEqual(code, 1)
         self.assertIn("--device", err)
 
-    @needs_terminal
-    def test_a_url_that_is_pasted_late_signs_in_all_the_same(self):
-        import pty
-
-        leader, follower = pty.openpty()
+    def start_at_terminal(self, seconds, ahead=b"", environ=None):
+        """`auth` for so long, and the terminal that it reads from; `ahead` is typed before."""
+        leader, follower = os.openpty()
         self.addCleanup(os.close, leader)
         self.addCleanup(os.close, follower)
-        arguments = ("auth", "--no-browser", "--timeout", "0.5")
-        running = self.start(*arguments, stdin=follower, start_new_session=True)
+        os.write(leader, ahead)
+        arguments = ("auth", "--no-browser", "--timeout", seconds)
+        options = {"environ": environ, "stdin": follower, "start_new_session": True}
+        return leader, self.start(*arguments, **options)
+
+    @needs_terminal
+    def test_a_url_that_is_pasted_late_signs_in_all_the_same(self):
+        leader, running = self.start_at_terminal("0.5")
         place = response_to(running.url())
         running.saying("press Enter")
         os.write(leader, place.encode() + b"\n")
@@ -4167,27 +4171,13 @@ class PasteTest(Case):
 
     @needs_terminal
     def test_nobody_can_press_enter_after_the_end_of_the_input(self):
-        import pty
-
-        leader, follower = pty.openpty()
-        self.addCleanup(os.close, leader)
-        self.addCleanup(os.close, follower)
-        os.write(leader, b"\x04")  # Ctrl-D, which waits there for the program
-        arguments = ("auth", "--no-browser", "--timeout", "0.5")
-        running = self.start(*arguments, stdin=follower, start_new_session=True)
+        _, running = self.start_at_terminal("0.5", ahead=b"\x04")  # Ctrl-D
         self.assert_fails(running.end(20), 1, "timed out after 0.5 seconds")
         self.assertNotIn("press Enter", running.err)
 
     @needs_terminal
     def test_at_a_terminal_the_address_is_pasted_and_enter_tries_again(self):
-        import pty
-
-        leader, follower = pty.openpty()
-        self.addCleanup(os.close, leader)
-        self.addCleanup(os.close, follower)
-        arguments = ("auth", "--no-browser", "--timeout", "1")
-        environ = {"TERM": "xterm"}
-        running = self.start(*arguments, environ=environ, stdin=follower, start_new_session=True)
+        leader, running = self.start_at_terminal("1", environ={"TERM": "xterm"})
         first = running.url()
         running.saying("press Enter")
         running.err = ""
