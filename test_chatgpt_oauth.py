@@ -958,9 +958,10 @@ class Saying(io.StringIO):
 
 def environment(folder):
     """A person's environment whose home is `folder`."""
-    system = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
-    home = {"HOME": str(folder), "USERPROFILE": str(folder)}
-    return {**home, "PATH": PATH, "LANG": "C.UTF-8", **system}
+    environ = {"HOME": str(folder), "USERPROFILE": str(folder), "PATH": PATH, "LANG": "C.UTF-8"}
+    if "SYSTEMROOT" in os.environ:
+        environ["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+    return environ
 
 
 def has_terminals():
