@@ -585,9 +585,10 @@ class Double(OfficialDialect):
             found |= {*self.access_tokens, *self.id_tokens}
             found |= {*self.plan_codes, *self.plan_tokens, *self.plan_access}
             for entry in self.requests:
-                found |= {entry["fields"].get(k) for k in ("code", "code_verifier")}
-        # The fuzzer's neighbour may have cut a code to a few letters, which any text has.
-        return {secret for secret in found if secret and len(secret) > 7}
+                code, verifier = (entry["fields"].get(k) for k in ("code", "code_verifier"))
+                # The fuzzer's neighbour may have cut a code to a few letters, which any text has.
+                found |= {verifier, code if code and len(code) > 7 else None}
+        return {secret for secret in found if secret}
 
     def asked(self, endpoint):
         """The fields of each request that `endpoint` was sent, in order."""
@@ -2930,7 +2931,7 @@ for command in ("status", "token"):
     @unittest.skipIf(hasattr(sys, "pypy_version_info"), "PyPy runs no atexit after a Ctrl-C")
     def test_the_end_of_the_main_thread_does_not_lose_what_another_fetches(self):
         before = self.store(lifetime=-10)
-        self.double.delay = 0.6
+        self.double.delay = 1
         code = """
 import os, threading, time, chatgpt_oauth as oauth
 threading.Thread(target=oauth.get_access_token, daemon=True).start()
@@ -2948,7 +2949,7 @@ time.sleep(60)
         waited = running.saying(r"^waited (.+)$")[1]
         running.process.send_signal(signal.SIGINT)
         running.end()
-        self.assertLess(float(waited), 0.4)
+        self.assertLess(float(waited), 0.5)
         self.assertEqual(self.double.refresh_tokens[before["refresh_token"]], "used")
         self.assert_nothing_lost()
 
@@ -3360,7 +3361,7 @@ class CallbackTest(Case):
     def test_a_head_that_does_not_end_is_hung_up_on(self):
         self.finish()
         self.assertEqual(oauth.HEAD_TIMEOUT, 10)
-        self.seconds.update(HEAD_TIMEOUT=0.4)
+        self.seconds.update(HEAD_TIMEOUT=1)
         held = []
 
         def trickle(url):
@@ -3376,7 +3377,7 @@ class CallbackTest(Case):
             visit(url)
 
         self.assert_done(self.call("auth", "--no-browser", browser=trickle))
-        self.assertTrue(0.3 < held[0] < 3, held)
+        self.assertTrue(0.9 < held[0] < 3, held)
 
     def test_of_more_than_64_connections_without_a_head_the_oldest_goes(self):
         silent = []
@@ -4088,7 +4089,7 @@ class PasteTest(Case):
 
                 threading.Thread(target=pour, daemon=True).start()
                 url = running.url()
-                time.sleep(0.4)  # in which it could read hundreds of MiB
+                time.sleep(1)  # in which it could read hundreds of MiB
                 if POSIX:  # elsewhere it would be Wine's own
                     bound = 64 if sys.implementation.name == "cpython" else 256  # MiB
                     self.assertLess(memory(running.process.pid), bound << 10)
@@ -7087,7 +7088,7 @@ class Fuzzer(Case):
 
 class FuzzTest(unittest.TestCase):
     def test_whatever_comes_the_contract_holds(self):
-        self.assertGreater(Fuzzer().go(0.5, seed=1), 3)
+        self.assertGreater(Fuzzer().go(1, seed=1), 10)
 
 
 # ---------------------------------------------------------------------------------------------
