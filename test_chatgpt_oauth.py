@@ -2162,7 +2162,8 @@ class StoreTest(Case):
         blocked = self.folder / "file"
         blocked.write_text("")
         environ = {"CHATGPT_OAUTH_HOME": str(blocked)}
-        if POSIX:  # to Windows there is just no file below it
+        # Windows only reports that there is no token file below the path.
+        if POSIX:
             self.assert_fails(self.call("token", environ=environ), 6, "Not a directory")
         self.assert_fails(self.call("auth", environ=environ), 6, "cannot lock")
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
@@ -2219,7 +2220,8 @@ class StoreTest(Case):
 
     def kill_at_random(self, kills):
         self.store()
-        # A token that was spent by a killed process is lost; the file must be whole all the same.
+        # A killed process may lose a token that it has spent. The file must stay valid anyway.
+        # That is why the double accepts every refresh token here.
         self.double._refresh = lambda fields, headers: (200, self.double.tokens())
         chance = random.Random(7)
         for _ in range(kills):
@@ -2237,7 +2239,7 @@ class StoreTest(Case):
         self.kill_at_random(10)
 
     def kill_at(self, call, rounds):
-        """Kill a refresh as it enters a system call; whoever comes next is still signed in."""
+        """Kill a refresh as it enters a system call. The next process must be signed in."""
         for _ in range(rounds):
             self.store(lifetime=-10)
             code, out, err = self.run_injected(f"{call}:signal=SIGKILL:error=EIO", "token")
@@ -2253,7 +2255,7 @@ class StoreTest(Case):
                 self.kill_at(call, 1)
 
     def leave(self, content):
-        """What a process left that was killed before it put this into place."""
+        """Write the temporary file that a process leaves if it is killed before the rename."""
         leftover = self.home / "chatgpt_oauth.json.tmp"
         leftover.write_text(content if isinstance(content, str) else json.dumps(content))
         leftover.chmod(0o600)
@@ -2268,11 +2270,13 @@ class StoreTest(Case):
             self.assertEqual(self.assert_fresh(self.run_program("token")), "")
             self.assertEqual(self.stored(), new)
             self.assertFalse(leftover.exists())
-        self.token_file.write_text(json.dumps(new)[:50])  # killed while it wrote in place
+        # A process that is killed while it writes in place leaves half a token file.
+        self.token_file.write_text(json.dumps(new)[:50])
         self.leave(new)
         self.assert_done(self.run_program("logout"))
         self.assertNotIn(new["refresh_token"], self.double.refresh_tokens)
-        self.leave({**old, **self.double.tokens()})  # of a first sign-in
+        # A first sign-in that is killed leaves a temporary file and no token file.
+        self.leave({**old, **self.double.tokens()})
         self.assert_done(self.run_program("logout"))
         self.assertFalse(leftover.exists() or self.token_file.exists())
 
@@ -2342,7 +2346,7 @@ class StoreTest(Case):
         self.assertEqual(self.double.requests, [])
 
     def change_attribute(self, path, attribute):
-        """chattr, until the test is over."""
+        """Set an attribute of a file with chattr until the test is over."""
         if not works("chattr", "+" + attribute, str(path)):
             self.skipTest(f"no chattr +{attribute} here")
         self.addCleanup(works, "chattr", "-" + attribute, str(path))
@@ -2363,7 +2367,8 @@ class StoreTest(Case):
     def test_a_folder_that_lets_nothing_be_renamed_holds_the_answer_all_the_same(self):
         self.store(lifetime=-10)
         self.change_attribute(self.home, "a")
-        for number in (1, 2):  # the temporary file of the first is still there
+        # The second run finds the temporary file that the first one could not rename.
+        for number in (1, 2):
             self.assert_fresh(self.run_program("token", "--refresh"))
             self.assertEqual(self.double.count("refresh"), number)
 
@@ -2374,8 +2379,8 @@ class StoreTest(Case):
 
     def test_an_answer_that_has_no_place_at_all_is_stored_by_the_next(self):
         self.store(lifetime=-10)
-        # The third write is the one in place; the fourth puts back what was there, 50 ms after
-        # the answer was written beside it.
+        # The third write is the one in place, and it fails. The fourth puts the old content back,
+        # 50 ms after the response was written to the temporary file.
         faults = "/^rename:error=EBUSY write:error=ENOSPC:when=3:delay_enter=50000"
         self.assert_fails(self.run_injected(faults, "token"), 6, "cannot write")
         self.assert_fresh(self.run_program("token"))
@@ -2384,7 +2389,7 @@ class StoreTest(Case):
     def test_what_a_killed_process_had_received_outlasts_a_full_disk(self):
         self.store(lifetime=-10)
         self.run_injected("/^rename:signal=SIGKILL:error=EIO", "token")
-        # The same bytes in the same place need space, too, where every write is a copy.
+        # On a copy-on-write file system, even overwriting a file with its own bytes needs space.
         self.assertEqual(self.run_injected("write:error=ENOSPC", "token")[0], 6)
         self.assert_fresh(self.run_program("token"))
         self.assertEqual(self.double.count("refresh"), 1)
@@ -2408,14 +2413,14 @@ class StoreTest(Case):
             self.assert_fresh(self.call("token"))
 
     def another_home(self):
-        """A home with a place where the token file can be mounted."""
+        """Return a second home with an empty token file that another one can be mounted on."""
         other = self.folder / "other"
         other.mkdir(mode=0o700)
         (other / "chatgpt_oauth.json").touch(mode=0o600)
         return other
 
     def refresh_in_two_homes(self, rounds):
-        """Refresh at once in two homes, of which one has the other's token file mounted."""
+        """Refresh at once in two homes that share one token file through a bind mount."""
         if not can_mount():
             self.skipTest("no mounts here")
         other = self.another_home()
@@ -2439,7 +2444,8 @@ class StoreTest(Case):
             self.assertEqual(self.double.count("refresh"), 1, told)
             self.assert_nothing_lost()
             self.assertEqual(codes[0], "0", told)
-            if codes[1] != "0":  # the mount still shows the file that was replaced
+            # The mount may still show the file that the other home has replaced.
+            if codes[1] != "0":
                 self.assertEqual(codes[1], "6", told)
                 self.assertIn("mount the directory", told[1])
 
@@ -2485,7 +2491,8 @@ thread.join()
 os._exit(0)
 """
         running = self.start_python(code)
-        self.addCleanup(os.killpg, running.process.pid, signal.SIGKILL)  # the child, too
+        # The process group includes the forked child.
+        self.addCleanup(os.killpg, running.process.pid, signal.SIGKILL)
         wait_for(lambda: self.double.count("refresh"))
         running.type(b"")
         self.assertEqual(running.end()[0], 0)
@@ -2636,7 +2643,8 @@ for command in ("status", "token"):
         for dates, due in (
             ({"expires_at": timestamp(now + 1000)}, False),
             ({"expires_at": timestamp(now + 100)}, True),
-            ({"expires_at": now + 1000}, False),  # as other programs write it
+            # Other programs write numeric timestamps.
+            ({"expires_at": now + 1000}, False),
             ({"expires_at": 20261124}, True),
             ({"last_refresh": timestamp(now - 7 * 86400)}, False),
             ({"last_refresh": timestamp(now - 9 * 86400)}, True),
@@ -2775,7 +2783,8 @@ for command in ("status", "token"):
                 code, out, err = self.call("token")
                 self.assertEqual((code, out), (0, fields["access_token"] + "\n"))
                 self.assertIn("warning: ", err)
-                self.assertEqual(self.double.count("refresh"), 1)  # nothing is retried
+                # A refresh isn't retried while the access token is valid.
+                self.assertEqual(self.double.count("refresh"), 1)
                 environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
                 self.assertNotEqual(self.call("token", "--refresh", environ=environ)[0], 0)
         facts = self.call("status", "--json")
@@ -2884,11 +2893,12 @@ for command in ("status", "token"):
         self.assert_fails(self.call("env"), 1, "no API key")
         self.assertEqual(self.call("token", "--refresh")[0], 0)
         self.assert_fails(self.call("env"), 1, "no API key")
-        self.store({**fields, "api_key": self.double.tokens()["access_token"]})  # an older one
+        # The plugin may also have left an older access token there.
+        self.store({**fields, "api_key": self.double.tokens()["access_token"]})
         self.assert_fails(self.call("env"), 1, "no API key")
 
     def stop_and_go(self, rounds, timeout):
-        """Stop a refresh for longer than a request may take, while its answer comes."""
+        """Suspend a refresh for longer than the request timeout while its response arrives."""
         self.double.delay = 0.1
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = str(timeout)
         for number in range(rounds):
@@ -2910,7 +2920,8 @@ for command in ("status", "token"):
 
         names = ("SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGXCPU")
 
-        def prepare():  # nohup, and shells in the background, start us with some of them ignored
+        # The tests may run with some of these signals ignored, for example under nohup.
+        def prepare():
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             for name in names:
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -2995,9 +3006,10 @@ time.sleep(0.2)
         self.assertEqual(self.double.count("refresh"), 1)
 
     def interrupt_at(self, moment):
-        """`token`, with a Ctrl-C before the line `moment` that runs once the refresh was asked for.
+        """Run `token` and press Ctrl-C before the line number `moment` after the refresh request.
 
-        Counted are the program's lines with those of `contextlib`. None when they are fewer.
+        The count includes the lines of the program and of `contextlib`. Return None if fewer
+        lines than that were run.
         """
         left = moment
 
@@ -3021,13 +3033,15 @@ time.sleep(0.2)
             sys.settrace(None)
         return None if left > 0 else result
 
+    # The program must not register exit handlers in the process that runs the tests.
     @needs_signals
-    @mock.patch("atexit.register", mock.Mock())  # the end of the tests is not the program's
+    @mock.patch("atexit.register", mock.Mock())
     def test_ctrl_c_is_heard_at_any_line_and_loses_no_answer(self):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         moment = 1
         while True:
-            shutil.rmtree(self.home, ignore_errors=True)  # a lock goes with a process, not before
+            # The interrupted run may still hold its lock, because this process goes on.
+            shutil.rmtree(self.home, ignore_errors=True)
             self.store(lifetime=-10)
             result = self.interrupt_at(moment)
             if result is None:
@@ -3194,7 +3208,7 @@ class CallbackTest(Case):
         self.state = fields["state"][0]
 
     def ask(self, target, method="GET", host=None, address="127.0.0.1", extra=()):
-        """Status, headers and page of one request to the listener."""
+        """Send one request to the listener and return status, headers and page."""
         connection = http.client.HTTPConnection(address, self.ports[0], timeout=10)
         connection.putrequest(method, target, skip_host=True)
         for each in (host if host is not None else f"localhost:{self.ports[0]}",):
@@ -3329,7 +3343,7 @@ class CallbackTest(Case):
         self.assert_done(self.running.end())
 
     def raw_answer(self, data):
-        """All that comes back for `data`."""
+        """Send `data` to the listener and return everything that comes back."""
         with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as connection:
             connection.sendall(data)
             return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -3350,7 +3364,8 @@ class CallbackTest(Case):
         host = f"Host: localhost:{self.ports[0]}\r\n".encode()
         for head, status in (
             (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n" + host, b"414"),
-            (b"GET / HTTP/1.1\r\nX: " + b"x" * 70000 + b"\r\n" + host, b"400"),  # no Host in it
+            # The head is cut off before its Host line.
+            (b"GET / HTTP/1.1\r\nX: " + b"x" * 70000 + b"\r\n" + host, b"400"),
             (b"GET / HTTP/1.1\r\n" + host + b"X: y\r\n" * 200, b"431"),
             (b"GET / HTTP/1.1\r\n" + host + b"X: " + b"x" * 10000 + b"\r\n", b"404"),
         ):
@@ -3367,8 +3382,9 @@ class CallbackTest(Case):
         def trickle(url):
             with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as slow:
                 began = time.monotonic()
-                # Each byte would start a time limit of its own anew, and it would never end.
-                with contextlib.suppress(ConnectionError):  # a byte was on its way meanwhile
+                # A socket timeout would start again with each byte and never run out. A byte that
+                # is sent after the listener has hung up resets the connection.
+                with contextlib.suppress(ConnectionError):
                     while not select.select([slow], [], [], 0.05)[0]:
                         slow.sendall(b"G")
                         self.assertLess(time.monotonic() - began, 9)
@@ -3393,7 +3409,8 @@ class CallbackTest(Case):
     @needs_proc
     @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
     def test_it_is_quiet_when_no_descriptor_can_be_had(self):
-        self.running.saying("auth --device$")  # until then it loads modules, each from a file
+        # Until it prints this line, the program opens files to load modules.
+        self.running.saying("auth --device$")
         time.sleep(0.1)
         pid = str(self.running.process.pid)
         used = len(os.listdir(f"/proc/{pid}/fd"))
@@ -3415,8 +3432,7 @@ class CallbackTest(Case):
         self.bombard(200, 100)
 
     def bombard(self, requests, idle):
-        """`requests` bad ones of ten kinds and `idle` silent connections, then the real one."""
-
+        """Send bad requests of ten kinds, open silent connections, then send the real request."""
         host = f"Host: localhost:{self.ports[0]}\r\n".encode()
         chance = random.Random(5)
         good = f"/auth/callback?code=x&state={self.state}".encode()
@@ -3525,12 +3541,12 @@ class ModelsTest(Case):
         )
 
     def entries(self, *arguments, **environ):
-        """Our entries of the models file after an import."""
+        """Import the models and return the content of the models file."""
         self.assertEqual(self.call("models", *arguments, environ=environ)[0], 0)
         return json.loads(self.models_file.read_text())
 
     def plan_entry(self, **listed):
-        """The entry of a model that the catalogue describes so."""
+        """Return the entry of one plan model with these catalogue fields."""
         self.double.codex_models = [{"slug": "gpt-6", "visibility": "list", **listed}]
         return self.entries("--source", "codex")["chatgpt-gpt-6"]
 
@@ -3723,7 +3739,8 @@ class SignInTest(Case):
         self.assertIn("Signed in as bob@example.com\n", err)
         self.store(lifetime=-10, refresh_token="rt_unknown")
         self.assert_fails(self.call("token"), 4, "session has ended")
-        self.assertNotIn("replaces", self.sign_in())  # nobody is signed in any more
+        # Nobody is signed in any more after the session has ended.
+        self.assertNotIn("replaces", self.sign_in())
 
     def test_a_workspace_is_asked_for_and_no_other_is_taken(self):
         before = self.store()
@@ -3739,7 +3756,8 @@ class SignInTest(Case):
         result = self.call("auth", "--device", "--workspace", "acct-2")
         self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
         self.assertEqual(self.stored(), before)
-        self.assertEqual(self.double.count("revoke"), 0)  # it could end the stored one's grant
+        # A revocation could end the grant of the stored sign-in.
+        self.assertEqual(self.double.count("revoke"), 0)
         self.double.account = "acct-2"
         self.sign_in("--workspace", "acct-2")
         self.assertEqual(self.stored()["account_id"], "acct-2")
@@ -3822,7 +3840,8 @@ class SignInTest(Case):
         self.assertEqual(self.stored()["api_key"], key)
         self.assertEqual(self.stored()["mine"], "kept")
         self.assertEqual(self.double.count("key"), 1)
-        for status, body in ((503, b"{}"), (401, b"<html>")):  # nobody says that it is no good
+        # Neither response says that the key is refused.
+        for status, body in ((503, b"{}"), (401, b"<html>")):
             self.fault("api", status, body)
             self.sign_in()
             self.assertEqual(self.stored()["api_key"], key)
@@ -3870,7 +3889,7 @@ class SignInTest(Case):
                     self.assertEqual(self.call("logout", "--local")[0], 0)
 
     def fill_the_disk(self, running):
-        """Let the disk of a sign-in be full when its tokens come."""
+        """Make the disk of a running sign-in full as soon as its tokens arrive."""
         import resource
 
         if not hasattr(resource, "prlimit"):
@@ -3903,7 +3922,8 @@ class SignInTest(Case):
         visit(running.url())
         self.assert_fails(running.end(), 6, str(self.token_file))
         self.assertEqual(self.stored(), before)
-        self.assertEqual(self.double.count("revoke"), 0)  # it could end the whole grant
+        # A revocation could end the whole grant.
+        self.assertEqual(self.double.count("revoke"), 0)
         self.assert_nothing_lost()
 
     def test_a_server_that_gives_no_key_now_says_nothing_about_the_account(self):
@@ -4046,7 +4066,7 @@ class PasteTest(Case):
                 self.assert_done(running.end())
 
     def pipe(self):
-        """The ends of a pipe, as files."""
+        """Open a pipe and return its two ends as unbuffered files."""
         source, sink = os.pipe()
         ends = os.fdopen(source, "rb", 0), os.fdopen(sink, "wb", 0)
         for each in ends:
@@ -4067,7 +4087,8 @@ class PasteTest(Case):
         running = self.start("auth", "--no-browser", stdin=source)
 
         def type_ahead(handler, _):
-            time.sleep(0.2)  # a reader that is told to stop sees it after 0.1 s
+            # The reader notices within 0.1 seconds that it has to stop.
+            time.sleep(0.2)
             sink.write(b"mine\n")
             time.sleep(0.2)
 
@@ -4089,8 +4110,10 @@ class PasteTest(Case):
 
                 threading.Thread(target=pour, daemon=True).start()
                 url = running.url()
-                time.sleep(1)  # in which it could read hundreds of MiB
-                if POSIX:  # elsewhere it would be Wine's own
+                # One second is enough to read hundreds of MiB.
+                time.sleep(1)
+                # Under Wine, this would be the memory that Wine uses.
+                if POSIX:
                     bound = 64 if sys.implementation.name == "cpython" else 256  # MiB
                     self.assertLess(memory(running.process.pid), bound << 10)
                 began = time.monotonic()
@@ -4142,7 +4165,8 @@ class PasteTest(Case):
         self.assertIn(PORT_TAKEN, err)
         self.assertIn(listing, err)
         self.assertNotIn("kill", err)
-        self.assertNotIn("ssh -L", err)  # it would lead the code to the other program
+        # A tunnel would carry the code to the program that has the port.
+        self.assertNotIn("ssh -L", err)
         result = self.run_program("auth", "--no-browser")
         self.assert_fails(result, 1, PORT_TAKEN, "--device", listing)
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
@@ -4153,7 +4177,7 @@ class PasteTest(Case):
         self.assertIn("--device", err)
 
     def start_at_terminal(self, seconds, ahead=b"", environ=None):
-        """`auth` for so long, and the terminal that it reads from; `ahead` is typed before."""
+        """Start `auth` at a terminal with `ahead` already typed, and return the terminal and it."""
         leader, follower = os.openpty()
         self.addCleanup(os.close, leader)
         self.addCleanup(os.close, follower)
@@ -4173,7 +4197,8 @@ class PasteTest(Case):
 
     @needs_terminal
     def test_nobody_can_press_enter_after_the_end_of_the_input(self):
-        _, running = self.start_at_terminal("0.5", ahead=b"\x04")  # Ctrl-D
+        # Ctrl-D ends the input.
+        _, running = self.start_at_terminal("0.5", ahead=b"\x04")
         self.assert_fails(running.end(20), 1, "timed out after 0.5 seconds")
         self.assertNotIn("press Enter", running.err)
 
@@ -4236,7 +4261,8 @@ class DeviceTest(Case):
         self.double.device_polls = 1
         code, out, err = self.call("auth", "--device")
         self.assertEqual((code, answers), (0, []), err)
-        self.assertEqual(err.count("still trying"), 2, err)  # the first two, and what they are
+        # Only the failures of the first two responses are reported.
+        self.assertEqual(err.count("still trying"), 2, err)
         self.assertIn("(HTTP 500): server error; still trying", err)
 
     def test_pending_is_pending_whatever_the_status(self):
