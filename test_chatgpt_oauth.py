@@ -4374,7 +4374,9 @@ class OfficialTest(Case):
 
     def setUp(self):
         super().setUp()
-        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"  # where the double shows no way back
+        # If the double refuses a request, the browser never comes back and the program waits for
+        # all of this time.
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
 
     def plan(self):
         return json.loads(self.plan_file.read_text())
@@ -4383,23 +4385,23 @@ class OfficialTest(Case):
         return json.loads(self.models_file.read_text())
 
     def official(self, *arguments, browser=visit, **environ):
-        """The official sign-in, the test playing the browser."""
+        """Run `auth --official` while the test plays the browser, and return the result."""
         return self.call(
             "auth", "--official", "--no-browser", *arguments, browser=browser, environ=environ
         )
 
     def change_plan(self, **changes):
-        """Change the stored sign-in (None removes)."""
+        """Change members of the stored sign-in (None removes one) and return all of them."""
         fields = {k: v for k, v in {**self.plan(), **changes}.items() if v is not None}
         self.plan_file.write_text(json.dumps(fields))
         return fields
 
     def expire(self):
-        """Let the access token have expired."""
+        """Make the stored access token expired and return the members of the file."""
         return self.change_plan(expires_at=timestamp(time.time() - 10))
 
     def refresh(self):
-        """What makes a refresh of a token that is due."""
+        """Run a command that refreshes an expired access token, and return the result."""
         return self.call("models", "--source", "official", "--dry-run")
 
     def test_a_person_registers_signs_in_and_out_and_in_again(self):
@@ -4440,7 +4442,8 @@ class OfficialTest(Case):
         self.assertNotIn(first["refresh_token"], self.double.plan_tokens)
         self.assertIn("nothing to do", self.assert_done(self.call("logout")))
 
-        self.assert_done(self.official())  # the same registration, which the double checks
+        # The double checks that this is the registration from before.
+        self.assert_done(self.official())
         self.assertEqual(len(self.double.agents), 1)
         self.assertEqual([self.plan()[k] for k in self.KEPT], [first[k] for k in self.KEPT])
 
@@ -4459,7 +4462,8 @@ class OfficialTest(Case):
                 "supported_settings": ["reasoning_effort", "summary", "verbosity"],
             },
         )
-        out = self.assert_quiet(self.call("models", "--dry-run"))  # auto: nobody else pays
+        # Without another sign-in, `auto` chooses the official one.
+        out = self.assert_quiet(self.call("models", "--dry-run"))
         self.assertEqual(out.split(), list(models))
 
     def test_each_sign_in_keeps_its_own_file_and_entries(self):
@@ -4475,7 +4479,8 @@ class OfficialTest(Case):
         self.assertEqual(list(self.models()), ["chatgpt-plan-gpt-6-astra", "chatgpt-gpt-4o"])
         facts = json.loads(self.call("status", "--json")[1])
         self.assertEqual(sorted(facts["models"]), sorted(self.models()))
-        self.assertEqual(self.call("models", "--json")[1].count("plan-"), 0)  # auto: the key
+        # With an API key, `auto` chooses the key.
+        self.assertEqual(self.call("models", "--json")[1].count("plan-"), 0)
         self.assert_done(self.call("logout", "--official"))
         self.assertEqual(set(self.plan()), set(self.KEPT))
         self.assertEqual(self.double.count("revoke"), 0)
@@ -4544,7 +4549,8 @@ class OfficialTest(Case):
                 self.double.id_token_changes = changes
                 self.assert_fails(self.official(), 1, "ID token", words)
                 self.assertFalse(self.plan_file.exists())
-                self.assertEqual(self.double.plan_tokens, {})  # nobody has them: revoked
+                # Tokens that are not stored have been revoked.
+                self.assertEqual(self.double.plan_tokens, {})
         self.double.id_token_changes = {}
         self.double.plan_issued = "oaiapp_text"
         self.double.id_token_changes = {"aud": "oaiapp_text"}
@@ -4584,7 +4590,8 @@ class OfficialTest(Case):
         self.assert_done(self.official())
         early = self.plan()["earliest_refresh_at"]
         self.change_plan(expires_at=timestamp(time.time() + 100))
-        self.assert_quiet(self.refresh())  # due, and still good
+        # The token expires soon, but it is still valid.
+        self.assert_quiet(self.refresh())
         self.expire()
         self.assert_fails(self.refresh(), 5, early)
         self.assertEqual(self.double.count("plan_refresh"), 0)
@@ -4705,7 +4712,8 @@ class OfficialTest(Case):
         self.assertIn("Using ChatGPT plan", out)
         self.expire()
         self.change_plan(refresh_token=None)
-        out = self.assert_quiet(self.call("status"))  # the other one is good
+        # The other sign-in is valid, so the exit code is 0.
+        out = self.assert_quiet(self.call("status"))
         self.assertRegex(out, "Problem: cannot refresh .* auth --official")
         self.assert_no_secret(out)
 
@@ -4742,8 +4750,10 @@ class OfficialTest(Case):
         self.assert_fails(self.refresh(), 6, "chatgpt_plan.json", "auth --official")
         code, out, err = self.call("status")
         self.assertEqual(code, 6)
-        self.assertNotIn("ChatGPT plan", out)  # nobody knows whether it may be used
-        self.assertEqual(self.call("token")[0], 3)  # the other sign-in's affair
+        # A broken file does not say whether the plan may be used.
+        self.assertNotIn("ChatGPT plan", out)
+        # `token` needs the other sign-in, which does not exist.
+        self.assertEqual(self.call("token")[0], 3)
         self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official()))
         self.assertTrue(self.plan()["access_token"])
         self.plan_file.write_text("[")
@@ -4759,7 +4769,7 @@ class OfficialTest(Case):
         self.assertEqual(set(self.plan()), set(self.KEPT))
 
     def test_the_plan_pays_for_what_the_api_takes_and_nothing_else(self):
-        """The double is as strict as what is documented; Code Puppy's requests are tried on it."""
+        """Check the double itself, because Code Puppy's requests are tested against it."""
         token = self.double.plan_sign_in("oaiapp_x")["access_token"]
         good = {"model": "gpt-5.5", "input": [], "store": False, "stream": True}
 
@@ -4814,7 +4824,8 @@ class SignOutTest(Case):
         err = self.assert_fails(self.call("logout"), 6, "not valid JSON")
         self.assertIn("Signed out of ada@example.com\nThe API key stays valid", err)
         self.assertEqual(err.count("not valid JSON"), 1)
-        self.assertNotIn("official", err)  # there was no such sign-in to end
+        # There was no official sign-in to end.
+        self.assertNotIn("official", err)
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
 
@@ -4917,7 +4928,8 @@ class ShellTest(Case):
             self.assert_fails(self.call("env", "--name", name), 2, "--name")
         same = ("env", "--access-token", "--name", "CHATGPT_OAUTH_ACCOUNT_ID")
         self.assert_fails(self.call(*same), 2, "--name")
-        if POSIX:  # Windows' shell is PowerShell, whatever $SHELL says
+        # On Windows the default is PowerShell, and $SHELL is ignored.
+        if POSIX:
             self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
             for shell in ("ash", "yash", "ksh93", "bash-5.2", "mksh", "posh", "/opt/x/zsh-5.9"):
                 code, out, err = self.call("env", environ={"SHELL": shell})
@@ -4962,7 +4974,8 @@ class ShellTest(Case):
             with self.subTest(shell):
                 if not shutil.which(shell):
                     self.skipTest(f"no {shell} here")
-                there = lines[:2] if shell == "tcsh" else lines  # its eval takes neither of them
+                # The eval of tcsh can handle neither backquotes nor newlines in the path.
+                there = lines[:2] if shell == "tcsh" else lines
                 commands = [[shell, "-c", f"{each[row]}\n{show}"] for each in there]
                 for command, done in zip(commands, side_by_side(self.run_command, commands)):
                     self.assertEqual(done[1].strip(), self.KEY, (command, done))
@@ -5191,7 +5204,7 @@ class ExecTest(Case):
         ]
 
     def shown(self, *arguments, environ=None):
-        """The arguments and the environment that a command was given by `exec`."""
+        """Return the arguments and the environment that `exec` passed to the command."""
         return json.loads(self.assert_quiet(self.run_program(*arguments, environ=environ)))
 
     def test_the_command_alone_has_the_key(self):
@@ -5284,7 +5297,7 @@ class OnlineStatusTest(Case):
         self.store(api_key="sk-mine")
 
     def online(self, exit_code=0, **options):
-        """What `status --online --json` prints under `online`, and its problem."""
+        """Return the members `online` and `problem` from `status --online --json`."""
         code, out, err = self.call("status", "--online", "--json", **options)
         self.assertEqual((code, err), (exit_code, ""))
         self.assert_no_secret(out)
@@ -5424,7 +5437,7 @@ class OnlineStatusTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
-# Commands: the same for programs
+# Functions for other programs
 # ---------------------------------------------------------------------------------------------
 
 
@@ -5521,7 +5534,7 @@ class InstallTest(Case):
         self.settle(self.folder)
 
     def settle(self, home):
-        """Let `home` be the person's home directory."""
+        """Make `home` the home directory of the person."""
         home.mkdir(exist_ok=True)
         if POSIX:
             self.data, self.bin = home / ".local/share", home / ".local/bin"
@@ -5535,15 +5548,15 @@ class InstallTest(Case):
         self.environ.update(HOME=str(home), USERPROFILE=str(home), PATH=path, SHELL="/bin/bash")
 
     def install(self, *arguments, **options):
-        """Install; returns what was said."""
+        """Run `install` and return its messages."""
         return self.assert_done(self.run_program("install", *arguments, **options))
 
     def run_installed(self, *arguments, **options):
-        """(exit code, standard output, standard error) of the installed command."""
+        """Run the installed command and return its exit code, stdout and stderr."""
         return self.run_command([str(self.launcher), *arguments], **options)
 
     def files(self):
-        """Every file under the folder, but what Python compiled."""
+        """Return the contents of each file under the folder by path, without .pyc files."""
         found = (path for path in self.folder.rglob("*") if not path.is_dir())
         return {str(path): path.read_bytes() for path in found if path.suffix != ".pyc"}
 
@@ -5552,7 +5565,7 @@ class InstallTest(Case):
         said = self.install("--no-code-puppy")
         self.assertIn(f"Installed the command {self.launcher}\n", said)
         self.assertIn(f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", said)
-        # A profile may run before PATH is whole, as Debian's ~/.bashrc does.
+        # A profile may run before PATH is complete, as ~/.bashrc does on Debian.
         self.assertIn(f"{typed(self.launcher)} env --shell ", said)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
@@ -5586,7 +5599,8 @@ class InstallTest(Case):
         for name in (
             'it\'s a "home"',
             "a $HOME `id` %PATH% \\x",
-            os.fsdecode("\u00e4 \u20ac".encode()),  # in the C locale, too
+            # fsdecode makes this a valid path in the C locale as well.
+            os.fsdecode("\u00e4 \u20ac".encode()),
             "new\nline",
             "-n",
         ):
@@ -5687,18 +5701,20 @@ class InstallTest(Case):
             self.assertEqual(tuple(p.stat().st_mode & 0o777 for p in places), modes)
 
     def line(self, *arguments):
-        """The program and `arguments` for a shell."""
+        """Return a shell command that runs the program with `arguments`."""
         return shell_line(sys.executable, PROGRAM, *arguments)
 
     @needs_modes
     def test_a_place_that_cannot_be_written_changes_nothing(self):
         self.folder.chmod(0o755)
-        source = self.folder / "chatgpt_oauth.py"  # where somebody else may read it
+        # The other user must be able to read the program.
+        source = self.folder / "chatgpt_oauth.py"
         shutil.copy(PROGRAM, source)
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         stack.enter_context(mock.patch.object(oauth, "__file__", str(source)))
-        with mock.patch.object(sys, "argv", list(sys.argv)):  # nobody else may import all modules
+        # This first run imports every module. The other user may not be able to read them.
+        with mock.patch.object(sys, "argv", list(sys.argv)):
             self.assertEqual(self.call("install", "--code-puppy")[0], 0)
         for place in (self.bin, self.data, self.plugin.parent):
             shutil.rmtree(self.folder / ".local", ignore_errors=True)
@@ -5834,7 +5850,8 @@ class InstallTest(Case):
         path = os.pathsep.join((str(first), self.environ["PATH"]))
         said = self.install(environ={"PATH": path})
         warning = f"warning: another chatgpt-oauth comes first in PATH: {other}\n"
-        self.assertIn(warning.lower(), said.lower())  # Windows takes the suffix from PATHEXT
+        # On Windows the suffix comes from PATHEXT, which is in capitals.
+        self.assertIn(warning.lower(), said.lower())
 
     @needs_sh
     def test_the_lines_for_the_profile_work_in_the_persons_shell(self):
@@ -5872,11 +5889,13 @@ class InstallTest(Case):
                 out = self.assert_quiet(self.run_command(command, environ))
                 self.assertEqual(out.split(), ["sk-1", "chatgpt_oauth", oauth.__version__])
                 environ["CHATGPT_OAUTH_HOME"] = str(self.folder / "none")
-                if name == "tcsh":  # an unset variable would be an error of its own
+                # In tcsh an unset variable would be an error.
+                if name == "tcsh":
                     environ["CHATGPT_OAUTH_API_KEY"] = ""
                 code, out, err = self.run_command(command, environ)
                 self.assertEqual((code, out.split()), (0, ["chatgpt_oauth", oauth.__version__]))
-                if name != "xonsh":  # its `!()` keeps what goes to standard error
+                # The `!()` of xonsh captures standard error.
+                if name != "xonsh":
                     self.assertIn("error: not signed in", err)
 
 
@@ -5886,7 +5905,7 @@ class InstallTest(Case):
 
 
 class ModelHTTPError(Exception):
-    """pydantic-ai's."""
+    """A stand-in for the exception of pydantic-ai."""
 
     def __init__(self, status_code, body):
         super().__init__(status_code, body)
@@ -5894,7 +5913,7 @@ class ModelHTTPError(Exception):
 
 
 class Stream:
-    """A response of the Responses API, as openai gives it."""
+    """A streamed response of the Responses API, as the openai package returns it."""
 
     def __init__(self, *events):
         self.events, self.close = events, None
@@ -5905,7 +5924,7 @@ class Stream:
 
 
 class ResponsesModel:
-    """pydantic-ai's OpenAIResponsesModel: `backend` answers in the place of a server."""
+    """A stand-in for pydantic-ai's OpenAIResponsesModel. `backend` replaces the server."""
 
     backend = None
 
@@ -5922,7 +5941,7 @@ class ResponsesModel:
 
 
 class Streamed:
-    """What pydantic-ai makes of a stream; `response.failed` it passes over."""
+    """A stand-in for pydantic-ai's reader of a stream, which ignores `response.failed`."""
 
     def __init__(self, stream):
         self.stream, self.text = stream, ""
@@ -5937,7 +5956,7 @@ class Streamed:
 
 
 class Host:
-    """A small stand-in for the modules of Code Puppy, of a `release`, and its built-in plugin."""
+    """A stand-in for the modules and the built-in plugin of an old or new release of Code Puppy."""
 
     BUILTIN = "code_puppy_core_plugins.chatgpt_oauth"
 
@@ -5983,7 +6002,7 @@ class Host:
         return module
 
     def make_new(self):
-        """What 0.0.946 has and 0.0.229 has not."""
+        """Add what release 0.0.946 has and release 0.0.229 doesn't have."""
         self.callbacks.get_callbacks = self.registered
         self.callbacks.get_loading_context = lambda: self.context
         self.callbacks.set_loading_context = self.enter
@@ -6049,18 +6068,18 @@ class Host:
         return [f for f in everyone if include_disabled or self.owners[f] not in self.disabled]
 
     def models(self):
-        """What the host reads of the models file."""
+        """Return the models that the host offers, including those in the models file."""
         path = self.home / "chatgpt_models.json"
         return {"synthetic": {}, **(json.loads(path.read_text()) if path.exists() else {})}
 
     def handler(self, kind="chatgpt_oauth"):
-        """What makes a model of this type: the first one that is offered."""
+        """Return the function that builds models of type `kind`. The first one registered wins."""
         offered = [t for f in self.callbacks.get_callbacks("register_model_type") for t in f()]
         return next(t["handler"] for t in offered if t["type"] == kind)
 
 
 class PuppyCase(Case):
-    """Code Puppy with this file as a plugin."""
+    """A test case that loads the program as a plugin of a stand-in for Code Puppy."""
 
     def setUp(self):
         super().setUp()
@@ -6069,7 +6088,7 @@ class PuppyCase(Case):
         self.addCleanup(self.installed.close)
 
     def host(self, release="new", builtin=True):
-        """The stand-in, in the place of the real modules."""
+        """Start a new stand-in for Code Puppy and put its modules in place of the real ones."""
         self.puppy = Host(self.home, release, builtin)
         self.said = self.puppy.said
         self.installed.close()
@@ -6077,7 +6096,7 @@ class PuppyCase(Case):
         self.installed.enter_context(mock.patch.dict(os.environ, self.environ, clear=True))
 
     def load(self, name="chatgpt_oauth_file.register_callbacks"):
-        """The program, loaded by the host as a plugin, or by whoever else."""
+        """Load the program under `name`. By default that is how Code Puppy loads a plugin."""
         spec = importlib.util.spec_from_file_location(name, PROGRAM)
         module = importlib.util.module_from_spec(spec)
         before = self.puppy.enter("mine" if name.endswith("register_callbacks") else None)
@@ -6088,7 +6107,7 @@ class PuppyCase(Case):
         self.addCleanup(shorter.stop)
 
     def command(self, text, browser=visit):
-        """Dispatch as the host does; returns the first answer, and what was printed."""
+        """Dispatch a command like the host. Return the first answer and the printed text."""
         name = text[1:].split()[0]
         out = Saying(browser)
         self.said.clear()
@@ -6102,17 +6121,17 @@ class PuppyCase(Case):
         return "\n".join(text for _, text in self.said)
 
     def key(self):
-        """The API key that the host would use."""
+        """Return the API key that the host would use."""
         return os.environ.get("CHATGPT_OAUTH_API_KEY")
 
     def another_account(self, organization=None):
-        """From now on another account signs in."""
+        """Make the double sign in another account from now on."""
         self.double.account, self.double.email = "acct-2", "bob@example.com"
         self.double.organization = organization
 
 
 class PuppyTest(PuppyCase):
-    """The adapter, against a small stand-in for the host's modules."""
+    """The Code Puppy plugin, tested against a stand-in for the modules of Code Puppy."""
 
     # Registering ----------------------------------------------------------------------------
 
@@ -6189,7 +6208,8 @@ class PuppyTest(PuppyCase):
         self.assertEqual(plugin.load_stored_tokens(), self.stored())
         self.token_file.write_text("{broken")
         self.assertIsNone(plugin.load_stored_tokens())
-        self.assertEqual(self.said, [])  # which /chatgpt-status tells
+        # `/chatgpt-status` reports the broken file.
+        self.assertEqual(self.said, [])
         self.token_file.unlink()
         self.assertIsNone(plugin.get_valid_access_token())
         self.assertIn("not signed in", self.texts())
@@ -6217,7 +6237,8 @@ class PuppyTest(PuppyCase):
         self.assertIn("/chatgpt-auth", self.texts())
         answer, printed = self.command("/chatgpt-auth")
         self.assertTrue(answer)
-        self.assertRegex(printed.strip(), r"^http\S+$")  # the address alone, whole
+        # Only the URL is printed, on one line.
+        self.assertRegex(printed.strip(), r"^http\S+$")
         self.assertIn(("success", "Signed in as ada@example.com"), self.said)
         self.assertEqual(self.said[-1][1], "To use one of the models, type: /model chatgpt-gpt-4o")
         self.assertIsNone(self.puppy.agent._code_generation_agent)
@@ -6314,14 +6335,17 @@ class PuppyTest(PuppyCase):
 
         def interrupt(_):
             time.sleep(0.1)
-            if POSIX:  # the system chooses the thread, and another's would only be seen at a tick
+            # The system may deliver a signal to any thread. Python would handle one that another
+            # thread received only when the main thread next wakes up.
+            if POSIX:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             else:
                 signal.raise_signal(signal.SIGINT)
 
         self.assertEqual(self.command("/chatgpt-auth", browser=interrupt)[0], True)
         self.assertIn("run: /chatgpt-auth URL", self.texts())
-        self.assertEqual(self.said[-1], ("warning", "\nInterrupted."))  # after the echoed ^C
+        # The newline ends the line on which the terminal echoed ^C.
+        self.assertEqual(self.said[-1], ("warning", "\nInterrupted."))
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
 
     @needs_terminal
@@ -6343,7 +6367,8 @@ class PuppyTest(PuppyCase):
             waiting.start()
             wait_for(lambda: "Ctrl-C to cancel" in self.texts())
             wait_for(lambda: local_flags() == before & ~termios.ECHO)
-            time.sleep(0.4)  # a line that is typed lets it look at the clock
+            # Less than 60 seconds are left after this. A typed line makes it check the clock.
+            time.sleep(0.4)
             for line, answer in (
                 ("/model gpt", "press Ctrl-C first to use another command"),
                 ("hello", "only the URL that the browser ends on helps here"),
@@ -6388,7 +6413,8 @@ class PuppyTest(PuppyCase):
         self.load()
         os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
         self.command("/chatgpt-auth --timeout 0.1", browser=None)
-        self.assertEqual(self.key(), "sk-mine")  # nobody has signed in
+        # The sign-in failed, so the key stays.
+        self.assertEqual(self.key(), "sk-mine")
         self.command("/chatgpt-auth")
         self.assertEqual(self.key(), self.stored()["api_key"])
         self.another_account()
@@ -6427,7 +6453,8 @@ class PuppyTest(PuppyCase):
         self.store(api_key="sk-2")
         self.command("/chatgpt-status")
         self.assertEqual(self.key(), "sk-2")
-        self.assertNotIn("another API key", self.texts())  # it was ours
+        # The replaced key came from the earlier sign-in.
+        self.assertNotIn("another API key", self.texts())
         self.assertIsNone(self.puppy.agent._code_generation_agent)
         os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
         self.command("/codex-status")
@@ -6443,7 +6470,8 @@ class PuppyTest(PuppyCase):
             (False, "type: /set chatgpt_oauth_api_key="),
         ):
             self.host()
-            if not credentials:  # a release before there were these
+            # Older releases don't have shared credentials.
+            if not credentials:
                 sys.modules["code_puppy.shared_credentials"] = None
             self.store(api_key="sk-1")
             self.load()
@@ -6501,7 +6529,8 @@ class PuppyTest(PuppyCase):
     def test_an_old_release_begins_no_official_sign_in(self):
         self.host("old")
         self.load()
-        self.assertEqual(self.command("/chatgpt-auth --official"), (True, ""))  # no URL
+        # No URL is printed.
+        self.assertEqual(self.command("/chatgpt-auth --official"), (True, ""))
         self.assertIn("cannot use models that a ChatGPT plan pays for", self.texts())
         self.assertIn("pip install --upgrade code-puppy", self.texts())
         self.assertFalse((self.home / "chatgpt_plan.json").exists())
@@ -6553,7 +6582,7 @@ class PuppyTest(PuppyCase):
 
 
 class PuppyModelTest(PuppyCase):
-    """The models that the ChatGPT plan pays for, as the host builds and asks them."""
+    """Models that the ChatGPT plan pays for, built and called the way Code Puppy does it."""
 
     def setUp(self):
         super().setUp()
@@ -6564,7 +6593,7 @@ class PuppyModelTest(PuppyCase):
         self.addCleanup(patched.stop)
 
     def backend(self, headers):
-        """The Codex backend: it refuses a token that has expired."""
+        """Answer like the Codex backend, which refuses an expired token."""
         self.headers.append(headers)
         claims = headers["Authorization"].split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(claims + "=="))
@@ -6573,13 +6602,13 @@ class PuppyModelTest(PuppyCase):
         return Stream({"type": "text", "delta": "Hel"}, {"type": "text", "delta": "lo"})
 
     def model(self):
-        """The model that the host builds for an entry of ours."""
+        """Load the plugin and return the model that the host builds for one of our entries."""
         self.load()
         entry = {"name": "gpt-6", "custom_endpoint": {"url": self.double.url + "/codex"}}
         return self.puppy.handler()("chatgpt-gpt-6", {"type": "chatgpt_oauth", **entry}, {})
 
     def ask(self, model, count=1):
-        """What `count` requests at the same time give."""
+        """Send `count` requests at the same time and return their results."""
 
         async def ask_all():
             return await asyncio.gather(*(model.request([], None, None) for _ in range(count)))
@@ -6606,7 +6635,7 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(sent["User-Agent"], "codex_cli_rs/0.169.0")
 
     def assert_stopped(self, model, *words):
-        """The host is told to stop, in one message, and nothing makes it try again."""
+        """Check that a request shows one error and makes the host stop without a retry."""
         self.said.clear()
         with self.assertRaises(InterruptedError) as caught:
             self.ask(model)
@@ -6622,7 +6651,7 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(self.headers, [])
 
     def official_model(self, name):
-        """The model that the host builds for an entry of the official sign-in."""
+        """Return the host's model for an entry of the official sign-in, and its HTTP client."""
         client = types.SimpleNamespace(_inject_codex_fields=lambda body: (None, True))
         module = self.puppy.modules["code_puppy.chatgpt_codex_client"]
         module.create_codex_async_client = lambda **_: client
@@ -6771,7 +6800,8 @@ class MainTest(Case):
         self.assertIn("examples:", err)
         text = self.assert_quiet(self.run_program("-h"))
         name = "chatgpt_oauth.py"
-        shutil.copy(PROGRAM, self.folder / name)  # in a path that no shell quotes
+        # This path needs no quotes in a shell.
+        shutil.copy(PROGRAM, self.folder / name)
         helps = {}
         for command in COMMANDS:
             line = [sys.executable, name, command, "-h"]
@@ -6932,13 +6962,13 @@ chatgpt_oauth.run_program()
 
 
 # ---------------------------------------------------------------------------------------------
-# Whatever comes
+# Random input
 # ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def told(what):
-    """Put `what` before the message of an assertion that fails."""
+    """Prepend `what` to the message of an assertion that fails in the block."""
     try:
         yield
     except AssertionError as error:
@@ -6946,7 +6976,7 @@ def told(what):
 
 
 class Fuzzer(Case):
-    """Random answers at random endpoints, random callback requests, random token files."""
+    """A test case with random responses, callback requests and token files."""
 
     ODD = (
         None,
@@ -6981,10 +7011,10 @@ class Fuzzer(Case):
     )
 
     def runTest(self):
-        """One case at a time is run from outside."""
+        """Do nothing. The caller runs the cases with `go`."""
 
     def bend(self, chance, value):
-        """`value`, a JSON object, with some of it replaced."""
+        """Return the JSON object `value` with random members replaced or removed."""
         bent = dict(value)
         for name in list(bent):
             if chance.random() < 0.25:
@@ -6996,7 +7026,7 @@ class Fuzzer(Case):
         return bent
 
     def answer(self, chance):
-        """A fault with a random status, body and headers."""
+        """Return a fault that answers with a random status, body and headers."""
 
         def fault(handler, fields):
             kind = chance.randrange(6)
@@ -7023,7 +7053,8 @@ class Fuzzer(Case):
                 bent = bent if chance.random() < 0.4 else self.bend(chance, known)
                 body = json.dumps(bent).encode()
                 body = body[: chance.randrange(len(body))] if chance.random() < 0.1 else body
-            if chance.random() < 0.2:  # interim responses come before it (RFC 9110 §15.2)
+            # Interim responses come before the final one (RFC 9110 §15.2).
+            if chance.random() < 0.2:
                 early = chance.choice((b"100 Continue", b"102 Processing", b"103 Early Hints"))
                 head = b"HTTP/1.1 " + early + b"\r\nLink: </x>\r\n\r\n"
                 handler.wfile.write(head * chance.randrange(1, 4))
@@ -7035,7 +7066,7 @@ class Fuzzer(Case):
         return fault
 
     def neighbour(self, chance, url):
-        """A browser that asks nonsense, and then perhaps what it should."""
+        """Send malformed callback requests, then open the real redirect like a browser."""
         place = urllib.parse.urlsplit(visit(url, follow=False)[0][2].get("location", ""))
         good = f"GET {place.path}?{place.query} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode()
         for _ in range(chance.randrange(4)):
@@ -7089,14 +7120,15 @@ class Fuzzer(Case):
             if self.token_file.exists() and not (torn and code):
                 json.loads(self.token_file.read_text())
             self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
-            self.assertLess(len(self.double.requests), 100)  # nothing is flooded
+            # The program must not flood a server with requests.
+            self.assertLess(len(self.double.requests), 100)
             if not code and self.token_file.exists():
                 token = self.stored().get("refresh_token")
                 spent = isinstance(token, str) and self.double.refresh_tokens.get(token) == "used"
                 self.assertFalse(spent)
 
     def go(self, seconds, seed):
-        """Cases from `seed` on for so many seconds; returns how many that were."""
+        """Run cases for `seconds`, starting at `seed`, and return their number."""
         self.setUp()
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
@@ -7118,7 +7150,7 @@ class FuzzTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------------------------
-# The demo
+# Demo
 # ---------------------------------------------------------------------------------------------
 
 
@@ -7148,7 +7180,7 @@ class DemoTest(unittest.TestCase):
 
 
 class Halves(unittest.TestSuite):
-    """All tests, every other class of them in a second process: most of the time they wait."""
+    """All tests. Every other class runs in a second process, because most tests mostly wait."""
 
     def run(self, result, debug=False):
         classes = [suite for suite in self if suite.countTestCases()]
@@ -7173,7 +7205,7 @@ class Halves(unittest.TestSuite):
         return result
 
     def add(self, result, text, exit_code):
-        """Add to `result` what the second process has told, in the form of unittest."""
+        """Add the output `text` of unittest in the second process to `result`."""
         listed, _, details = re.split(r"\n+([=-]{70}\n)", text + "\n" + "-" * 70 + "\n", maxsplit=1)
         result.stream.write(listed + "\n" * ("... " in listed))
         result.testsRun += sum(map(int, re.findall(r"(?m)^Ran (\d+) test", details)))
@@ -7185,7 +7217,7 @@ class Halves(unittest.TestSuite):
 
 
 def load_tests(loader, tests, _):
-    """What `python3 -m unittest` runs, unless somebody has chosen among the tests."""
+    """Return the tests that unittest runs, in two processes unless -k selects some of them."""
     return tests if loader.testNamePatterns else Halves(tests)
 
 
@@ -7194,8 +7226,10 @@ def load_tests(loader, tests, _):
 # ---------------------------------------------------------------------------------------------
 
 
-DEMO_SECONDS = 120  # the whole demo, a person's sign-ins in a real browser included
-DEMO = (  # what is told, and what is typed
+# This is enough time for a person to sign in with a real browser.
+DEMO_SECONDS = 120  # seconds
+# Each step has a description and the command that is typed.
+DEMO = (
     ("Sign in (the stand-in approves at once)", "python3 chatgpt_oauth.py auth"),
     ("Show who is signed in", "python3 chatgpt_oauth.py status"),
     ("Make the file a command", "python3 chatgpt_oauth.py install --bin BIN"),
@@ -7216,7 +7250,7 @@ DEMO = (  # what is told, and what is typed
 
 
 def demo(simulate):
-    """Every command once, against the double, in a temporary home."""
+    """Run each step of the demo against the double and return the exit code."""
     deadline = time.monotonic() + DEMO_SECONDS
     with free_ports(2) as ports:
         double = Double(ports)
@@ -7246,7 +7280,7 @@ def demo(simulate):
 
 
 def demo_environment(home, double, ports):
-    """What the demo's commands find: a new home, the double, and the terminal as it is."""
+    """Return an environment with the home, the double's addresses and the terminal's variables."""
     keep = ("TERM", "LANG", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "NO_COLOR")
     environ = {name: os.environ[name] for name in keep if name in os.environ}
     environ = {**environment(home), **environ, **double.environment(), "SHELL": "/bin/sh"}
@@ -7257,7 +7291,7 @@ def demo_environment(home, double, ports):
 
 
 def demo_command(typed, environ, seconds):
-    """Run one line of the demo, as a shell in the program's directory would."""
+    """Run one command of the demo in the program's directory and return its exit code."""
     names = {"BIN": os.path.join(environ["HOME"], "bin"), "python3": sys.executable}
     name, *arguments = [names.get(word, word) for word in shlex.split(typed)]
     command = [shutil.which(name, path=environ["PATH"])]
@@ -7268,7 +7302,8 @@ def demo_command(typed, environ, seconds):
         command + arguments, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     lines = result.stdout.splitlines()
-    if "install" in arguments:  # its line for a profile would name the temporary home
+    # The suggested line for a profile would name the temporary home.
+    if "install" in arguments:
         left_out = re.compile("    |.* this line into|Then open a new terminal")
         lines = [each for each in lines if not left_out.match(each)]
     for line in lines:
@@ -7277,13 +7312,13 @@ def demo_command(typed, environ, seconds):
 
 
 def text_of(page):
-    """The heading and the paragraphs of a saved page, as one line."""
+    """Return the heading and the paragraphs of a saved page as one line."""
     parts = re.findall(r"<(?:h1|p)>(.*?)</(?:h1|p)>", pathlib.Path(page).read_text("utf-8"))
     return " ".join(f"{html.unescape(part).rstrip('.')}." for part in parts)
 
 
 def stress():
-    """The long rounds: many processes, many kills, many neighbours."""
+    """Run the refresh, kill and callback tests with many processes."""
     for number in range(10):
         run_case(SessionTest, "refresh_at_once", 100)
         print(
@@ -7316,7 +7351,7 @@ def stress():
 
 
 def fuzz(seconds, seed):
-    """Random cases for so many seconds; the seed of a failure is printed."""
+    """Run random cases for `seconds`. The message of a failure names its seed."""
     count = Fuzzer().go(seconds, seed)
     print(f"{count} cases from seed {seed} on in {seconds:g} s, none failed")
     return 0
