@@ -1173,31 +1173,43 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # ---------------------------------------------------------------------------------------------
 # Store: the token file and the models file, each with the lock under which it changes
 # ---------------------------------------------------------------------------------------------
+# Reading needs no lock. Everyone who changes a file holds its lock, and replaces the file as a
+# whole, so a reader sees the old or the new contents. The order for tokens is: lock, reserve disk
+# space, send the request, save the response. A response that has been written beside the file
+# survives a killed process: the next process that takes the lock stores it.
+# A symbolic link is kept, and root never follows or changes another user's link.
 
-SHARING_SECONDS = 5.0  # for which another program may hold a file open on Windows
-REFRESH_MARGIN = 300  # seconds an access token must still be valid to be handed out as it is
-LAST_MOMENT = 32535215999  # 3000-12-31T23:59:59Z, in seconds since 1970; Windows knows no later
-REREAD_SECONDS = 0.5  # Code Puppy's own plugin writes in place: a torn file may be whole soon
-RESERVE = 16384  # bytes beyond the present content that a refreshed token file may need
-PRIVATE = 0o600  # the mode of a file that its owner alone may read
-READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)  # and through no symbolic link
+# How long to retry on Windows while another program, such as a virus scanner, has a file open.
+SHARING_SECONDS = 5.0
+# An access token with less time left than this is refreshed before it is returned.
+REFRESH_MARGIN = 300  # seconds
+# 3000-12-31T23:59:59Z in seconds since 1970, the latest time that Windows can convert.
+LAST_MOMENT = 32535215999
+# Code Puppy's own plugin writes in place, so an incomplete file may be complete a moment later.
+REREAD_SECONDS = 0.5
+# How much larger than the present token file the refreshed one may be.
+RESERVE = 16384  # bytes
+# The mode of a file that only its owner can read.
+PRIVATE = 0o600
+# Symbolic links are not followed.
+READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
-FACTS_OF_TOKENS = ("expires_at", "ended")  # which new tokens make void
+# These members describe the stored tokens and are dropped when new tokens replace them.
+FACTS_OF_TOKENS = ("expires_at", "ended")
 
 
 def timestamp(moment: float) -> str:
-    """`moment`, in seconds since 1970, as UTC in ISO 8601 with a Z.
-
-    A clock that is years off must not lose what has just come: it counts as the nearest year.
-    """
+    """Return `moment` (seconds since 1970) as a UTC time in ISO 8601, ending in Z."""
+    # A clock that is centuries off must not cause an error here, because the caller is about to
+    # store new tokens. Such a time becomes the nearest one that can be represented.
     moment = min(max(0.0, moment), LAST_MOMENT)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def parse_timestamp(value: object) -> Optional[float]:
-    """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of such seconds.
+    """Return an ISO 8601 time, or a number of seconds, as seconds since 1970, otherwise None.
 
-    None for what is neither.
+    A time without a zone is UTC.
     """
     from datetime import datetime, timezone
 
@@ -1210,9 +1222,9 @@ def parse_timestamp(value: object) -> Optional[float]:
 
 
 class Tokens:
-    """A sign-in as the token file holds it; `fields` keeps every key, known or not.
+    """The contents of a token file. `fields` holds all members, including ones we don't know.
 
-    Raises ValueError, naming the key, when a token or key is no RFC 6750 b64token.
+    Raises ValueError, naming the member, if a token or key isn't a b64token (RFC 6750 §2.1).
     """
 
     access_token: str
@@ -1227,8 +1239,8 @@ class Tokens:
             if value is not None and not is_b64token(value):
                 raise ValueError(f"{name} is not a valid token")
             setattr(self, name, value)
-        # Code Puppy's own plugin stores the access token as `api_key`, and leaves it there when
-        # it refreshes: a JWT in that place is an old access token.
+        # Code Puppy's own plugin stores the access token as `api_key` too, and doesn't update that
+        # copy when it refreshes. A JWT there is therefore an old access token.
         if self.api_key == self.access_token or decode_claims(self.api_key):
             self.api_key = None
         account = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
@@ -1237,44 +1249,47 @@ class Tokens:
         self.issuer = issuer.rstrip("/")
         client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
         self.client_id = printable(client_id)
-        # What tells accounts apart, where anything does. At the official sign-in that is `sub`
-        # together with the client id: one person may register several workspaces.
+        # `account` identifies the account, or is None if nothing in the file does. The official
+        # sign-in has `sub` for this, combined with the client ID, because one person may register
+        # several workspaces.
         sub = text_or_none(fields.get("sub"))
         own = (self.client_id, sub) if sub else self.account_id
         self.account = (self.issuer, own) if own else None
 
     def same_account(self, other: Tokens) -> bool:
-        """Whether both are sign-ins of one account; where nothing tells, one sign-in."""
+        """Whether both belong to one account. If either doesn't say, compare the access tokens."""
         if self.account and other.account:
             return self.account == other.account
         return self.access_token == other.access_token
 
     def auth_claims(self) -> Fields:
-        """OpenAI's own claims, from the ID token and, where it has none, the access token."""
+        """Return OpenAI's own claims. The ID token's override those of the access token."""
         return {**auth_claims(self.access_token), **auth_claims(self.id_token)}
 
     def expires_at(self) -> Optional[float]:
-        """When the access token expires, in seconds since 1970; None when nothing tells."""
+        """Return when the access token expires (seconds since 1970), or None if unknown."""
         expiry = number_or_none(decode_claims(self.access_token).get("exp"))
         if expiry:
             return expiry
         stored = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
         if stored is None and refreshed is not None:
-            return refreshed + 8 * 86400  # Codex refreshes eight days after the last refresh
+            # The Codex CLI refreshes tokens eight days after the last refresh.
+            return refreshed + 8 * 86400
         return stored
 
     def valid_for(self, seconds: float) -> bool:
-        """Whether the access token has more than `seconds` left.
+        """Whether the access token is valid for more than `seconds` from now.
 
-        One of unknown expiry is taken to be valid now and for no longer: it is used, and
-        refreshed where that can be done.
+        If its expiry is unknown, it counts as valid now, but not for any longer. So it gets
+        refreshed, and if that fails, it is still used.
         """
         expiry = self.expires_at()
         return seconds <= 0 if expiry is None else expiry - time.time() > seconds
 
     def is_fresh(self) -> bool:
-        """Whether the access token needs no refresh yet: one that lives shortly, half its life."""
+        """Whether the access token doesn't need a refresh yet."""
+        # A token that lives less than 600 seconds is refreshed after half its life.
         expiry, refreshed = self.expires_at(), parse_timestamp(self.fields.get("last_refresh"))
         margin = float(REFRESH_MARGIN)
         if expiry and refreshed and expiry > refreshed:
@@ -1282,14 +1297,14 @@ class Tokens:
         return self.valid_for(margin)
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the refresh token, in hexadecimal."""
+        """Return the SHA-256 of the refresh token in hexadecimal."""
         import hashlib
 
         return hashlib.sha256((self.refresh_token or "").encode()).hexdigest()
 
 
 def encode(value: Fields) -> bytes:
-    """`value` as the JSON of our files."""
+    """Return `value` as the JSON text of a file. Raises StorageError if it is nested too deeply."""
     try:
         return json.dumps(value, indent=2).encode() + b"\n"
     except RecursionError:
@@ -1299,7 +1314,7 @@ def encode(value: Fields) -> bytes:
 
 
 def storage_error(verb: str, path: str, error: OSError) -> StorageError:
-    """The error of a system call that should lock, write or remove the file at `path`."""
+    """Return the StorageError for a system call that failed to lock, write or remove `path`."""
     hint = {
         "lock": "make the directory writable, or set CHATGPT_OAUTH_HOME to another one",
         "write": "check the free space and the permissions, then try again",
@@ -1309,31 +1324,34 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
 
 
 class Replacement:
-    """A new content for the file at `path`: durable, all or nothing.
+    """A new version of the file at `path`, which replaces the old one durably or not at all.
 
-    It is written beside the file, with its `mode` (less the umask) from its first byte, and renamed
-    into place; where nothing can be renamed, it is written into the file, so one that cannot be
-    written shows itself at once. The caller holds the lock. Every method may raise OSError.
+    It is written to a temporary file beside the old one, created with `mode` (minus the umask), and
+    then renamed. If renaming fails, it is written into the old file. Creating a Replacement
+    therefore fails if the old file can't be written. The caller must hold the lock. Every method
+    may raise OSError.
 
-    `unplaced` is true while a whole content may lie beside the file alone.
+    `unplaced` is true while the temporary file may be the only one that holds a complete content.
     """
 
     def __init__(self, path: str, mode: int = PRIVATE) -> None:
-        self.path = os.path.realpath(path)  # a symbolic link stays one
+        # A symbolic link is kept. The file it points to is replaced.
+        self.path = os.path.realpath(path)
         self.temporary = self.path + ".tmp"
         self.unplaced = mode == PRIVATE and _is_leftover(self.temporary, self.path)
         current = self._open_current()
         if current:
-            current.close()  # Windows replaces no file that is open
+            # This only tests whether it can be written. Windows can't replace an open file.
+            current.close()
         self.file = _patiently(self._open_temporary, mode)
 
     def write(self, data: bytes) -> None:
-        """Make `data` the new content, on the disk."""
+        """Write `data` to the temporary file and sync it to the disk."""
         _overwrite(self.file, data)
         os.fsync(self.file.fileno())
 
     def commit(self, data: bytes) -> None:
-        """Put `data` in the place of the file."""
+        """Replace the file by one that contains `data`."""
         try:
             self.write(data)
             self.file.close()
@@ -1348,29 +1366,35 @@ class Replacement:
         self.unplaced = False
 
     def close(self) -> None:
-        """Leave nothing behind, but what the next one to take the lock can still put into place."""
+        """Remove the temporary file, except if it may be the only complete copy.
+
+        The next process that takes the lock then recovers it.
+        """
         self.file.close()
         with contextlib.suppress(OSError):
             if self.unplaced:
-                os.utime(self.temporary)  # the file is no newer for being put back as it was
+                # Restoring the old content gave the file a newer time than the temporary file,
+                # and recovery ignores a temporary file that is older than the file.
+                os.utime(self.temporary)
             else:
                 os.unlink(self.temporary)
 
     def _open_current(self) -> Any:
-        """The file, unbuffered, for writing; None where it can or must be done without."""
+        """Open the file for writing, unbuffered. Return None if a rename must do without that."""
         try:
             return os.fdopen(_patiently(os.open, self.path, READ_WRITE), "r+b", buffering=0)
         except FileNotFoundError:
             return None
         except OSError as error:
-            # Its mode alone keeps no file from being replaced on POSIX; a directory is moved away.
+            # On POSIX, a file can be replaced even if its mode doesn't allow writing. A directory
+            # makes the rename fail later, or has been moved away by then.
             by_mode = sys.platform != "win32" and error.errno == errno.EACCES
             if by_mode or os.path.isdir(self.path):
                 return None
             raise
 
     def _open_temporary(self, mode: int) -> Any:
-        """A new file of the same owner, unbuffered; or that of a killed process once more."""
+        """Create the temporary file, or reopen one that a killed process left. Unbuffered."""
         if self.unplaced:
             descriptor = os.open(self.temporary, READ_WRITE)
         else:
@@ -1380,10 +1404,11 @@ class Replacement:
         return os.fdopen(descriptor, "r+b", buffering=0)
 
     def _rename(self) -> None:
-        """Put the temporary file into place, durably."""
+        """Rename the temporary file to the file, and sync the directory."""
         _patiently(os.replace, self.temporary, self.path)
         if sys.platform != "win32":
-            with contextlib.suppress(OSError):  # some network file systems cannot; it is renamed
+            # Some network file systems can't sync a directory. The rename itself is done.
+            with contextlib.suppress(OSError):
                 directory = os.open(os.path.dirname(self.path), os.O_RDONLY)
                 try:
                     os.fsync(directory)
@@ -1391,19 +1416,23 @@ class Replacement:
                     os.close(directory)
 
     def _write_in_place(self, current: Any, data: bytes) -> None:
-        """Without a rename: a mount of the file itself, a directory that lets nothing go."""
+        """Write `data` into the open file, because it can't be replaced.
+
+        This happens with a mount of the single file and in an append-only directory.
+        """
         before = current.read()
         try:
             _overwrite(current, data)
         except OSError:
             _overwrite(current, before)
             raise
-        with contextlib.suppress(OSError):  # a disk that fails: there is no better place
+        # If syncing fails, the disk is failing, and there is no better place for the data.
+        with contextlib.suppress(OSError):
             os.fsync(current.fileno())
 
 
 def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Make a system call; on Windows again while a reader or a scanner has the file open."""
+    """Make a system call. On Windows, retry while another program has the file open."""
     deadline = time.monotonic() + SHARING_SECONDS
     while sys.platform == "win32" and time.monotonic() < deadline:
         with contextlib.suppress(PermissionError):
@@ -1413,7 +1442,7 @@ def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _is_leftover(path: str, model: str) -> bool:
-    """Whether a killed process of ours left the temporary file `path` beside `model`."""
+    """Whether `path` is a temporary file that a killed process of this user left for `model`."""
     try:
         facts = os.lstat(path)
     except FileNotFoundError:
@@ -1426,14 +1455,16 @@ def _is_leftover(path: str, model: str) -> bool:
 
 
 def _create(path: str, model: str, mode: int) -> int:
-    """Create a file of the owner of `model`; raises FileExistsError where there is one."""
+    """Create a file with the owner of `model`. Raises FileExistsError if it exists."""
     descriptor = os.open(path, READ_WRITE | os.O_CREAT | os.O_EXCL, mode)
     _chown_like(descriptor, model)
     return descriptor
 
 
 def _overwrite(file: Any, data: bytes) -> None:
-    """Write from the start and cut the rest last: JSON and some blanks are that JSON."""
+    """Replace the contents of an open file by `data`."""
+    # The file is cut to its new length last. If the process is killed before that, only blanks
+    # follow the data, and JSON with trailing blanks is valid.
     file.seek(0)
     rest = memoryview(data)
     while rest:
@@ -1442,14 +1473,14 @@ def _overwrite(file: Any, data: bytes) -> None:
 
 
 def _owner(path: str) -> os.stat_result:
-    """Who has `path`, or its directory where there is none."""
+    """Return the status of `path`, or of its directory if `path` doesn't exist."""
     return os.stat(path if os.path.exists(path) else os.path.dirname(path))
 
 
 def _chown_like(descriptor: int, path: str) -> None:
-    """Give what root has just created to the owner of `path`, or of its directory.
+    """If we are root, give a new file to the owner of `path`, or of its directory.
 
-    Root in a container must not lock out the owner of the home that is mounted there.
+    Otherwise, root in a container would lock out the user whose home directory is mounted there.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
         owner = _owner(path)
@@ -1457,12 +1488,13 @@ def _chown_like(descriptor: int, path: str) -> None:
 
 
 def _make_directory(path: str, mode: int = 0o700) -> None:
-    """Make a directory, and those above it, each of the owner of the one above it."""
+    """Make a directory and its missing parents, each with the owner of the directory above it."""
     parent = os.path.dirname(path)
     if os.path.isdir(path) or parent == path:
         return
     _make_directory(parent, mode)
-    with contextlib.suppress(FileExistsError):  # made by another process meanwhile
+    # Another process may make the directory at the same time.
+    with contextlib.suppress(FileExistsError):
         os.mkdir(path, mode)
         if sys.platform != "win32":
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -1473,7 +1505,7 @@ def _make_directory(path: str, mode: int = 0o700) -> None:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Take the exclusive lock if it is free."""
+    """Take an exclusive lock on an open file and return True, or return False if it is taken."""
     with contextlib.suppress(BlockingIOError, PermissionError):
         if sys.platform == "win32":
             import msvcrt
@@ -1488,9 +1520,10 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _acquire(path: str, deadline: float) -> int:
-    """Take the lock of the file that is at `path`; returns its descriptor.
+    """Lock the file at `path` and return its descriptor.
 
-    Raises UnavailableError when another process holds it until time.monotonic() `deadline`.
+    Raises UnavailableError if another process still holds the lock at `deadline`
+    (time.monotonic()).
     """
     while True:
         descriptor = os.open(path, READ_WRITE)
@@ -1504,20 +1537,25 @@ def _acquire(path: str, deadline: float) -> int:
                         "open",
                     )
                 time.sleep(0.01)
-            # Whoever held it may have replaced or removed the file meanwhile.
+            # The previous holder of the lock may have replaced or removed the file.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 opened.pop_all()
                 return descriptor
 
 
 def _acquire_made(path: str, deadline: float) -> int:
-    """The same of a lock file, which is made where there is none."""
+    """Lock the lock file at `path` and return its descriptor. Create it if it doesn't exist.
+
+    Raises UnavailableError if another process still holds the lock at `deadline`
+    (time.monotonic()).
+    """
     while True:
         with contextlib.suppress(FileExistsError):
             os.close(_create(path, os.path.dirname(path), PRIVATE))
         try:
             return _acquire(path, deadline)
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:
+            # Another process has just removed the file.
             if time.monotonic() >= deadline:
                 raise
 
@@ -1526,13 +1564,13 @@ def _release(descriptor: int) -> None:
     if sys.platform != "win32":
         import fcntl
 
-        # To close it would not do: a child that was forked meanwhile has it open, too.
+        # Closing the file isn't enough, because a forked child process may have it open too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 class JsonFile:
-    """A JSON object in a file of `home`: read without a lock, changed under one, replaced at once.
+    """A JSON object in a file in `home`, read without a lock and replaced under a lock.
 
     Every method may raise StorageError.
     """
@@ -1547,13 +1585,14 @@ class JsonFile:
 
     @property
     def real_path(self) -> str:
-        """Where the file is, and what else lies beside it: a symbolic link stays one."""
+        """The path of the file itself, after symbolic links. Lock and temporary files are there."""
         return os.path.realpath(self.path)
 
     def read(self) -> Fields:
-        """The JSON object, {} where there is no file."""
+        """Return the JSON object, or {} if the file doesn't exist."""
         deadline = time.monotonic() + REREAD_SECONDS
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # or a FIFO would keep us waiting
+        # Opening a FIFO would otherwise block until another process writes to it.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
         while True:
             try:
                 with os.fdopen(os.open(self.path, flags), "rb") as file:
@@ -1566,7 +1605,7 @@ class JsonFile:
                 return {}
             except OSError as error:
                 fault = f"cannot read: {error.strerror}"
-                # Windows refuses a file at the moment in which it is replaced.
+                # Windows denies access to a file at the moment when it is being replaced.
                 lasting = sys.platform != "win32" or not isinstance(error, PermissionError)
             except (ValueError, RecursionError):
                 fault, lasting = "not valid JSON", False
@@ -1575,11 +1614,11 @@ class JsonFile:
             time.sleep(0.02)
 
     def broken(self, fault: str) -> StorageError:
-        """The error of a file that is not what it should be."""
+        """Return the error for a file whose contents or type aren't acceptable."""
         return StorageError(f"{self.path}: {fault}", *self.broken_hint)
 
     def _check(self, descriptor: int) -> None:
-        """Refuse what is no plain file of a sane size."""
+        """Raise StorageError unless the open file is a regular file within the size limit."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise self.broken("not a regular file")
@@ -1588,7 +1627,10 @@ class JsonFile:
         self._check_link(self.path, facts)
 
     def _check_link(self, path: str, facts: os.stat_result) -> None:
-        """As root, refuse another user's link to what is not theirs: it would be given away."""
+        """As root, raise StorageError if `path` is another user's link to a file they don't own.
+
+        Otherwise, the user could make root read or replace that file.
+        """
         if sys.platform != "win32" and os.geteuid() == 0:
             owner = os.lstat(path).st_uid
             if owner not in (0, facts.st_uid):
@@ -1597,10 +1639,10 @@ class JsonFile:
 
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
-        """Hold the lock of all who change the file, waiting `timeout` seconds at most.
+        """Hold the lock that everyone who changes the file takes.
 
-        What was reserved and not needed is gone when the lock is. Raises UnavailableError when
-        another process holds it all that time.
+        When the lock is released, a reserved replacement that wasn't used is removed. Raises
+        UnavailableError if another process holds the lock for `timeout` seconds.
         """
         timeout = self.settings.lock_timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
@@ -1617,28 +1659,31 @@ class JsonFile:
                     self.reserved = None
 
     def _take_locks(self, held: contextlib.ExitStack, deadline: float) -> None:
-        """Take the lock beside the file, then that of the file itself.
+        """Lock the lock file beside the file, then the file itself.
 
-        The second, for a container has the file mounted in a home of its own, where another lock
-        lies beside it; and somebody may tidy the first one away.
+        The second lock is needed if somebody deletes the lock file, or if the file is mounted into
+        a container, where the lock file beside it is a different one.
         """
         for path in (self.settings.home, self.path):
             if os.path.exists(path):
                 self._check_link(path, os.stat(path))
-            elif os.path.lexists(path):  # the file must not be created wherever it points
+            elif os.path.lexists(path):
+                # Creating the file would create the target of the link, which may be anywhere.
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         _make_directory(self.settings.home)
         held.callback(_release, _acquire_made(self.real_path + ".lock", deadline))
-        if sys.platform != "win32":  # where a lock would keep readers out
-            with contextlib.suppress(OSError):  # none, or one that `reserve` will refuse
+        # On Windows, a lock on the file itself would keep others from reading it.
+        if sys.platform != "win32":
+            # The file may not exist yet. If it can't be opened, `reserve` raises an error.
+            with contextlib.suppress(OSError):
                 held.callback(_release, _acquire(self.real_path, deadline))
 
     def reserve(self, present: Fields) -> None:
-        """Make sure that `present`, with RESERVE bytes more, can be stored.
+        """Reserve the disk space to store `present` and RESERVE more bytes.
 
-        So a full disk, or a file that cannot be written, shows itself while there is nothing to
-        lose. The caller holds the lock; what is reserved serves the next `save`.
+        A full disk or a file that can't be written is thus an error before a refresh token is
+        spent. The next `save` uses the reserved space. The caller must hold the lock.
         """
         try:
             self.reserved = Replacement(self.path)
@@ -1653,7 +1698,7 @@ class JsonFile:
             )
 
     def save(self, value: Fields) -> None:
-        """Put `value` in the place of what is there. The caller holds the lock."""
+        """Replace the contents of the file by `value`. The caller must hold the lock."""
         data = encode(value)
         try:
             with contextlib.closing(self.reserved or Replacement(self.path)) as replacement:
@@ -1664,7 +1709,7 @@ class JsonFile:
 
 
 class TokenFile(JsonFile):
-    """The sign-in: private, and of this user alone."""
+    """A file that holds the tokens of one sign-in. Only its owner can read it."""
 
     limit = MEBIBYTE
 
@@ -1675,7 +1720,7 @@ class TokenFile(JsonFile):
         self.broken_hint = (hint, client.sign_in_command)
 
     def load(self) -> Optional[Tokens]:
-        """The stored sign-in, None when there is none."""
+        """Return the stored tokens, or None if nobody is signed in."""
         fields = self.read()
         try:
             return Tokens(fields) if fields.get("access_token") else None
@@ -1683,38 +1728,39 @@ class TokenFile(JsonFile):
             raise self.broken(str(error)) from None
 
     def holds_sign_in(self) -> bool:
-        """Whether there is a sign-in; in a broken file there is none."""
+        """Whether the file holds a sign-in. A broken file doesn't."""
         with contextlib.suppress(StorageError):
             return self.load() is not None
         return False
 
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
-        """Hold the lock, with what a killed process left put in order first."""
+        """Hold the lock. First, recover tokens that a killed process received."""
         with super().lock(timeout):
             self._recover()
             yield
 
     def exists(self) -> bool:
-        """Whether there is anything of a sign-in, whole or not. Raises StorageError."""
+        """Whether there are any traces of a sign-in, even broken ones. Raises StorageError."""
         kept = set(self.client.kept_after_sign_out)
         ended = bool(kept) and set(self.read()) <= kept
         left = os.path.lexists(self.path) and not ended
         return left or os.path.lexists(self.real_path + ".tmp")
 
     def _recover(self) -> None:
-        """Store what a killed process had received and not yet put into place.
+        """Store the tokens that a killed process received but didn't rename into place.
 
-        Its refresh token is the only good one; the one in the file is spent.
+        Only their refresh token is good, because the one in the file has been spent.
         """
         successor = self._successor()
         if successor:
             self.save(successor)
-        with contextlib.suppress(OSError):  # of no use, and in nobody's way
+        # A temporary file that can't be removed does no harm.
+        with contextlib.suppress(OSError):
             os.unlink(self.real_path + ".tmp")
 
     def _successor(self) -> Fields:
-        """A complete sign-in that is newer than the file, or {}."""
+        """Return the sign-in in the temporary file if it is complete and newer, otherwise {}."""
         temporary = self.real_path + ".tmp"
         try:
             if not _is_leftover(temporary, self.real_path):
@@ -1722,7 +1768,8 @@ class TokenFile(JsonFile):
             with os.fdopen(os.open(temporary, os.O_RDONLY), "rb") as file:
                 fields = json.loads(file.read(self.limit))
             whole = isinstance(fields, dict) and Tokens(fields).access_token
-            # Code Puppy's own plugin writes in place and takes no lock: a newer file is its.
+            # Code Puppy's own plugin writes the file in place and without a lock. If the file is
+            # newer than the temporary file, that plugin wrote it.
             stored = self.holds_sign_in()
             newer = stored and os.path.getmtime(self.path) > os.path.getmtime(temporary)
             return fields if whole and not newer else {}
@@ -1730,7 +1777,7 @@ class TokenFile(JsonFile):
             return {}
 
     def _check(self, descriptor: int) -> None:
-        """Refuse another user's file, too; take others' access to ours away."""
+        """Also raise StorageError for another user's file, and remove other users' access."""
         super()._check(descriptor)
         if sys.platform == "win32":
             return
@@ -1738,7 +1785,7 @@ class TokenFile(JsonFile):
         if os.geteuid() not in (0, facts.st_uid):
             raise self.broken(f"owned by another user (uid {facts.st_uid})")
         if facts.st_mode & 0o077:
-            # Where a chmod is refused or changes nothing, as on some mounts, be silent.
+            # On some mounts, chmod fails or changes nothing. There is nothing to report then.
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
                 if not os.fstat(descriptor).st_mode & 0o077:
@@ -1746,7 +1793,7 @@ class TokenFile(JsonFile):
                     self.notify("warning", text)
 
     def set_aside(self) -> str:
-        """Rename a broken file; returns its new path. The caller holds the lock."""
+        """Rename a broken file to `….bad` and return that path. The caller must hold the lock."""
         path = self.real_path
         try:
             _patiently(os.replace, path, path + ".bad")
@@ -1755,13 +1802,14 @@ class TokenFile(JsonFile):
         return path + ".bad"
 
     def remove(self, kept: Tuple[str, ...]) -> None:
-        """Remove the file, but for the members `kept`, and whatever was kept beside it.
+        """Remove the file, its temporary file and its `.bad` copy. The caller must hold the lock.
 
-        The caller holds the lock.
+        If the file has any of the members `kept`, it stays and holds only those.
         """
         path = self.real_path
         left: Fields = {}
-        with contextlib.suppress(StorageError):  # of a broken file nothing is left
+        # A broken file has no members that could be kept.
+        with contextlib.suppress(StorageError):
             left = {name: value for name, value in self.read().items() if name in kept}
         gone = [path + ".tmp", path + ".bad"]
         if left:
@@ -1779,29 +1827,37 @@ class TokenFile(JsonFile):
 # ---------------------------------------------------------------------------------------------
 # Session: the one place that decides to refresh
 # ---------------------------------------------------------------------------------------------
+# A fresh access token costs one read: no lock, no write, no network. A refresh token is sent only
+# under the lock of the token file, and only after room for the response has been reserved. It is
+# sent again only if the server certainly hasn't processed the first request. From the request until
+# the response is on disk, signals and the end of the program wait.
 
-EXIT_GRACE = 5.0  # seconds beyond a request's, to store what came while the program ends
-# What ends a process; the others only where nobody handles them: a host's alarm goes on.
+# When the program exits, it waits for a refresh in a thread: a request's timeout plus this.
+EXIT_GRACE = 5.0  # seconds
+# Signals that ask a process to end. They are delayed even if the host handles them.
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+# Signals that end a process only if it doesn't handle them. A host's handler, for example of an
+# alarm, keeps running without delay.
 OTHER_SIGNALS = ("SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM", "SIGPROF")
-BRIEF_LOCK_TIMEOUT = 2.0  # seconds to wait for the lock while the access token has time left
+# How long to wait for the lock if the access token is still valid for a while.
+BRIEF_LOCK_TIMEOUT = 2.0  # seconds
 
 
 def to_log(kind: str, text: str, command: str = "") -> None:
-    """Tell users of the module, through the logger `chatgpt_oauth`."""
+    """Log a message to the logger `chatgpt_oauth`. Programs that import the module use this."""
     import logging
 
     if command:
         text = f"{text}: python3 {__file__} {command}"
-    # A URL that must be visited is a warning too, or Python's default would hide it.
+    # A URL that the user must visit is logged as a warning, because Python hides lower levels.
     level = logging.WARNING if kind in ("warning", "verbatim") else logging.DEBUG
     logging.getLogger("chatgpt_oauth").log(level, "%s", printable(text))
 
 
 class Session:
-    """The stored sign-in of a client (default: the Codex CLI's), kept valid.
+    """A stored sign-in, which it refreshes when needed. By default, the Codex CLI client's.
 
-    `notify` hears what a person should know.
+    Messages for the user go to `notify`.
     """
 
     def __init__(
@@ -1814,10 +1870,11 @@ class Session:
         self.client = client or Client(self.settings)
         self.token_file = TokenFile(self.client, notify)
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
-        self.imported: List[str] = []  # the models that this session imported
+        # The names of the models that this session has imported.
+        self.imported: List[str] = []
 
     def tokens(self) -> Tokens:
-        """The stored tokens as they are. Raises NotSignedInError."""
+        """Return the stored tokens without refreshing them. Raises NotSignedInError."""
         tokens = self.token_file.load()
         if tokens:
             return tokens
@@ -1832,19 +1889,19 @@ class Session:
         raise NotSignedInError("not signed in to ChatGPT", "to sign in, run", command)
 
     def official(self) -> Session:
-        """The official sign-in, which can stand beside the Codex CLI's."""
+        """Return the session of the official sign-in."""
         return Session(self.settings, self.notify, OfficialClient(self.settings))
 
     def sign_ins(self) -> List[Session]:
-        """Every sign-in that this user can have, this one first."""
+        """Return the sessions of all sign-ins that a user can have, starting with this one."""
         other = OfficialClient if type(self.client) is Client else Client
         return [self, Session(self.settings, self.notify, other(self.settings))]
 
     def valid_tokens(self, refresh: bool = False) -> Tokens:
-        """Tokens whose access token is fresh (`refresh`: a new one).
+        """Return the tokens after refreshing them if that is due, or in any case if `refresh`.
 
-        A refresh that fails is a warning while the access token has not expired, unless a new
-        one was asked for. Raises OAuthError.
+        If the refresh fails although the access token is still valid, report that as a warning,
+        unless `refresh` is true. Raises OAuthError.
         """
         stored = self.tokens()
         if refresh or not stored.valid_for(0):
@@ -1852,7 +1909,8 @@ class Session:
         if stored.is_fresh():
             return stored
         timeout = self.settings.lock_timeout
-        if stored.valid_for(timeout):  # whoever holds the lock may be stopped
+        if stored.valid_for(timeout):
+            # The process that holds the lock may be suspended, so don't wait for long.
             timeout = min(timeout, BRIEF_LOCK_TIMEOUT)
         try:
             return self._refreshed(stored, retry=False, timeout=timeout)
@@ -1865,7 +1923,7 @@ class Session:
             return stored
 
     def _refreshed(self, old: Tokens, retry: bool, timeout: Optional[float] = None) -> Tokens:
-        """Newer tokens than `old`: another process's, or else our own refresh's."""
+        """Return newer tokens than `old`, from another process's refresh or from our own."""
         with self.token_file.lock(timeout):
             tokens = self.tokens()
             if tokens.access_token != old.access_token and tokens.is_fresh():
@@ -1880,12 +1938,12 @@ class Session:
                     f"{timestamp(allowed_at)}",
                     "try again then",
                 )
-            # The refresh token is good for one use: have a place for its successor first.
+            # The refresh token can be used only once. Reserve room for its successor first.
             self.token_file.reserve(tokens.fields)
             return self._refresh_with_retry(tokens, retry)
 
     def require_refreshable(self, tokens: Tokens) -> None:
-        """Raise SignInEndedError if the next refresh will fail without asking anybody."""
+        """Raise SignInEndedError if it is already known that a refresh will fail."""
         mark = tokens.fields.get("ended")
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
             raise InvalidGrantError(str(mark.get("reason")), self.client.sign_in_command)
@@ -1898,7 +1956,7 @@ class Session:
             raise SignInEndedError(fault, self.client.sign_in_command)
 
     def _refresh_with_retry(self, old: Tokens, retry: bool) -> Tokens:
-        """Refresh, and try again (if `retry`) while the refresh token is certainly unspent."""
+        """Refresh. If `retry` is true, try again as long as the refresh token can't be spent."""
         tries = Retry(self.settings.retry_window if retry else 0.0)
         while True:
             try:
@@ -1914,14 +1972,18 @@ class Session:
                 tries.wait(error)
 
     def _refresh_once(self, old: Tokens) -> Tokens:
-        """One try: store what came, unless another process stored something meanwhile."""
+        """Send one refresh request and store the response.
+
+        If another program has stored other tokens in the meantime, return those.
+        """
         ended: Optional[InvalidGrantError] = None
         try:
             response = refresh_grant(self.client, old)
         except InvalidGrantError as error:
             ended, response = error, {}
         current = old
-        with contextlib.suppress(StorageError):  # torn by somebody who writes in place
+        # Another program may be writing the file in place at this moment.
+        with contextlib.suppress(StorageError):
             current = self.tokens()
         if current.refresh_token != old.refresh_token:
             if current.valid_for(0):
@@ -1934,15 +1996,16 @@ class Session:
         fields = merged(current.fields, response, self.notify)
         fields.update(self.client.refresh_fields(response, old))
         if fields.get("api_key") == current.access_token:
-            fields["api_key"] = response["access_token"]  # no API key: see Tokens
+            # Code Puppy's own plugin stores the access token as `api_key` too (see Tokens).
+            fields["api_key"] = response["access_token"]
         self.token_file.save(fields)
         return Tokens(fields)
 
 
 def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
-    """`fields` with what a token endpoint responded; what it omits stays as it was.
+    """Return `fields` updated from a token response.
 
-    So does what is no valid token; that is a warning, and the good ones are kept.
+    A token that is missing or invalid keeps its old value. An invalid one is reported as a warning.
     """
     kept = {k: value for k, value in fields.items() if k not in FACTS_OF_TOKENS}
     new = {"access_token": response["access_token"]}
@@ -1960,10 +2023,10 @@ def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
 
 @contextlib.contextmanager
 def uninterrupted(settings: Settings) -> Iterator[None]:
-    """Let the block end before the process does: none may come between response and disk.
+    """Delay signals and interpreter exit until the block is done, so that a response is saved.
 
-    Signals wait, and a second one acts at once. In another thread, where they cannot be held
-    back, the end of the main thread waits.
+    A second signal takes effect at once. In a thread other than the main one, signals can't be
+    delayed, but the interpreter's exit can.
     """
     import atexit
     import threading
@@ -1971,7 +2034,8 @@ def uninterrupted(settings: Settings) -> Iterator[None]:
     process, done = os.getpid(), threading.Event()
 
     def wait() -> None:
-        if os.getpid() == process:  # a forked child has not got the thread
+        # In a forked child process, the thread that runs the block doesn't exist.
+        if os.getpid() == process:
             done.wait(settings.request_timeout + EXIT_GRACE)
 
     atexit.register(wait)
@@ -1985,13 +2049,15 @@ def uninterrupted(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Hold back what would end the process until the block is done; a second one acts at once."""
+    """Delay signals that would end the process until the block is done, except a second one."""
     import signal
 
     before: Dict[int, Any] = {}
     held: List[int] = []
 
-    def restore() -> None:  # may come again at any moment in itself: no ExitStack could
+    # A signal can arrive during `restore` and make `hold` call it again, so it must be safe to
+    # repeat. An ExitStack, which empties itself, isn't.
+    def restore() -> None:
         for number, handler in reversed(list(before.items())):
             signal.signal(number, handler)
 
@@ -1999,7 +2065,8 @@ def signals_deferred() -> Iterator[None]:
         restore()
         held.append(number)
 
-    with contextlib.suppress(ValueError):  # only the main thread is asked and may choose
+    # ValueError: signal handlers can only be set in the main thread.
+    with contextlib.suppress(ValueError):
         for name in ENDING_SIGNALS + OTHER_SIGNALS:
             number = getattr(signal, name, 0)
             handler = signal.getsignal(number) if number else None
@@ -2015,7 +2082,7 @@ def signals_deferred() -> Iterator[None]:
 
 @module_function()
 def get_access_token(*, refresh: bool = False) -> str:
-    """An access token that is valid now, refreshed first when due (`refresh`: in any case).
+    """Return a valid access token. Refresh it first if that is due, or if `refresh` is true.
 
     Raises OAuthError: NotSignedInError, SignInEndedError, UnavailableError or StorageError.
     """
@@ -2024,7 +2091,7 @@ def get_access_token(*, refresh: bool = False) -> str:
 
 @module_function()
 def get_account_id() -> Optional[str]:
-    """The account's id, for requests that name it beside the access token; None when unknown.
+    """Return the account ID that some requests must contain, or None if it is unknown.
 
     Raises NotSignedInError or StorageError.
     """
@@ -2033,7 +2100,10 @@ def get_account_id() -> Optional[str]:
 
 @module_function()
 def get_api_key() -> Optional[str]:
-    """The stored API key, None when the account has none. Raises NotSignedInError, StorageError."""
+    """Return the stored API key, or None if the account doesn't have one.
+
+    Raises NotSignedInError or StorageError.
+    """
     return Session().tokens().api_key
 
 
