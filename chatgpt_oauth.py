@@ -4093,21 +4093,26 @@ def command_logout(session: Session, options: Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Install: this file as a command of its own, and as Code Puppy's plugin
+# Install: make this file a command and Code Puppy's plugin
 # ---------------------------------------------------------------------------------------------
+# `install` writes three files: a copy of this program, a launcher for it, and the plugin, which is
+# another copy. Each contains a mark that no version changes. A file without its mark belongs to
+# somebody else: neither command touches it. Files are replaced atomically and all together, under
+# one lock. `uninstall` removes what `install` created and never a sign-in.
 
-# What each of our files holds, in every version. Whatever else stands in its place stays.
 PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
 LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
-# How Python is to start. Imported, the file is compiled once for each Python that comes here; as
-# a script it would be compiled at every start, which takes longer than all else that `env` does.
+# The launcher passes its own path, the program's directory and the person's arguments. This code
+# removes the first two, so that sys.argv is what the program expects. Python caches the compiled
+# code of an imported file. It would compile a script at every start, which takes longer than
+# everything else that `env` does.
 LAUNCH_CODE = (
     "import sys; del sys.argv[0]; sys.path.insert(0, sys.argv.pop(1)); "
     "import chatgpt_oauth; chatgpt_oauth.run_program()"
 )
-# -I -S: no code of the current folder, of PYTHONPATH or of site-packages. A shell in between
-# allows any path, where the kernel's #! has limits of length and takes no space. No variables:
-# one of the same name that is exported would change for the program.
+# -I -S keeps Python from running code from the current directory, PYTHONPATH or site-packages.
+# A #! line can't hold a long path or one with a space, so the launcher is a shell script. It sets
+# no variables, because if the person exports one of that name, the program would see our value.
 POSIX_LAUNCHER = """\
 #!/bin/sh
 # {mark}
@@ -4120,8 +4125,9 @@ gone() {{
 [ -f {program} ] || gone {program}
 exec {python} -I -S -c '{code}' "$0" {directory} "$@"
 """
-# One last line: cmd reads the file on after each, and `uninstall` removes it. `goto :eof` leaves
-# the exit code as it is.
+# cmd reads the next line of the file only after it has run the last one. `uninstall` removes the
+# file meanwhile, so nothing may follow the line that starts Python. `goto :eof` keeps the exit
+# code.
 WINDOWS_LAUNCHER = """\
 @echo off
 rem {mark}
@@ -4135,11 +4141,10 @@ exit /b 6
 
 
 class InstallPaths:
-    """Where `install` puts what: the program, its launcher (in `bin_directory`) and the plugin.
+    """The paths of the program, its launcher (in `bin_directory`) and the plugin.
 
-    `files` has the path and the mark of each file that the options ask for; of the plugin too
-    where Code Puppy is there. What differs between the platforms stands here and in
-    `launcher_content`.
+    `files` maps the path of each file that the options ask for to its mark. It includes the
+    plugin if Code Puppy is installed.
     """
 
     def __init__(self, environ: Dict[str, str], options: Namespace) -> None:
@@ -4148,7 +4153,8 @@ class InstallPaths:
             binaries, name = os.path.join(data, "Programs", "chatgpt_oauth"), LAUNCHERS[1]
         else:
             data = environ.get("XDG_DATA_HOME", "")
-            if not os.path.isabs(data):  # the XDG Base Directory Specification: to be ignored
+            # The XDG Base Directory Specification: a relative path must be ignored.
+            if not os.path.isabs(data):
                 data = "~/.local/share"
             binaries, name = "~/.local/bin", LAUNCHERS[0]
         self.directory = absolute_path(os.path.join(data, "chatgpt_oauth"))
@@ -4166,7 +4172,10 @@ class InstallPaths:
 
 
 def absolute_path(path: str) -> str:
-    """`path`, from the home directory where it begins with `~`. Raises UsageError."""
+    """Return the absolute form of `path` with a leading `~` expanded.
+
+    Raises UsageError if the home directory is unknown.
+    """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UsageError("the home directory is not known", "set HOME, then try again")
@@ -4174,7 +4183,7 @@ def absolute_path(path: str) -> str:
 
 
 def launcher_content(paths: InstallPaths) -> bytes:
-    """The file that starts this very Python with the installed program."""
+    """Return the launcher: a script that runs the installed program with this Python."""
     facts = {"python": lasting_python(), "program": paths.program, "directory": paths.directory}
     words = {"mark": LAUNCHER_MARK, "code": LAUNCH_CODE}
     if sys.platform != "win32":
@@ -4183,17 +4192,19 @@ def launcher_content(paths: InstallPaths) -> bytes:
     quoted = {name: '"' + path.replace("%", "%%") + '"' for name, path in facts.items()}
     text = WINDOWS_LAUNCHER.format(**quoted, **words)
     try:
-        return text.replace("\n", "\r\n").encode("oem")  # cmd reads no other encoding
+        # cmd reads batch files in the OEM code page.
+        return text.replace("\n", "\r\n").encode("oem")
     except UnicodeEncodeError:
         paths_named = ", ".join(quoted.values())
         raise StorageError(f"the command prompt cannot read one of {paths_named}") from None
 
 
 def lasting_python() -> str:
-    """This Python's path; of a virtual environment, the one that it was made from.
+    """Return the path of this Python, or of the one that its virtual environment was made from.
 
-    The launcher sees no packages, so it need not end with the environment. Links are followed no
-    further than out of it: the names outside, such as /usr/bin/python3, outlive updates.
+    The launcher needs no packages, so it should keep working when the environment is deleted.
+    Links are followed only until they lead out of the environment, because a name such as
+    /usr/bin/python3 still works after an update, and the file that it points to may not.
     """
     python = sys.executable
     if not python:
@@ -4201,7 +4212,8 @@ def lasting_python() -> str:
     if sys.prefix == sys.base_prefix:
         return python
     if sys.platform == "win32":
-        return str(getattr(sys, "_base_executable", python))  # no link there, but a starter
+        # On Windows the environment's python.exe isn't a link. It is a program that starts Python.
+        return str(getattr(sys, "_base_executable", python))
     while os.path.islink(python) and python.startswith(os.path.join(sys.prefix, "")):
         target = os.path.join(os.path.dirname(python), os.readlink(python))
         python = os.path.normpath(target)
@@ -4209,11 +4221,12 @@ def lasting_python() -> str:
 
 
 def own_source() -> bytes:
-    """This file. Raises UsageError when the program was not read from one."""
+    """Return the content of this file. Raises UsageError if the program isn't run from a file."""
     source = b""
     with contextlib.suppress(OSError):
         source = file_content(str(globals().get("__file__", "")))
-    if PROGRAM_MARK not in source or b"\0" in source:  # compiled code has one
+    # A compiled file contains the mark, too. Only that one has a NUL byte.
+    if PROGRAM_MARK not in source or b"\0" in source:
         raise UsageError(
             "the program was not started from a file that could be installed",
             "download chatgpt_oauth.py, then run",
@@ -4223,13 +4236,16 @@ def own_source() -> bytes:
 
 
 def file_content(path: str) -> bytes:
-    """What is in the file at `path`; a mebibyte is more than any of ours has."""
+    """Return the first mebibyte of the file at `path`. All of our files are smaller than that."""
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
         return file.read(MEBIBYTE)
 
 
 def installed_content(path: str, mark: bytes) -> bytes:
-    """Our file at `path`, b"" where there is none. Raises StorageError where something else is."""
+    """Return the content of our file at `path`, or b"" if nothing is there.
+
+    Raises StorageError if the file can't be read or isn't ours.
+    """
     try:
         content = file_content(path) if stat.S_ISREG(os.lstat(path).st_mode) else b""
     except FileNotFoundError:
@@ -4246,21 +4262,22 @@ def installed_content(path: str, mark: bytes) -> bytes:
 
 
 def command_install(session: Session, options: Namespace) -> None:
-    """Make this file a command, and Code Puppy's plugin where there is Code Puppy."""
+    """Install this file as a command and, if Code Puppy is installed, as its plugin."""
     paths, notify = InstallPaths(session.settings.environ, options), session.notify
     source = own_source()
     contents = {paths.program: source, paths.launcher: launcher_content(paths)}
     if paths.plugin in paths.files:
         contents[paths.plugin] = source
     for path, mark in paths.files.items():
-        # On Windows the launcher may be running, and what is open there cannot be replaced.
+        # Windows can't replace a file that is open, and the launcher may be running now.
         if installed_content(path, mark) == contents[path] and sys.platform == "win32":
             del contents[path]
     try:
         put_in_place(contents, paths, session.settings.lock_timeout)
     except OSError as error:
         raise storage_error("write", error.filename or paths.directory, error) from None
-    sys.argv[0] = paths.launcher  # so is the program called from here on
+    # Hints name the command that the person typed. From now on they should name the new one.
+    sys.argv[0] = paths.launcher
     notify("done", f"Installed the command {paths.launcher}")
     notify("info", f"It runs a copy of this file: {paths.program}")
     if paths.plugin in paths.files:
@@ -4269,9 +4286,10 @@ def command_install(session: Session, options: Namespace) -> None:
 
 
 def put_in_place(contents: Dict[str, bytes], paths: InstallPaths, timeout: float) -> None:
-    """Replace each file by its new content, and compile the program ahead of its first start.
+    """Replace each file with its new content, and compile the program before its first start.
 
-    When one file has no place, none is replaced. Raises OSError.
+    All files are written before the first one is replaced. If one can't be written, all stay as
+    they are. Raises OSError.
     """
     import py_compile
 
@@ -4292,12 +4310,13 @@ def put_in_place(contents: Dict[str, bytes], paths: InstallPaths, timeout: float
 
 
 def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
-    """Say whether the shell finds the command, and which lines its profile may have."""
+    """Report whether the shell finds the command, and which lines to add to its profile."""
     import shutil
 
     notify, settings = session.notify, session.settings
     name = shell_name(settings, "auto")
-    shell = known_shell(name) or "sh"  # whose line another one may understand
+    # An unknown shell probably understands the line for sh.
+    shell = known_shell(name) or "sh"
     profile = SHELLS[shell].names.get(name, "~/.profile")
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
@@ -4318,10 +4337,11 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:
-    """Remove what `install` made, and nothing else."""
+    """Remove the files and directories that `install` created."""
     place, name = os.path.split(os.path.realpath(sys.argv[0]))
     if name in LAUNCHERS and not options.bin:
-        options.bin = place  # this very command's, wherever that was put
+        # The person ran the installed command, so remove that one, wherever it is.
+        options.bin = place
     paths = InstallPaths(session.settings.environ, options)
     if options.bin and not os.path.lexists(paths.launcher):
         hint = "use --bin with the directory that was given to install"
@@ -4335,10 +4355,12 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     for path in present:
         remove_program(path)
         session.notify("done", f"Removed {path}")
-    with contextlib.suppress(OSError):  # another install has it open, or it was never there
+    # On Windows another `install` may have it open.
+    with contextlib.suppress(OSError):
         os.unlink(paths.lock)
     for directory in (os.path.dirname(paths.plugin), paths.directory):
-        with contextlib.suppress(OSError):  # something else is in it
+        # A directory that holds other files stays.
+        with contextlib.suppress(OSError):
             os.rmdir(directory)
     for each in session.sign_ins():
         if os.path.lexists(each.token_file.path):
@@ -4347,9 +4369,13 @@ def command_uninstall(session: Session, options: Namespace) -> None:
 
 
 def forget_registration(official: Session) -> bool:
-    """Remove the file that a sign-out has left, if that is what it holds; whether it was there."""
+    """Remove the official sign-in's registration if nobody is signed in.
+
+    Returns whether there was one to remove.
+    """
     token_file = official.token_file
-    with contextlib.suppress(StorageError):  # a broken file may hold a sign-in
+    # A broken file may hold a sign-in, so it stays.
+    with contextlib.suppress(StorageError):
         if os.path.lexists(token_file.path) and not token_file.exists():
             with token_file.lock():
                 if not token_file.exists():
@@ -4360,7 +4386,7 @@ def forget_registration(official: Session) -> bool:
 
 
 def remove_program(path: str) -> None:
-    """Remove the file at `path` with what Python compiled from it. Raises StorageError."""
+    """Remove the file at `path` and its compiled versions. Raises StorageError."""
     import pathlib
 
     file = pathlib.Path(path)
@@ -4369,23 +4395,28 @@ def remove_program(path: str) -> None:
         file.unlink()
         for each in cache.glob(f"{file.stem}.*.pyc"):
             each.unlink()
-        with contextlib.suppress(FileNotFoundError):  # left by an `install` that was killed
+        # An `install` that was killed leaves its temporary file.
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path + ".tmp")
-        with contextlib.suppress(OSError):  # there is none, or something else is in it
+        # The directory may be missing, or hold the compiled code of other files.
+        with contextlib.suppress(OSError):
             cache.rmdir()
     except OSError as error:
         raise storage_error("remove", path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------
-# Code Puppy: the same commands through its plugin interface (code_puppy/callbacks.py)
+# Code Puppy: the commands and the plan's models inside Code Puppy (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
-# Tried with 0.0.229 and with 0.0.946 with its core plugins 0.0.100. `CodePuppy` is the host:
-# whatever reaches into it stands there. `CodePuppyPlugin` is what we do in it.
+# Code Puppy is "the host" in this room. `CodePuppy` holds everything that reads or changes the
+# host, and `CodePuppyPlugin` holds what we do there. Tested with the releases 0.0.229 and 0.0.946
+# (with the core plugins 0.0.100).
 
-MESSAGE_PAUSE = 0.05  # seconds; two threads of the host show its messages, one must be done
+# Two threads of the host display its messages. The pause lets one finish before the next begins.
+MESSAGE_PAUSE = 0.05  # seconds
 BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
-PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)  # of entries that the plan pays for
+# The types of model entries that a ChatGPT plan pays for.
+PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
 NO_PLAN_MODELS = (
     "this release of Code Puppy cannot use models that a ChatGPT plan pays for",
     "to use them, update it: pip install --upgrade code-puppy",
@@ -4402,7 +4433,7 @@ PLUGIN_COMMANDS = {
 
 
 def host_module(name: str) -> Any:
-    """A module that is there inside the host alone."""
+    """Import and return a module that exists only inside the host."""
     import importlib
 
     return importlib.import_module(name)
@@ -4416,22 +4447,24 @@ def has_module(name: str) -> bool:
 
 
 class CodePuppy:
-    """The host: everything that reaches into it, each with the release and the reason."""
+    """The host: everything that reads or changes it, each with its release and reason."""
 
     def __init__(self) -> None:
         self.callbacks = host_module("code_puppy.callbacks")
         self.config = host_module("code_puppy.config")
-        self.plan_models: Set[str] = set()  # those that were built, for the usage line
-        # The plugin that is being loaded, which is this one; 0.0.229 does not say.
+        # The plan models that the host has built, for the usage line.
+        self.plan_models: Set[str] = set()
+        # The plugin that is being loaded is this one. 0.0.229 has no loading context.
         self.plugin = getattr(self.callbacks, "get_loading_context", lambda: None)()
-        # 0.0.229 has no model that a plan can pay for, and a type that it does not know makes it
-        # send the prompt to another provider, without a word.
+        # 0.0.229 has no models that a plan can pay for. If a model has a type that it doesn't
+        # know, it silently sends the prompt to another provider.
         self.has_plan_models = has_module("code_puppy.chatgpt_codex_client")
 
     def emit(self, kind: str, text: str) -> None:
         """Show `text` (kinds as in Terminal.notify)."""
         messaging = host_module("code_puppy.messaging")
-        plain = host_module("rich.text").Text(text)  # a str would be read as markup
+        # The host would interpret a plain string as markup.
+        plain = host_module("rich.text").Text(text)
         name = {"done": "success", "warning": "warning", "error": "error"}.get(kind, "info")
         getattr(messaging, "emit_" + name)(plain)
         time.sleep(MESSAGE_PAUSE)
@@ -4442,70 +4475,76 @@ class CodePuppy:
         return bool(ask(self.plugin))
 
     def adapt(self) -> None:
-        """Let our configuration go by what this release has."""
-        # 0.0.229 has no DATA_DIR, and knows no XDG_DATA_HOME.
+        """Adjust our configuration to this release of Code Puppy."""
+        # 0.0.229 has no DATA_DIR and ignores XDG_DATA_HOME.
         home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
         CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
         factory = host_module("code_puppy.model_factory")
         if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
-            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""  # 0.0.229: no entry may be of that type
+            # 0.0.229 doesn't have that type.
+            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
 
     def overriding_setting(self, name: str, value: Optional[str]) -> str:
-        """How to remove what /set has stored under `name`, if that is not `value`; else "".
+        """Return how to remove the host's setting `name`, or "" if it doesn't override `value`.
 
-        The host prefers it to the environment; 0.0.229 knows the environment alone.
+        The host prefers a value that was stored with /set to the environment. 0.0.229 reads only
+        the environment.
         """
         if not hasattr(host_module("code_puppy.model_factory"), "get_api_key"):
             return ""
         if self.config.get_value(name.lower()) in (None, "", value):
             return ""
-        if has_module("code_puppy.shared_credentials"):  # 0.0.946 refuses an empty key
+        # 0.0.946 refuses to set an empty key.
+        if has_module("code_puppy.shared_credentials"):
             return f"to remove that setting, run: code-puppy --setup auth logout {name}"
         return f"to remove that setting, type: /set {name.lower()}="
 
     def suppresses_browser(self) -> bool:
-        """Whether the host runs where no browser shall open; 0.0.229 has no such wish."""
+        """Whether the host asks not to open a browser. 0.0.229 never does."""
         common = host_module("code_puppy.tools.common")
         return bool(getattr(common, "should_suppress_browser", lambda: False)())
 
     def model_names(self) -> List[str]:
-        """All models that /model can choose."""
+        """Return the names of all models that /model can choose."""
         return list(host_module("code_puppy.model_factory").ModelFactory.load_config())
 
     def model_in_use(self) -> Optional[str]:
-        """The model of the next prompt."""
+        """Return the name of the model that the next prompt will use."""
         return text_or_none(self.config.get_global_model_name())
 
     def forget_model(self) -> None:
-        """Let the next prompt build its model anew, with the key of now.
+        """Make the next prompt build its model again, with the current API key.
 
-        The agent at work goes on with the model that it began with (0.0.946 does the same in
-        model_switching.py), and what was looked up in the models file is remembered.
+        Otherwise the current agent keeps the model that it started with, and the host keeps what
+        it has read from the models file. 0.0.946 resets the agent in model_switching.py, too.
         """
-        with contextlib.suppress(ImportError, AttributeError):  # a release that remembers none
+        # Some releases cache neither.
+        with contextlib.suppress(ImportError, AttributeError):
             self.config.clear_model_cache()
             host_module("code_puppy.agents").get_current_agent()._code_generation_agent = None
 
     def unless_disabled(
         self, ours: Callable[..., Any], theirs: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """A function that is `ours`, and `theirs` while this plugin is disabled."""
+        """Return a function that calls `ours`, or `theirs` while this plugin is disabled."""
         return lambda *args, **options: (ours if self.enabled() else theirs)(*args, **options)
 
     def take_over(
         self, phase: str, ours: Callable[..., Any], remainder: Callable[..., Any]
     ) -> None:
-        """Register `ours`, with `remainder` in the place of the built-in plugin's callback.
+        """Register `ours`, and replace the built-in plugin's callback with `remainder`.
 
-        `remainder` gets that callback before its arguments. It stays the built-in's own, so that
-        the host drops it when that plugin is disabled (0.0.946).
+        `remainder` receives the built-in's callback, followed by the arguments of the call. It is
+        registered in the name of the built-in plugin, so that the host removes it when that plugin
+        is disabled (0.0.946).
         """
         import functools
 
         callbacks = self.callbacks
         try:
             registered = callbacks.get_callbacks(phase, include_disabled=True)
-        except TypeError:  # a release that disables none
+        except TypeError:
+            # This release can't disable plugins.
             registered = callbacks.get_callbacks(phase)
         for theirs in list(registered):
             if not str(getattr(theirs, "__module__", "")).startswith(BUILTIN):
@@ -4520,9 +4559,9 @@ class CodePuppy:
         callbacks.register_callback(phase, ours)
 
     def replace_builtin(self, **ours: Callable[..., Any]) -> None:
-        """Let the built-in plugin's modules call `ours` instead of their functions of these names.
+        """Replace the functions of these names in the built-in plugin's modules with `ours`.
 
-        They share our files, and write them in place, without a lock.
+        The built-in plugin uses our files, and it writes them in place and without a lock.
         """
         for module_name, module in list(sys.modules.items()):
             if module_name.startswith(BUILTIN) and module_name != __name__:
@@ -4531,7 +4570,10 @@ class CodePuppy:
                     setattr(module, name, chosen)
 
     def show_usage(self) -> None:
-        """Let the usage line count our plan models: it tests for the prefix codex- (0.0.946)."""
+        """Show the usage line for our plan models, too.
+
+        0.0.946 shows it only for models whose names begin with codex-.
+        """
         spinner = host_module("code_puppy.messaging.spinner")
         theirs = spinner._codex_usage_suffix
 
@@ -4544,20 +4586,21 @@ class CodePuppy:
         spinner._codex_usage_suffix = suffix
 
     def refresh_usage(self, url: str, tokens: Tokens) -> None:
-        """Let the built-in plugin ask for the plan's usage: once a minute, in the background."""
-        usage: Any = sys.modules.get(BUILTIN[0] + ".usage")  # not in 0.0.229
+        """Make the built-in plugin request the plan's usage in the background, once a minute."""
+        # 0.0.229 doesn't have this module.
+        usage: Any = sys.modules.get(BUILTIN[0] + ".usage")
         if usage:
             usage._USAGE_URL = url
             usage.refresh_usage_in_background(tokens.access_token, tokens.account_id or "")
 
     def plan_model(self, model_class: Any, entry: Fields, agent: Dict[str, str]) -> Any:
-        """A model of this class for an entry that the plan pays for.
+        """Build a model of this class for an entry that the plan pays for.
 
-        `agent` are the headers that say which program asks: the host's client sets its own
-        User-Agent in the place of a single request's.
+        `agent` are the headers that identify the program. They belong to the client, because the
+        host's client overwrites the User-Agent of a single request.
         """
         endpoint = entry["custom_endpoint"]
-        # It makes of a request what the Codex backend understands.
+        # This client changes each request into a form that the Codex backend understands.
         http_client = host_module("code_puppy.chatgpt_codex_client").create_codex_async_client(
             headers={**agent, **endpoint.get("headers", {})},
             verify=host_module("code_puppy.http_utils").get_cert_bundle_path(),
@@ -4567,14 +4610,15 @@ class CodePuppy:
         client = host_module("openai").AsyncOpenAI(
             api_key="replaced-by-credentials",
             base_url=endpoint["url"],
-            max_retries=0,  # the host tries again itself
+            # The host repeats failed requests itself.
+            max_retries=0,
             http_client=http_client,
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
         return model_class(entry["name"], provider=provider)
 
     def _shape_requests(self, http_client: Any) -> None:
-        """Let the host's client send what the API takes, once it has done its own (0.0.946)."""
+        """Make the host's client also change requests into what the API accepts (0.0.946)."""
         theirs = http_client._inject_codex_fields
 
         def inject(body: bytes) -> Tuple[bytes, bool]:
@@ -4584,20 +4628,22 @@ class CodePuppy:
         http_client._inject_codex_fields = inject
 
 
-# What the API refuses when a ChatGPT plan pays (developers.openai.com/siwc), and tools that are
-# hosted there, but for web search.
+# The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
 PLAN_REFUSED_FIELDS = (
     *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
     *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
     *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
     *("truncation", "user"),
 )
+# Web search is the only tool hosted by OpenAI that a plan pays for.
 PLAN_TOOLS = ("function", "web_search")
-FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"  # later ones take an item
+# These models, up to gpt-5.5, take function tools in `tools`. gpt-5.6 and later ones take them in
+# an input item of type `additional_tools`.
+FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"
 
 
 def plan_request(body: Fields) -> Fields:
-    """The body of POST /v1/responses as it must be where the official sign-in's plan pays."""
+    """Return `body` (POST /v1/responses) in the form that the API accepts when a plan pays."""
     kept = {name: value for name, value in body.items() if name not in PLAN_REFUSED_FIELDS}
     items = [
         {**item, "role": "developer"} if item.get("role") == "system" else item
@@ -4611,7 +4657,8 @@ def plan_request(body: Fields) -> Fields:
         items.insert(0, {"type": "additional_tools", "role": "developer", "tools": moved})
     if tools:
         kept["tools"] = tools
-    if isinstance(kept.get("tool_choice"), dict):  # one that names a function is refused
+    # The API refuses a tool_choice that names a function.
+    if isinstance(kept.get("tool_choice"), dict):
         kept["tool_choice"] = "auto"
     return {**kept, "input": items, "store": False, "stream": True}
 
@@ -4619,11 +4666,11 @@ def plan_request(body: Fields) -> Fields:
 def plan_model_class(
     credentials: Callable[[], Dict[str, str]], stopped: Callable[[OAuthError], Exception]
 ) -> Any:
-    """The host's model for the Responses API, with the headers `credentials()` at each request.
+    """Return a class of models for the Responses API that call `credentials` for every request.
 
-    The built-in plugin's model takes one access token when it is built, and so is refused for
-    the rest of the session once that has expired (0.0.946). Only the host's event loop runs
-    this; `credentials` waits in a thread. `stopped` makes of an error what the host is to get.
+    The built-in plugin's model gets one access token when it is built, and every request is
+    refused once that has expired (0.0.946). `credentials` returns headers. It may block, so it
+    runs in a thread. `stopped` converts an error into the exception that the host gets.
     """
     import asyncio
 
@@ -4655,7 +4702,9 @@ def plan_model_class(
                 refusal = plan_refusal(error.status_code, error.body)
                 if not refusal:
                     raise
-            if refusal:  # out here: the host tries again when a cause of an error is a 429
+            # Raised outside of the `except`, because the host repeats a request if an exception
+            # in the chain of causes is a 429.
+            if refusal:
                 raise stopped(refusal)
 
         async def _process_streamed_response(self, response: Any, *rest: Any, **more: Any) -> Any:
@@ -4666,9 +4715,9 @@ def plan_model_class(
 
 
 class PlanEvents:
-    """The events of one response, which pydantic-ai reads; a failure in their midst is an error.
+    """The events of one response, as pydantic-ai reads them. Raises an error for a failure.
 
-    Of its own it passes over `response.failed` in silence (2.51).
+    pydantic-ai 2.51 silently ignores `response.failed`.
     """
 
     def __init__(self, stream: Any, stopped: Callable[[OAuthError], Exception]) -> None:
@@ -4685,7 +4734,7 @@ class PlanEvents:
             yield event
 
 
-# Parts of the codes with which OpenAI refuses to let a plan pay, and what helps.
+# Parts of the codes that OpenAI sends when the plan can't pay, each with a message and a hint.
 PLAN_REFUSALS = {
     "workplace_individual_usage_limit": (
         "your workspace's usage limit for you is reached",
@@ -4704,7 +4753,7 @@ PLAN_REFUSALS = {
 
 
 def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
-    """What to tell a person about a refused request; None: the host knows what to do."""
+    """Return the error for a refused request, or None if the host should handle it."""
     fields = fault if isinstance(fault, dict) else {}
     code = str(fields.get("code") or fields.get("type") or "")
     for part, (text, hint) in PLAN_REFUSALS.items():
@@ -4721,13 +4770,14 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
 
 
 class PromptSignIn(BrowserSignIn):
-    """The sign-in at the host's prompt, where people type as they did before."""
+    """A sign-in at the host's prompt, where people may keep typing commands."""
 
     countdown_marks = (60, 30)
     paste_note = " and press Enter (it does not show while you paste)"
 
     def _line_after_timeout(self) -> str:
-        return ""  # the prompt comes back
+        # The host's prompt follows, so no line is needed.
+        return ""
 
     def _await_response(self, callback: Callback, deadline: float) -> bool:
         try:
@@ -4740,7 +4790,7 @@ class PromptSignIn(BrowserSignIn):
 
     @contextlib.contextmanager
     def _echo_off(self) -> Iterator[None]:
-        """Show nothing of what is typed: our messages would run into it."""
+        """Turn off the terminal's echo, because what is typed would mix with our messages."""
         if sys.platform == "win32" or not self.stdin.is_terminal:
             yield
             return
@@ -4766,24 +4816,27 @@ class PromptSignIn(BrowserSignIn):
 
 
 def other_command(theirs: Callable[..., Any], command: str, name: str) -> Any:
-    """The built-in's `custom_command` without ours: the host asks all plugins, not the first."""
+    """Call the built-in's `custom_command`, except for our commands.
+
+    The host calls every plugin, even after one has handled the command.
+    """
     return None if name in PLUGIN_COMMANDS else theirs(command=command, name=name)
 
 
 def other_help(theirs: Callable[..., Any]) -> List[Any]:
-    """The built-in's `custom_command_help`, less what we say ourselves."""
+    """Return the built-in's `custom_command_help` without our commands."""
     return [entry for entry in theirs() or [] if entry[0] not in PLUGIN_COMMANDS]
 
 
 class CodePuppyPlugin:
-    """Stands between Code Puppy and the commands: nothing comes out but messages."""
+    """The plugin: runs our commands inside the host and shows their output as its messages."""
 
     def __init__(self) -> None:
         self.host = CodePuppy()
         self.exported: Optional[str] = None
 
     def register(self) -> None:
-        """Put our commands and models into the host, in place of the built-in plugin's."""
+        """Register our commands and models in place of the built-in plugin's."""
         for step in (
             self.host.adapt,
             self._take_files,
@@ -4793,7 +4846,8 @@ class CodePuppyPlugin:
         ):
             try:
                 step()
-            except Exception as error:  # what a release lacks is done without
+            except Exception as error:
+                # A release may lack something that one step needs. The others still work.
                 to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
 
     def _take_commands(self) -> None:
@@ -4812,14 +4866,14 @@ class CodePuppyPlugin:
     def _take_models(self) -> None:
         if self.host.has_plan_models:
             types = [{"type": each, "handler": self.plan_model} for each in PLAN_TYPES]
-            # None of theirs: of two that make models of one type the first counts.
+            # The built-in's handler must go, because the first handler for a type is used.
             self.host.take_over("register_model_type", lambda: types, lambda theirs: [])
             self.host.show_usage()
 
-    # In place of the built-in plugin's ------------------------------------------------------
+    # Replacements for the built-in plugin's functions ---------------------------------------
 
     def access_token(self, refresh: bool = False) -> Optional[str]:
-        """A valid access token, None (and a warning) where there is none."""
+        """Return a valid access token, or show a warning and return None."""
         try:
             return Session(notify=self.notify).valid_tokens(refresh).access_token
         except OAuthError as error:
@@ -4827,17 +4881,18 @@ class CodePuppyPlugin:
             return None
 
     def stored_fields(self) -> Optional[Fields]:
-        """The token file's content, None where it has no sign-in."""
+        """Return the token file's content, or None if nobody is signed in."""
         tokens = self._tokens()
         return tokens.fields if tokens else None
 
     def _tokens(self) -> Optional[Tokens]:
-        with contextlib.suppress(OAuthError):  # what is wrong `status` tells
+        # `status` reports what is wrong.
+        with contextlib.suppress(OAuthError):
             return Session(notify=self.notify).tokens()
         return None
 
     def save_models(self, models: Fields) -> bool:
-        """Store all models; the built-in drops every entry with our mark, ours stay."""
+        """Store `models`, and keep our entries, all of which the built-in would remove."""
         try:
             session = Session(notify=self.notify)
             with session.models_file.lock():
@@ -4851,26 +4906,29 @@ class CodePuppyPlugin:
     # Models that the plan pays for ----------------------------------------------------------
 
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
-        """The model for an entry that the plan pays for.
+        """Return the model for an entry that the plan pays for.
 
-        This must not fail: the host would take another model, and another payer, in silence.
+        This must not fail, because the host would silently use another model with another payer.
         """
         official = entry["type"] == OfficialClient.model_type
         agent = {"User-Agent": f"chatgpt_oauth/{__version__}"}
         if not official:
             self.host.plan_models.add(name)
             version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
-            with contextlib.suppress(UsageError):  # a bad setting, which the first request tells
+            # If a setting is invalid, the first request reports it.
+            with contextlib.suppress(UsageError):
                 version = Settings().codex_client_version
-            # The Codex backend serves newer models to the Codex CLI alone, which it knows by these.
+            # The Codex backend serves newer models only to the Codex CLI, which sends these two.
             agent = {"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"}
 
         def stopped(error: OAuthError) -> Exception:
-            """The one exception that the host does not answer with ten tries and a traceback.
+            """Show `error` and return an exception that ends the prompt.
 
-            It shows no text of its own (0.0.946, agents/_runtime.py), so the text is told here.
+            The host repeats the request up to ten times after any other exception, and then shows
+            a traceback. It doesn't show the text of this one (0.0.946, agents/_runtime.py).
             """
-            if isinstance(error, SignInEndedError):  # by whichever of the two sign-ins it was
+            # The hint must name the command for the sign-in that has ended.
+            if isinstance(error, SignInEndedError):
                 error.command = (OfficialClient if official else Client).sign_in_command
             tell_error(self.notify, error)
             return InterruptedError(str(error))
@@ -4879,7 +4937,7 @@ class CodePuppyPlugin:
         return self.host.plan_model(model_class, entry, agent)
 
     def credentials(self, official: bool) -> Dict[str, str]:
-        """The headers by which the plan pays, all of one sign-in. Raises OAuthError."""
+        """Return the headers with which the plan pays for a request. Raises OAuthError."""
         session = Session(notify=self.notify)
         if official:
             session = session.official()
@@ -4896,17 +4954,17 @@ class CodePuppyPlugin:
     # The API key ----------------------------------------------------------------------------
 
     def export_at_start(self) -> None:
-        """Give the host the stored API key, which it looks for in its environment.
+        """Export the stored API key to the host, which reads it from its environment.
 
-        A value that the person has set stays, unless it can be no key: the setup guide's `jq`
-        line makes it `null` for who is not signed in yet.
+        A value that the person has set stays, unless it can't be a key. The setup guide's `jq`
+        line sets `null` if nobody is signed in.
         """
         variable = Settings().api_key_env_var
         if self.host.enabled() and not can_be_api_key(os.environ.get(variable)):
             self._export(*self._stored_key())
 
     def export_again(self) -> None:
-        """Let the key follow what another program, such as the command line, has done."""
+        """Export the key again in case another program has changed the sign-in."""
         variable, key = self._stored_key()
         held = os.environ.get(variable)
         overridden = self._tell_override(variable, key)
@@ -4918,7 +4976,7 @@ class CodePuppyPlugin:
             self.host.forget_model()
 
     def _tell_override(self, variable: str, key: Optional[str]) -> bool:
-        """Whether the host goes by a key of its own settings, and then also say so."""
+        """Whether a setting of the host overrides the key. If so, also warn about it."""
         way_out = self.host.overriding_setting(variable, key)
         if way_out:
             text = f"the Code Puppy setting {variable.lower()} overrides this API key"
@@ -4927,56 +4985,60 @@ class CodePuppyPlugin:
         return bool(way_out)
 
     def _export(self, variable: str, key: Optional[str]) -> None:
-        """Let the host have the stored API `key`, or none, whatever was there before."""
+        """Set `variable` in the host's environment to `key`, or remove it if that is None."""
         self.exported = key
         os.environ.pop(variable, None)
         if key:
             os.environ[variable] = key
 
     def _stored_key(self) -> Tuple[str, Optional[str]]:
-        """The variable for the API key, and the key; the official sign-in has none."""
+        """Return the variable for the API key, and the key or None."""
         tokens = self._tokens()
         return Settings().api_key_env_var, tokens.api_key if tokens else None
 
     # Commands -------------------------------------------------------------------------------
 
     def typed(self, command: str) -> str:
-        """A command as it is typed in the host, where it has one, else in a shell."""
+        """Return how to type a command in the host or, if the host doesn't have it, in a shell."""
         if "chatgpt-" + command.partition(" ")[0] in PLUGIN_COMMANDS:
             return f"/chatgpt-{command}"
         return f"python3 {quote_path(__file__)} {command}"
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
-        """Say `text` through the host's emitters (kinds as in Terminal.notify)."""
-        if kind == "countdown":  # it would be a message a second
+        """Show `text` as a message of the host (kinds as in Terminal.notify)."""
+        # The countdown would be a new message every second.
+        if kind == "countdown":
             return
         if kind == "command":
             text = "    " + self.typed(text)
         elif command:
             text = f"{text}: {self.typed(command)}"
         text = "\n".join(printable(line, 5000) for line in text.splitlines())
-        if kind == "verbatim":  # the emitters would break it into lines
+        # The host would break a URL into lines.
+        if kind == "verbatim":
             print(f"\n{text}\n", flush=True)
         else:
             self.host.emit(kind, f"hint: {text}" if kind == "hint" else text)
 
     def on_command(self, command: str, name: str) -> Optional[bool]:
-        """Carry out one of our commands; None for all others."""
+        """Run one of our commands and return True, or return None for any other command."""
         if name not in PLUGIN_COMMANDS:
             return None
         import signal
 
         try:
             with contextlib.ExitStack() as stack:
-                with contextlib.suppress(ValueError):  # only the main thread may, and hears it
-                    # The host swallows Ctrl-C; while we wait it means what it says.
+                # Only the main thread may set a handler, and only it receives Ctrl-C.
+                with contextlib.suppress(ValueError):
+                    # The host ignores Ctrl-C. While we wait, it must interrupt the command.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
                 self._run(name.rpartition("-")[2], command)
         except OAuthError as error:
             tell_error(self.notify, error)
         except KeyboardInterrupt:
-            self.notify("warning", "\nInterrupted.")  # not behind the terminal's ^C
+            # The line break keeps the text off the line on which the terminal has echoed ^C.
+            self.notify("warning", "\nInterrupted.")
         return True
 
     def _run(self, name: str, command: str) -> None:
@@ -4990,7 +5052,8 @@ class CodePuppyPlugin:
         try:
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 options = parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
-        except SystemExit:  # after --help
+        except SystemExit:
+            # The options included --help.
             self.notify("info", said.getvalue())
             return
         session = open_session(self.notify, options)
@@ -5019,12 +5082,16 @@ class CodePuppyPlugin:
         self.notify("info", "\n".join(lines or ["There are no models."]))
 
     def _entries(self, session: Session) -> Dict[str, Fields]:
-        with contextlib.suppress(StorageError):  # which the commands tell
+        # The commands report it if the models file can't be read.
+        with contextlib.suppress(StorageError):
             return registered_entries(*session.sign_ins())
         return {}
 
     def _tell_models(self, session: Session, in_use: Optional[str]) -> None:
-        """What became of our models; `in_use` was one of them, and is the next prompt's."""
+        """Report which of our models can be used now.
+
+        `in_use` is the model of the next prompt, if that was one of ours before the command.
+        """
         entries = self._entries(session)
         types = {entry.get("type") for entry in entries.values()}
         usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
@@ -5044,7 +5111,8 @@ class CodePuppyPlugin:
 
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
         if options.official and not self.host.has_plan_models:
-            raise OAuthError(*NO_PLAN_MODELS)  # the tokens would be of no use to anybody
+            # Nothing could use the tokens.
+            raise OAuthError(*NO_PLAN_MODELS)
         options.no_browser = options.no_browser or self.host.suppresses_browser()
         if urls and not options.device:
             self._redeem_pasted(session, options, urls[0])
@@ -5053,7 +5121,7 @@ class CodePuppyPlugin:
             sign_in_with_options(session, options, reading, PromptSignIn)
 
     def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
-        """Finish a sign-in that was broken off, with the URL that its browser ended on."""
+        """Finish an interrupted sign-in with the URL that its browser ended on."""
         request = BrowserSignIn.latest
         if not request:
             raise UsageError("no sign-in is in progress", "to start one, run", "auth")
@@ -5070,7 +5138,7 @@ class CodePuppyPlugin:
 
 
 def can_be_api_key(value: Optional[str]) -> bool:
-    """Whether a variable's value can be an API key; a JWT is an access token."""
+    """Whether `value` can be an API key. A JWT can't, because it is an access token."""
     return value != "null" and is_b64token(value) and not decode_claims(value)
 
 
@@ -5143,9 +5211,9 @@ EXCLUSIVE = (
 
 
 class Command:
-    """A command: what runs it, what it does, its options, and examples with {0} for its name.
+    """A command: its function, summary, options and examples, where {0} stands for its name.
 
-    `tail` is what may follow the options, behind a `--`.
+    `tail` describes the arguments that may follow the options after a `--`.
     """
 
     def __init__(
