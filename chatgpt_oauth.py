@@ -2108,13 +2108,25 @@ def get_api_key() -> Optional[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Callback: the loopback listener; it yields an authorization response and knows no tokens
+# Callback: the loopback listener that receives the authorization response
 # ---------------------------------------------------------------------------------------------
+#
+# This room promises one authorization response whose state and issuer have been checked. It has no
+# access to tokens and never sends a request. It listens on loopback addresses only, answers GET
+# requests only, and trusts nothing in a request: a response with the wrong state, a prefetch, or a
+# foreign host name gets a page and changes nothing. Nothing from a request is logged. A browser tab
+# that brings the response waits until the sign-in has set the outcome, and then shows it.
 
-MAX_CONNECTIONS = 64  # of an address that have not sent a whole request yet
-HEAD_TIMEOUT = 10.0  # seconds for a request line and its headers
-HEAD_LIMIT = 65536  # bytes of them that are kept; other local sites' cookies come last
-SUCCESS_PAGE_TIMEOUT = 5.0  # seconds for the browser to fetch the last page
+# One listener keeps at most this many connections whose request isn't complete yet. Browsers open
+# spare connections, and a local program that opens many must not exhaust our threads.
+MAX_CONNECTIONS = 64
+# The time for a request line and its headers.
+HEAD_TIMEOUT = 10.0  # seconds
+# The part of a request that is kept. The rest is usually cookies that other local sites have set
+# for localhost, and http.server rejects a single line that is longer.
+HEAD_LIMIT = 65536  # bytes
+# The time for the browser to fetch the page that follows the redirect.
+SUCCESS_PAGE_TIMEOUT = 5.0  # seconds
 STYLE = (
     ":root{color-scheme:light dark}"
     "body{margin:0;min-height:100vh;display:grid;place-items:center;background:#f6f7f8;"
@@ -2133,7 +2145,7 @@ STYLE = (
 
 
 def render_page(title: str, *paragraphs: str, kind: str = "no") -> bytes:
-    """A self-contained page (`kind`: yes, no or note); everything in it is escaped here."""
+    """Return a self-contained HTML page (`kind`: yes, no or note) and escape its paragraphs."""
     import html
 
     mark = {"yes": "&#10003;", "no": "&#10005;", "note": "i"}[kind]
@@ -2148,22 +2160,24 @@ def render_page(title: str, *paragraphs: str, kind: str = "no") -> bytes:
 
 
 def stray_page(text: str) -> bytes:
-    """The page for a request that is not the authorization response."""
+    """Return the page for a request that isn't the authorization response."""
     hint = "If you are signing in, continue in the other tab."
     return render_page("Nothing to do here", text, hint, kind="note")
 
 
 class AuthorizationRequest:
-    """One authorization request: its URL, and what its response is checked against."""
+    """One authorization request: its URL, and the secrets that its response is checked against."""
 
     def __init__(self, client: Client, port: int) -> None:
         import hashlib
         import secrets
         from base64 import urlsafe_b64encode
 
-        # RFC 6749 §10.12: the state ties the response to this request. RFC 7636 §4.1 and §4.2.
+        # The state ties the response to this request (RFC 6749 §10.12).
         self.state = secrets.token_urlsafe(32)
-        self.nonce = secrets.token_urlsafe(32)  # OpenID Connect Core §3.1.2.1: the same for tokens
+        # The nonce ties the ID token to this request (OpenID Connect Core §3.1.2.1).
+        self.nonce = secrets.token_urlsafe(32)
+        # The verifier ties the code to this process (RFC 7636 §4.1 and §4.2).
         self.code_verifier = secrets.token_urlsafe(64)
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
@@ -2174,9 +2188,9 @@ class AuthorizationRequest:
         self.url = authorization_url(client, self.redirect_uri, challenge, self.state, self.nonce)
 
     def parse_response(self, query: str) -> Dict[str, str]:
-        """The authorization response (RFC 6749 §4.1.2) in `query`, the state compared first.
+        """Return the authorization response (RFC 6749 §4.1.2) in `query`, checking its state first.
 
-        Raises ValueError for what is not the response to this request.
+        Raises ValueError if it isn't a response to this request.
         """
         import hmac
         import urllib.parse
@@ -2186,7 +2200,8 @@ class AuthorizationRequest:
         state = single.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it belongs to a different sign-in")
-        if "iss" in fields and single.get("iss", "").rstrip("/") != self.issuer:  # RFC 9207 §2.4
+        # RFC 9207 §2.4
+        if "iss" in fields and single.get("iss", "").rstrip("/") != self.issuer:
             raise ValueError("it comes from a different issuer")
         if single.get("error"):
             return single
@@ -2195,9 +2210,9 @@ class AuthorizationRequest:
         return single
 
     def parse_pasted(self, line: str) -> Dict[str, str]:
-        """The authorization response in a pasted URL, or in its query alone.
+        """Return the authorization response in a pasted URL, or in its query alone.
 
-        Raises ValueError as `parse_response` does.
+        Raises ValueError if the line holds no response to this request.
         """
         text = line.strip().strip("<>\"'").strip()
         url, _, query = text.partition("?")
@@ -2212,19 +2227,19 @@ class AuthorizationRequest:
 
 
 def is_navigation(headers: Any) -> bool:
-    """Whether a person can have opened the page (W3C Fetch Metadata), as far as headers tell."""
+    """Whether the request looks like a page that a person opened (W3C Fetch Metadata)."""
     destination = headers.get("Sec-Fetch-Dest", "document")
     prefetch = "prefetch" in headers.get("Sec-Purpose", "")
     return destination in ("document", "iframe", "frame") and not prefetch
 
 
 class Callback:
-    """Serves the redirect URI of one authorization request.
+    """The listener at the redirect URI of one authorization request.
 
-    Two futures stand between the browser and the sign-in: `response` is set by the first true
-    authorization response, from a browser or pasted; `outcome` by the sign-in, once the tokens
-    are stored or that has failed. Every browser that brings the response waits for `outcome` and
-    is told it. The servers end when one has been told, or with `close`.
+    Two futures connect the browser with the sign-in. The first valid authorization response sets
+    `response`, whether it came from a browser or was pasted. The sign-in sets `outcome` when the
+    tokens are stored or when it has failed. Every browser tab that brings the response waits for
+    `outcome` and shows it. The servers stop after the first tab has received it, or on `close`.
     """
 
     def __init__(self, request: AuthorizationRequest, servers: List[Any]) -> None:
@@ -2237,7 +2252,7 @@ class Callback:
         self.threads = {}
         for server in servers:
             server.callback = self
-            # server.shutdown() waits for the next poll: with 0.05 s the end comes 65 ms later.
+            # server.shutdown() waits for the server's next poll, which is 10 ms away at most.
             thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
             try:
                 thread.start()
@@ -2247,27 +2262,29 @@ class Callback:
             self.threads[server] = thread
 
     def accept(self, response: Dict[str, str]) -> None:
-        """Take the authorization response, unless one has come already."""
+        """Store the authorization response unless there already is one."""
         from concurrent.futures import InvalidStateError
 
         with contextlib.suppress(InvalidStateError):
             self.response.set_result(response)
 
     def paste(self, line: str) -> None:
-        """Take the authorization response in a pasted line. Raises ValueError when it has none."""
+        """Accept the authorization response in a pasted line. Raises ValueError if it has none."""
         response = self.request.parse_pasted(line)
-        self.stop()  # no browser waits to be told
+        # No browser will fetch the outcome, so wait_until_told must not wait for one.
+        self.stop()
         self.accept(response)
 
     def answer(self, target: str, headers: Any) -> Tuple[int, bytes, bool]:
-        """Status, page, and whether this tells the outcome, for a GET of `target`.
+        """Return the status, the page, and whether it shows the outcome, for a GET of `target`.
 
         Blocks while the authorization response is being redeemed.
         """
         path, _, query = target.partition("?")
         hosts = [host.lower() for host in headers.get_all("Host") or []]
         own = [f"{name}:{self.request.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
-        if len(hosts) != 1 or hosts[0] not in own:  # DNS rebinding
+        # A website can point its own name at 127.0.0.1 (DNS rebinding).
+        if len(hosts) != 1 or hosts[0] not in own:
             return 400, stray_page("This host name is not served here."), False
         if path == "/success" and self.outcome.done() and not self._failure_page():
             text = "You can close this tab and return to your terminal."
@@ -2285,7 +2302,7 @@ class Callback:
         return (400, failure, True) if failure else (303, b"", False)
 
     def _failure_page(self) -> bytes:
-        """The page that tells what stopped the sign-in, b"" if nothing; waits for the outcome."""
+        """Wait for the outcome and return the page that explains a failure, b"" after success."""
         from concurrent.futures import CancelledError
 
         try:
@@ -2295,24 +2312,25 @@ class Callback:
         if not isinstance(error, OAuthError):
             return b""
         hint = error.hint
-        if error.command or not hint:  # the terminal tells which command helps
+        # A command is of no use in a browser. The terminal shows it.
+        if error.command or not hint:
             hint = "return to your terminal and try again"
         lines = (f"{line[:1].upper()}{line[1:]}." for line in (str(error), hint))
         return render_page("Sign-in failed", *lines)
 
     def stop(self) -> None:
-        """Let the servers accept no more connections."""
+        """Stop accepting connections."""
         for server in self.threads:
             server.shutdown()
 
     def wait_until_told(self, seconds: float) -> None:
-        """Wait until a browser has been told the outcome, or will not be."""
+        """Wait up to `seconds` until a browser has received the outcome or the servers stop."""
         deadline = time.monotonic() + seconds
         for thread in self.threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
-        """Free the port at once."""
+        """Stop the servers and free the port at once."""
         self.outcome.cancel()
         self.stop()
         for server in self.servers:
@@ -2320,9 +2338,10 @@ class Callback:
 
 
 def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
-    """A server at `port` (0: one that the system chooses) of each loopback address there is.
+    """Return a server on `port` for each of the loopback `addresses` that this system has.
 
-    Raises OSError when one is taken: the browser's `localhost` could reach the other program.
+    With `port` 0 the system chooses one. Raises OSError if the port is taken on any address,
+    because the browser could resolve `localhost` to that address and reach the other program.
     """
     import socket
 
@@ -2335,14 +2354,15 @@ def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
                 servers.append(opened.enter_context(server_class(family, (address, port))))
             except OSError as error:
                 missing = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-                if not (missing and servers):  # there may be no IPv6
+                # A system without IPv6 is fine as long as IPv4 works.
+                if not (missing and servers):
                     raise
         opened.pop_all()
     return servers
 
 
 def callback_server_class() -> Any:
-    """The server of `http.server` for one loopback address."""
+    """Return the server class for one loopback address. http.server is imported only here."""
     import socket
     from http.server import ThreadingHTTPServer
 
@@ -2354,11 +2374,14 @@ def callback_server_class() -> Any:
 
         def __init__(self, family: int, address: Tuple[str, int]) -> None:
             self.address_family = family
-            self.headless: Dict[Socket, None] = {}  # connections without a whole request, by age
+            # Connections that haven't sent a complete request, oldest first.
+            self.headless: Dict[Socket, None] = {}
             super().__init__(address, handler)
 
-        def server_bind(self) -> None:  # HTTPServer's own looks a name up
-            # Past connections in TIME_WAIT must not count; a listener does, on Windows too.
+        def server_bind(self) -> None:
+            # HTTPServer.server_bind would look up this host's name, which can take seconds.
+            # An old connection in TIME_WAIT must not block the port, but another listener must.
+            # On Windows SO_REUSEADDR would allow a second listener.
             option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
             self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
             self.socket.bind(self.server_address)
@@ -2367,7 +2390,8 @@ def callback_server_class() -> Any:
             try:
                 return super().get_request()
             except OSError:
-                time.sleep(0.01)  # no free descriptor: the loop would run hot
+                # Without a free descriptor, the server's loop would retry at full speed.
+                time.sleep(0.01)
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
@@ -2386,13 +2410,13 @@ def callback_server_class() -> Any:
                 hang_up(each)
 
         def handle_error(self, *_: Any) -> None:
-            """A client that went away, or no thread for it: nothing that a person must hear."""
+            """Ignore a client that disconnected and a thread that could not start."""
 
     return CallbackServer
 
 
 def callback_handler_class() -> Any:
-    """The request handler of `http.server` for the redirect URI: one request a connection."""
+    """Return the handler class for the redirect URI. It serves one request per connection."""
     import hashlib
     import io
     from base64 import b64encode
@@ -2410,7 +2434,8 @@ def callback_handler_class() -> Any:
             self.rfile = io.BytesIO(read_head(self.connection))
             self.server.headless.pop(self.connection, None)
 
-        def do_GET(self) -> None:  # noqa: N802 - http.server looks for this name
+        # http.server calls the method by this name.
+        def do_GET(self) -> None:  # noqa: N802
             status, page, told = self.server.callback.answer(self.path, self.headers)
             self._send(status, page)
             if told:
@@ -2421,7 +2446,7 @@ def callback_handler_class() -> Any:
             self._send(405 if code == 501 else code, page)
 
         def log_message(self, *_: Any) -> None:
-            """Print nothing of what comes in."""
+            """Log nothing, because the request line contains the authorization code."""
 
         def _send(self, status: int, page: bytes) -> None:
             headers = {
@@ -2447,9 +2472,10 @@ def callback_handler_class() -> Any:
 
 
 def read_head(connection: Socket) -> bytes:
-    """A request line and its headers, HEAD_LIMIT bytes at most; b"" if they do not end.
+    """Return a request line and its headers, or b"" if the client hangs up before their end.
 
-    Raises OSError (a TimeoutError) when they do not come in time.
+    Everything beyond HEAD_LIMIT bytes is dropped. Raises TimeoutError after HEAD_TIMEOUT seconds,
+    and OSError if the connection breaks.
     """
     head = tail = b""
     deadline = time.monotonic() + HEAD_TIMEOUT
@@ -2459,19 +2485,29 @@ def read_head(connection: Socket) -> bytes:
         if not part:
             return b""
         tail = tail[-2:] + part
-        head = (head + part)[: HEAD_LIMIT + 1]  # by one more http.server sees that it is too long
+        # The one extra byte makes http.server reject a request line that is too long.
+        head = (head + part)[: HEAD_LIMIT + 1]
     connection.settimeout(HEAD_TIMEOUT)
     return head
 
 
 # ---------------------------------------------------------------------------------------------
-# Models: what the account can use, and Code Puppy's entries for it
+# Models: the models that the account can use, and Code Puppy's entries for them
 # ---------------------------------------------------------------------------------------------
+#
+# This room lists models and rewrites our entries in the models file. An entry is ours if it has our
+# `oauth_source`, our prefix, and the type that belongs to the sign-in. All other entries stay as
+# they are. Entries change only under the models file's lock. They refer to the API key by the name
+# of its variable, so the models file contains no secret.
 
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
-API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens, where nothing tells
-MIN_CONTEXT_LENGTH = 16000  # tokens; a catalogue that says less does not mean it
-# A catalogue's effort levels that Code Puppy knows (0.0.946, model_utils.py); `ultra` it does not.
+# The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
+# models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
+API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
+# A catalogue entry with a shorter context is a mistake or a placeholder, so it is ignored.
+MIN_CONTEXT_LENGTH = 16000  # tokens
+# The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
+# has others, such as `ultra`.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = (
@@ -2480,12 +2516,12 @@ ORGANIZATION_HINT = (
 
 
 def no_api_key(message: str = NO_API_KEY) -> OAuthError:
-    """The error of an account that has no API key to give."""
+    """Return the error for an account that has no API key."""
     return OAuthError(message, f"{ORGANIZATION_HINT}, then run", "auth")
 
 
 def plan_not_allowed() -> OAuthError:
-    """The error of an official sign-in that may not use the ChatGPT plan."""
+    """Return the error for an official sign-in that isn't allowed to use the ChatGPT plan."""
     return OAuthError(
         "this sign-in was not allowed to use your ChatGPT plan",
         "allow it in ChatGPT under Settings > Security and login > Sign in with ChatGPT, or sign "
@@ -2495,9 +2531,9 @@ def plan_not_allowed() -> OAuthError:
 
 
 class ModelFilter:
-    """Which models are imported: glob patterns to include and to exclude, and the source.
+    """The choice of models to import: glob patterns to include and exclude, and the source.
 
-    `given` says that somebody typed a pattern, and did not leave it to the settings.
+    `given` is true if any pattern came from the command line rather than from the settings.
     """
 
     def __init__(
@@ -2514,24 +2550,27 @@ class ModelFilter:
         self.given = bool(include or exclude)
 
     def matches(self, name: str) -> bool:
-        """Whether the whole id `name` matches, case-sensitively."""
+        """Whether the filter selects the model ID `name`."""
         return matches_any(name, self.include) and not matches_any(name, self.exclude)
 
 
 def matches_any(name: str, globs: List[str]) -> bool:
-    """Whether the whole of `name` matches one of the patterns, case-sensitively."""
+    """Whether all of `name` matches one of the shell patterns. Case matters."""
     from fnmatch import fnmatchcase
 
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def base_url(settings: Settings, source: str) -> str:
-    """Where the models of `source` are listed and used."""
+    """Return the URL below which the models of `source` are listed and used."""
     return str(settings.codex_base_url if source == "codex" else settings.api_base_url + "/v1")
 
 
 def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
-    """Ask what the API key (`source` "api") or the ChatGPT plan may use. Raises OAuthError."""
+    """Request the list of models from `source`: "api", "codex" or "official".
+
+    Raises OAuthError if there is no response. Any status counts as a response.
+    """
     url, headers = base_url(settings, source) + "/models", {}
     what, bearer = "list the API models", tokens.api_key
     if source != "api":
@@ -2547,9 +2586,9 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
 
 
 def list_usage(session: Session) -> List[Fields]:
-    """The windows of the plan's usage limits, the shortest first, as `status --json` has them.
+    """Return the windows of the plan's usage limits, shortest first, as in `status --json`.
 
-    The endpoint is undocumented, the Codex CLI asks it, and it may vanish. Raises OAuthError.
+    The Codex CLI uses this endpoint. It is undocumented and may disappear. Raises OAuthError.
     """
     settings, tokens, what = session.settings, session.valid_tokens(), "get the plan's usage"
     headers = {"ChatGPT-Account-Id": tokens.account_id} if tokens.account_id else {}
@@ -2565,7 +2604,7 @@ def list_usage(session: Session) -> List[Fields]:
 
 
 def _usage_window(window: Fields) -> Optional[Fields]:
-    """One window, or None when it does not tell how long it is or how much of it is used."""
+    """Return one window for `status --json`, or None if its length or its usage is missing."""
     names = ("limit_window_seconds", "used_percent", "reset_at", "reset_after_seconds")
     length, used, resets, left = (number_or_none(window.get(name)) for name in names)
     if length is None or used is None:
@@ -2577,9 +2616,10 @@ def _usage_window(window: Fields) -> Optional[Fields]:
 
 
 def paying_session(session: Session, source: str) -> Tuple[Session, str]:
-    """The sign-in by which the models of `source` are had, and what `source` comes to.
+    """Return the sign-in that provides the models of `source`, and the actual source.
 
-    Raises NotSignedInError.
+    The actual source is "api", "codex" or "official": "auto" is resolved here. The official
+    sign-in has only one source, its own. Raises NotSignedInError.
     """
     if session.client.model_source:
         return session, session.client.model_source
@@ -2595,10 +2635,11 @@ def paying_session(session: Session, source: str) -> Tuple[Session, str]:
 
 
 def list_models(session: Session, source: str) -> Dict[str, Fields]:
-    """The models of `source` by id, as the server describes them; both as `paying_session` says.
+    """Return the models of `source` by ID, each with the server's description of it.
 
-    A plan's come in the server's order, the API's, which has none, with the newest first. Raises
-    OAuthError, too where an API key is asked of an account without one.
+    `session` and `source` are those that `paying_session` returns. A plan's models keep the
+    server's order. The API's list has no order, so its models are sorted newest first. Raises
+    OAuthError, also if `source` is "api" and the account has no API key.
     """
     settings, tokens, what = session.settings, session.tokens(), "list the models"
     if not session.client.plan_allowed(tokens.fields):
@@ -2608,7 +2649,8 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     elif not tokens.api_key:
         raise no_api_key()
     response = request_models(settings, source, tokens)
-    if source != "api" and response.is_unauthorized:  # the access token was withdrawn
+    # OpenAI may have withdrawn an access token that hasn't expired yet.
+    if source != "api" and response.is_unauthorized:
         response = request_models(settings, source, session.valid_tokens(refresh=True))
     if response.status in (401, 403) and not response.is_html:
         again = ("to sign in again, run", session.client.sign_in_command)
@@ -2628,7 +2670,7 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
 
 
 def is_ours(session: Session, name: str, entry: object) -> bool:
-    """Whether an entry of the models file was written by this program, for this sign-in."""
+    """Whether this program wrote an entry of the models file for this sign-in."""
     official = session.client.model_source == "official"
     return (
         isinstance(entry, dict)
@@ -2639,15 +2681,19 @@ def is_ours(session: Session, name: str, entry: object) -> bool:
 
 
 def registered_entries(*sign_ins: Session) -> Dict[str, Fields]:
-    """The entries of these sign-ins in the models file, in their order. Raises StorageError."""
+    """Return the entries of `sign_ins` in the models file, one sign-in after the other.
+
+    Raises StorageError.
+    """
     entries = sign_ins[0].models_file.read()
     return {k: v for each in sign_ins for k, v in entries.items() if is_ours(each, k, v)}
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
-    """Put `entries` in the place of this sign-in's; returns the names that got there.
+    """Replace this sign-in's entries in the models file by `entries` and return their names.
 
-    An entry of another program, or of the other sign-in, with the same name stays.
+    An entry with the same name that another program or the other sign-in wrote stays, with a
+    warning, and its name isn't returned. Raises StorageError.
     """
     with session.models_file.lock():
         before = session.models_file.read()
@@ -2658,13 +2704,14 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
                 "warning", f"kept the existing entry {name}, which was added by another program"
             )
         after.update((name, entries[name]) for name in names)
-        if list(after.items()) != list(before.items()):  # their order counts, too
+        # Lists are compared because the order of the entries counts, too.
+        if list(after.items()) != list(before.items()):
             session.models_file.save(after)
         return names
 
 
 def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
-    """Code Puppy's entry for `model`, which the server describes as `listed`."""
+    """Return Code Puppy's entry for `model`. `listed` is the server's description of it."""
     entry = {
         "type": "chatgpt_oauth" if source == "codex" else OfficialClient.model_type,
         "name": model,
@@ -2674,7 +2721,7 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
     }
     if source == "api":
         responses = matches_any(model, settings.responses_patterns.split(","))
-        # Its type `openai` would ignore the URL (model_factory.py).
+        # Code Puppy would ignore the URL of an entry with the type `openai` (model_factory.py).
         entry["type"] = "custom_openai_responses" if responses else "custom_openai"
         entry["custom_endpoint"]["api_key"] = "$" + settings.api_key_env_var
         return entry
@@ -2688,14 +2735,18 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
         entry["setting_choices"] = {"reasoning_effort": efforts}
     if listed.get("default_reasoning_level") in efforts:
         entry["setting_defaults"] = {"reasoning_effort": listed["default_reasoning_level"]}
-    for effort in ("xhigh", "max"):  # which Code Puppy hides without these
+    # Code Puppy hides these two levels unless the entry has a flag for them.
+    for effort in ("xhigh", "max"):
         if effort in efforts:
             entry[f"supports_{effort}_reasoning"] = True
     return entry
 
 
 def _context_length(settings: Settings, listed: Fields) -> int:
-    """The tokens to budget with: the part of the window that the Codex backend calls effective."""
+    """Return a plan model's context length in tokens.
+
+    The Codex backend lists the whole window and the percentage of it that is effective.
+    """
     percent = number_or_none(listed.get("effective_context_window_percent")) or 0
     percent = percent if 0 < percent <= 100 else 95
     for name in ("context_window", "max_context_window"):
@@ -2709,9 +2760,9 @@ def _context_length(settings: Settings, listed: Fields) -> int:
 def import_models(
     session: Session, models: ModelFilter, dry_run: bool = False
 ) -> Tuple[str, List[str]]:
-    """Register the account's models that match (`dry_run`: do not); the source and the names.
+    """Register the models that match the filter and return their source and entry names.
 
-    Raises OAuthError, too when patterns were given of which none matches.
+    `dry_run` changes nothing. Raises OAuthError, also if patterns were given and none matches.
     """
     settings = session.settings
     payer, source = paying_session(session, models.source)
@@ -2746,10 +2797,11 @@ def import_models(
 
 @module_function()
 def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
-    """The ids of the account's models, unfiltered.
+    """Return the IDs of all models of the account, unfiltered.
 
-    `source` is "api" (what the API key pays for), "codex" or "official" (what the ChatGPT plan pays
-    for, by either sign-in) or "auto" ("api" when there is a key). Raises OAuthError.
+    `source` is "api" (the models that the API key pays for), "codex" (those that the ChatGPT plan
+    pays for), "official" (the plan's, through the official sign-in) or "auto" ("api" if there is
+    a key, otherwise the plan). Raises OAuthError.
     """
     session = Session()
     source = RULES["model_source"].check("source", source)
@@ -2757,28 +2809,44 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sign-in: browser, paste and device code, each ending in `complete_sign_in`
+# Sign-in: browser, paste and device code
 # ---------------------------------------------------------------------------------------------
+#
+# Each way of signing in ends in exchange_and_store and then complete_sign_in. The old sign-in stays
+# until the new tokens are stored, and room for them is reserved before the code is spent. After
+# they are stored, a failure is a warning. Tokens that can't be stored are revoked. Nothing here
+# prints: messages go to the session's `notify`.
 
-USER_CODE_LIMIT = 64  # characters of it that are shown
-NEW_URL_TIMEOUT = 60.0  # seconds to press Enter for another URL after the time was up
-PASTE_LIMIT = 20  # lines of standard input that are looked at
-LINE_LIMIT = 8192  # bytes of one; an authorization response is shorter
-WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")  # a part of these plans' names
-PORT_OWNERS = {  # what tells which program listens on a port, by sys.platform
+# A real user code has about nine characters. This keeps a broken one from flooding the screen.
+USER_CODE_LIMIT = 64  # characters
+# The time to press Enter for a new URL after the sign-in has timed out.
+NEW_URL_TIMEOUT = 60.0  # seconds
+# After this many lines that aren't the URL, nobody is pasting. It could be `yes | auth`.
+PASTE_LIMIT = 20
+# The longest pasted line. An authorization response is shorter.
+LINE_LIMIT = 8192  # bytes
+# A plan with one of these words in its name belongs to a workspace, not to a single person.
+WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")
+# The command that shows which program listens on a port, by sys.platform. All systems that aren't
+# listed use Linux's.
+PORT_OWNERS = {
     "win32": "netstat -ano | findstr :{0}",
     "darwin": "lsof -nP -iTCP:{0} -sTCP:LISTEN",
-    "linux": "ss -ltnp 'sport = :{0}'",  # and on all others
+    "linux": "ss -ltnp 'sport = :{0}'",
 }
 
 
 def prepare_sign_in(session: Session) -> None:
-    """Before anybody fetches tokens: can they be stored, and whose does a new sign-in replace?"""
+    """Check that tokens can be stored, and say whose sign-in the new one will replace.
+
+    Raises StorageError or UnavailableError before the browser opens.
+    """
     with session.token_file.lock():
         session.token_file.reserve({})
-        with contextlib.suppress(StorageError):  # a broken file has nothing to take up
+        # A broken file has no registration to continue. exchange_and_store reports it later.
+        with contextlib.suppress(StorageError):
             session.client.resume(session.token_file.read())
-    # A broken file is told of later.
+    # Without a sign-in that works, there is nothing to replace.
     with contextlib.suppress(NotSignedInError, SignInEndedError, StorageError):
         tokens = session.tokens()
         if not tokens.valid_for(0):
@@ -2790,10 +2858,11 @@ def prepare_sign_in(session: Session) -> None:
 def exchange_and_store(
     session: Session, code: str, verifier: str, redirect_uri: str, nonce: str = ""
 ) -> Optional[Tokens]:
-    """Exchange the code and store the tokens; returns those stored before.
+    """Exchange the authorization code, store the tokens, and return the previous tokens.
 
-    A broken token file is kept beside them; the same account keeps, for now, its API key. Raises
-    OAuthError, too when the sign-in is for another workspace than the setting names.
+    A broken token file is moved aside. If the account is the same as before, its API key stays
+    until `obtain_api_key` has checked it. Raises OAuthError, also if the sign-in belongs to a
+    workspace other than the one in the settings.
     """
     with session.token_file.lock():
         old = None
@@ -2820,7 +2889,7 @@ def exchange_and_store(
 
 
 def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], nonce: str) -> None:
-    """Store the tokens in `response`, or revoke what nobody would have."""
+    """Store the tokens in `response`. If they can't be stored, revoke them and raise OAuthError."""
     client = session.client
     fields = {"issuer": session.settings.issuer, "client_id": client.client_id}
     fields = merged(fields, response, session.notify)
@@ -2844,15 +2913,17 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
             fields = {**kept, **fields}
         session.token_file.save(fields)
     except OAuthError:
-        if not (old and tokens.same_account(old)):  # else it could end what is still stored
+        # Revoking a token of the same account could also end the sign-in that is still stored.
+        if not (old and tokens.same_account(old)):
             revoke_or_warn(session, tokens)
         raise
 
 
 def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens]) -> None:
-    """With the tokens stored: API key, models, the end of another account's `old` sign-in.
+    """Finish a sign-in whose tokens are stored: get the API key and import the models.
 
-    What fails is a warning. Raises OAuthError where the plan that shall pay was not allowed.
+    Revokes the `old` sign-in if it belongs to another account. Failures are warnings, except that
+    it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
     client, tokens = session.client, session.tokens()
     email, workspace = identity(tokens)["email"], workspace_label(tokens)
@@ -2866,14 +2937,15 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     try:
         if allowed:
             import_models(session, models)
-        else:  # those of an earlier sign-in, perhaps, are of no use
+        else:
+            # Entries of an earlier sign-in can no longer be used.
             register_models(session, {})
     except OAuthError as error:
         tell_error(session.notify, error, "warning")
     other_account = old and old.account and tokens.account not in (None, old.account)
     if old and old.refresh_token not in (None, tokens.refresh_token) and other_account:
-        # Of the same account it stays: both may belong to one grant, and RFC 7009 §2.1 lets
-        # the server end the whole of it.
+        # The old token of the same account isn't revoked: both tokens may belong to one grant,
+        # and RFC 7009 §2.1 allows the server to end all of it.
         who = identity(old)["email"] or "the previous account"
         session.notify("info", f"Signed out of {who}")
         revoke_or_warn(session, old)
@@ -2885,7 +2957,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
 
 
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
-    """Revoke as best as we can: a failure is a warning."""
+    """Revoke `tokens`, and report a failure as a warning."""
     try:
         revoke(session.client, tokens)
     except OAuthError as error:
@@ -2893,9 +2965,9 @@ def revoke_or_warn(session: Session, tokens: Tokens) -> None:
 
 
 def obtain_api_key(session: Session) -> None:
-    """Keep the stored API key while the API accepts it, else exchange the ID token for one.
+    """Keep the stored API key if the API accepts it, otherwise exchange the ID token for one.
 
-    Raises OAuthError when there is none to be had.
+    A refused key is removed. Raises OAuthError if no new key is available.
     """
     tokens = session.tokens()
     if tokens.api_key and not api_key_refused(session.settings, tokens):
@@ -2905,7 +2977,8 @@ def obtain_api_key(session: Session) -> None:
     missing: Optional[OAuthError] = None
     try:
         new = {"api_key": exchange_id_token(session.settings, tokens.id_token or "")}
-    except UnavailableError as error:  # which tells nothing about the account
+    # A network fault doesn't mean that the account can't have a key.
+    except UnavailableError as error:
         missing = OAuthError(f"no API key: {error}", "to try again, run", "auth")
     except OAuthError as error:
         reason = str(error)
@@ -2923,7 +2996,7 @@ def obtain_api_key(session: Session) -> None:
 
 
 def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
-    """Whether the API says that the key is no good; one that cannot be asked is kept."""
+    """Whether the API refuses the stored key. If the API can't be reached, it doesn't."""
     try:
         return request_models(settings, "api", tokens).is_unauthorized
     except OAuthError:
@@ -2931,7 +3004,7 @@ def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
 
 
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
-    """`email`, `plan` and `organization_id` from the claims, None where unknown."""
+    """Return `email`, `plan` and `organization_id` from the tokens' claims, None if unknown."""
     auth = tokens.auth_claims()
     emails = [decode_claims(tokens.id_token), auth_claims(tokens.access_token, "profile")]
     return {
@@ -2944,7 +3017,7 @@ def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
 
 
 def _organization(auth: Fields) -> Fields:
-    """The default organization among the claims, else the first, else {}."""
+    """Return the default organization in the claims, otherwise the first one, otherwise {}."""
     listed = auth.get("organizations")
     if not isinstance(listed, list):
         return {}
@@ -2954,7 +3027,7 @@ def _organization(auth: Fields) -> Fields:
 
 
 def workspace_label(tokens: Tokens) -> str:
-    """The workspace of a sign-in, to stand behind the account; "" when it is a person's own."""
+    """Return the workspace of a sign-in as " (workspace ...)", or "" for a personal account."""
     auth = tokens.auth_claims()
     plan = str(auth.get("chatgpt_plan_type"))
     if not tokens.account_id or not any(word in plan for word in WORKSPACE_PLANS):
@@ -2964,9 +3037,10 @@ def workspace_label(tokens: Tokens) -> str:
 
 
 def is_terminal(descriptor: int, mode: int = 0) -> bool:
-    """Whether a person is at `descriptor`; a console of Windows takes the `mode` bits, too.
+    """Whether `descriptor` is a terminal.
 
-    To Windows NUL is a terminal as well, but no console.
+    On Windows, `mode` bits are added to the console's mode, and the result is False if the console
+    doesn't support them. Windows' isatty is also true for NUL, which isn't a console.
     """
     if sys.platform == "win32" and os.isatty(descriptor):
         import ctypes
@@ -2980,11 +3054,11 @@ def is_terminal(descriptor: int, mode: int = 0) -> bool:
 
 
 class StandardInput:
-    """Lines of standard input, each read by a thread when it is asked for.
+    """A reader that fetches one line of standard input at a time, in a thread.
 
-    `usable` says whether anything can come, `is_terminal` whether a person types there (neither
-    unless `reading`). A thread, for a console of Windows knows no other way to wait; no byte is
-    read beyond a line that is wanted, so that what comes afterwards is the next program's.
+    `usable` is true if a line can arrive, and `is_terminal` if a person types there. Both are false
+    unless `reading`. The thread is necessary because a Windows console has no other way to wait.
+    Nothing is read beyond the requested line, so the rest is left for the next program.
     """
 
     line: AnyFuture
@@ -2994,16 +3068,17 @@ class StandardInput:
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
             self.is_terminal = reading and is_terminal(self.descriptor)
-            # /dev/null has nothing to say; a background job that reads its terminal is stopped.
+            # A character device that isn't a terminal, such as /dev/null, has no lines to read.
             device = stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
             self.usable = self.is_terminal or (reading and not device)
             if self.is_terminal and sys.platform != "win32":
+                # The system stops a background job that reads from its terminal.
                 foreground = os.tcgetpgrp(self.descriptor) == os.getpgrp()
                 self.usable = self.is_terminal = foreground
         self.ask()
 
     def ask(self) -> None:
-        """Wait for the next `line`, "" at the end of the input."""
+        """Start to read the next `line`, a future whose result is "" at the end of the input."""
         import threading
         from concurrent.futures import Future
 
@@ -3012,7 +3087,7 @@ class StandardInput:
             threading.Thread(target=self._read, args=(self.line,), daemon=True).start()
 
     def close(self) -> None:
-        """Read nothing more."""
+        """Stop reading."""
         self.usable = self.is_terminal = False
         self.line.cancel()
 
@@ -3020,7 +3095,8 @@ class StandardInput:
         import select
 
         text = bytearray()
-        with contextlib.suppress(OSError):  # a terminal that is gone: the end of the input
+        # A terminal that has disappeared counts as the end of the input.
+        with contextlib.suppress(OSError):
             while len(text) < LINE_LIMIT and not text.endswith(b"\n"):
                 ready = sys.platform == "win32" or select.select([self.descriptor], [], [], 0.1)[0]
                 if line.cancelled():
@@ -3036,15 +3112,18 @@ class StandardInput:
 
 
 class BrowserSignIn:
-    """The authorization code flow over the loopback redirect or a pasted URL.
+    """The authorization code flow through the loopback redirect or a pasted URL (RFC 8252 §7.3).
 
-    `timeout` in seconds, default `callback_timeout`; `browser` False opens none; `reading` allows
-    pasting into standard input.
+    `timeout` is in seconds, `callback_timeout` by default. `browser` is whether to open a browser,
+    and `reading` whether a URL can be pasted into standard input.
     """
 
-    latest: Optional[AuthorizationRequest] = None  # of this process; its URL may be pasted later
-    countdown_marks: Tuple[int, ...] = (90, 60, 30, 10)  # seconds left that are worth a line
-    paste_note = ""  # what else to know about pasting here
+    # The request of this process's last attempt. In Code Puppy its URL may be pasted later.
+    latest: Optional[AuthorizationRequest] = None
+    # The remaining time is printed when it reaches one of these.
+    countdown_marks: Tuple[int, ...] = (90, 60, 30, 10)  # seconds
+    # A subclass adds here how pasting works in its place.
+    paste_note = ""
 
     def __init__(
         self,
@@ -3056,13 +3135,14 @@ class BrowserSignIn:
     ) -> None:
         self.session, self.models, self.browser = session, models, browser
         self.timeout = timeout or session.settings.callback_timeout
-        # Before there are threads: two that import at once break Python 3.8's import from a zip.
+        # This imports ssl before any thread starts. In Python 3.8, two threads that import from a
+        # zip file at the same time break each other's import.
         tls_context(session.settings)
         self.stdin = StandardInput(reading)
         self.pastes_left = PASTE_LIMIT
 
     def run(self) -> None:
-        """Sign in, or raise OAuthError."""
+        """Sign in. Raises OAuthError."""
         try:
             while not self._attempt() and not self._late_paste():
                 pass
@@ -3070,9 +3150,9 @@ class BrowserSignIn:
             self.stdin.close()
 
     def _late_paste(self) -> bool:
-        """Whether somebody signed in after the time was up, rather than ask for a new URL.
+        """Whether a URL that was pasted after the timeout completed the sign-in.
 
-        Raises OAuthError where nobody does either.
+        False means that the person asked for a new URL. Raises OAuthError if nothing is typed.
         """
         line = self._line_after_timeout()
         if not line:
@@ -3085,14 +3165,15 @@ class BrowserSignIn:
         callback = Callback(self.request, [])
         try:
             callback.paste(line)
-        except ValueError:  # just Enter
+        except ValueError:
+            # The line isn't a URL: the person just pressed Enter.
             self.stdin.ask()
             return False
         redeem(self.session, self.models, callback)
         return True
 
     def _line_after_timeout(self) -> str:
-        """What is typed when the time was up; "" if nothing."""
+        """Return the line that is typed within NEW_URL_TIMEOUT after the timeout, or ""."""
         if not self.stdin.is_terminal:
             return ""
         text = f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL"
@@ -3101,7 +3182,7 @@ class BrowserSignIn:
         return str(self.stdin.line.result()) if in_time else ""
 
     def _attempt(self) -> bool:
-        """Whether somebody signed in before the time was up."""
+        """Whether the person signed in before the timeout. Raises OAuthError."""
         port, servers, fault = open_port(self.session.client)
         if fault and not self.stdin.usable:
             raise OAuthError(fault, *self.session.client.without_port)
@@ -3114,7 +3195,8 @@ class BrowserSignIn:
             self._show_url(callback)
             if not self._await_response(callback, deadline):
                 return False
-            self.stdin.close()  # what is typed from now on is the next program's
+            # Everything that is typed from now on is for the next program.
+            self.stdin.close()
             redeem(self.session, self.models, callback)
             return True
         finally:
@@ -3135,7 +3217,7 @@ class BrowserSignIn:
             notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
 
     def _show_ways(self, obstacle: Optional[str], callback: Callback) -> None:
-        """How to go on where the browser is elsewhere."""
+        """Explain how to sign in when the browser runs on another machine."""
         notify, port = self.session.notify, callback.request.port
         if obstacle:
             notify("info", f"No browser was opened: {obstacle}. Any browser will do:")
@@ -3150,13 +3232,14 @@ class BrowserSignIn:
             notify("command", self.session.client.device_command)
 
     def _await_response(self, callback: Callback, deadline: float) -> bool:
-        """Whether a response came, by browser or by paste, before time.monotonic() `deadline`."""
+        """Whether a browser or a paste brings the response before time.monotonic() `deadline`."""
         from concurrent.futures import FIRST_COMPLETED, wait
 
         seconds = 0
         while not callback.response.done() and time.monotonic() < deadline:
             before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
-            if not self.stdin.is_terminal:  # it must not write over what somebody is pasting
+            # A line that repaints itself would overwrite a URL that is being pasted.
+            if not self.stdin.is_terminal:
                 self.session.notify("countdown", str(seconds))
             elif any(seconds <= mark < before for mark in self.countdown_marks):
                 self.session.notify("info", f"{seconds} seconds left")
@@ -3168,7 +3251,7 @@ class BrowserSignIn:
         return callback.response.done()
 
     def _paste(self, callback: Callback, line: str) -> None:
-        """Take the response from a `line` of the input ("" at its end), or ask for another one."""
+        """Accept the response in a `line` of the input ("" at its end), or read another line."""
         try:
             callback.paste(line)
             return
@@ -3176,7 +3259,8 @@ class BrowserSignIn:
             if line:
                 self._refuse_line(line, str(error))
         self.pastes_left -= 1
-        if not line or not self.pastes_left:  # `yes |`: nobody pastes there
+        # After many useless lines, the input is a program such as `yes`, not a person.
+        if not line or not self.pastes_left:
             self.stdin.close()
             if not callback.servers:
                 fault = "cannot listen on a port, and standard input is closed"
@@ -3188,7 +3272,10 @@ class BrowserSignIn:
 
 
 def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
-    """Finish with the authorization response that has come; the browser is told the outcome."""
+    """Exchange the response that `callback` has, and finish the sign-in.
+
+    The browser receives the outcome as soon as the tokens are stored. Raises OAuthError.
+    """
     response, request = callback.response.result(), callback.request
     try:
         if response.get("error"):
@@ -3211,7 +3298,7 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
 
 
 def authorization_error(response: Dict[str, str]) -> OAuthError:
-    """What an error response (RFC 6749 §4.1.2.1) means to a person."""
+    """Return the error that an error response (RFC 6749 §4.1.2.1) stands for."""
     description = response.get("error_description", "")
     if "missing_codex_entitlement" in description:
         return OAuthError(
@@ -3223,7 +3310,10 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
 
 
 def open_port(client: Client) -> Tuple[int, List[Any], str]:
-    """A registered port with its servers; or none of them, and why."""
+    """Return a registered port, its servers, and "".
+
+    If no port can be opened: the first port, no servers, and the reason.
+    """
     first, reason = client.ports[0] or client.settings.required_port, ""
     for port in client.ports:
         try:
@@ -3240,7 +3330,10 @@ def open_port(client: Client) -> Tuple[int, List[Any], str]:
 
 
 def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional[float]) -> None:
-    """The device code flow (RFC 8628): no listener, any browser anywhere. Raises OAuthError."""
+    """Sign in with the device code flow (RFC 8628), in any browser on any machine.
+
+    `timeout` is in seconds, and the code's lifetime by default. Raises OAuthError.
+    """
     notify, device = session.notify, request_device_code(session.settings)
     notify("info", "To sign in, open this page in any browser:")
     notify("verbatim", device.page)
@@ -3261,9 +3354,9 @@ def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional
 
 
 def await_device_code(session: Session, device: DeviceCode, deadline: float) -> Tuple[str, str]:
-    """Poll until the user code was entered or refused, or time.monotonic() reaches `deadline`.
+    """Poll until the person has entered the code, then return the authorization code and verifier.
 
-    Returns the authorization code and its code verifier. Raises OAuthError.
+    Raises OAuthError if the code is refused or time.monotonic() reaches `deadline`.
     """
     told = ""
     while True:
@@ -3284,13 +3377,15 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
-    """Revoke the sign-in (best effort), remove its file and our entries; False: nothing was there.
+    """Revoke the sign-in, remove its file and model entries, and return whether there were any.
 
-    A broken token file is removed too; entries that cannot be removed raise, after that.
+    A failed revocation is a warning. A broken token file is removed, too. Raises OAuthError after
+    everything else is done if the model entries can't be removed.
     """
     failure: Optional[OAuthError] = None
     token_file, there = session.token_file, True
-    with contextlib.suppress(StorageError):  # a broken one is there
+    # A broken file exists, too.
+    with contextlib.suppress(StorageError):
         there = token_file.exists()
     if not there and not registered_entries(session):
         return False
