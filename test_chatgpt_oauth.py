@@ -1,12 +1,12 @@
-"""Tests of chatgpt_oauth.py, against a strict double of OpenAI's servers on this machine.
+"""Test chatgpt_oauth.py against a strict double of OpenAI's servers on this machine.
 
     python3 -m unittest                                  the suite
     python3 test_chatgpt_oauth.py demo                   a tour of the commands, without an account
     python3 test_chatgpt_oauth.py stress                 the long rounds of the refresh tests
     python3 test_chatgpt_oauth.py fuzz --seconds 600     random answers, requests and files
 
-The program runs as a process wherever a person or a script would run it.  No network is needed,
-no account, and no port that something else may hold.
+Most tests start the program as a process, the way a person or a script does.  The tests need
+neither a network nor an account, and they use only ports that are free.
 """
 
 import argparse
@@ -52,22 +52,26 @@ import chatgpt_oauth as oauth
 
 PROGRAM = str(pathlib.Path(oauth.__file__).resolve())
 HERE = str(pathlib.Path(__file__).resolve())
-# As the installed command starts it, compiled and without site-packages: a script is compiled at
-# each start, which takes as long as all else that most of these starts do. (Windows' Python may
-# need its `sitecustomize`.)
+# Start the program the way the installed command does, compiled and without site-packages. Python
+# compiles a script at each start, which would double the time of most tests. Python on Windows may
+# need `sitecustomize`, so site-packages stay there.
 START = [sys.executable, *(["-S"] if os.name == "posix" else [])]
 START += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
 AUTH = "https://api.openai.com/auth"
 POSIX = os.name == "posix"
-# Where programs are found, but for the command that whoever runs the tests may have installed.
+# The directories that programs are found in. A directory with an installed `chatgpt-oauth` is left
+# out, so that the tests never run that one.
 PATH = os.pathsep.join(
     place
     for place in os.environ.get("PATH", os.defpath).split(os.pathsep)
     if not any(os.path.exists(os.path.join(place, name)) for name in oauth.LAUNCHERS)
 )
-LIMIT = 60  # seconds: no wait for a process, a thread or a socket is longer
-WORKERS = 4  # processes that a test with many of them has at work at once
-TEST_LIMIT = 300  # seconds in which a test that hangs in this process is ended, with all others
+# The longest wait for a process, a thread or a socket.
+LIMIT = 60  # seconds
+# The number of processes that a test with many of them runs at once.
+WORKERS = 4
+# The whole run is ended when one test takes longer than this.
+TEST_LIMIT = 300  # seconds
 AUTHORIZATION_URL = r"^http\S+/(?:oauth|api/accounts)/authorize\?\S+$"
 COMMANDS = (
     "auth",
@@ -80,7 +84,7 @@ COMMANDS = (
     "install",
     "uninstall",
 )
-# The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
+# The error codes of OpenAI and of RFC 6749 §5.2 for a refresh token that is no longer valid.
 INVALID_GRANT_CODES = (
     "refresh_token_reused",
     "refresh_token_expired",
@@ -89,32 +93,36 @@ INVALID_GRANT_CODES = (
     "invalid_grant",
     "invalid_refresh_token",
 )
-# Seconds that are no setting, made short where the program runs in this process: it polls, reads
-# a torn file and tries a refresh again so often that a test would wait for nothing else.
+# Shorter waits for the program when it runs in this process. No setting controls these, and tests
+# that poll, reread a torn file or retry a refresh would otherwise spend most of their time waiting.
 HASTE = {"POLL_FLOOR": 0.01, "SLOW_DOWN": 0.01, "REREAD_SECONDS": 0.01, "RETRY_PAUSE": 0.05}
 
 
 def setUpModule():
-    # A shell lets what it starts in the background ignore Ctrl-C, and what that starts, too.
+    # A shell starts background processes with Ctrl-C ignored, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def encode_jwt(claims, algorithm="none"):
-    """A JWT with these claims and a signature that nobody looks at."""
+    """Return a JWT with these claims and a dummy signature."""
     parts = [json.dumps(part).encode() for part in ({"alg": algorithm}, claims)] + [b"signature"]
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
 
 
 def timestamp(moment):
-    """A moment as the token file has it."""
+    """Return `moment`, in seconds since 1970, in the format of the token file."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def bind(address, port=0, reuse=False):
-    """A socket at `port` of a loopback address; `reuse`: where connections may be left over."""
+    """Return a socket bound to `port` of a loopback address.
+
+    With `reuse`, connections left over from an earlier socket don't keep the port taken.
+    """
     bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
-        if reuse and POSIX:  # on Windows it would share the port with whoever has it
+        # On Windows, SO_REUSEADDR would share the port with the program that holds it.
+        if reuse and POSIX:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((address, port))
     except OSError:
@@ -125,7 +133,7 @@ def bind(address, port=0, reuse=False):
 
 @contextlib.contextmanager
 def free_ports(count):
-    """Ports that are free on 127.0.0.1 and ::1, and stay so while the block lasts."""
+    """Reserve `count` ports on 127.0.0.1 and ::1 while the block runs."""
     with contextlib.ExitStack() as held:
         ports = []
         while len(ports) < count:
@@ -140,7 +148,7 @@ def free_ports(count):
 
 
 def wait_for(happened, seconds=15):
-    """Wait until `happened()` is true."""
+    """Wait until `happened()` returns true, or raise AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
@@ -149,23 +157,23 @@ def wait_for(happened, seconds=15):
 
 
 def side_by_side(function, cases):
-    """The results of `function` for each of the `cases`, in their order; processes take turns."""
+    """Call `function` for each case, WORKERS at a time, and return the results in order."""
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
         return list(workers.map(function, cases))
 
 
 def shell_line(*arguments):
-    """`arguments` as a shell (or BROWSER) takes them, whatever stands in a path."""
+    """Return `arguments` quoted as one line for a shell or for BROWSER."""
     return " ".join(shlex.quote(pathlib.Path(each).as_posix()) for each in arguments)
 
 
-# How Python is called in what people shall type, and what a taken port is called.
+# The name of Python in the commands that messages suggest, and the message for a taken port.
 PYTHON = "python3" if POSIX else "python"
 PORT_TAKEN = os.strerror(errno.EADDRINUSE) if POSIX else "cannot listen on port"
 
 
 def typed(path):
-    """A path in what people shall type."""
+    """Return `path` quoted the way messages quote it in commands that people should type."""
     if POSIX and not re.search(r"^[^']*$|[\"$`\\!]", str(path)):
         return f'"{path}"'
     if POSIX:
@@ -173,18 +181,18 @@ def typed(path):
     return f'"{path}"' if re.search(r"[^\w.:\\/-]", str(path)) else str(path)
 
 
-# What plays the browser where the program opens one.
+# The command line that stands in for a browser: this file visits the URL.
 BROWSER = shell_line(sys.executable, HERE, "visit") + " %s"
 
 
 def memory(process_id):
-    """The KiB of memory that a process has, 0 where the system does not say."""
+    """Return the memory of a process in KiB, or 0 on a system without /proc."""
     status = pathlib.Path(f"/proc/{process_id}/status")
     return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
 def cpu_seconds(process_id):
-    """The seconds of processor time that a process has used, on Linux."""
+    """Return the processor time of a process in seconds. This works only on Linux."""
     fields = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -193,8 +201,8 @@ def cpu_seconds(process_id):
 # The double of OpenAI's servers
 # ---------------------------------------------------------------------------------------------
 
-# Each endpoint's path, and for the token endpoint the grant type; the command that asks it, where
-# one does, and whether the command fails when the endpoint does.
+# Each endpoint has a path, a grant type (only the token endpoint), a command that sends a request
+# to it (or None), and whether that command fails when the endpoint does.
 Endpoint = collections.namedtuple("Endpoint", "path grant_type command fatal")
 ENDPOINTS = {
     "authorize": Endpoint("/oauth/authorize", None, None, True),
@@ -212,12 +220,13 @@ ENDPOINTS = {
     "usage": Endpoint("/backend-api/wham/usage", None, "status --online", False),
     "usercode": Endpoint("/api/accounts/deviceauth/usercode", None, "auth --device", True),
     "device": Endpoint("/api/accounts/deviceauth/token", None, "auth --device", True),
-    "chat": Endpoint("/v1/chat/completions", None, None, True),  # Code Puppy's
+    # Code Puppy sends requests to this one and to plan_responses.
+    "chat": Endpoint("/v1/chat/completions", None, None, True),
     "plan_authorize": Endpoint("/api/accounts/authorize", None, None, True),
     "plan_code": Endpoint("/api/accounts/oauth/token", "authorization_code", None, True),
     "plan_refresh": Endpoint("/api/accounts/oauth/token", "refresh_token", None, True),
     "plan_revoke": Endpoint("/api/accounts/oauth/revoke", None, None, False),
-    "plan_responses": Endpoint("/v1/responses", None, None, True),  # Code Puppy's, too
+    "plan_responses": Endpoint("/v1/responses", None, None, True),
 }
 ASKED = [name for name, endpoint in ENDPOINTS.items() if endpoint.command]
 
@@ -236,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves at a port of 127.0.0.1, until close(), by the function `serve` of the handler."""
+    """An HTTP server on a free port of 127.0.0.1. It calls `serve(handler)` for each request."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -246,11 +255,13 @@ class Server(ThreadingHTTPServer):
         self.serve = serve
         threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True).start()
 
-    def server_bind(self):  # HTTPServer's own asks the resolver for a name
+    # HTTPServer.server_bind looks up the host's name, which can take seconds.
+    def server_bind(self):
         socket.socket.bind(self.socket, self.server_address)
         self.server_name, self.server_port = "localhost", self.socket.getsockname()[1]
 
-    def handle_error(self, *_):  # a program that was killed goes away while it is told
+    # A program that a test kills closes the connection before it has read the response.
+    def handle_error(self, *_):
         pass
 
     def close(self):
@@ -259,15 +270,14 @@ class Server(ThreadingHTTPServer):
 
 
 class OfficialDialect:
-    """The double's part in OpenAI's official sign-in (developers.openai.com/siwc).
+    """The endpoints of OpenAI's official sign-in (developers.openai.com/siwc).
 
-    `agents` holds the host id of each client id that was issued. Each request must have exactly the
-    parameters that are documented. What an attribute below says is what the person or the server
-    does.
+    Each request must have exactly the documented parameters. `agents` maps each issued client ID
+    to its host ID. Tests change the other attributes to choose what the person or the server does.
     """
 
     SCOPE = "openid profile email offline_access resource.invoke chatgpt.tokens.use.direct"
-    # What POST /v1/responses refuses where the plan pays.
+    # The fields that POST /v1/responses rejects in a request that the plan pays for.
     REFUSED = (
         "background conversation max_output_tokens max_tool_calls metadata moderation multi_agent "
         "prompt prompt_cache_retention safety_identifier temperature top_logprobs top_p truncation "
@@ -278,9 +288,12 @@ class OfficialDialect:
         self.agents, self.plan_codes, self.plan_tokens, self.plan_access = {}, {}, {}, {}
         self.plan_subject, self.plan_allowed, self.plan_declined = "user|ada", True, False
         self.plan_lifetime, self.plan_refresh_after = 3600, -1  # seconds
-        self.plan_issued = None  # the client id that is issued next
-        self.callback_changes, self.id_token_changes = {}, {}  # None removes a member
-        self.plan_limit = ""  # "before" the stream or in "mid"-stream the usage limit is met
+        # The client ID that is issued next, or None for a random one.
+        self.plan_issued = None
+        # Changes to the authorization response and to the ID token. None removes a member.
+        self.callback_changes, self.id_token_changes = {}, {}
+        # When the usage limit is reached: "before" the stream, "mid" (within it), or "" (never).
+        self.plan_limit = ""
         self.plan_models = [
             {"slug": "gpt-6-astra", "visibility": "list", "context_window": 272000},
             {"slug": "gpt-5.5", "visibility": "list", "context_window": 272000},
@@ -329,7 +342,7 @@ class OfficialDialect:
         return 302, {"location": f"{fields['redirect_uri']}?{answer}"}
 
     def plan_sign_in(self, client, nonce=None):
-        """A new sign-in's tokens, as the token endpoint answers them."""
+        """Issue the tokens of a new sign-in and return the token endpoint's response."""
         expiry = int(time.time()) + self.plan_lifetime
         claims = {"iss": self.url, "aud": [client], "sub": self.plan_subject, "exp": expiry}
         claims = {**claims, "email": self.email, "name": "Ada", "nonce": nonce}
@@ -388,7 +401,7 @@ class OfficialDialect:
         return 200, ""
 
     def plan_refusal(self, headers):
-        """Why the bearer may not use the plan, as the API says it; None where it may."""
+        """Return the API's refusal if the bearer can't use the plan, otherwise None."""
         expiry, allowed = self.plan_access.get(headers.get("authorization", "")[7:], (0, False))
         if expiry < time.time():
             return 401, {"detail": "Could not parse your authentication token."}
@@ -422,13 +435,14 @@ class OfficialDialect:
             usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
             usage["input_tokens_details"] = {"cached_tokens": 0}
             usage["output_tokens_details"] = {"reasoning_tokens": 0}
-            done = {**answer, "status": "completed", "usage": usage}  # its output is empty, live
+            # The real server leaves `output` empty here, too.
+            done = {**answer, "status": "completed", "usage": usage}
             events.append({"type": "response.completed", "response": done})
         events = [{**event, "sequence_number": number} for number, event in enumerate(events)]
         return 200, "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
 
     def refused_request(self, fields):
-        """Why the API does not take a request that the plan shall pay for, or None."""
+        """Return the API's refusal of a request that the plan can't pay for, otherwise None."""
         wrong = [name for name in self.REFUSED.split() if name in fields]
         items = fields.get("input")
         if not isinstance(items, list) or fields.get("store") is not False:
@@ -446,7 +460,7 @@ class OfficialDialect:
 
     @staticmethod
     def output(fields):
-        """The events of the answer: a tool call where files shall be listed, else a sentence."""
+        """Return the events of a response: a tool call if files should be listed, else a text."""
         tools = list(fields.get("tools") or [])
         for item in fields["input"]:
             tools += item.get("tools", []) if item.get("type") == "additional_tools" else []
@@ -487,9 +501,9 @@ class OfficialDialect:
 class Double(OfficialDialect):
     """OpenAI's authorization server, API and Codex backend, as strict as the real ones.
 
-    Codes and refresh tokens are good for one use, redirect URIs are compared to the letter, PKCE
-    is verified. `faults[endpoint]`, a function of the handler and the request's fields, may
-    answer in the place of the double (returning True). `requests` holds all that came.
+    Codes and refresh tokens work once, redirect URIs are compared exactly, and PKCE is verified.
+    `faults[endpoint]` is called with the handler and the request's fields. If it returns True, it
+    has answered the request itself. `requests` records every request.
     """
 
     def __init__(self, ports=(1455, 1457)):
@@ -520,7 +534,8 @@ class Double(OfficialDialect):
             },
         }
         self.api_models = ["gpt-4o", "o1-mini", "gpt-4o-audio-preview", "dall-e-3", "o3-pro"]
-        self.created = {}  # seconds since 1970 by id
+        # The time when each model was created, in seconds since 1970, by model ID.
+        self.created = {}
         self.codex_models = [
             {"slug": "gpt-5.5", "visibility": "list", "context_window": 272000},
             {"slug": "gpt-5.4-secret", "visibility": "hide", "context_window": 272000},
@@ -539,13 +554,13 @@ class Double(OfficialDialect):
         self.server.close()
 
     def use_tls(self, certificate, key):
-        """From now on a connection begins with a TLS handshake."""
+        """Require a TLS handshake for every connection from now on."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
 
     def environment(self):
-        """The settings that lead the program here."""
+        """Return the environment variables that point the program to this double."""
         return {
             "CHATGPT_OAUTH_ISSUER": self.url,
             "CHATGPT_OAUTH_API_BASE_URL": self.url,
@@ -553,10 +568,10 @@ class Double(OfficialDialect):
             "CHATGPT_OAUTH_USAGE_URL": self.url + "/backend-api/wham/usage",
         }
 
-    # What it gives away -------------------------------------------------------------------
+    # Tokens and records -------------------------------------------------------------------
 
     def tokens(self, lifetime=None, account=None):
-        """A new sign-in's tokens, as the token endpoint answers them."""
+        """Issue the tokens of a new sign-in and return the token endpoint's response."""
         account = account or self.account
         claims = {"chatgpt_account_id": account, "chatgpt_plan_type": self.plan}
         if self.organization:
@@ -579,26 +594,26 @@ class Double(OfficialDialect):
         return answer
 
     def secrets(self):
-        """Everything that must show nowhere."""
+        """Return every code, token, key and verifier. None of them may appear in any output."""
         with self.guard:
             found = {*self.codes, *self.refresh_tokens, *self.api_keys}
             found |= {*self.access_tokens, *self.id_tokens}
             found |= {*self.plan_codes, *self.plan_tokens, *self.plan_access}
             for entry in self.requests:
                 code, verifier = (entry["fields"].get(k) for k in ("code", "code_verifier"))
-                # The fuzzer's neighbour may have cut a code to a few letters, which any text has.
+                # The fuzzer may have cut a code to a few letters, which could occur in any text.
                 found |= {verifier, code if code and len(code) > 7 else None}
         return {secret for secret in found if secret}
 
     def asked(self, endpoint):
-        """The fields of each request that `endpoint` was sent, in order."""
+        """Return the fields of each request to `endpoint`, in order."""
         with self.guard:
             return [e["fields"] for e in self.requests if e["endpoint"] == endpoint]
 
     def count(self, endpoint):
         return len(self.asked(endpoint))
 
-    # What it answers ----------------------------------------------------------------------
+    # Endpoints ----------------------------------------------------------------------------
 
     def serve(self, handler):
         path, _, query = handler.path.partition("?")
@@ -768,14 +783,14 @@ class Double(OfficialDialect):
 
 
 def answering(status, body=b"{}", **headers):
-    """A fault that answers so."""
+    """Return a fault that answers every request with this response."""
     return lambda handler, _: Double.reply(handler, status, body, **headers)
 
 
 class Proxy:
-    """A proxy for CONNECT (RFC 9110 §9.3.6) that leads every host to `port` of this machine.
+    """A CONNECT proxy (RFC 9110 §9.3.6) that connects every host to `port` on this machine.
 
-    `seen` holds the host and the Proxy-Authorization of each request.
+    `seen` records the host and the Proxy-Authorization header of each request.
     """
 
     def __init__(self, port):
@@ -808,9 +823,9 @@ class Proxy:
 
 
 def make_certificate(folder, host, issuer=None, issuer_key=None):
-    """The paths of a certificate for `host` that nobody trusts, and of its key.
+    """Create an untrusted certificate for `host` and return its path and the path of its key.
 
-    It is its own issuer, unless there are the paths of another one and of its key.
+    The certificate is self-signed unless the paths of an issuer and its key are given.
     """
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", f"/CN={host}"]
@@ -823,11 +838,11 @@ def make_certificate(folder, host, issuer=None, issuer_key=None):
 
 
 def visit(url, follow=True):
-    """What a browser does with `url`: a list of (url, status, headers, body) to the last page."""
+    """Visit `url` as a browser does and return (url, status, headers, body) of each page."""
     seen = []
     while url and len(seen) < 9:
         parts = urllib.parse.urlsplit(url)
-        # As browsers do (RFC 6761 §6.3), whatever /etc/hosts says.
+        # Browsers resolve localhost themselves and ignore /etc/hosts (RFC 6761 §6.3).
         host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
         connection = http.client.HTTPConnection(host, parts.port, timeout=LIMIT)
         target = parts.path + ("?" + parts.query if parts.query else "")
@@ -842,17 +857,17 @@ def visit(url, follow=True):
 
 
 def response_to(url):
-    """Where the authorization server sends the browser from `url`: an authorization response."""
+    """Return the authorization response for `url`: the URL that the browser is redirected to."""
     return visit(url, follow=False)[0][2]["location"]
 
 
 # ---------------------------------------------------------------------------------------------
-# What the tests share
+# Shared helpers
 # ---------------------------------------------------------------------------------------------
 
 
 class Running:
-    """The program at work: both its streams are read as they come, and no wait is endless."""
+    """A running process whose output is read as it comes. Every wait has a time limit."""
 
     def __init__(self, command, environ, **options):
         options.setdefault("stdin", subprocess.DEVNULL)
@@ -884,7 +899,7 @@ class Running:
             self.arrived.notify_all()
 
     def saying(self, pattern, seconds=15):
-        """Wait for a line on standard error; returns the match."""
+        """Wait until standard error matches `pattern`, and return the match."""
         deadline = time.monotonic() + seconds
         with self.arrived:
             while True:
@@ -897,16 +912,16 @@ class Running:
                 self.arrived.wait(left)
 
     def url(self):
-        """Wait for the URL of the authorization request."""
+        """Wait for the URL of the authorization request, and return it."""
         return self.saying(AUTHORIZATION_URL)[0]
 
     def type(self, line):
-        """Write a line, of bytes, to its standard input."""
+        """Write `line` (bytes) and a newline to standard input."""
         self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
 
     def end(self, seconds=LIMIT):
-        """Wait for the program to end; returns (exit code, standard output, standard error)."""
+        """Wait for the program to end, and return (exit code, standard output, standard error)."""
         try:
             self.wait(seconds)
         finally:
@@ -916,7 +931,8 @@ class Running:
     def wait(self, seconds=LIMIT):
         """Wait for the program to end."""
         deadline = time.monotonic() + seconds
-        for each in self.readers:  # the end of its streams is seen at once; wait() only polls
+        # Process.wait() polls, so wait for the end of the streams first, which is seen at once.
+        for each in self.readers:
             each.join(max(0, deadline - time.monotonic()))
         try:
             self.process.wait(max(0, deadline - time.monotonic()))
@@ -924,13 +940,14 @@ class Running:
             raise AssertionError(f"not ended within {seconds} s: {self.err!r}") from None
 
     def close(self):
-        """End the program, if it has not ended, and let go of its streams."""
+        """Kill the program if it is still running, and close its streams."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(LIMIT)
         for each, stream in zip(self.readers, (self.process.stdout, self.process.stderr)):
             each.join(5)
-            if not each.is_alive():  # else something else holds it, and closing would wait
+            # A live reader means that another process holds the stream. Closing would block then.
+            if not each.is_alive():
                 stream.close()
         if self.process.stdin:
             with contextlib.suppress(OSError):
@@ -938,7 +955,7 @@ class Running:
 
 
 class Saying(io.StringIO):
-    """A stream that hands an authorization URL to `browser`, in a thread, when one comes."""
+    """A stream that calls `browser`, in a thread, with each authorization URL written to it."""
 
     def __init__(self, browser=None):
         super().__init__()
@@ -952,13 +969,13 @@ class Saying(io.StringIO):
         return super().write(text)
 
     def wait(self):
-        """Wait until the browser has done with what it was handed."""
+        """Wait until the browser has visited every URL."""
         for each in self.visits:
             each.join(LIMIT)
 
 
 def environment(folder):
-    """A person's environment whose home is `folder`."""
+    """Return the environment variables of a person whose home directory is `folder`."""
     environ = {"HOME": str(folder), "USERPROFILE": str(folder), "PATH": PATH, "LANG": "C.UTF-8"}
     if "SYSTEMROOT" in os.environ:
         environ["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
@@ -966,7 +983,7 @@ def environment(folder):
 
 
 def has_terminals():
-    """Whether there are pseudo-terminals: not on Windows, nor where /dev/pts is not mounted."""
+    """Whether pseudo-terminals work. They don't on Windows or without a mounted /dev/pts."""
     try:
         for each in os.openpty():
             os.close(each)
@@ -985,30 +1002,31 @@ needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
 def works(*command):
-    """Whether `command` is there, allowed and successful."""
+    """Whether `command` is installed and succeeds."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": LIMIT}
     return bool(shutil.which(command[0])) and subprocess.run(command, **quiet).returncode == 0
 
 
 @functools.lru_cache(maxsize=None)
 def can_mount():
-    """Whether a process may have mounts of its own here."""
+    """Whether a process can have private mounts on this system."""
     return POSIX and works("unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt")
 
 
 @functools.lru_cache(maxsize=None)
 def can_inject():
-    """Whether strace may let system calls fail here."""
+    """Whether strace can make system calls fail on this system."""
     return POSIX and works("strace", "-f", "-e", "inject=rename:error=EIO", "true")
 
 
 class Case(unittest.TestCase):
-    """A double, a home and two ports for each test."""
+    """A test with its own double, home directory and two ports."""
 
     def setUp(self):
         faulthandler.dump_traceback_later(TEST_LIMIT, exit=True, file=sys.__stderr__)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
-        with free_ports(2) as self.ports:  # the double must not be given one of these
+        # The ports stay reserved while the double starts, so that it can't get one of them.
+        with free_ports(2) as self.ports:
             self.double = Double(self.ports)
         self.addCleanup(self.double.close)
         folder = tempfile.TemporaryDirectory()
@@ -1029,18 +1047,18 @@ class Case(unittest.TestCase):
         }
 
     def environ_with(self, changes):
-        """The test's environment with `changes` (None removes)."""
+        """Return the test's environment with `changes`. A value of None removes a variable."""
         changed = {**self.environ, **(changes or {})}
         return {name: value for name, value in changed.items() if value is not None}
 
     def another_double(self):
-        """One more, with which the program has nothing to do."""
+        """Return a second double, which the program isn't configured to use."""
         other = Double(self.ports)
         self.addCleanup(other.close)
         return other
 
     def take_ports(self):
-        """Listen on the ports for the callback, as another program would."""
+        """Listen on the callback ports, as another program would."""
         for port in self.ports:
             for address in ("127.0.0.1", "::1"):
                 try:
@@ -1048,19 +1066,20 @@ class Case(unittest.TestCase):
                 except OSError as error:
                     if error.errno == errno.EADDRINUSE or address == "127.0.0.1":
                         raise
-                    continue  # no IPv6 here
+                    # This system has no IPv6.
+                    continue
                 self.addCleanup(taken.close)
                 taken.listen()
 
     def start(self, *arguments, environ=None, **options):
-        """The program as a process, at work."""
+        """Start the program with `arguments` and return the running process."""
         command = [*START, *arguments]
         running = Running(command, self.environ_with(environ), **options)
         self.addCleanup(running.close)
         return running
 
     def run_command(self, command, environ=None, **options):
-        """(exit code, standard output, standard error) of a process."""
+        """Run `command` and return (exit code, standard output, standard error)."""
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
         options = {"stderr": subprocess.PIPE, "timeout": LIMIT, **options}
         done = subprocess.run(command, env=self.environ_with(environ), **options)
@@ -1068,18 +1087,24 @@ class Case(unittest.TestCase):
         return done.returncode, *said
 
     def run_program(self, *arguments, environ=None, **options):
-        """The same of the program."""
+        """Run the program and return (exit code, standard output, standard error)."""
         return self.run_command([*START, *arguments], environ, **options)
 
     def run_mounted(self, mounts, *arguments):
-        """The same of the program, where the shell code `mounts` has been run before."""
+        """Run the program after the shell code `mounts`, with private mounts.
+
+        Returns (exit code, standard output, standard error). Skips the test without mounts.
+        """
         if not can_mount():
             self.skipTest("no mounts here")
         start = [*START, *arguments]
         return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
 
     def run_injected(self, faults, *arguments):
-        """The same of the program, with faults of strace's, between spaces, in its system calls."""
+        """Run the program under strace, which injects `faults`, separated by spaces.
+
+        Returns (exit code, standard output, standard error). Skips the test without strace.
+        """
         if not can_inject():
             self.skipTest("no strace here that may inject faults")
         inject = [f"-einject={fault}" for fault in faults.split()]
@@ -1087,7 +1112,7 @@ class Case(unittest.TestCase):
         return self.run_command([*strace, *START, *arguments])
 
     def start_python(self, code, *arguments):
-        """A Python at work that runs `code`, which may import the program, with `arguments`."""
+        """Start Python with `code`, which can import the program. Return the running process."""
         code = f"import sys; sys.path.insert(0, {str(pathlib.Path(PROGRAM).parent)!r})\n{code}"
         command = [sys.executable, "-c", code, *arguments]
         running = Running(command, self.environ, stdin=subprocess.PIPE, start_new_session=True)
@@ -1095,13 +1120,14 @@ class Case(unittest.TestCase):
         return running
 
     def run_shell(self, code, environ=None, **options):
-        """The same of a line of shell code."""
+        """Run `code` with sh and return (exit code, standard output, standard error)."""
         return self.run_command(["sh", "-c", code], environ, **options)
 
     def call(self, *arguments, environ=None, browser=None):
-        """The same in this process, where only what is said and returned matters.
+        """Run the program in this process and return (exit code, standard output, standard error).
 
-        `browser` is called with the authorization URL as soon as it is shown.
+        This is faster than a process. `browser` is called with the authorization URL as soon as the
+        program prints it.
         """
         out, err = io.StringIO(), Saying(browser)
         with contextlib.ExitStack() as stack:
@@ -1117,7 +1143,7 @@ class Case(unittest.TestCase):
 
     @contextlib.contextmanager
     def holding_lock(self, path=None):
-        """What another process does that refreshes or signs in: it holds the lock (of `path`)."""
+        """Hold the lock of `path` (default: the token file), as a process that refreshes does."""
         with open(f"{path or self.token_file}.lock", "w") as held:
             if sys.platform == "win32":
                 import msvcrt
@@ -1131,12 +1157,13 @@ class Case(unittest.TestCase):
 
     @contextlib.contextmanager
     def holding_file(self):
-        """What a program on Windows does that has the token file open and lets nobody write."""
+        """Hold the token file open without write sharing, as some programs on Windows do."""
         import ctypes
 
         kernel = ctypes.WinDLL("kernel32")
         kernel.CreateFileW.restype = ctypes.c_void_p
-        read, share_read, existing = 0x80000000, 1, 3  # GENERIC_READ and so on
+        # GENERIC_READ, FILE_SHARE_READ and OPEN_EXISTING.
+        read, share_read, existing = 0x80000000, 1, 3
         held = kernel.CreateFileW(str(self.token_file), read, share_read, None, existing, 0, None)
         self.assertNotEqual(held, ctypes.c_void_p(-1).value)
         try:
@@ -1146,7 +1173,7 @@ class Case(unittest.TestCase):
 
     @contextlib.contextmanager
     def somebody_else(self):
-        """Whoever runs the tests, but not root, whom permissions do not stop."""
+        """Switch to another user if this is root, because permissions don't stop root."""
         before = os.geteuid(), os.getegid()
         if before[0] == 0:
             os.setegid(65534)
@@ -1159,7 +1186,7 @@ class Case(unittest.TestCase):
 
     @contextlib.contextmanager
     def somebody_else_at_home(self):
-        """The same, with the files of the test their own."""
+        """Switch to another user who owns the test's files, if this is root."""
         if os.geteuid() == 0:
             for path in (self.folder, *self.folder.rglob("*")):
                 os.chown(path, 65534, 65534)
@@ -1167,11 +1194,11 @@ class Case(unittest.TestCase):
             yield
 
     def fault(self, endpoint, status, body=b"{}", **headers):
-        """Let the double answer so at `endpoint` from now on."""
+        """Answer every request to `endpoint` with this response from now on."""
         self.double.faults[endpoint] = answering(status, body, **headers)
 
     def fault_once(self, endpoint, status, body=b"{}", **headers):
-        """Let the double answer the first request for `endpoint` so."""
+        """Answer the next request to `endpoint` with this response."""
 
         def once(handler, _):
             del self.double.faults[endpoint]
@@ -1180,14 +1207,17 @@ class Case(unittest.TestCase):
         self.double.faults[endpoint] = once
 
     def sign_in(self, *arguments):
-        """A whole sign-in, the test playing the browser; returns its standard error."""
+        """Sign in, visiting the URL as the browser would, and return standard error."""
         return self.assert_done(self.call("auth", "--no-browser", *arguments, browser=visit))
 
     def stored(self):
         return json.loads(self.token_file.read_text())
 
     def store(self, fields=None, mode=0o600, **changes):
-        """Write a token file: a sign-in at the double, with `changes` (None removes)."""
+        """Write a token file with tokens of the double and return its fields.
+
+        `changes` override fields, and None removes one. `lifetime` is in seconds.
+        """
         if fields is None:
             lifetime = changes.pop("lifetime", None)
             fields = self.double.tokens(lifetime)
@@ -1206,31 +1236,34 @@ class Case(unittest.TestCase):
                 self.assertNotIn(secret, text)
 
     def assert_nothing_lost(self):
-        """The stored refresh token is one that the server still takes."""
+        """Check that the server still accepts the stored refresh token."""
         token = self.stored()["refresh_token"]
         self.assertNotIn(self.double.refresh_tokens.get(token), (None, "used"))
 
     def assert_fresh(self, result):
-        """`token` printed the stored access token, and nothing is lost; returns what it said."""
+        """Check that `token` printed the stored access token, and return standard error.
+
+        The stored refresh token must still be valid.
+        """
         code, out, err = result
         self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
         self.assert_nothing_lost()
         return err
 
     def assert_quiet(self, result):
-        """The command printed its result and said nothing beside it; returns the result."""
+        """Check that the command succeeded without messages, and return standard output."""
         code, out, err = result
         self.assertEqual((code, err), (0, ""))
         return out
 
     def assert_done(self, result):
-        """The command succeeded and has no result; returns what it said."""
+        """Check that the command succeeded without a result, and return standard error."""
         code, out, err = result
         self.assertEqual((code, out), (0, ""), err)
         return err
 
     def assert_fails(self, result, exit_code, *words):
-        """The command failed as the contract has it: two lines at most, nothing on stdout."""
+        """Check that the command failed with an error that has all `words`. Return stderr."""
         code, out, err = result
         self.assertEqual(code, exit_code, err)
         self.assertEqual(out, "")
@@ -1242,7 +1275,7 @@ class Case(unittest.TestCase):
 
 
 def run_case(case, method, *arguments):
-    """Run `method` of a test case outside the suite, with its set-up and clean-up."""
+    """Run one method of a test case outside the suite, including set-up and clean-up."""
     test = case()
     test.setUp()
     try:
@@ -1252,7 +1285,7 @@ def run_case(case, method, *arguments):
 
 
 # ---------------------------------------------------------------------------------------------
-# The whole story
+# A complete run
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1481,13 +1514,15 @@ class ErrorsTest(Case):
         shown = {}
 
         def look(handler, _):
-            for each in gc.get_objects():  # all that a traceback's locals could show
+            # A traceback with local variables could print any of these objects.
+            for each in gc.get_objects():
                 if type(each).__module__ == oauth.__name__:
                     shown[type(each).__name__] = repr(each)
 
         self.double.faults["refresh"] = look
         self.assert_quiet(self.call("token"))
-        self.assertGreaterEqual(len(shown), 4, shown)  # settings, store, session, tokens
+        # At least the settings, the store, the session and the tokens must be among them.
+        self.assertGreaterEqual(len(shown), 4, shown)
         for secret in (fields["access_token"], fields["refresh_token"], "sk-1"):
             self.assertNotIn(secret, "".join(shown.values()))
 
@@ -1520,7 +1555,7 @@ class ErrorsTest(Case):
 
 
 def raw(*parts, pause=0.0):
-    """A fault that sends bytes as they are and hangs up, with `pause` seconds after each part."""
+    """Return a fault that sends each part, pauses for `pause` seconds, and finally hangs up."""
 
     def fault(handler, _):
         handler.close_connection = True
@@ -1535,7 +1570,7 @@ def raw(*parts, pause=0.0):
 
 
 def echo(handler, fields):
-    """An error that says all that was sent, as one that lies would."""
+    """Answer with an error that repeats everything that was sent, including the tokens."""
     said = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
     body = json.dumps({"error": {"code": said, "message": "\x1b[31m\u202e" + said}}).encode()
     return Double.reply(handler, 401, body)
@@ -1604,7 +1639,7 @@ class WireTest(Case):
                 self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
     def tell(self, endpoint):
-        """What the command that asks `endpoint`, which misbehaves, comes to and says."""
+        """Run the command that uses `endpoint`, and return its exit code and all of its output."""
         if self.token_file.exists():
             self.token_file.unlink()
         if "auth" not in ENDPOINTS[endpoint].command:
@@ -1620,10 +1655,11 @@ class WireTest(Case):
         self.assertFalse(os.path.exists(f"{self.token_file}.tmp"))
         if code:
             self.assertEqual(out, "")
-        return code, out + err  # `status` answers on stdout whatever comes
+        # `status` reports problems on standard output.
+        return code, out + err
 
     def check(self, answer):
-        """Let one endpoint after the other give `answer`; returns each command's seconds."""
+        """Give `answer` at each endpoint in turn, and return how many seconds each command took."""
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.2"
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         seconds = []
@@ -1634,7 +1670,8 @@ class WireTest(Case):
             seconds.append(time.monotonic() - began)
             case = (answer, endpoint, code, err)
             self.assertTrue(all(line.isprintable() for line in err.split("\n")), case)
-            if answer not in ("lists of wrong types", "no content"):  # success somewhere
+            # These two answers are valid at some endpoints.
+            if answer not in ("lists of wrong types", "no content"):
                 self.assertEqual(code in (1, 4, 5), ENDPOINTS[endpoint].fatal, case)
             for secret in self.double.secrets():
                 self.assertNotIn(secret, err, case)
@@ -1653,7 +1690,10 @@ class WireTest(Case):
         self.assert_fails(self.call("models"), 5, "proxy", "region")
 
     def network(self):
-        """A proxy, and behind it the issuer with a certificate of the network's own."""
+        """Set up a proxy and, behind it, an issuer with an untrusted certificate.
+
+        Returns the proxy and the path of the certificate.
+        """
         certificate, key = make_certificate(self.folder, "issuer.example.com")
         self.double.use_tls(certificate, key)
         proxy = Proxy(self.double.server.server_port)
@@ -1717,7 +1757,7 @@ class WireTest(Case):
         self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
 
     def advice(self):
-        """What helps against an untrusted certificate depends on whether there are others here."""
+        """Return the hint to expect: it depends on whether this system has CA certificates."""
         paths = ssl.get_default_verify_paths()
         there = [paths.openssl_cafile, *pathlib.Path(paths.openssl_capath).glob("*")]
         found = not POSIX or any(map(os.path.exists, there))
@@ -1727,7 +1767,8 @@ class WireTest(Case):
     def test_an_untrusted_certificate_names_the_variable_to_set(self):
         self.network()
         before = self.stored()
-        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "10"}  # nothing is tried again
+        # The program must not retry, so it must end long before these 10 seconds are over.
+        environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "10"}
         began = time.monotonic()
         self.assert_fails(self.run_program("token", environ=environ), 5, self.advice())
         self.assertLess(time.monotonic() - began, 5)
@@ -1745,7 +1786,8 @@ class WireTest(Case):
                 environ = {"SSL_CERT_FILE": certificate, variable: path}
                 self.assert_fails(self.call("token", environ=environ), 5, variable, path)
         environ = {"SSL_CERT_FILE": certificate, "SSLKEYLOGFILE": str(self.folder / "none/keys")}
-        if hasattr(ssl.SSLContext, "keylog_filename"):  # PyPy has none
+        # PyPy doesn't support SSLKEYLOGFILE.
+        if hasattr(ssl.SSLContext, "keylog_filename"):
             for command in (["token"], ["auth", "--device"]):
                 self.assert_fails(self.run_program(*command, environ=environ), 5, "SSLKEYLOGFILE")
         self.assertEqual(self.double.requests, [])
@@ -1789,7 +1831,7 @@ chatgpt_oauth.run_program()
         self.assert_nothing_lost()
 
     def raised(self, call, *prelude):
-        """The class, and the text, of what the module raises in `call`."""
+        """Run `call` in a new Python and return the class and text of the exception it raises."""
         code = (
             "\n".join(prelude)
             + f"""
@@ -1870,9 +1912,11 @@ threading.Thread.start = limited
         self.assertEqual(out, self.stored()["access_token"] + "\n")
         basic = "Basic " + base64.b64encode(b"user:word").decode()
         self.assertEqual(proxy.seen, [("issuer.example.com:443", basic)])
-        refusing = {}  # nobody trusts it
+        # Without SSL_CERT_FILE, the certificate isn't trusted.
+        refusing = {}
         result = self.run_program("token", "--refresh", environ=refusing)
-        server = "a trusted TLS connection to issuer.example.com (self"  # and no proxy's name
+        # The message must name the server, not the proxy.
+        server = "a trusted TLS connection to issuer.example.com (self"
         self.assert_fails(result, 5, server, self.advice())
         self.assertEqual(self.double.count("refresh"), 1)
         self.assert_quiet(self.run_program("token", "--refresh", environ=trusting))
@@ -1880,7 +1924,8 @@ threading.Thread.start = limited
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_a_tls_alert_after_the_handshake_is_told_as_one(self):
         certificate = self.network()[1]
-        alert = b"\x15\x03\x03\x00\x02\x02\x50"  # RFC 8446 §6: fatal, internal_error
+        # A fatal internal_error alert (RFC 8446 §6).
+        alert = b"\x15\x03\x03\x00\x02\x02\x50"
 
         def fault(handler, _):
             handler.close_connection = True
@@ -1902,7 +1947,8 @@ threading.Thread.start = limited
             self.assert_quiet(self.run_program("token", environ=environ))
             self.store(lifetime=-10, issuer="https://issuer.example.com")
             environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
-            for exempt in ("", "localhost,127.0.0.1"):  # the second one is the proxy's own host
+            # In the second case, the proxy's own host is exempt from the proxy.
+            for exempt in ("", "localhost,127.0.0.1"):
                 environ["NO_PROXY"] = exempt
                 result = self.run_program("token", environ=environ)
                 err = self.assert_fails(
@@ -2076,7 +2122,7 @@ class StoreTest(Case):
             self.assert_fails(self.call("token"), 6, "Permission denied")
 
     def lure_root(self):
-        """A home of another user's, and a file of root's that root could be led to."""
+        """Make the home directory another user's, and return a file of root's to lure root to."""
         self.store(lifetime=-10)
         for path in (self.folder, self.home, self.token_file):
             os.chown(path, 65534, 65534)
@@ -2092,7 +2138,7 @@ class StoreTest(Case):
         self.assertEqual(self.double.requests, [])
 
     def link(self, path, target):
-        """Let another user make `path` a link."""
+        """Make `path` a symbolic link that belongs to another user."""
         path.symlink_to(target)
         os.lchown(path, 65534, 65534)
 
