@@ -2143,7 +2143,7 @@ class StoreTest(Case):
         os.lchown(path, 65534, 65534)
 
     @needs_root
-    def test_root_gives_no_file_away_through_a_lock_that_is_a_link(self):
+    def test_root_does_not_follow_a_linked_lock_file(self):
         target = self.lure_root()
         self.link(self.home / "chatgpt_oauth.json.lock", target)
         for command in (["token"], ["auth", "--device"], ["logout", "--local"]):
@@ -2151,7 +2151,7 @@ class StoreTest(Case):
             self.assert_untouched(target)
 
     @needs_root
-    def test_root_touches_nothing_through_another_users_link(self):
+    def test_root_does_not_follow_another_users_link(self):
         commands = (["token"], ["env"], ["logout", "--local"], ["auth", "--device"])
         for content in ('{"access_token": "roots"}', "no JSON"):
             target = self.lure_root()
@@ -2167,7 +2167,7 @@ class StoreTest(Case):
             self.token_file.unlink()
 
     @needs_root
-    def test_root_follows_no_users_link_to_another_home(self):
+    def test_root_does_not_follow_a_users_link_to_another_home(self):
         target = self.lure_root()
         other = self.folder / "roots"
         other.mkdir(mode=0o700)
@@ -2185,13 +2185,13 @@ class StoreTest(Case):
     def test_a_home_that_root_creates_belongs_to_the_user(self):
         os.chown(self.folder, 65534, 65534)
         self.double.device_polls = 0
-        deeper = {"XDG_DATA_HOME": str(self.folder / "a" / "b")}
-        self.assert_done(self.call("auth", "--device", environ=deeper))
+        environ = {"XDG_DATA_HOME": str(self.folder / "a" / "b")}
+        self.assert_done(self.call("auth", "--device", environ=environ))
         self.assertTrue((self.folder / "a/b/code_puppy/chatgpt_oauth.json").exists())
         self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {65534})
 
     @needs_modes
-    def test_a_link_that_leads_nowhere_creates_nothing_there(self):
+    def test_a_dangling_link_creates_no_file(self):
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir()
         for name in ("chatgpt_oauth.json.lock", "chatgpt_oauth.json"):
@@ -2204,7 +2204,7 @@ class StoreTest(Case):
                 self.assertEqual(os.listdir(elsewhere), [])
         self.assertEqual(self.double.requests, [])
 
-    def test_a_home_that_cannot_be_used(self):
+    def test_a_home_that_is_a_file_or_missing(self):
         blocked = self.folder / "file"
         blocked.write_text("")
         environ = {"CHATGPT_OAUTH_HOME": str(blocked)}
@@ -2219,7 +2219,7 @@ class StoreTest(Case):
         self.assertFalse((self.folder / "none").exists())
 
     @needs_modes
-    def test_a_home_that_nobody_may_look_into_shows_no_sign_in(self):
+    def test_an_unreadable_home_shows_no_sign_in(self):
         self.store()
         with self.somebody_else_at_home():
             self.home.chmod(0o000)
@@ -2230,7 +2230,7 @@ class StoreTest(Case):
         self.assertNotIn("Official", out)
 
     @unittest.skipUnless(POSIX, "Windows has no list of accounts and their homes")
-    def test_without_home_in_the_environment_the_accounts_own_counts(self):
+    def test_without_HOME_the_password_database_is_used(self):
         import pwd
 
         account = types.SimpleNamespace(pw_dir=str(self.folder))
@@ -2238,16 +2238,16 @@ class StoreTest(Case):
             code, out, err = self.call("status", "--json", environ={"HOME": None})
         self.assertEqual(json.loads(out)["token_file"], str(self.token_file))
 
-    def test_a_home_that_cannot_be_written_is_told_before_the_browser(self):
+    def test_an_unwritable_home_is_reported_before_the_browser_opens(self):
         (self.folder / "file").write_text("")
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "file")}
-        for way in ("--no-browser", "--device"):
-            result = self.run_program("auth", way, environ=environ)
+        for option in ("--no-browser", "--device"):
+            result = self.run_program("auth", option, environ=environ)
             err = self.assert_fails(result, 6, "cannot lock", "CHATGPT_OAUTH_HOME")
             self.assertNotIn("http", err)
         self.assertEqual(self.double.requests, [])
 
-    def test_what_is_nested_too_deep_to_be_kept_is_told(self):
+    def test_deeply_nested_json_does_not_crash(self):
         self.store(lifetime=-10)
         text = json.dumps(self.stored())[:-1] + ', "theirs": ' + "[" * 1200 + "]" * 1200 + "}"
         self.token_file.write_text(text)
@@ -2255,7 +2255,7 @@ class StoreTest(Case):
         self.assertIn(code, (0, 6), err)
         self.assertEqual(self.double.count("refresh"), int(code == 0))
 
-    def test_a_file_that_is_a_mount_is_written_in_place(self):
+    def test_a_mounted_token_file_is_written_in_place(self):
         before = self.store(lifetime=-10)
         busy = OSError(errno.EBUSY, "Device or resource busy")
         with mock.patch.object(os, "replace", side_effect=busy):
@@ -2269,10 +2269,10 @@ class StoreTest(Case):
         # A killed process may lose a token that it has spent. The file must stay valid anyway.
         # That is why the double accepts every refresh token here.
         self.double._refresh = lambda fields, headers: (200, self.double.tokens())
-        chance = random.Random(7)
+        rng = random.Random(7)
         for _ in range(kills):
             running = self.start("token", "--refresh")
-            time.sleep(chance.uniform(0.03, 0.16))
+            time.sleep(rng.uniform(0.03, 0.16))
             running.process.kill()
             running.end()
             self.assertTrue(self.stored()["access_token"])
@@ -2281,7 +2281,7 @@ class StoreTest(Case):
             sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
         )
 
-    def test_a_killed_refresh_leaves_a_whole_file_and_no_lock(self):
+    def test_a_killed_refresh_leaves_a_valid_file_and_no_lock(self):
         self.kill_at_random(10)
 
     def kill_at(self, call, rounds):
@@ -2295,49 +2295,49 @@ class StoreTest(Case):
                 sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
             )
 
-    def test_killed_at_any_step_of_a_refresh_nobody_is_signed_out(self):
+    def test_a_refresh_killed_at_any_step_keeps_the_sign_in(self):
         for call in ("/^rename", "fsync:when=2", "fsync:when=3", "ftruncate:when=2", "sendto"):
             with self.subTest(call):
                 self.kill_at(call, 1)
 
-    def leave(self, content):
+    def leave_temporary_file(self, content):
         """Write the temporary file that a process leaves if it is killed before the rename."""
         leftover = self.home / "chatgpt_oauth.json.tmp"
         leftover.write_text(content if isinstance(content, str) else json.dumps(content))
         leftover.chmod(0o600)
         return leftover
 
-    def test_what_a_killed_process_had_received_counts(self):
+    def test_the_response_of_a_killed_process_is_used(self):
         for rest in ("", " " * 99):
             old = self.store(lifetime=-10)
             self.double.refresh_tokens[old["refresh_token"]] = "used"
             new = {**old, **self.double.tokens()}
-            leftover = self.leave(json.dumps(new) + rest)
+            leftover = self.leave_temporary_file(json.dumps(new) + rest)
             self.assertEqual(self.assert_fresh(self.run_program("token")), "")
             self.assertEqual(self.stored(), new)
             self.assertFalse(leftover.exists())
         # A process that is killed while it writes in place leaves half a token file.
         self.token_file.write_text(json.dumps(new)[:50])
-        self.leave(new)
+        self.leave_temporary_file(new)
         self.assert_done(self.run_program("logout"))
         self.assertNotIn(new["refresh_token"], self.double.refresh_tokens)
         # A first sign-in that is killed leaves a temporary file and no token file.
-        self.leave({**old, **self.double.tokens()})
+        self.leave_temporary_file({**old, **self.double.tokens()})
         self.assert_done(self.run_program("logout"))
         self.assertFalse(leftover.exists() or self.token_file.exists())
 
-    def test_what_a_killed_process_had_not_finished_is_removed(self):
+    def test_an_unfinished_temporary_file_is_removed(self):
         old = self.store(lifetime=-10)
         planted = json.dumps({**old, "refresh_token": "rt_planted"})
         for content in ("", "{", " " * 99, planted + "\0" * 99, "[]", '{"access_token": "a b"}'):
             with self.subTest(content):
                 self.store(lifetime=-10)
-                leftover = self.leave(content)
+                leftover = self.leave_temporary_file(content)
                 self.assertEqual(self.assert_fresh(self.call("token")), "")
                 self.assertFalse(leftover.exists())
 
     @needs_modes
-    def test_what_is_older_or_not_ours_is_not_taken_for_an_answer(self):
+    def test_an_old_or_foreign_temporary_file_is_not_used(self):
         elsewhere = self.folder / "elsewhere"
 
         def older(leftover):
@@ -2360,7 +2360,7 @@ class StoreTest(Case):
         for change in [older, link, hard_link, readable, *root]:
             with self.subTest(change.__name__):
                 old = self.store(lifetime=-10)
-                leftover = self.leave({**old, "refresh_token": "rt_planted"})
+                leftover = self.leave_temporary_file({**old, "refresh_token": "rt_planted"})
                 change(leftover)
                 self.assertEqual(self.assert_fresh(self.call("token")), "")
                 self.assertFalse(os.path.lexists(leftover))
@@ -2369,7 +2369,7 @@ class StoreTest(Case):
                     elsewhere.unlink()
 
     @unittest.skipUnless(POSIX, "Windows limits no file's size")
-    def test_a_full_disk_shows_before_the_token_is_spent(self):
+    def test_a_full_disk_is_reported_before_the_token_is_spent(self):
         import resource
 
         before = self.store(lifetime=-10)
@@ -2383,7 +2383,7 @@ class StoreTest(Case):
         self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
 
     @needs_modes
-    def test_a_read_only_folder_is_told_before_the_token_is_spent(self):
+    def test_a_read_only_directory_is_reported_before_the_token_is_spent(self):
         self.store(lifetime=-10)
         self.home.chmod(0o500)
         self.addCleanup(self.home.chmod, 0o700)
@@ -2397,20 +2397,20 @@ class StoreTest(Case):
             self.skipTest(f"no chattr +{attribute} here")
         self.addCleanup(works, "chattr", "-" + attribute, str(path))
 
-    def test_a_read_only_mount_of_the_file_is_told_before_the_token_is_spent(self):
+    def test_a_read_only_mount_is_reported_before_the_token_is_spent(self):
         self.store(lifetime=-10)
         path = shlex.quote(str(self.token_file))
         mounts = f"mount --bind {path} {path}; mount -o remount,bind,ro {path}"
         self.assert_fails(self.run_mounted(mounts, "token"), 6, str(self.token_file))
         self.assertEqual(self.double.requests, [])
 
-    def test_an_immutable_file_is_told_before_the_token_is_spent(self):
+    def test_an_immutable_file_is_reported_before_the_token_is_spent(self):
         self.store(lifetime=-10)
         self.change_attribute(self.token_file, "i")
         self.assert_fails(self.run_program("token"), 6, str(self.token_file))
         self.assertEqual(self.double.requests, [])
 
-    def test_a_folder_that_lets_nothing_be_renamed_holds_the_answer_all_the_same(self):
+    def test_an_append_only_directory_keeps_the_response(self):
         self.store(lifetime=-10)
         self.change_attribute(self.home, "a")
         # The second run finds the temporary file that the first one could not rename.
@@ -2418,12 +2418,12 @@ class StoreTest(Case):
             self.assert_fresh(self.run_program("token", "--refresh"))
             self.assertEqual(self.double.count("refresh"), number)
 
-    def test_a_rename_that_is_refused_does_not_lose_the_answer(self):
+    def test_a_refused_rename_does_not_lose_the_response(self):
         for error in ("EACCES", "EIO"):
             self.store(lifetime=-10)
             self.assert_fresh(self.run_injected(f"/^rename:error={error}", "token"))
 
-    def test_an_answer_that_has_no_place_at_all_is_stored_by_the_next(self):
+    def test_an_unsaved_response_is_stored_by_the_next_process(self):
         self.store(lifetime=-10)
         # The third write is the one in place, and it fails. The fourth puts the old content back,
         # 50 ms after the response was written to the temporary file.
@@ -2432,7 +2432,7 @@ class StoreTest(Case):
         self.assert_fresh(self.run_program("token"))
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_what_a_killed_process_had_received_outlasts_a_full_disk(self):
+    def test_the_response_of_a_killed_process_outlasts_a_full_disk(self):
         self.store(lifetime=-10)
         self.run_injected("/^rename:signal=SIGKILL:error=EIO", "token")
         # On a copy-on-write file system, even overwriting a file with its own bytes needs space.
@@ -2440,7 +2440,7 @@ class StoreTest(Case):
         self.assert_fresh(self.run_program("token"))
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_a_disk_that_fails_to_sync_loses_nothing(self):
+    def test_a_failed_fsync_loses_nothing(self):
         for when, spent in (("1", 0), ("2", 1), ("2+", 1), ("3", 1)):
             with self.subTest(when):
                 self.double.requests.clear()
@@ -2453,7 +2453,7 @@ class StoreTest(Case):
                     self.assert_fails(result, 6, "Input/output error")
 
     @needs_modes
-    def test_a_file_that_may_only_be_read_is_replaced(self):
+    def test_a_read_only_token_file_is_replaced(self):
         self.store(lifetime=-10, mode=0o400)
         with self.somebody_else_at_home():
             self.assert_fresh(self.call("token"))
@@ -2478,27 +2478,27 @@ class StoreTest(Case):
             "code=0; wait $one || code=$?; echo $code\n"
             "code=0; wait $two || code=$?; echo $code\n"
         )
-        said = self.folder / "said"
+        output = self.folder / "said"
         self.double.delay = 0.4
         for first, second in [(self.home, other), (other, self.home)] * rounds:
             self.store(lifetime=-10)
             self.double.requests.clear()
-            arguments = [self.home, other, first, second, sys.executable, PROGRAM, said]
+            arguments = [self.home, other, first, second, sys.executable, PROGRAM, output]
             command = ["unshare", "-m", "sh", "-ec", script, "sh", *map(str, arguments)]
             codes = self.run_command(command)[1].split()
-            told = [pathlib.Path(f"{said}.{number}").read_text() for number in (1, 2)]
-            self.assertEqual(self.double.count("refresh"), 1, told)
+            messages = [pathlib.Path(f"{output}.{number}").read_text() for number in (1, 2)]
+            self.assertEqual(self.double.count("refresh"), 1, messages)
             self.assert_nothing_lost()
-            self.assertEqual(codes[0], "0", told)
+            self.assertEqual(codes[0], "0", messages)
             # The mount may still show the file that the other home has replaced.
             if codes[1] != "0":
-                self.assertEqual(codes[1], "6", told)
-                self.assertIn("mount the directory", told[1])
+                self.assertEqual(codes[1], "6", messages)
+                self.assertIn("mount the directory", messages[1])
 
-    def test_one_mounted_file_in_two_homes_is_refreshed_once(self):
+    def test_a_file_mounted_in_two_homes_is_refreshed_once(self):
         self.refresh_in_two_homes(1)
 
-    def test_a_mount_of_a_file_that_was_replaced_is_not_refreshed(self):
+    def test_a_mount_of_a_replaced_file_is_not_refreshed(self):
         self.store(lifetime=-10)
         other = self.another_home()
         path, place = (shlex.quote(f"{home}/chatgpt_oauth.json") for home in (self.home, other))
@@ -2508,7 +2508,7 @@ class StoreTest(Case):
         self.assertEqual(self.double.requests, [])
 
     @needs_modes
-    def test_a_lock_file_that_was_removed_does_not_let_two_refresh_at_once(self):
+    def test_a_removed_lock_file_does_not_allow_two_refreshes(self):
         self.store(lifetime=-10)
         self.double.delay = 0.4
         first = self.start("token")
@@ -2519,7 +2519,7 @@ class StoreTest(Case):
         self.assertEqual(self.double.count("refresh"), 1)
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
-    def test_a_child_that_was_forked_meanwhile_keeps_no_lock(self):
+    def test_a_forked_child_does_not_keep_the_lock(self):
         self.store(lifetime=-10)
         self.double.delay = 0.2
         code = """
@@ -2549,7 +2549,7 @@ os._exit(0)
         )
 
     @needs_windows
-    def test_a_file_that_another_program_has_open_is_written_all_the_same(self):
+    def test_a_file_that_another_program_has_open_is_written(self):
         self.seconds["SHARING_SECONDS"] = 0.3
         self.store(lifetime=-10)
         with self.token_file.open():
@@ -2557,7 +2557,7 @@ os._exit(0)
             self.assert_fresh(self.call("token", "--refresh"))
 
     @needs_windows
-    def test_a_file_that_may_not_be_written_is_told_before_the_token_is_spent(self):
+    def test_an_unwritable_file_is_reported_before_the_token_is_spent(self):
         self.seconds["SHARING_SECONDS"] = 0.3
         self.store(lifetime=-10)
         with self.holding_file():
@@ -2565,7 +2565,7 @@ os._exit(0)
         self.assertEqual(self.double.requests, [])
 
     @needs_windows
-    def test_an_answer_that_cannot_be_put_into_place_is_stored_by_the_next(self):
+    def test_a_response_that_cannot_be_renamed_is_stored_by_the_next_process(self):
         self.seconds["SHARING_SECONDS"] = 0.3
         self.store(lifetime=-10)
         with contextlib.ExitStack() as held:
@@ -2575,7 +2575,7 @@ os._exit(0)
         self.assertEqual(self.double.count("refresh"), 1)
 
     @needs_windows
-    def test_signing_out_waits_for_a_program_that_has_the_file_open(self):
+    def test_logout_waits_for_a_program_that_has_the_file_open(self):
         self.store()
         held = self.token_file.open()
         timer = threading.Timer(0.5, held.close)
@@ -2585,7 +2585,7 @@ os._exit(0)
         self.assertFalse(self.token_file.exists())
 
     @needs_windows
-    def test_a_file_that_is_being_replaced_can_be_read(self):
+    def test_a_file_can_be_read_while_it_is_replaced(self):
         fields = self.store()
         whole, successor = self.token_file.read_bytes(), self.folder / "successor"
         self.seconds["REREAD_SECONDS"] = 5
@@ -2604,7 +2604,7 @@ os._exit(0)
         stop.set()
         replacing.join(LIMIT)
 
-    def test_a_lock_that_is_never_free_is_exit_5(self):
+    def test_a_lock_that_is_never_released_is_exit_5(self):
         self.store(lifetime=-10)
         with self.holding_lock():
             environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.3"}
@@ -2619,13 +2619,13 @@ os._exit(0)
 
 
 class SessionTest(Case):
-    def test_a_token_with_time_left_is_printed_as_it_is(self):
+    def test_a_fresh_token_is_printed_without_a_refresh(self):
         stored = self.store(lifetime=1000)
         self.assertEqual(self.run_program("token"), (0, stored["access_token"] + "\n", ""))
         self.assertEqual(self.double.requests, [])
         self.assertEqual(os.listdir(self.home), ["chatgpt_oauth.json"])
 
-    def test_a_token_with_little_time_left_is_refreshed(self):
+    def test_a_token_that_expires_soon_is_refreshed(self):
         before = self.store(lifetime=200, api_key="sk-mine", theirs={"kept": [1]})
         code, out, err = self.run_program("token")
         after = self.stored()
@@ -2650,8 +2650,8 @@ class SessionTest(Case):
         self.assertEqual(self.assert_fresh(self.call("token")), "")
         self.assertEqual(self.double.count("refresh"), 2)
 
-    def test_a_clock_that_is_years_off_is_no_traceback(self):
-        odd = {"access_token": "opaque", "expires_at": "0001-01-01T00:00:00+14:00"}
+    def test_a_wrong_clock_does_not_crash(self):
+        opaque = {"access_token": "opaque", "expires_at": "0001-01-01T00:00:00+14:00"}
         code = """
 import time, chatgpt_oauth as oauth
 time.time = lambda: float(sys.argv[1])
@@ -2659,7 +2659,7 @@ for command in ("status", "token"):
     oauth.main([command])
 """
         for now in ("0", "1e13", "1e19"):
-            for dates in ({}, odd):
+            for dates in ({}, opaque):
                 with self.subTest(now=now, dates=dates):
                     self.store(**dates)
                     err = self.start_python(code, now).end()[2]
@@ -2667,7 +2667,7 @@ for command in ("status", "token"):
                     self.assertNotIn("internal error", err)
                     self.assert_nothing_lost()
 
-    def test_a_stopped_process_does_not_hold_up_a_token_that_is_still_good(self):
+    def test_a_held_lock_does_not_delay_a_valid_token(self):
         stored = self.store(lifetime=200)
         self.seconds["BRIEF_LOCK_TIMEOUT"] = 0.3
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "20"}
@@ -2678,13 +2678,13 @@ for command in ("status", "token"):
             self.assertIn("still valid", err)
             self.assertLess(time.monotonic() - began, 5)
 
-    def test_refresh_in_any_case(self):
+    def test_the_option_refresh_always_refreshes(self):
         before = self.store(lifetime=99999)
         out = self.assert_quiet(self.run_program("token", "--refresh"))
         self.assertNotEqual(out.strip(), before["access_token"])
         self.assertEqual(out.strip(), self.stored()["access_token"])
 
-    def test_an_opaque_token_goes_by_the_files_dates(self):
+    def test_an_opaque_token_expires_by_the_dates_in_the_file(self):
         now = time.time()
         for dates, due in (
             ({"expires_at": timestamp(now + 1000)}, False),
@@ -2704,28 +2704,28 @@ for command in ("status", "token"):
                 self.assert_quiet(self.call("token"))
                 self.assertEqual(self.double.count("refresh"), int(due))
 
-    def test_what_the_answer_omits_stays_as_it_was(self):
+    def test_omitted_tokens_keep_their_old_value(self):
         before = self.store(lifetime=0)
         access = self.double.tokens()["access_token"]
-        answer = json.dumps({"access_token": access}).encode()
-        self.fault("refresh", 200, answer)
+        response = json.dumps({"access_token": access}).encode()
+        self.fault("refresh", 200, response)
         self.assertEqual(self.call("token")[1], access + "\n")
         after = self.stored()
         for name in ("refresh_token", "id_token", "account_id"):
             self.assertEqual(after[name], before[name])
         self.assertNotIn("expires_at", after)
 
-    def test_an_odd_optional_member_does_not_throw_good_tokens_away(self):
+    def test_an_invalid_optional_token_does_not_discard_the_response(self):
         for name in ("id_token", "refresh_token"):
-            for odd in ("", "a b", 5, [], {}, False):
-                with self.subTest(name, odd=odd):
+            for invalid in ("", "a b", 5, [], {}, False):
+                with self.subTest(name, invalid=invalid):
                     before = self.store(lifetime=-10)
-                    answer = {**self.double.tokens(), name: odd}
-                    self.fault("refresh", 200, json.dumps(answer).encode())
+                    response = {**self.double.tokens(), name: invalid}
+                    self.fault("refresh", 200, json.dumps(response).encode())
                     code, out, err = self.call("token")
-                    self.assertEqual((code, out), (0, answer["access_token"] + "\n"), err)
-                    self.assertEqual(f"warning: ignored the {name}" in err, odd != "", err)
-                    expected = {**answer, name: before[name]}
+                    self.assertEqual((code, out), (0, response["access_token"] + "\n"), err)
+                    self.assertEqual(f"warning: ignored the {name}" in err, invalid != "", err)
+                    expected = {**response, name: before[name]}
                     for each in ("access_token", "refresh_token", "id_token"):
                         self.assertEqual(self.stored()[each], expected[each])
 
@@ -2738,35 +2738,35 @@ for command in ("status", "token"):
             self.assert_fails(self.call("token"), 4, "has ended")
             self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_a_lifetime_may_be_a_string_of_digits_and_is_no_boolean(self):
+    def test_a_lifetime_is_a_number_or_a_string_of_digits(self):
         good, bad = ("3600", 3600, 3600.5), (True, "x", "-5", -5, 0, "\u0663", "9" * 4000, [])
         for lifetime in (*good, *bad):
             with self.subTest(lifetime):
                 self.store(lifetime=-10)
-                answer = {"access_token": "opaque", "expires_in": lifetime}
-                self.fault("refresh", 200, json.dumps(answer).encode())
+                response = {"access_token": "opaque", "expires_in": lifetime}
+                self.fault("refresh", 200, json.dumps(response).encode())
                 self.assertEqual(self.call("token")[:2], (0, "opaque\n"))
                 self.assertEqual("expires_at" in self.stored(), lifetime in good)
 
-    def test_an_answer_for_another_account_is_refused(self):
+    def test_a_response_for_another_account_is_refused(self):
         before = self.store(lifetime=0)
-        answer = json.dumps(self.double.tokens(account="acct-9")).encode()
-        self.fault("refresh", 200, answer)
+        response = json.dumps(self.double.tokens(account="acct-9")).encode()
+        self.fault("refresh", 200, response)
         self.assert_fails(self.call("token"), 1, "another account", "to sign in again, run: ")
         self.assertEqual(self.stored(), before)
 
-    def test_an_account_id_that_somebody_has_edited_costs_no_sign_in(self):
+    def test_an_edited_account_id_does_not_end_the_sign_in(self):
         self.store(lifetime=-10, account_id="acct-9")
         self.assertEqual(self.assert_fresh(self.call("token")), "")
 
-    def test_another_account_shows_in_the_access_token_alone_too(self):
+    def test_another_account_in_the_access_token_is_refused(self):
         before = self.store(lifetime=0)
         access = self.double.tokens(account="acct-9")["access_token"]
         self.fault("refresh", 200, json.dumps({"access_token": access}).encode())
         self.assert_fails(self.call("token"), 1, "another account")
         self.assertEqual(self.stored(), before)
 
-    def test_a_file_that_is_torn_meanwhile_does_not_lose_the_answer(self):
+    def test_a_file_broken_during_a_refresh_does_not_lose_the_response(self):
         self.store(lifetime=-10)
 
         def tear(handler, _):
@@ -2776,7 +2776,7 @@ for command in ("status", "token"):
         code, out, err = self.call("token")
         self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
 
-    def test_a_sign_out_meanwhile_counts(self):
+    def test_a_sign_out_during_a_refresh_wins(self):
         self.store(lifetime=200)
         with self.holding_lock():
             running = self.start("token")
@@ -2784,7 +2784,7 @@ for command in ("status", "token"):
             self.token_file.unlink()
         self.assert_fails(running.end(), 3, "not signed in")
 
-    def test_the_codes_that_end_a_sign_in_are_remembered_and_a_new_one_clears_them(self):
+    def test_an_ended_sign_in_is_remembered_until_the_next_one(self):
         for code in INVALID_GRANT_CODES:
             with self.subTest(code):
                 self.double.requests.clear()
@@ -2808,13 +2808,13 @@ for command in ("status", "token"):
         self.assertNotIn("ended", self.stored())
         self.assertEqual(self.call("token", "--refresh")[0], 0)
 
-    def test_the_mark_counts_only_for_the_token_that_was_refused(self):
-        mark = {"reason": "refresh_token_reused", "refresh_token_sha256": "0" * 64}
-        self.store(lifetime=0, ended=mark)
+    def test_an_end_is_remembered_only_for_the_refused_token(self):
+        ended = {"reason": "refresh_token_reused", "refresh_token_sha256": "0" * 64}
+        self.store(lifetime=0, ended=ended)
         self.assertEqual(self.call("token")[0], 0)
         self.assertNotIn("ended", self.stored())
 
-    def test_while_the_access_token_lives_no_failed_refresh_is_fatal(self):
+    def test_a_failed_refresh_is_a_warning_while_the_token_is_valid(self):
         fields = self.store(lifetime=200)
         for status, body in (
             (401, b'{"error": "invalid_grant"}'),
@@ -2833,10 +2833,9 @@ for command in ("status", "token"):
                 self.assertEqual(self.double.count("refresh"), 1)
                 environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
                 self.assertNotEqual(self.call("token", "--refresh", environ=environ)[0], 0)
-        facts = self.call("status", "--json")
-        self.assertEqual(facts[0], 0)
+        self.assertEqual(self.call("status", "--json")[0], 0)
 
-    def test_only_what_was_certainly_not_processed_is_tried_again(self):
+    def test_only_an_unprocessed_refresh_is_retried(self):
         for status, headers, tries in (
             (503, {}, 2),
             (429, {"Retry_After": 1}, 2),
@@ -2862,7 +2861,7 @@ for command in ("status", "token"):
                     self.assert_fails(result, 5)
                     self.assertEqual("have to sign in again" in result[2], status in (500, 502))
 
-    def test_a_server_that_asks_for_no_pause_is_not_flooded(self):
+    def test_a_retry_after_of_zero_does_not_flood_the_server(self):
         environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.3"}
         for header in ("0", "Wed, 21 Oct 2015 07:28:00 GMT", "-5"):
             with self.subTest(header):
@@ -2872,7 +2871,7 @@ for command in ("status", "token"):
                 self.assert_fails(self.call("token", environ=environ), 5)
                 self.assertIn(self.double.count("refresh"), (2, 3))
 
-    def test_a_server_that_comes_back_is_tried_again(self):
+    def test_a_refresh_is_retried_until_the_server_is_back(self):
         self.store(lifetime=-10)
         port = self.double.server.server_port
         body = json.dumps(self.double.tokens()).encode()
@@ -2890,13 +2889,13 @@ for command in ("status", "token"):
                 connection.sendall(head + body)
         self.assert_quiet(running.end())
 
-    def test_an_answer_that_is_lost_is_not_asked_for_again(self):
+    def test_a_lost_response_is_not_requested_again(self):
         self.store(lifetime=-10)
         self.double.faults["refresh"] = raw(b"")
         self.assert_fails(self.call("token"), 5, "may have to sign in again")
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_a_token_goes_to_its_issuer_alone(self):
+    def test_a_token_is_sent_only_to_its_issuer(self):
         other = self.another_double()
         self.store(lifetime=-10)
         environ = {"CHATGPT_OAUTH_ISSUER": other.url}
@@ -2911,12 +2910,12 @@ for command in ("status", "token"):
         self.assertEqual(self.double.count("revoke"), 1)
         self.assertEqual(other.requests, [])
 
-    def test_a_file_without_an_issuer_is_openais(self):
+    def test_a_file_without_an_issuer_belongs_to_openai(self):
         self.store(lifetime=-10, issuer=None, client_id=None)
         self.assert_fails(self.call("token"), 4, "https://auth.openai.com")
         self.assertEqual(self.double.requests, [])
 
-    def test_if_the_file_changed_hands_what_is_there_now_counts(self):
+    def test_a_sign_in_during_a_refresh_wins(self):
         self.store(lifetime=-10)
         newer = {**self.stored(), **self.double.tokens()}
 
@@ -2933,7 +2932,7 @@ for command in ("status", "token"):
             self.assertEqual((code, out), (0, newer["access_token"] + "\n"), err)
             self.assertEqual(self.stored(), newer)
 
-    def test_code_puppys_access_token_in_the_place_of_a_key_is_none(self):
+    def test_an_access_token_stored_as_the_api_key_is_ignored(self):
         fields = self.store()
         self.store({**fields, "api_key": fields["access_token"]})
         self.assert_fails(self.call("env"), 1, "no API key")
@@ -2957,11 +2956,11 @@ for command in ("status", "token"):
             self.assertEqual(self.assert_fresh(running.end()), "")
 
     @needs_signals
-    def test_a_stop_that_outlasts_the_timeout_loses_no_answer(self):
+    def test_a_stop_longer_than_the_timeout_loses_no_response(self):
         self.stop_and_go(1, 0.5)
 
     @needs_signals
-    def test_signals_that_end_a_process_do_not_lose_the_answer(self):
+    def test_a_fatal_signal_does_not_lose_the_response(self):
         import resource
 
         names = ("SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGXCPU")
@@ -2986,14 +2985,14 @@ for command in ("status", "token"):
 
     @needs_signals
     @unittest.skipIf(hasattr(sys, "pypy_version_info"), "PyPy runs no atexit after a Ctrl-C")
-    def test_the_end_of_the_main_thread_does_not_lose_what_another_fetches(self):
+    def test_the_end_of_the_main_thread_does_not_lose_a_response(self):
         before = self.store(lifetime=-10)
         self.double.delay = 1
         code = """
 import os, threading, time, chatgpt_oauth as oauth
 threading.Thread(target=oauth.get_access_token, daemon=True).start()
 sys.stdin.readline()
-if os.fork() == 0:  # a child has not got the thread, and need not wait for it
+if os.fork() == 0:  # A forked child doesn't have the thread, so it must not wait for it.
     sys.exit()
 began = time.monotonic()
 os.wait()
@@ -3010,7 +3009,7 @@ time.sleep(60)
         self.assertEqual(self.double.refresh_tokens[before["refresh_token"]], "used")
         self.assert_nothing_lost()
 
-    def test_a_program_that_ends_does_not_wait_for_a_thread_that_fetches_nothing(self):
+    def test_an_ending_program_does_not_wait_for_an_idle_thread(self):
         self.store(lifetime=-10)
         code = """
 import threading, time, chatgpt_oauth as oauth
@@ -3023,7 +3022,7 @@ time.sleep(0.2)
             self.assertLess(time.monotonic() - began, 3)
 
     @needs_windows
-    def test_ctrl_break_does_not_lose_the_answer(self):
+    def test_ctrl_break_does_not_lose_the_response(self):
         self.store(lifetime=-10)
         self.double.delay = 0.5
         code = (
@@ -3040,7 +3039,7 @@ time.sleep(0.2)
         self.assertEqual(self.double.count("refresh"), 1)
 
     @needs_signals
-    def test_ctrl_c_does_not_lose_the_answer(self):
+    def test_ctrl_c_does_not_lose_the_response(self):
         self.store(lifetime=-10)
         self.double.delay = 0.2
         running = self.start("token")
@@ -3082,7 +3081,7 @@ time.sleep(0.2)
     # The program must not register exit handlers in the process that runs the tests.
     @needs_signals
     @mock.patch("atexit.register", mock.Mock())
-    def test_ctrl_c_is_heard_at_any_line_and_loses_no_answer(self):
+    def test_ctrl_c_at_any_line_loses_no_response(self):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         moment = 1
         while True:
@@ -3100,7 +3099,7 @@ time.sleep(0.2)
         self.assertGreater(moment, 300)
 
     @needs_signals
-    def test_ctrl_c_ends_the_waiting_between_two_tries(self):
+    def test_ctrl_c_ends_the_pause_between_two_tries(self):
         self.store(lifetime=-10)
         self.fault("refresh", 503)
         running = self.start("token", environ={"CHATGPT_OAUTH_RETRY_WINDOW": "30"})
@@ -3112,7 +3111,7 @@ time.sleep(0.2)
         self.assertLess(time.monotonic() - began, 1)
 
     @needs_signals
-    def test_a_second_ctrl_c_ends_it_at_once(self):
+    def test_a_second_ctrl_c_ends_it_immediately(self):
         self.store(lifetime=-10)
         self.double.delay = 5
         running = self.start("token")
@@ -3136,7 +3135,7 @@ time.sleep(0.2)
         self.double.delay = 0.2
         self.refresh_at_once(20)
 
-    def test_the_newer_sign_in_wins_over_a_refresh(self):
+    def test_a_browser_sign_in_during_a_refresh_wins(self):
         for delay in (0.0, 0.1):
             self.store(lifetime=-10)
             self.double.account = "acct-1"
@@ -3158,14 +3157,14 @@ time.sleep(0.2)
 
 
 class PortTest(Case):
-    def test_no_name_is_looked_up_when_it_listens(self):
+    def test_listening_looks_up_no_host_name(self):
         def look_up(*_):
             raise AssertionError("a name was looked up")
 
         with mock.patch.object(socket, "getfqdn", look_up):
             self.assert_done(self.call("auth", "--no-browser", browser=visit))
 
-    def test_it_is_quiet_when_no_thread_can_be_had(self):
+    def test_a_failed_thread_start_is_silent(self):
         start = threading.Thread.start
         refused = []
 
@@ -3185,7 +3184,7 @@ class PortTest(Case):
         self.assertEqual(len(refused), 1)
         self.assertNotIn("Exception", err)
 
-    def test_a_machine_without_ipv6_listens_on_127_0_0_1_alone(self):
+    def test_without_ipv6_it_listens_on_ipv4_only(self):
         bind_to = socket.socket.bind
         for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EADDRINUSE):
             bound = []
@@ -3204,7 +3203,7 @@ class PortTest(Case):
                 self.assert_done(result)
                 self.assertEqual(bound, [("127.0.0.1", self.ports[0])])
 
-    def test_a_second_sign_in_takes_the_other_port_and_both_complete(self):
+    def test_two_sign_ins_use_both_ports(self):
         first = self.start("auth", "--no-browser")
         url = first.url()
         second = self.start("auth", "--no-browser")
@@ -3214,7 +3213,7 @@ class PortTest(Case):
             visit(address)
             self.assertEqual(running.end()[0], 0)
 
-    def test_a_port_of_which_one_family_is_taken_counts_as_taken(self):
+    def test_a_port_taken_on_one_address_family_is_taken(self):
         for address in ("127.0.0.1", "::1"):
             try:
                 taken = bind(address, self.ports[0], reuse=True)
@@ -3228,7 +3227,7 @@ class PortTest(Case):
                 running.end()
 
     @needs_signals
-    def test_the_port_is_free_at_once_after_ctrl_c(self):
+    def test_the_port_is_free_after_ctrl_c(self):
         running = self.start("auth", "--no-browser")
         running.url()
         running.process.send_signal(signal.SIGINT)
@@ -3241,7 +3240,7 @@ class PortTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
-# Callback: what it answers
+# Callback: its responses
 # ---------------------------------------------------------------------------------------------
 
 
@@ -3264,15 +3263,15 @@ class CallbackTest(Case):
             connection.putheader(name, value)
         connection.endheaders()
         response = connection.getresponse()
-        answer = response.status, dict(response.getheaders()), response.read().decode()
+        result = response.status, dict(response.getheaders()), response.read().decode()
         connection.close()
-        return answer
+        return result
 
     def finish(self):
         visit(self.url)
         self.assert_done(self.running.end())
 
-    def test_a_response_of_another_issuer_is_ignored(self):
+    def test_a_response_from_another_issuer_is_ignored(self):
         right = response_to(self.url)
         own = urllib.parse.quote(self.double.url, safe="")
         for wrong in ("https%3A%2F%2Fevil.example.com", "", own + "%2Fx", own + "&iss=x"):
@@ -3312,7 +3311,7 @@ class CallbackTest(Case):
                 self.assertIsNone(self.running.process.poll())
         self.finish()
 
-    def test_the_pages_headers_keep_everything_out(self):
+    def test_the_page_has_strict_security_headers(self):
         status, headers, page = self.ask("/")
         self.assertEqual(headers["Cache-Control"], "no-store")
         self.assertEqual(headers["Referrer-Policy"], "no-referrer")
@@ -3326,15 +3325,15 @@ class CallbackTest(Case):
         self.assertNotIn("<script", page)
         self.finish()
 
-    def test_the_cookies_of_other_local_sites_do_not_matter(self):
-        place = response_to(self.url)
-        target = place[place.index("/auth") :]
+    def test_large_cookies_of_other_local_sites_are_accepted(self):
+        callback_url = response_to(self.url)
+        target = callback_url[callback_url.index("/auth") :]
         cookies = [("Cookie", "x" * 60000)] + [("Cookie", "y" * 4000)] * 50
         self.assertEqual(self.ask(target, extra=cookies)[0], 303)
         self.assertEqual(self.ask("/success", extra=cookies)[0], 200)
         self.assertEqual(self.running.end()[0], 0)
 
-    def test_both_families_are_listened_on(self):
+    def test_it_listens_on_ipv4_and_ipv6(self):
         self.assertEqual(self.ask("/x")[0], 404)
         try:
             self.assertEqual(self.ask("/x", address="::1", host=f"[::1]:{self.ports[0]}")[0], 404)
@@ -3343,32 +3342,32 @@ class CallbackTest(Case):
         finally:
             self.finish()
 
-    def test_the_response_is_redeemed_once_and_a_repeat_sees_the_same(self):
+    def test_a_repeated_response_is_exchanged_once(self):
         self.double.delay = 0.1
-        place = response_to(self.url)
-        first = threading.Thread(target=visit, args=(place,), daemon=True)
+        callback_url = response_to(self.url)
+        first = threading.Thread(target=visit, args=(callback_url,), daemon=True)
         first.start()
         wait_for(lambda: self.double.count("code"))
-        self.assertEqual([page[1] for page in visit(place, follow=False)], [303])
+        self.assertEqual([page[1] for page in visit(callback_url, follow=False)], [303])
         first.join(LIMIT)
         self.assertEqual(self.running.end()[0], 0)
         self.assertEqual(self.double.count("code"), 1)
 
-    def test_a_repeat_is_told_of_a_failed_exchange_too(self):
+    def test_a_repeated_response_shows_the_failed_exchange(self):
         self.double.delay = 0.1
         self.fault("code", 400, b"{}")
-        place = response_to(self.url)
+        callback_url = response_to(self.url)
         with concurrent.futures.ThreadPoolExecutor(3) as browsers:
-            pages = list(browsers.map(visit, [place] * 3))
+            pages = list(browsers.map(visit, [callback_url] * 3))
         self.assertEqual([page[-1][1] for page in pages], [400] * 3)
         self.assertEqual({page[-1][3] for page in pages}, {pages[0][-1][3]})
         self.assertIn("Sign-in failed", pages[0][-1][3])
         self.assert_fails(self.running.end(), 1, "(HTTP 400)")
         self.assertEqual(self.double.count("code"), 1)
 
-    def test_a_request_that_no_person_made_does_not_use_the_response_up(self):
-        place = response_to(self.url)
-        target = place[place.index("/auth") :]
+    def test_a_prefetch_does_not_use_up_the_response(self):
+        callback_url = response_to(self.url)
+        target = callback_url[callback_url.index("/auth") :]
         for name, value in (
             ("Sec-Purpose", "prefetch"),
             ("Sec-Purpose", "prefetch;prerender"),
@@ -3388,17 +3387,17 @@ class CallbackTest(Case):
         self.assertIn("/success", visit(response_to(self.url) + "&error=")[-1][0])
         self.assert_done(self.running.end())
 
-    def raw_answer(self, data):
+    def send_raw(self, data):
         """Send `data` to the listener and return everything that comes back."""
         with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as connection:
             connection.sendall(data)
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
-    def test_what_is_not_get_is_405_and_head_has_no_body(self):
+    def test_other_methods_are_405_and_head_has_no_body(self):
         host = f"Host: localhost:{self.ports[0]}\r\n\r\n".encode()
         for method in (b"HEAD", b"POST", b"PUT", b"OPTIONS", b"TRACE"):
             with self.subTest(method):
-                head, _, body = self.raw_answer(method + b" / HTTP/1.1\r\n" + host).partition(
+                head, _, body = self.send_raw(method + b" / HTTP/1.1\r\n" + host).partition(
                     b"\r\n\r\n"
                 )
                 self.assertTrue(head.startswith(b"HTTP/1.1 405 "), head)
@@ -3406,7 +3405,7 @@ class CallbackTest(Case):
                 self.assertEqual(body == b"", method == b"HEAD")
         self.finish()
 
-    def test_a_head_is_limited(self):
+    def test_the_size_of_a_request_head_is_limited(self):
         host = f"Host: localhost:{self.ports[0]}\r\n".encode()
         for head, status in (
             (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n" + host, b"414"),
@@ -3416,14 +3415,14 @@ class CallbackTest(Case):
             (b"GET / HTTP/1.1\r\n" + host + b"X: " + b"x" * 10000 + b"\r\n", b"404"),
         ):
             with self.subTest(status):
-                self.assertEqual(self.raw_answer(head + b"\r\n").split(b" ")[1], status)
+                self.assertEqual(self.send_raw(head + b"\r\n").split(b" ")[1], status)
         self.finish()
 
-    def test_a_head_that_does_not_end_is_hung_up_on(self):
+    def test_an_endless_request_head_is_disconnected(self):
         self.finish()
         self.assertEqual(oauth.HEAD_TIMEOUT, 10)
         self.seconds.update(HEAD_TIMEOUT=1)
-        held = []
+        durations = []
 
         def trickle(url):
             with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as slow:
@@ -3435,13 +3434,13 @@ class CallbackTest(Case):
                         slow.sendall(b"G")
                         self.assertLess(time.monotonic() - began, 9)
                     self.assertEqual(slow.recv(1), b"")
-                held.append(time.monotonic() - began)
+                durations.append(time.monotonic() - began)
             visit(url)
 
         self.assert_done(self.call("auth", "--no-browser", browser=trickle))
-        self.assertTrue(0.9 < held[0] < 3, held)
+        self.assertTrue(0.9 < durations[0] < 3, durations)
 
-    def test_of_more_than_64_connections_without_a_head_the_oldest_goes(self):
+    def test_more_than_64_idle_connections_drop_the_oldest(self):
         silent = []
         for _ in range(70):
             silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
@@ -3454,7 +3453,7 @@ class CallbackTest(Case):
 
     @needs_proc
     @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
-    def test_it_is_quiet_when_no_descriptor_can_be_had(self):
+    def test_running_out_of_file_descriptors_is_silent(self):
         # Until it prints this line, the program opens files to load modules.
         self.running.saying("auth --device$")
         time.sleep(0.1)
@@ -3474,16 +3473,16 @@ class CallbackTest(Case):
         visit(self.url)
         self.assertNotIn("Exception", self.assert_done(self.running.end()))
 
-    def test_bad_requests_and_idle_connections_do_not_hold_up_the_real_one(self):
+    def test_bad_requests_do_not_delay_the_real_one(self):
         self.bombard(200, 100)
 
     def bombard(self, requests, idle):
         """Send bad requests of ten kinds, open silent connections, then send the real request."""
         host = f"Host: localhost:{self.ports[0]}\r\n".encode()
-        chance = random.Random(5)
+        rng = random.Random(5)
         good = f"/auth/callback?code=x&state={self.state}".encode()
         kinds = (
-            lambda: bytes(chance.randrange(256) for _ in range(300)) + b"\r\n\r\n",
+            lambda: bytes(rng.randrange(256) for _ in range(300)) + b"\r\n\r\n",
             lambda: b"GET /" + b"a" * 1000000 + b" HTTP/1.1\r\n\r\n",
             lambda: b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10000 + b"\r\n",
             lambda: b"GET /auth",
@@ -3533,7 +3532,7 @@ class ModelsTest(Case):
         self.assertEqual(code, 0, err)
         return out.split()
 
-    def test_patterns_choose_the_models(self):
+    def test_patterns_filter_the_models(self):
         self.assertEqual(self.names(), ["chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro"])
         self.assertEqual(self.names("--include", "dall-*"), ["chatgpt-dall-e-3"])
         self.assertEqual(self.names("--include", "*audio*"), ["chatgpt-gpt-4o-audio-preview"])
@@ -3550,7 +3549,7 @@ class ModelsTest(Case):
         self.assertEqual(len(self.names(CHATGPT_OAUTH_MODEL_EXCLUDES="")), 4)
         self.assertFalse(self.models_file.exists())
 
-    def test_given_patterns_that_match_nothing_leave_the_entries_alone(self):
+    def test_patterns_without_a_match_change_nothing(self):
         self.assertEqual(self.call("models")[0], 0)
         before = self.models_file.read_text()
         for arguments in (
@@ -3571,14 +3570,14 @@ class ModelsTest(Case):
         self.assertIn("warning: none of the account's 5 models match", err)
         self.assertEqual(json.loads(self.models_file.read_text()), {})
 
-    def test_a_new_order_of_the_same_models_is_written(self):
+    def test_a_changed_order_is_written(self):
         self.assertEqual(self.call("models", "--source", "codex")[0], 0)
         self.double.codex_models.reverse()
         self.assertEqual(self.call("models", "--source", "codex")[0], 0)
         names = list(json.loads(self.models_file.read_text()))
         self.assertEqual(names, ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
 
-    def test_json_and_import(self):
+    def test_models_json_lists_the_imported_entries(self):
         code, out, err = self.call("models", "--json")
         self.assertEqual(json.loads(out)["model_source"], "api")
         self.assertEqual(json.loads(out)["models"], list(json.loads(self.models_file.read_text())))
@@ -3604,7 +3603,7 @@ class ModelsTest(Case):
         self.double.created["gpt-4o"] = 9
         self.assertEqual(list(self.entries())[0], "chatgpt-gpt-4o")
 
-    def test_api_models_that_know_responses_alone_have_another_type(self):
+    def test_responses_only_models_have_their_own_type(self):
         self.double.api_models = ["gpt-5-codex", "o3-pro", "gpt-5-pro-2025-10-06", "gpt-5"]
         types = {name: entry["type"] for name, entry in self.entries().items()}
         other = types.pop("chatgpt-gpt-5")
@@ -3614,7 +3613,7 @@ class ModelsTest(Case):
         self.assertEqual({entry["type"] for entry in entries.values()}, {"custom_openai"})
         self.assertEqual({entry["context_length"] for entry in entries.values()}, {128000})
 
-    def test_effort_levels_are_the_catalogues(self):
+    def test_effort_levels_come_from_the_catalogue(self):
         levels = [{"effort": e} for e in ("max", "low", "xhigh", "ultra")]
         entry = self.plan_entry(
             supported_reasoning_levels=[*levels, "x", {"effort": []}], default_reasoning_level="low"
@@ -3632,7 +3631,7 @@ class ModelsTest(Case):
         for levels in (None, "x", [], [5]):
             self.assertNotIn("setting_choices", self.plan_entry(supported_reasoning_levels=levels))
 
-    def test_context_lengths_are_the_catalogues_where_they_can_be_meant(self):
+    def test_plausible_context_lengths_come_from_the_catalogue(self):
         def length(**listed):
             return self.plan_entry(**listed)["context_length"]
 
@@ -3646,24 +3645,24 @@ class ModelsTest(Case):
         entries = self.entries("--source", "codex", CHATGPT_OAUTH_DEFAULT_CONTEXT_LENGTH="64000")
         self.assertEqual(entries["chatgpt-gpt-6"]["context_length"], 64000)
 
-    def test_ids_that_are_none_are_left_out_with_one_warning(self):
+    def test_invalid_model_ids_are_skipped_with_one_warning(self):
         self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
         code, out, err = self.call("models", "--all", "--dry-run")
         self.assertEqual(len(out.split()), 5)
         self.assertIn("warning: skipped 6 models", err)
         self.assertNotIn("\x1b", out + err)
 
-    def test_ids_that_are_no_strings_are_left_out(self):
+    def test_model_ids_that_are_not_strings_are_skipped(self):
         self.double.api_models += [None, True, 5]
         code, out, err = self.call("models", "--all", "--dry-run")
         self.assertEqual(len(out.split()), 5)
         self.assertIn("warning: skipped 3 models", err)
 
-    def test_a_key_that_is_refused_has_a_next_step(self):
+    def test_a_refused_api_key_has_a_hint(self):
         self.double.api_keys.clear()
         self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to sign in again, run: ")
 
-    def test_an_access_token_that_was_withdrawn_is_refreshed_once(self):
+    def test_a_rejected_access_token_is_refreshed_once(self):
         def counts():
             return self.double.count("refresh"), self.double.count("codex")
 
@@ -3678,7 +3677,7 @@ class ModelsTest(Case):
         self.assert_fails(self.call(*command), 1, "HTTP 401", "auth")
         self.assertEqual(counts(), (2, 5))
 
-    def test_who_signs_out_meanwhile_gets_no_models(self):
+    def test_a_sign_out_during_the_import_writes_no_models(self):
         def sign_out(handler, _):
             self.token_file.unlink()
 
@@ -3686,11 +3685,11 @@ class ModelsTest(Case):
         self.assert_fails(self.call("models"), 3, "not signed in")
         self.assertFalse(self.models_file.exists())
 
-    def test_no_key_no_api_models(self):
+    def test_without_an_api_key_there_are_no_api_models(self):
         self.store(self.stored(), api_key=None)
         self.assert_fails(self.call("models", "--source", "api"), 1, "no API key")
 
-    def test_others_model_entries_stay(self):
+    def test_entries_of_other_programs_stay(self):
         others = {
             "mine": {"type": "openai"},
             "codex-gpt-6": {"oauth_source": "chatgpt-oauth-plugin"},
@@ -3711,7 +3710,7 @@ class ModelsTest(Case):
         self.assertEqual(self.call("logout")[0], 0)
         self.assertEqual(json.loads(self.models_file.read_text()), others)
 
-    def test_a_broken_models_file_is_left_alone_and_the_tokens_go_all_the_same(self):
+    def test_logout_removes_the_tokens_despite_a_broken_models_file(self):
         self.models_file.write_text("[")
         err = self.call("auth", "--no-browser", browser=visit)[2]
         self.assertIn("chatgpt_models.json: not valid JSON", err)
@@ -3722,7 +3721,7 @@ class ModelsTest(Case):
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
 
-    def test_the_module_lists_them_unfiltered(self):
+    def test_the_module_lists_models_unfiltered(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
             self.assertEqual(oauth.fetch_chatgpt_models(), self.double.api_models)
             self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.5", "gpt-5.4"])
@@ -3777,7 +3776,7 @@ class SignInTest(Case):
         }
         self.assertEqual(json.loads(out), expected)
 
-    def test_it_says_first_whom_it_replaces(self):
+    def test_auth_first_names_the_sign_in_it_replaces(self):
         self.assertNotIn("replaces", self.sign_in())
         self.double.email = "bob@example.com"
         err = self.sign_in()
@@ -3788,7 +3787,7 @@ class SignInTest(Case):
         # Nobody is signed in any more after the session has ended.
         self.assertNotIn("replaces", self.sign_in())
 
-    def test_a_workspace_is_asked_for_and_no_other_is_taken(self):
+    def test_a_sign_in_to_another_workspace_is_refused(self):
         before = self.store()
         for arguments, environ in (
             (("--workspace", "acct-2"), {}),
@@ -3810,7 +3809,7 @@ class SignInTest(Case):
         self.sign_in()
         self.assertNotIn("allowed_workspace_id", self.double.asked("authorize")[-1])
 
-    def test_the_workspace_of_a_sign_in_is_told(self):
+    def test_the_workspace_is_shown_after_a_sign_in(self):
         self.double.plan = "team"
         self.assertIn("Signed in as ada@example.com (workspace acct-1)\n", self.sign_in())
         self.double.plan, self.double.title = "enterprise_cbp_usage_based", "Acme \x1b[1mInc."
@@ -3819,7 +3818,7 @@ class SignInTest(Case):
         self.double.plan = "pro"
         self.assertIn("Signed in as ada@example.com\n", self.sign_in())
 
-    def test_the_browser_is_told_only_when_the_tokens_are_on_disk(self):
+    def test_the_success_page_comes_after_the_tokens_are_stored(self):
         seen = []
 
         def look(handler, fields):
@@ -3836,7 +3835,7 @@ class SignInTest(Case):
         self.assert_done(running.end())
         self.assertEqual(seen, [True])
 
-    def test_a_clock_beyond_the_year_9999_leaves_the_browser_its_page(self):
+    def test_a_clock_after_the_year_9999_does_not_break_the_page(self):
         code = (
             "import time, chatgpt_oauth as oauth; time.time = lambda: 1e12; "
             "sys.exit(oauth.main(['auth', '--no-browser']))"
@@ -3845,7 +3844,7 @@ class SignInTest(Case):
         self.assertEqual([page[1] for page in visit(running.url())], [302, 303, 200])
         self.assert_done(running.end())
 
-    def test_the_program_waits_for_the_success_page_but_not_for_long(self):
+    def test_the_wait_for_the_success_page_is_short(self):
         self.assertEqual(oauth.SUCCESS_PAGE_TIMEOUT, 5)
         self.seconds.update(SUCCESS_PAGE_TIMEOUT=0.3)
         redirected = []
@@ -3858,13 +3857,13 @@ class SignInTest(Case):
         self.assertIn("To use the API key", err)
         self.assertTrue(0.2 < time.monotonic() - redirected[0] < 2.5)
 
-    def test_an_access_token_in_the_place_of_a_key_is_none(self):
+    def test_an_access_token_in_place_of_an_api_key_is_refused(self):
         self.fault("key", 200, json.dumps({"access_token": encode_jwt({"a": 1})}).encode())
         err = self.sign_in()
         self.assertIn("warning: no API key", err)
         self.assertNotIn("api_key", self.stored())
 
-    def test_a_catalogue_that_cannot_be_had_does_not_undo_the_sign_in(self):
+    def test_an_unavailable_catalogue_does_not_undo_the_sign_in(self):
         self.fault("api", 500, b"{}")
         err = self.sign_in()
         self.assertIn("warning: could not list the models (HTTP 500): server error", err)
@@ -3878,7 +3877,7 @@ class SignInTest(Case):
         self.assertIn("warning: no API key", err)
         self.assertIn("your ChatGPT plan", err)
 
-    def test_the_same_account_keeps_its_api_key_while_it_is_accepted(self):
+    def test_a_new_sign_in_keeps_an_accepted_api_key(self):
         self.sign_in()
         key = self.stored()["api_key"]
         self.store(self.stored(), mine="kept")
@@ -3898,7 +3897,7 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("key"), 2)
         self.assertEqual(self.double.count("revoke"), 0)
 
-    def test_another_account_brings_its_own_and_the_old_sign_in_is_revoked(self):
+    def test_another_account_replaces_and_revokes_the_old_sign_in(self):
         self.sign_in()
         old = self.stored()
         self.store(old, mine="gone")
@@ -3912,7 +3911,7 @@ class SignInTest(Case):
         self.assertEqual(sent["token_type_hint"], "refresh_token")
         self.assertEqual(sent["client_id"], self.double.client_id)
 
-    def test_a_broken_sign_in_leaves_the_old_one_alone(self):
+    def test_a_failed_sign_in_keeps_the_old_one(self):
         before = self.store()
         self.fault("code", 400, b"{}")
         running = self.start("auth", "--no-browser")
@@ -3922,16 +3921,16 @@ class SignInTest(Case):
         self.assert_fails(running.end(), 1, "could not exchange the authorization code (HTTP 400)")
         self.assertEqual(self.stored(), before)
 
-    def test_an_odd_optional_member_does_not_undo_a_sign_in(self):
+    def test_an_invalid_optional_token_does_not_undo_a_sign_in(self):
         for name in ("id_token", "refresh_token"):
-            for odd in ("", "a b", 5):
-                with self.subTest(name, odd=odd):
-                    answer = {**self.double.tokens(), name: odd}
-                    self.fault("code", 200, json.dumps(answer).encode())
+            for invalid in ("", "a b", 5):
+                with self.subTest(name, invalid=invalid):
+                    response = {**self.double.tokens(), name: invalid}
+                    self.fault("code", 200, json.dumps(response).encode())
                     err = self.sign_in()
-                    self.assertEqual(self.stored()["access_token"], answer["access_token"])
+                    self.assertEqual(self.stored()["access_token"], response["access_token"])
                     self.assertNotIn(name, self.stored())
-                    self.assertEqual(f"ignored the {name}" in err, odd != "")
+                    self.assertEqual(f"ignored the {name}" in err, invalid != "")
                     self.assertEqual(self.call("logout", "--local")[0], 0)
 
     def fill_the_disk(self, running):
@@ -3949,11 +3948,11 @@ class SignInTest(Case):
     @needs_signals
     def test_a_sign_in_that_cannot_be_stored_is_revoked(self):
         self.double.device_polls = 0
-        for way in ("--no-browser", "--device"):
+        for option in ("--no-browser", "--device"):
             self.double.requests.clear()
-            running = self.start("auth", way)
+            running = self.start("auth", option)
             self.fill_the_disk(running)
-            if way == "--no-browser":
+            if option == "--no-browser":
                 self.assertEqual(visit(running.url())[-1][1], 400)
             self.assert_fails(running.end(), 6, str(self.token_file))
             self.assertEqual(self.double.count("revoke"), 1)
@@ -3961,7 +3960,7 @@ class SignInTest(Case):
             self.assertFalse(self.token_file.exists())
 
     @needs_signals
-    def test_a_sign_in_that_cannot_be_stored_leaves_the_old_one_whole(self):
+    def test_a_sign_in_that_cannot_be_stored_keeps_the_old_one(self):
         before = self.store()
         running = self.start("auth", "--no-browser")
         self.fill_the_disk(running)
@@ -3972,15 +3971,15 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("revoke"), 0)
         self.assert_nothing_lost()
 
-    def test_a_server_that_gives_no_key_now_says_nothing_about_the_account(self):
+    def test_a_temporary_key_failure_does_not_blame_the_account(self):
         self.fault("key", 503)
-        said = self.sign_in()
-        self.assertIn("no API key: could not get an API key (HTTP 503): server error\n", said)
-        self.assertRegex(said, "(?m)^hint: to try again, run: .* auth$")
-        self.assertNotIn("create an organization", said)
+        err = self.sign_in()
+        self.assertIn("no API key: could not get an API key (HTTP 503): server error\n", err)
+        self.assertRegex(err, "(?m)^hint: to try again, run: .* auth$")
+        self.assertNotIn("create an organization", err)
 
     @needs_signals
-    def test_ctrl_c_while_the_code_is_redeemed_says_what_is_stored(self):
+    def test_ctrl_c_during_the_code_exchange_reports_the_sign_in(self):
         self.double.delay = 0.2
         for flags, endpoint in (([], "code"), (["--official"], "plan_code")):
             running = self.start("auth", "--no-browser", *flags)
@@ -3996,7 +3995,7 @@ class SignInTest(Case):
         self.assertEqual(self.call("token")[0], 0)
         self.assertTrue(self.plan_file.exists())
 
-    def test_a_code_is_sent_again_only_if_it_was_certainly_not_redeemed(self):
+    def test_only_an_unprocessed_code_exchange_is_retried(self):
         for status, headers, times in (
             (503, {}, 2),
             (429, {"Retry_After": "0"}, 2),
@@ -4009,9 +4008,9 @@ class SignInTest(Case):
                 result = self.call("auth", "--no-browser", browser=visit)
                 self.assertEqual(self.double.count("code"), times)
                 if times == 2:
-                    said = self.assert_done(result)
-                    self.assertIn(f"(HTTP {status})", said)
-                    self.assertEqual(said.count("; still trying"), 1)
+                    err = self.assert_done(result)
+                    self.assertIn(f"(HTTP {status})", err)
+                    self.assertEqual(err.count("; still trying"), 1)
                     self.assert_nothing_lost()
                 else:
                     self.assert_fails(result, 5)
@@ -4020,10 +4019,10 @@ class SignInTest(Case):
         for kind, good in (("DPoP", False), (5, False), ("BEARER", True), (None, True)):
             with self.subTest(kind):
                 self.store()
-                answer = {**self.double.tokens(), "token_type": kind}
-                self.fault("code", 200, json.dumps(answer).encode())
+                response = {**self.double.tokens(), "token_type": kind}
+                self.fault("code", 200, json.dumps(response).encode())
                 result = self.call("auth", "--no-browser", browser=visit)
-                self.assertEqual(self.stored()["access_token"] == answer["access_token"], good)
+                self.assertEqual(self.stored()["access_token"] == response["access_token"], good)
                 if good:
                     self.assert_done(result)
                 else:
@@ -4040,18 +4039,18 @@ class SignInTest(Case):
             (own, "acct-8", "id@example.com"),
         ):
             self.store(access_token=access, id_token=encode_jwt(id_claims), account_id=None)
-            facts = json.loads(self.call("status", "--json")[1])
-            self.assertEqual((facts["account_id"], facts["email"]), (account, email))
+            report = json.loads(self.call("status", "--json")[1])
+            self.assertEqual((report["account_id"], report["email"]), (account, email))
 
-    def test_a_refresh_token_that_is_the_new_one_too_is_not_revoked(self):
+    def test_an_unchanged_refresh_token_is_not_revoked(self):
         old = self.store()
-        answer = {**self.double.tokens(account="acct-2"), "refresh_token": old["refresh_token"]}
-        self.fault("code", 200, json.dumps(answer).encode())
+        response = {**self.double.tokens(account="acct-2"), "refresh_token": old["refresh_token"]}
+        self.fault("code", 200, json.dumps(response).encode())
         self.sign_in()
         self.assertEqual(self.stored()["account_id"], "acct-2")
         self.assertEqual(self.double.count("revoke"), 0)
 
-    def test_a_declined_consent_is_explained_in_page_and_terminal(self):
+    def test_a_declined_consent_is_explained(self):
         for error, description, words in (
             (
                 "access_denied",
@@ -4062,14 +4061,18 @@ class SignInTest(Case):
         ):
             running = self.start("auth", "--no-browser")
             fields = urllib.parse.parse_qs(urllib.parse.urlsplit(running.url()).query)
-            answer = {"error": error, "error_description": description, "state": fields["state"][0]}
-            page = visit(fields["redirect_uri"][0] + "?" + urllib.parse.urlencode(answer))[-1]
+            response = {
+                "error": error,
+                "error_description": description,
+                "state": fields["state"][0],
+            }
+            page = visit(fields["redirect_uri"][0] + "?" + urllib.parse.urlencode(response))[-1]
             self.assertIn(words, page[3])
             self.assertNotIn("<b>user", page[3])
             err = self.assert_fails(running.end(), 1, words)
             self.assertNotIn("\x1b", err + page[3])
 
-    def test_the_time_is_up(self):
+    def test_auth_ends_after_its_timeout(self):
         environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
         result = self.run_program("auth", "--no-browser", environ=environ)
         self.assert_fails(
@@ -4078,36 +4081,38 @@ class SignInTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
-# Sign-in: with a pasted address
+# Sign-in: with a pasted URL
 # ---------------------------------------------------------------------------------------------
 
 
 class PasteTest(Case):
-    def test_a_pasted_address_completes_the_sign_in(self):
+    def test_a_pasted_url_completes_the_sign_in(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        place = response_to(running.url())
-        code = urllib.parse.parse_qs(urllib.parse.urlsplit(place).query)["code"][0]
+        callback_url = response_to(running.url())
+        code = urllib.parse.parse_qs(urllib.parse.urlsplit(callback_url).query)["code"][0]
         for line, words in (
             (code, "not complete"),
             ("hello", "not complete"),
             ("", "not complete"),
-            (place.replace("state=", "state=x"), "a different sign-in"),
-            (place.replace("localhost", "evil.example.com"), "must start with"),
-            (place.replace("/auth/callback", "/other"), "must start with"),
+            (callback_url.replace("state=", "state=x"), "a different sign-in"),
+            (callback_url.replace("localhost", "evil.example.com"), "must start with"),
+            (callback_url.replace("/auth/callback", "/other"), "must start with"),
         ):
             running.err = ""
             running.type(line.encode())
             running.saying("That URL does not work: .*" + words)
-        running.type(place.encode() + b"\r")
+        running.type(callback_url.encode() + b"\r")
         running.process.stdin.close()
         self.assertNotIn(code, self.assert_done(running.end()))
 
-    def test_a_line_may_be_quoted_or_the_query_alone(self):
+    def test_a_pasted_url_may_be_quoted_or_only_its_query(self):
         for form in ('"{0}"', "'{0}'", "<{0}>", " {0} ", "{1}", '"{1}"', "{0}#", "{2}"):
             with self.subTest(form):
                 running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-                place = response_to(running.url())
-                line = form.format(place, place.partition("?")[2], place.partition("//")[2])
+                callback_url = response_to(running.url())
+                line = form.format(
+                    callback_url, callback_url.partition("?")[2], callback_url.partition("//")[2]
+                )
                 running.type(line.encode())
                 self.assert_done(running.end())
 
@@ -4119,7 +4124,7 @@ class PasteTest(Case):
             self.addCleanup(each.close)
         return ends
 
-    def test_what_comes_after_the_pasted_line_is_left_to_the_next_program(self):
+    def test_input_after_the_pasted_line_is_not_read(self):
         source, sink = self.pipe()
         running = self.start("auth", "--no-browser", stdin=source)
         sink.write(b"hello\n" + response_to(running.url()).encode() + b"\nmine\n")
@@ -4128,7 +4133,7 @@ class PasteTest(Case):
         self.assertEqual(source.read(), b"mine\n")
 
     @unittest.skipUnless(POSIX, "Windows cannot wait for a pipe")
-    def test_what_comes_after_the_browsers_response_is_left_to_the_next_program(self):
+    def test_input_after_the_browser_response_is_not_read(self):
         source, sink = self.pipe()
         running = self.start("auth", "--no-browser", stdin=source)
 
@@ -4144,7 +4149,7 @@ class PasteTest(Case):
         sink.close()
         self.assertEqual(source.read(), b"mine\n")
 
-    def test_endless_input_takes_no_memory_and_no_time(self):
+    def test_endless_input_takes_little_memory_and_time(self):
         for endless in (b"y\n" * 5000, b"y" * 10000):
             with self.subTest(endless[:2]):
                 running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
@@ -4167,7 +4172,7 @@ class PasteTest(Case):
                 self.assertLess(time.monotonic() - began, 1)
                 self.assertLess(self.assert_done(running.end()).count("does not work"), 21)
 
-    def test_the_end_of_the_input_after_half_a_line_without_a_port_is_told(self):
+    def test_half_a_line_without_a_port_is_an_error(self):
         self.take_ports()
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         running.url()
@@ -4178,7 +4183,7 @@ class PasteTest(Case):
         )
 
     @needs_terminal
-    def test_a_terminal_that_goes_away_is_the_end_of_the_input(self):
+    def test_a_closed_terminal_ends_the_input(self):
         leader, follower = os.openpty()
         self.addCleanup(os.close, follower)
         running = self.start("auth", "--no-browser", stdin=follower, start_new_session=True)
@@ -4188,7 +4193,7 @@ class PasteTest(Case):
         visit(url)
         self.assertNotIn("Exception", self.assert_done(running.end()))
 
-    def test_the_end_of_the_input_ends_nothing(self):
+    def test_the_end_of_the_input_does_not_end_the_sign_in(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         url = running.url()
         running.process.stdin.close()
@@ -4196,12 +4201,12 @@ class PasteTest(Case):
         visit(url)
         self.assertEqual(running.end()[0], 0)
 
-    def test_without_a_port_the_address_can_still_be_pasted(self):
+    def test_a_url_can_be_pasted_without_a_port(self):
         self.take_ports()
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        place = response_to(running.url())
-        self.assertIn(f"localhost:{self.ports[0]}/", place)
-        running.type(place.encode())
+        callback_url = response_to(running.url())
+        self.assertIn(f"localhost:{self.ports[0]}/", callback_url)
+        running.type(callback_url.encode())
         err = self.assert_done(running.end())
         port = self.ports[0]
         listing = {
@@ -4233,23 +4238,23 @@ class PasteTest(Case):
         return leader, self.start(*arguments, **options)
 
     @needs_terminal
-    def test_a_url_that_is_pasted_late_signs_in_all_the_same(self):
+    def test_a_url_pasted_after_the_timeout_signs_in(self):
         leader, running = self.start_at_terminal("0.5")
-        place = response_to(running.url())
+        callback_url = response_to(running.url())
         running.saying("press Enter")
-        os.write(leader, place.encode() + b"\n")
+        os.write(leader, callback_url.encode() + b"\n")
         self.assertEqual(self.assert_done(running.end()).count("/oauth/authorize?"), 1)
         self.assertTrue(self.stored()["access_token"])
 
     @needs_terminal
-    def test_nobody_can_press_enter_after_the_end_of_the_input(self):
+    def test_a_closed_input_offers_no_retry(self):
         # Ctrl-D ends the input.
         _, running = self.start_at_terminal("0.5", ahead=b"\x04")
         self.assert_fails(running.end(20), 1, "timed out after 0.5 seconds")
         self.assertNotIn("press Enter", running.err)
 
     @needs_terminal
-    def test_at_a_terminal_the_address_is_pasted_and_enter_tries_again(self):
+    def test_enter_at_a_terminal_starts_a_new_sign_in(self):
         leader, running = self.start_at_terminal("1", environ={"TERM": "xterm"})
         first = running.url()
         running.saying("press Enter")
@@ -4271,7 +4276,7 @@ class DeviceTest(Case):
         super().setUp()
         self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
 
-    def test_a_device_code_signs_in_without_a_listener(self):
+    def test_a_device_code_signs_in_without_a_port(self):
         self.take_ports()
         self.double.device_polls = 0
         err = self.assert_done(self.call("auth", "--device"))
@@ -4282,15 +4287,15 @@ class DeviceTest(Case):
         self.assertEqual(self.double.count("device"), 1)
         self.assertTrue(self.stored()["api_key"])
 
-    def test_a_code_that_is_of_no_use_has_a_next_step(self):
+    def test_an_unusable_device_response_has_a_hint(self):
         self.fault("device", 200, b'{"authorization_code": "a b"}')
         self.assert_fails(self.call("auth", "--device"), 1, "to get a new code, run: ", "--device")
         del self.double.faults["device"]
         self.fault("code", 400)
         self.assert_fails(self.call("auth", "--device"), 1, "to try again, run: ", "--device")
 
-    def test_what_comes_while_it_waits(self):
-        answers = [
+    def test_temporary_poll_failures_do_not_end_the_sign_in(self):
+        responses = [
             (500, b"oops", {}),
             (404, b"<html>", {}),
             (429, b"", {"Retry_After": 1}),
@@ -4298,20 +4303,20 @@ class DeviceTest(Case):
         ]
 
         def fault(handler, _):
-            if not answers:
+            if not responses:
                 return False
-            status, body, headers = answers.pop(0)
+            status, body, headers = responses.pop(0)
             return self.double.reply(handler, status, body, **headers)
 
         self.double.faults["device"] = fault
         self.double.device_polls = 1
         code, out, err = self.call("auth", "--device")
-        self.assertEqual((code, answers), (0, []), err)
+        self.assertEqual((code, responses), (0, []), err)
         # Only the failures of the first two responses are reported.
         self.assertEqual(err.count("still trying"), 2, err)
         self.assertIn("(HTTP 500): server error; still trying", err)
 
-    def test_pending_is_pending_whatever_the_status(self):
+    def test_authorization_pending_works_with_any_status(self):
         statuses = [200, 400, 401, 403, 404, 428, 500]
         body = b'{"error": {"code": "deviceauth_authorization_pending"}}'
 
@@ -4324,7 +4329,7 @@ class DeviceTest(Case):
         self.assertEqual(statuses, [])
         self.assertNotIn("warning", err)
 
-    def test_polls_that_time_out_slow_down(self):
+    def test_polling_slows_down_after_a_timeout(self):
         moments = []
         self.seconds["POLL_FLOOR"] = 0.1
 
@@ -4341,22 +4346,22 @@ class DeviceTest(Case):
         gaps = [later - earlier for earlier, later in zip(moments, moments[1:])]
         self.assertGreater(gaps[1], gaps[0] + 0.1)
 
-    def test_a_user_codes_lifetime_and_length_are_the_servers_within_reason(self):
-        answer = {"device_auth_id": "d", "user_code": "A" * 5000, "expires_in": "0.3"}
-        self.fault("usercode", 200, json.dumps(answer).encode())
+    def test_the_user_codes_lifetime_and_length_are_limited(self):
+        response = {"device_auth_id": "d", "user_code": "A" * 5000, "expires_in": "0.3"}
+        self.fault("usercode", 200, json.dumps(response).encode())
         self.fault("device", 403)
         began = time.monotonic()
         err = self.assert_fails(self.call("auth", "--device"), 1, "valid for less than 2 minutes")
         self.assertLess(time.monotonic() - began, 5)
         self.assertNotIn("A" * 100, err)
 
-    def test_an_error_code_of_words_is_shown_and_a_token_is_not(self):
+    def test_an_error_code_is_shown_and_a_token_is_not(self):
         code, token = "deviceauth_something_nobody_has_heard_of", "Rt9" + "kq4_x" * 8
         self.fault("device", 400, json.dumps({"error": {"code": code, "message": token}}).encode())
         err = self.assert_fails(self.call("auth", "--device"), 1, code)
         self.assertNotIn(token, err)
 
-    def test_slow_down_adds_five_seconds(self):
+    def test_slow_down_lengthens_the_interval(self):
         moments = []
         self.seconds["SLOW_DOWN"] = 0.2
 
@@ -4369,7 +4374,7 @@ class DeviceTest(Case):
         self.assert_done(self.call("auth", "--device"))
         self.assertGreater(moments[1] - moments[0], 0.2)
 
-    def test_denied_expired_and_too_late_are_told_apart(self):
+    def test_denied_and_expired_have_their_own_messages(self):
         for status, error, words in (
             (403, "access_denied", "denied in the browser"),
             (403, "deviceauth_access_denied", "denied in the browser"),
@@ -4384,19 +4389,19 @@ class DeviceTest(Case):
         result = self.call("auth", "--device", "--timeout", "0.1")
         self.assert_fails(result, 1, "timed out waiting for the code")
 
-    def test_an_authorization_code_that_is_none_is_refused(self):
+    def test_an_invalid_authorization_code_is_refused(self):
         body = b'{"authorization_code": "\\ud800", "code_verifier": "x"}'
         self.fault("device", 200, body)
         self.assert_fails(self.call("auth", "--device"), 1, "has no authorization code")
 
-    def test_an_account_that_may_not_use_codes_is_told_where_to_allow_them(self):
+    def test_disabled_device_codes_name_the_setting(self):
         self.fault("usercode", 404, b"{}")
         self.assert_fails(self.call("auth", "--device"), 1, "Security", "administrator")
 
-    def test_the_answer_may_be_of_older_form(self):
+    def test_an_older_device_response_is_accepted(self):
         began, waited = time.monotonic(), []
-        answer = {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.2}
-        self.fault("usercode", 200, json.dumps(answer).encode())
+        response = {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.2}
+        self.fault("usercode", 200, json.dumps(response).encode())
 
         def fault(handler, _):
             waited.append(time.monotonic() - began)
