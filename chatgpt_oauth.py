@@ -3417,18 +3417,22 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Shells: how each sets, unsets and separates
+# Shells: the statements that set and unset variables in each shell
 # ---------------------------------------------------------------------------------------------
+# This room turns names and values into code for a shell and prints nothing. One row of SHELLS
+# holds everything that differs between shells, except how they quote (`shell_quote`). Only tokens,
+# keys and identifiers are ever put between a row's quotes, so no value can break out of them.
 
 
 class Shell:
-    """How a shell sets and unsets variable {0} to {1}, what separates two such statements.
+    """The syntax of a family of shells.
 
-    `names` are the shells that it is for, each with its profile. There `profile` evaluates what the
-    command {0} prints, or sets variable {1} by the program {0}; `search` lets the shell find
-    commands in the directory {0}, or between quotes {1}; `call` stands before a quoted command.
-    `prints`: whether `env` prints statements for it. Only b64tokens and identifiers get into those,
-    so their quotes cannot be broken out of.
+    `names` maps each shell of the family to the path of its profile. The other texts are templates:
+    `assign` sets variable {0} to {1}, and `unset` unsets variable {0}. `separator` stands between
+    two of these statements. `profile` is the line for the profile: it evaluates what the command
+    {0} prints or, if `prints` is false, uses the program {0} to set variable {1}. `search` adds the
+    directory {0} (or {1}, always in quotes) to the search path. `call` stands before a quoted
+    command. `prints` says whether `env` prints statements for this family.
     """
 
     def __init__(
@@ -3446,7 +3450,7 @@ class Shell:
         self.assign, self.unset, self.separator, self.prints = assign, unset, separator, prints
 
 
-# A new shell is a row here; how it quotes is in `shell_quote`.
+# To support a new shell, add a row here and its way of quoting to `shell_quote`.
 SHELLS = {
     "sh": Shell(
         {
@@ -3491,8 +3495,8 @@ SHELLS = {
     ),
     "dotenv": Shell({"dotenv": ""}, assign="{0}={1}", unset="{0}=", separator="\n"),
     "json": Shell({"json": ""}),
-    # A command that fails would end these shells' profile, if it were not caught: signed out, the
-    # rest of it has to run.
+    # When a command fails, nu and elvish abort the rest of the profile. The `try` keeps the profile
+    # running while nobody is signed in.
     "nu": Shell(
         {"nu": "$nu.config-path"},
         profile="try {{ {0} env --shell json | from json | load-env }}",
@@ -3513,15 +3517,17 @@ SHELLS = {
         prints=False,
     ),
 }
-# What needs no quotes; elsewhere as shlex has it, which python3-minimal has not.
+# Text that needs no quotes. The second pattern is the one that shlex.quote uses. Debian's
+# python3-minimal doesn't include shlex.
 UNQUOTED = r"[\w.:\\/-]+" if sys.platform == "win32" else r"(?a:[\w@%+=:,./-]+)"
 
 
 def shell_quote(shell: str, text: str) -> str:
-    """`text` between the quotes of the `shell`.
+    """Return `text` in the quotes of `shell`.
 
-    csh takes no newline, and no backtick within those of its `eval`. What suits sh suits most of
-    the others, for hints that cannot know where they are pasted.
+    The quoting for sh also works in most other shells. It is used for hints, because nobody knows
+    into which shell a hint will be pasted. csh cannot quote a newline, or a backtick inside the
+    backticks of its `eval`.
     """
     if shell in ("powershell", "elvish"):
         return "'" + text.replace("'", "''") + "'"
@@ -3536,21 +3542,25 @@ def shell_quote(shell: str, text: str) -> str:
 
 
 def shell_name(settings: Settings, name: str) -> str:
-    """The name of a shell without a version behind it; "auto" goes by $SHELL."""
+    """Return the name of a shell without its version. "auto" means the shell in $SHELL."""
     if name == "auto":
         usual = os.path.basename(settings.environ.get("SHELL") or "sh")
         name = "powershell" if sys.platform == "win32" else usual
-    plain = re.match(r"[a-z]+(?=[0-9.-][0-9.a-z+-]*$)", name)  # ksh93, bash-5.2
+    # ksh93, bash-5.2
+    plain = re.match(r"[a-z]+(?=[0-9.-][0-9.a-z+-]*$)", name)
     return plain[0] if plain else name
 
 
 def known_shell(name: str) -> Optional[str]:
-    """The table's row for the shell `name`, None where there is none."""
+    """Return the key in SHELLS for the shell `name`, or None if the shell is unknown."""
     return next((row for row, shell in SHELLS.items() if name in shell.names), None)
 
 
 def printing_shell(settings: Settings, name: str) -> str:
-    """The table's row for the shell `name`, whose statements are printed. Raises UsageError."""
+    """Return the key in SHELLS for a shell that `env` can print statements for.
+
+    Raises UsageError for any other shell.
+    """
     name = shell_name(settings, name)
     row = known_shell(name)
     if row is None:
@@ -3563,7 +3573,7 @@ def printing_shell(settings: Settings, name: str) -> str:
 
 
 def shell_code(row: str, variables: Dict[str, Optional[str]]) -> str:
-    """Code that sets the `variables` in the shell of a table's row; those that are None, unsets."""
+    """Return code that sets the `variables`, and unsets those whose value is None."""
     if row == "json":
         return json.dumps(variables)
     shell = SHELLS[row]
@@ -3574,7 +3584,10 @@ def shell_code(row: str, variables: Dict[str, Optional[str]]) -> str:
 
 
 def profile_line(row: str, absolute: bool = False) -> str:
-    """The line that sets the API key in a table's row's shell (`absolute` as in program_name)."""
+    """Return the line for a shell's profile that sets the API key.
+
+    `absolute` has the meaning that it has in program_name.
+    """
     start, shell = program_name(absolute, row), SHELLS[row]
     if shell.prints:
         return shell.profile.format(f"{start} env --shell {row}")
@@ -3582,25 +3595,36 @@ def profile_line(row: str, absolute: bool = False) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Terminal: the one object that talks to a person
+# Terminal: messages for a person, and the person's browser
 # ---------------------------------------------------------------------------------------------
+# Messages go to standard error, because standard output holds nothing except a command's result.
+# All text from servers and files passes through `printable`, so none of it can steer the terminal.
+# Rooms above this one don't print. They call the `notify` function that a command has passed down.
 
-COMMAND = "chatgpt-oauth"  # as `install` calls it
-LAUNCHERS = (COMMAND, COMMAND + ".cmd")  # on POSIX, on Windows
-ESCAPES = 4  # ENABLE_VIRTUAL_TERMINAL_PROCESSING, in the mode of Windows' console
-COLOURS = {"done": 32, "warning": 33, "error": 31}  # SGR parameters (ECMA-48 §8.3.117)
+# The name under which `install` installs this program.
+COMMAND = "chatgpt-oauth"
+# The launcher's file name on POSIX systems and on Windows.
+LAUNCHERS = (COMMAND, COMMAND + ".cmd")
+# ENABLE_VIRTUAL_TERMINAL_PROCESSING in the mode of a Windows console:
+# https://learn.microsoft.com/en-us/windows/console/setconsolemode
+ESCAPES = 4
+# SGR parameters (ECMA-48 §8.3.117): green, yellow and red.
+COLOURS = {"done": 32, "warning": 33, "error": 31}
+# These browsers run in the terminal, which `auth` needs, and can't show OpenAI's page.
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
 def program_name(absolute: bool = False, shell: str = "") -> str:
-    """How this program was started, for people who shall start it again.
+    """Return the words that start this program again, for hints and profiles.
 
-    `absolute`: with any directory and PATH, as at the start of a shell, whose profile sets it.
-    `shell`: in that one, where it is known.
+    With `absolute`, they work in any directory and with any PATH, as a profile needs. With `shell`
+    (a key in SHELLS), they are quoted for that shell.
     """
     python = "python" if sys.platform == "win32" else "python3"
-    started = getattr(sys, "orig_argv", [""])[0]  # since Python 3.10
-    if started and not os.path.dirname(started):  # "python3.11", where python3 may be older
+    # sys.orig_argv exists since Python 3.10. A person who typed "python3.11" must not be advised to
+    # type "python3", which may be an older version.
+    started = getattr(sys, "orig_argv", [""])[0]
+    if started and not os.path.dirname(started):
         python = quote_path(started)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__":
@@ -3621,9 +3645,9 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
 
 
 def quote_path(path: str, shell: str = "") -> str:
-    """`path` as it is typed in the `shell`.
+    """Return `path` as a person types it in `shell`, in quotes if it needs them.
 
-    Without one, as it is typed here; on Windows for PowerShell and the command prompt alike.
+    Without a `shell`, the quoting suits sh or, on Windows, both PowerShell and the command prompt.
     """
     if re.fullmatch(UNQUOTED, path):
         return path
@@ -3634,22 +3658,24 @@ def quote_path(path: str, shell: str = "") -> str:
 
 
 class Terminal:
-    """Tells a person on standard error what happens."""
+    """Prints messages for a person on standard error."""
 
     def __init__(self, environ: Dict[str, str]) -> None:
-        # Without TERM nothing says what the terminal understands; Windows' console says it itself.
+        # Without TERM, it is unknown whether the terminal understands escape sequences. On Windows
+        # the console itself is asked.
         known = environ.get("TERM", "console" if sys.platform == "win32" else "dumb") != "dumb"
         self.live = known and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
         self.colour = self.live and not environ.get("NO_COLOR")
         self.counting = False
-        tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")  # b"" where there is none
+        # This is b"" if the encoding has no check mark.
+        tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")
         self.tick = "\u2713 " if self.live and tick else ""
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
-        """Say `text`, and the `command` that it ends in as it is typed here.
+        """Print a message, followed by `command` as the person would type it here.
 
-        `kind`: info, done, warning, error, hint, verbatim (whole and alone), command (`text` is
-        one) or countdown (`text` are the seconds left).
+        `kind` is info, done, warning, error, hint, verbatim (printed between empty lines), command
+        (`text` is a command to type) or countdown (`text` is the number of seconds left).
         """
         if kind == "countdown":
             if self.live:
@@ -3668,18 +3694,19 @@ class Terminal:
         self._print(f"\n{text}\n" if kind == "verbatim" else text)
 
     def interrupted(self) -> None:
-        """Say that Ctrl-C was heard, on a line of its own: the terminal shows ^C."""
+        """Report that Ctrl-C was pressed, on a new line because the terminal shows ^C."""
         self._print(("\n" if self.live else "") + "Interrupted.")
 
     def _print(self, text: str, end: str = "\n") -> None:
         clear = "\r\033[K" if self.counting else ""
         self.counting = False
-        with contextlib.suppress(OSError):  # nobody is left to be told
+        # If standard error is closed, nobody can read the message.
+        with contextlib.suppress(OSError):
             print(clear + text, end=end, file=sys.stderr, flush=True)
 
 
 def open_browser(session: Session, url: str) -> Optional[str]:
-    """Open `url` in the person's browser; returns why it was not, or None."""
+    """Open `url` in the person's browser. Return the reason if that failed, otherwise None."""
     import subprocess
     import threading
 
@@ -3688,8 +3715,8 @@ def open_browser(session: Session, url: str) -> Optional[str]:
     command, obstacle = browser_command(settings.environ)
     if not command:
         return obstacle
-    # The browser sees none of our keys, whatever they are exported as, and no TERM, without
-    # which `webbrowser` starts no text browser.
+    # The browser's environment holds none of our tokens and keys, under any variable's name.
+    # Without TERM, `webbrowser` doesn't start a text browser.
     for each in session.sign_ins():
         with contextlib.suppress(OAuthError):
             secrets |= {getattr(each.tokens(), key) for key in SECRET_KEYS}
@@ -3716,7 +3743,7 @@ def open_browser(session: Session, url: str) -> Optional[str]:
 
 
 def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
-    """What opens a URL here; or nothing, and why."""
+    """Return a command that opens a URL here, or an empty one and the reason for that."""
     named = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
     if {os.path.basename(part.split()[0]) for part in named} & TEXT_BROWSERS:
         return [], "BROWSER is a text browser, which cannot show OpenAI's page"
@@ -3735,20 +3762,27 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
         return [], "this is a container" if inside else "there is no display"
     if not sys.executable:
         return [], "Python cannot find its own executable"
-    return [sys.executable, "-I", "-m", "webbrowser"], ""  # -I: no code of the current folder
+    # With -I, Python doesn't import modules from the current directory.
+    return [sys.executable, "-I", "-m", "webbrowser"], ""
 
 
 # ---------------------------------------------------------------------------------------------
-# Commands: settings in, exit code out
+# Commands: one function for each command
 # ---------------------------------------------------------------------------------------------
+# A command gets a session and its options, prints its result on standard output and returns its
+# exit code (None means 0). A command that raises an OAuthError has not printed a result. Only `env`
+# and `token` print secrets. `env`, `token` and `status` run at every start of a shell, so they must
+# stay fast.
 
-SHOWN_MODELS = 10  # in `status`, one a line
+# `status` lists this many models, each on one line.
+SHOWN_MODELS = 10
 
 
 class OnlineCheck:
-    """What a server says of a key or token: accepted, refused, unreachable, or None if not asked.
+    """A server's answer to the question whether it accepts a key or token.
 
-    `result` is that, `said` the same for people, with the reason; `error` is the reason, or None.
+    `result` is accepted, refused, unreachable or None (not asked). `said` is the result in words,
+    with the reason. `error` is the reason, or None.
     """
 
     def __init__(self, session: Session, source: str, ask: bool) -> None:
@@ -3769,16 +3803,18 @@ class OnlineCheck:
 
 
 class SignInStatus:
-    """A sign-in: its `tokens` and the `problem` with it, each None without, and the `check` of it.
+    """The state of one sign-in, and the server's answer about it (`check`).
 
-    `usable` says whether requests can be made with it, perhaps after a refresh.
+    `tokens` is None if nobody is signed in, and `problem` is None if all is well. `usable` says
+    whether requests can be made with the tokens, perhaps after a refresh.
     """
 
     def __init__(self, session: Session, online: bool) -> None:
         self.tokens: Optional[Tokens] = None
         self.problem: Optional[OAuthError] = None
         ask = False
-        with contextlib.suppress(OAuthError):  # told below; there is nothing to ask about
+        # Reading the tokens again below reports this error.
+        with contextlib.suppress(OAuthError):
             ask = online and session.client.plan_allowed(session.tokens().fields)
         self.check = OnlineCheck(session, session.client.model_source or "codex", ask)
         try:
@@ -3786,7 +3822,8 @@ class SignInStatus:
             session.require_refreshable(self.tokens)
         except OAuthError as error:
             self.problem = error
-        # If only as a broken file; where nobody may look there is none.
+        # A broken file counts as a sign-in that exists. In a directory that nobody may read, the
+        # sign-in doesn't exist.
         self.path = session.token_file.path
         there = os.path.lexists(self.path)
         self.exists = there and not isinstance(self.problem, NotSignedInError)
@@ -3800,10 +3837,10 @@ class SignInStatus:
 
 
 class Status:
-    """What is known of the sign-ins, and if `online` what OpenAI says of them; it holds no secret.
+    """What is known about both sign-ins and, if `online`, OpenAI's answers about them.
 
-    `facts` is what `status --json` prints, `exit_code` that command's. `typed` writes a command
-    as it is typed here.
+    `facts` is the object that `status --json` prints. It holds no secret. `exit_code` is the exit
+    code of `status`. `typed` turns a command into the text that a person types.
     """
 
     def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
@@ -3815,7 +3852,8 @@ class Status:
         if main.problem and not main.usable:
             self.exit_code = main.problem.exit_code
         if self.official.usable and isinstance(main.problem, SignInEndedError):
-            self.exit_code = 0  # the other one has not ended
+            # The official sign-in can still be used.
+            self.exit_code = 0
         self._ask(session)
         self.models: Optional[List[str]] = None
         try:
@@ -3825,7 +3863,7 @@ class Status:
         self.facts = self._facts(session)
 
     def _ask(self, session: Session) -> None:
-        """Ask about the API key and the usage, too, and judge what was said."""
+        """Ask about the API key and the plan's usage, and take a problem from the answers."""
         api_key = self.stored.tokens and self.stored.tokens.api_key
         self.api_key = OnlineCheck(session, "api", self.online and bool(api_key))
         self.usage: List[Fields] = []
@@ -3844,7 +3882,7 @@ class Status:
             self._add_problem(asked[0].error, UnavailableError.exit_code)
 
     def _add_problem(self, problem: Optional[OAuthError], exit_code: int) -> None:
-        """Note a problem; one that was known before is told in its place."""
+        """Record a problem and its exit code, unless one is already recorded."""
         self.problem, self.exit_code = self.problem or problem, self.exit_code or exit_code
 
     def _facts(self, session: Session) -> Fields:
@@ -3886,14 +3924,14 @@ class Status:
         return facts
 
     def _sentence(self, error: Optional[OAuthError]) -> Optional[str]:
-        """`error` with its next step, None where there is none."""
+        """Return the text of `error` with its hint, or None without an error."""
         if not error:
             return None
         step = f"; {error.hint}" if error.hint else ""
         return f"{error}{step}: {self.typed(error.command)}" if error.command else f"{error}{step}"
 
     def text(self, as_json: bool, live: bool = False) -> str:
-        """What `status` prints; `live`: people read it on a terminal."""
+        """Return the text that `status` prints. `live` means that it goes to a terminal."""
         if as_json:
             return json.dumps(self.facts, indent=2)
         lines = [*self._headlines(), ""]
@@ -3903,7 +3941,7 @@ class Status:
         return "\n".join(map(printable, lines))
 
     def _headlines(self) -> List[str]:
-        """The first lines as the setup guide has them, then what is wrong."""
+        """Return the first lines, in the setup guide's words, and then the problem."""
         facts, problem = self.facts, self.problem
         state = "Authenticated" if facts["authenticated"] else "Not authenticated"
         lines = [f"ChatGPT OAuth: {state}"]
@@ -3919,7 +3957,7 @@ class Status:
         return lines
 
     def _rows(self, live: bool) -> Dict[str, List[str]]:
-        """The lines below, by their label."""
+        """Return the other lines as a mapping from a label to its texts."""
         facts, stored, official = self.facts, self.stored, self.official
         rows: Dict[str, List[str]] = {}
         if stored.tokens:
@@ -3952,22 +3990,23 @@ class Status:
 
 
 def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
-    """`moment` as `timestamp` writes it; None stays None."""
+    """Return `moment` in the format of `timestamp`, or None for None."""
     return None if moment is None else timestamp(moment)
 
 
 def usage_line(window: Fields, live: bool) -> str:
-    """A window of the plan's usage limits: `5 hours: 32% used, resets in 2 hours (...)`."""
+    """Describe a usage window of the plan: `5 hours: 32% used, resets in 2 hours (...)`."""
     percent, resets = window["used_percent"], window["resets_at"]
     tenths = min(10, max(0, round(percent / 10)))
     bar = "#" * tenths + "." * (10 - tenths)
     used = f"{bar} {percent:g}%" if live else f"{percent:g}% used"
-    when = f", resets {format_distance(resets[:16] + 'Z')}" if resets else ""  # to the minute
+    # The first 16 characters of a timestamp end with its minutes.
+    when = f", resets {format_distance(resets[:16] + 'Z')}" if resets else ""
     return f"{duration(window['window_seconds'])}: {used}{when}"
 
 
 def duration(seconds: float) -> str:
-    """`seconds`, in the largest unit that they fill, as people say it."""
+    """Return a duration in words, in the largest unit that fits: `2 hours`."""
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
     count = int(abs(seconds)) // size
@@ -3975,13 +4014,13 @@ def duration(seconds: float) -> str:
 
 
 def format_distance(when: str) -> str:
-    """How far a time that `timestamp` wrote is from now, and itself: `in 9 days (...)`."""
+    """Return the distance from now to a timestamp, and the timestamp: `in 9 days (...)`."""
     seconds = int((parse_timestamp(when) or 0.0) - time.time())
     return f"{'in ' * (seconds >= 0)}{duration(seconds)}{' ago' * (seconds < 0)} ({when})"
 
 
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
-    """An expiry as `timestamp` writes it, as people say it, and itself; None is unknown."""
+    """Describe when a token expires. `when` is a timestamp, or None if that is unknown."""
     if when is None:
         return "expiry unknown" + (", auto-refreshed" if refreshable else "")
     if (parse_timestamp(when) or 0.0) >= time.time():
@@ -3993,10 +4032,10 @@ def format_expiry(when: Optional[str], refreshable: bool) -> str:
 def sign_in(
     *, device: bool = False, open_browser: bool = True, timeout: Optional[float] = None
 ) -> Dict[str, Any]:
-    """Sign in, obtain the API key, import the models; returns what `status --json` prints.
+    """Sign in, get the API key, import the models. Return the object that `status --json` prints.
 
-    `device`: with a device code; `open_browser`: False only shows the URL (as a logged warning);
-    `timeout`: in seconds, default `callback_timeout`. Raises OAuthError.
+    With `device`, a device code is used. If `open_browser` is false, the URL is only logged as a
+    warning. `timeout` is in seconds (default: `callback_timeout`). Raises OAuthError.
     """
     session = Session()
     if timeout is not None:
@@ -4012,14 +4051,18 @@ def sign_in(
 
 @module_function()
 def sign_out(*, revoke: bool = True) -> None:
-    """Revoke the sign-in (best effort), remove its file and our models. Raises OAuthError."""
+    """Revoke the sign-in if possible, remove its file and our models. Raises OAuthError."""
     end_sign_in(Session(), revoke)
 
 
 def sign_in_with_options(
     session: Session, options: Namespace, reading: bool, way: Type[BrowserSignIn] = BrowserSignIn
 ) -> None:
-    """Sign in by the options of `auth`; `reading` allows pasting into standard input."""
+    """Sign in as the options of `auth` say.
+
+    `reading` says whether a URL may be pasted into standard input. `way` is the class of the
+    browser sign-in.
+    """
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     prepare_sign_in(session)
     if options.device:
@@ -4030,7 +4073,7 @@ def sign_in_with_options(
 
 
 def open_session(notify: Notify, options: Namespace) -> Session:
-    """The sign-in that the options mean."""
+    """Return a session for the sign-in that the options select. Raises UsageError."""
     settings, wanted = Settings(), vars(options)
     settings.workspace = wanted.get("workspace") or settings.workspace
     client = OfficialClient if wanted.get("official") else Client
@@ -4038,14 +4081,15 @@ def open_session(notify: Notify, options: Namespace) -> Session:
 
 
 def command_auth(session: Session, options: Namespace) -> None:
-    """Sign in, and say what can be done then."""
+    """Sign in and show how to use the API key."""
     sign_in_with_options(session, options, reading=True)
     if not session.tokens().api_key:
         session.notify("info", *session.client.next_step)
         return
     try:
         shell = printing_shell(session.settings, "auto")
-    except UsageError:  # another shell; nobody asked for its code
+    except UsageError:
+        # `env` has no code for the person's shell.
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
     line = SHELLS[shell].profile.format(f"{program_name(shell=shell)} env")
@@ -4053,7 +4097,7 @@ def command_auth(session: Session, options: Namespace) -> None:
 
 
 def command_status(session: Session, options: Namespace) -> int:
-    """Say who is signed in."""
+    """Print who is signed in."""
     status = Status(session, lambda command: f"{program_name()} {command}", options.online)
     print(status.text(options.json, sys.stdout.isatty()))
     return status.exit_code
@@ -4075,7 +4119,8 @@ def command_env(session: Session, options: Namespace) -> int:
     shell = printing_shell(session.settings, options.shell)
     try:
         variables = exported_variables(session, options, "env --access-token", options.unset)
-    except NotSignedInError as error:  # each new shell says it: in one line
+    except NotSignedInError as error:
+        # A profile runs `env` in every new shell, so this message takes only one line.
         session.notify("error", f"{error}; {error.hint}", error.command)
         return error.exit_code
     print(shell_code(shell, variables))
@@ -4085,9 +4130,11 @@ def command_env(session: Session, options: Namespace) -> int:
 def exported_variables(
     session: Session, options: Namespace, keyless: str, unset: bool = False
 ) -> Dict[str, Optional[str]]:
-    """What `env` and `exec` set: the API key; or a valid access token and the account id.
+    """Return the variables that `env` and `exec` set, by name.
 
-    `keyless` is the command that does without a key; `unset`: all are None. Raises OAuthError.
+    They hold the API key or, with --access-token, a valid access token and the account ID. With
+    `unset`, all values are None. `keyless` is the command that works without an API key, for the
+    hint. Raises OAuthError.
     """
     token, account = "CHATGPT_OAUTH_ACCESS_TOKEN", "CHATGPT_OAUTH_ACCOUNT_ID"
     name = options.name
@@ -4109,8 +4156,9 @@ def exported_variables(
 
 
 def command_exec(session: Session, options: Namespace) -> int:
-    """Run a command that has the API key in its environment; the shell never sees it."""
-    if not any(options.command[:1]):  # `exec -- "$EDITOR"` without an EDITOR is none, too
+    """Run a command with the API key in its environment, which the shell never gets."""
+    # An empty name counts as missing: `exec -- "$EDITOR"` passes one if EDITOR isn't set.
+    if not any(options.command[:1]):
         raise UsageError("no command to run was given", "to run one, type", "exec -- COMMAND")
     variables = exported_variables(session, options, "exec --access-token -- COMMAND")
     wanted = {**session.settings.environ, **variables}
@@ -4121,32 +4169,35 @@ def command_exec(session: Session, options: Namespace) -> int:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         why = "command not found" if missing else f"cannot run it: {error.strerror}"
         failed = OAuthError(f"{options.command[0]}: {why}")
-        failed.exit_code = 127 if missing else 126  # as POSIX has it
+        # POSIX.1-2017, Shell Command Language, section 2.8.2
+        failed.exit_code = 127 if missing else 126
         raise failed from None
 
 
 def run_instead(command: List[str], environ: Dict[str, str]) -> int:
-    """Let `command` take this process's place; on Windows, wait and return its exit code.
+    """Replace this process with `command`. On Windows, run it and return its exit code.
 
-    Raises OSError when it cannot be run.
+    Raises OSError if the command can't be run.
     """
     if sys.platform != "win32":
         import signal
 
-        # Python ignores these two, and what is ignored stays so in the program that follows.
+        # Python ignores these two signals. Without a reset, the new program would inherit that.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, environ)  # noqa: S606 - a list of arguments, no shell
     import shutil
     import subprocess
 
-    # CreateProcess looks for .exe files alone; `npm` and its like are .cmd files.
+    # CreateProcess finds only .exe files, and commands such as `npm` are .cmd files.
     program = shutil.which(command[0], path=environ.get("PATH")) or command[0]
     process = subprocess.Popen([program, *command[1:]], env=environ)  # noqa: S603 - no shell
     while True:
-        with contextlib.suppress(KeyboardInterrupt):  # the command heard Ctrl-C, too
+        # Windows sends Ctrl-C to the command as well, and the command decides what to do.
+        with contextlib.suppress(KeyboardInterrupt):
             code = process.wait()
-            return code - (1 << 32) if code >= 1 << 31 else code  # as os._exit takes it
+            # os._exit takes a signed number of 32 bits.
+            return code - (1 << 32) if code >= 1 << 31 else code
 
 
 def command_token(session: Session, options: Namespace) -> None:
@@ -4170,7 +4221,7 @@ def command_token(session: Session, options: Namespace) -> None:
 
 
 def command_logout(session: Session, options: Namespace) -> None:
-    """Revoke the sign-in, or each of both, and remove what they left."""
+    """Revoke both sign-ins (with --official, only that one) and remove their files and models."""
     sessions = [session] if options.official else session.sign_ins()
     ended, failures = False, []
     for each in sessions:
@@ -4179,7 +4230,8 @@ def command_logout(session: Session, options: Namespace) -> None:
         except OAuthError as error:
             failures.append(error)
     for failure in failures[1:]:
-        if str(failure) != str(failures[0]):  # both have their entries in one file
+        # Both sign-ins use the same models file, so both may fail with the same error.
+        if str(failure) != str(failures[0]):
             tell_error(session.notify, failure, "warning")
     if failures:
         raise failures[0]
@@ -5247,8 +5299,10 @@ def is_plugin() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# main
+# main: the command line
 # ---------------------------------------------------------------------------------------------
+# OPTIONS and COMMANDS describe the command line. Both option readers and all help texts use these
+# tables. Errors become messages and exit codes only here, after everything else has finished.
 
 
 FLAG: Fields = {"action": "store_true", "default": False}
@@ -5392,7 +5446,10 @@ ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "st
 
 
 def parse(name: str, arguments: List[str], prog: str = "") -> Any:
-    """The options of the command `name`, typed as `prog`. Raises UsageError; -h: SystemExit."""
+    """Return the options of the command `name`, which the help calls `prog`.
+
+    Raises UsageError, and SystemExit after it has printed the help for -h.
+    """
     command = COMMANDS[name]
     end = arguments.index("--") if command.tail and "--" in arguments else len(arguments)
     options = parse_plain(command, arguments[:end])
@@ -5408,9 +5465,11 @@ def parse(name: str, arguments: List[str], prog: str = "") -> Any:
 
 
 def parse_plain(command: Command, arguments: List[str]) -> Any:
-    """The options when they are as scripts and shell profiles write them, else None.
+    """Return the options if they are written in the plainest way, otherwise None.
 
-    The import of argparse costs as much as all else that `env` does.
+    This exists because `env`, `token` and `status` run at every start of a shell, and importing
+    argparse takes about as long as the rest of `env`. It reads what scripts and profiles write, and
+    leaves everything else (-h, `--name=VALUE`, mistakes) to parse_any.
     """
     import types
 
@@ -5436,12 +5495,15 @@ def parse_plain(command: Command, arguments: List[str]) -> Any:
 
 
 def attribute_name(flag: str) -> str:
-    """What argparse calls the value of `flag`."""
+    """Return the attribute in which argparse stores the value of `flag`."""
     return flag[2:].replace("-", "_")
 
 
 def parse_any(name: str, arguments: List[str], prog: str) -> Any:
-    """The options as argparse understands them. Raises UsageError; -h: SystemExit."""
+    """Return the options as argparse reads them.
+
+    Raises UsageError, and SystemExit after it has printed the help for -h.
+    """
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -5452,13 +5514,15 @@ def parse_any(name: str, arguments: List[str], prog: str) -> Any:
     summary = command.summary
     parser = Parser(
         prog=prog,
-        usage=f"%(prog)s [options]{command.tail}",  # it would take a % in `prog` for its own
+        # argparse formats `usage` with %, so a % in `prog` would break it here.
+        usage=f"%(prog)s [options]{command.tail}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog="\n".join(profile_help() if name == "env" else example_help(command, prog)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser._optionals.title = "options"  # "optional arguments" before Python 3.10
+    # Before Python 3.10, this title is "optional arguments".
+    parser._optionals.title = "options"
     for flag, (explained, details) in command.options.items():
         parser.add_argument(flag, help=explained, **details)
     options, unknown = parser.parse_known_args(arguments)
@@ -5468,7 +5532,10 @@ def parse_any(name: str, arguments: List[str], prog: str) -> Any:
 
 
 def unknown_argument(name: str, unknown: List[str]) -> UsageError:
-    """The error for what is no option of the command `name`, with the nearest one."""
+    """Return the error for an option that the command `name` doesn't have.
+
+    Its hint is the option with the most similar spelling, if there is one.
+    """
     from difflib import get_close_matches
 
     message = f"unknown option or argument: {' '.join(unknown)}"
@@ -5481,12 +5548,11 @@ def unknown_argument(name: str, unknown: List[str]) -> UsageError:
 
 
 def example_help(command: Command, prog: str) -> List[str]:
-    """The end of a command's --help."""
     return ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
 
 
 def profile_help() -> List[str]:
-    """The end of `env --help`; a profile runs in any directory."""
+    """Return the end of `env --help`: the line for each shell's profile."""
     lines = ["add one of these to your shell's profile:"]
     for name, shell in SHELLS.items():
         if shell.profile:
@@ -5520,13 +5586,13 @@ environment:
 
 
 def usage() -> str:
-    """What the program prints without a command."""
+    """Return the help that is printed if no command is given."""
     commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
     return USAGE.format(program_name(), commands)
 
 
 def unknown_command(name: str) -> UsageError:
-    """The error for a `name` that is no command, with the nearest one."""
+    """Return the error for an unknown command, with the most similar command as its hint."""
     from difflib import get_close_matches
 
     kind = "option" if name.startswith("-") else "command"
@@ -5537,7 +5603,7 @@ def unknown_command(name: str) -> UsageError:
 
 
 def run(arguments: List[str], notify: Notify) -> int:
-    """Do what the command line says; returns the exit code. Raises OAuthError."""
+    """Run the command line and return its exit code. Raises OAuthError."""
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"] if arguments[1:] != ["help"] else ["--help"]
     if not arguments:
@@ -5554,19 +5620,22 @@ def run(arguments: List[str], notify: Notify) -> int:
         raise unknown_command(name)
     try:
         options = parse(name, arguments[1:])
-    except SystemExit:  # after --help
+    except SystemExit:
+        # argparse has printed the help.
         return 0
     return COMMANDS[name].run(open_session(notify, options), options) or 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line `argv` (default: the process's own); returns the exit code."""
+    """Run the command line `argv` (default: this process's) and return its exit code."""
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
-        if stream is None:  # closed by whoever started us
+        # The parent process may have closed the stream.
+        if stream is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif hasattr(stream, "reconfigure"):
-            # Bare newlines: a bash on Windows would take the carriage return into the API key.
+            # Lines end in a bare newline on all systems, because bash on Windows would make a
+            # carriage return part of the API key.
             stream.reconfigure(errors="backslashreplace", newline="\n")
     terminal = Terminal(dict(os.environ))
     try:
@@ -5580,25 +5649,28 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         terminal.interrupted()
         return 130
-    except OSError as error:  # without a file's name: standard output is closed or full
+    except OSError as error:
+        # If the error names no file, standard output is closed or full.
         what = f"use {error.filename}" if error.filename else "write to standard output"
         terminal.notify("error", f"cannot {what}: {error.strerror}")
         return StorageError.exit_code
     except Exception as error:
         import traceback
 
-        *_, (_, line) = traceback.walk_tb(error.__traceback__)  # the text could hold a secret
+        # The error's text might contain a secret, so only its type and line are printed.
+        *_, (_, line) = traceback.walk_tb(error.__traceback__)
         name = type(error).__name__
         terminal.notify("error", f"internal error: {name} at line {line}; this is a bug")
         return OAuthError.exit_code
 
 
 def run_program() -> NoReturn:
-    """Be the program: carry out the process's command line, then end the process."""
+    """Run this process's command line and exit, without waiting for threads."""
     exit_code = main()
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-    # Not sys.exit(): no waiting for a connection's thread, no taking apart of what ends anyway.
+    # sys.exit() would wait for a thread that still reads from a connection, and would spend time
+    # on cleaning up an interpreter that ends anyway.
     os._exit(exit_code)
 
 
