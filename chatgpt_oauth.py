@@ -8,37 +8,41 @@
     exec      run a command with the API key in its environment
     token     print a valid access token, refreshed if needed
     logout    sign out and remove the tokens and imported models
-    install   make this file the command chatgpt-oauth (uninstall takes that back)
+    install   install this file as the command chatgpt-oauth (uninstall removes it)
 
-How data flows.  `auth` sends the browser to an authorization request (RFC 6749, section 4.1, with
+How a sign-in works.  `auth` opens the browser at an authorization URL (RFC 6749, section 4.1, with
 PKCE, RFC 7636) and listens on the loopback interface (RFC 8252, section 7.3) for the authorization
-response; a pasted URL and a device code (RFC 8628) are two more ways to the same authorization
-code.  The code is exchanged for tokens, which are on disk before anything else is tried; then the
-ID token for an API key (RFC 8693), where the account has an organization; and the models that the
-key or the ChatGPT plan pays for are written where Code Puppy looks for them.
+response.  Pasting the URL that the browser ends on, or entering a device code (RFC 8628), leads to
+the same authorization code.  The code is exchanged for tokens, and the tokens are saved before
+anything else happens.  If the account belongs to an organization, the ID token is then exchanged
+for an API key (RFC 8693).  Finally, the models that the key or the ChatGPT plan pays for are
+written to the file in which Code Puppy looks for them.
 
-Afterwards whatever needs an access token asks one place, `Session.valid_tokens`.  It refreshes the
-tokens under a lock that all processes share, for OpenAI's refresh tokens are good for one use: of
-two programs that refresh at the same moment one would be signed out.
+After that, everything that needs an access token calls `Session.valid_tokens`, which refreshes the
+tokens under a lock shared by all processes.  The lock is necessary because each of OpenAI's refresh
+tokens works only once: if two programs refreshed at the same moment, one of them would be signed
+out.
 
-`auth --official` is OpenAI's own sign-in for apps, a second client beside the Codex CLI's.  The
-file is a module, too (`get_access_token` and six more functions), and in Code Puppy's directory of
-plugins it is a plugin with the same commands.
+`auth --official` uses OpenAI's official sign-in for apps instead, with a client ID that OpenAI
+issues to this installation.  The file can also be imported as a module (`get_access_token` and six
+more functions).  In Code Puppy's plugin directory it is a plugin with the same commands.
 
-The token file holds what its name says.  Whoever can read it can use the account; it is written
-readable by its owner alone, and no command but `env` and `token` prints a secret from it; `exec`
-hands the key on to one process.
+Anyone who can read the token file can use the account.  The file is therefore readable only by its
+owner, and `env` and `token` are the only commands that print a secret from it.  `exec` passes the
+key to a single process.
 
-Unofficial: not made, endorsed or supported by OpenAI.  Licence: MIT.
+Unofficial: not made, endorsed or supported by OpenAI.  License: MIT.
 """
 
 from __future__ import annotations
 
-(PYTHON_3_8_OR_LATER_IS_NEEDED := True)  # an older one shows this line, and stops
+# Python before 3.8 stops at the next line with a syntax error that shows it.
+(PYTHON_3_8_OR_LATER_IS_NEEDED := True)
 
-# What is heavier than these (HTTP, TLS, argparse, even base64) is imported where it is used: `env`,
-# `token` and `status` run at every start of a shell and must not pay for it.
-import sys  # noqa: E402 - that line must come first
+# Heavier modules than these (HTTP, TLS, argparse, even base64) are imported in the functions that
+# need them, because `env`, `token` and `status` run every time a shell starts. E402 doesn't apply
+# because the version check has to come first.
+import sys  # noqa: E402
 
 COMPLETE_PYTHON = "install a complete Python (Debian and Ubuntu: apt install python3)"
 try:
@@ -54,16 +58,22 @@ except ImportError as error:
         raise
     sys.exit(f"error: this Python has no module {error.name}\nhint: {COMPLETE_PYTHON}")
 
-TYPE_CHECKING = False  # importing `typing` would cost each start some milliseconds
+# Type checkers take this name to be true. Importing it from `typing` would slow down each start by
+# several milliseconds.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
     from concurrent.futures import Future
-    from socket import socket as Socket  # noqa: N812 - a class in spite of its name
+    from socket import socket as Socket  # noqa: N812
     from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple, Type
 
-    AnyFuture = Future[Any]  # novm - is not evaluated on Python 3.8
-    Fields = Dict[str, Any]  # a JSON object
-    Notify = Callable[..., None]  # hears a kind, a text and perhaps a command: Terminal.notify
+    # Python 3.8 cannot subscript Future, but it never runs this block. "novm" tells that to vermin,
+    # the tool that checks which Python versions this file supports.
+    AnyFuture = Future[Any]  # novm
+    # A JSON object.
+    Fields = Dict[str, Any]
+    # Receives a kind of message, a text, and optionally a command: see Terminal.notify.
+    Notify = Callable[..., None]
 
 __version__ = "1.1.0"
 
@@ -71,36 +81,51 @@ __version__ = "1.1.0"
 # ---------------------------------------------------------------------------------------------
 # Configuration
 # ---------------------------------------------------------------------------------------------
+# All defaults are in CHATGPT_OAUTH_CONFIG, which may be edited. Each key can be overridden for one
+# run by the environment variable CHATGPT_OAUTH_ + the key in capitals. Every value, edited or not,
+# is checked against its rule in RULES before anything is read, written or sent, so the rest of the
+# program can rely on the form of each setting.
 
 CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "issuer": "https://auth.openai.com",
-    # The Codex CLI's client. It is public (RFC 6749 §2.1): it names the program and proves
-    # nothing; what protects the sign-in is PKCE and the loopback redirect.
+    # The Codex CLI's client ID. It is public (RFC 6749 §2.1) and authenticates nobody. The sign-in
+    # is protected by PKCE and by the loopback redirect.
     "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
     "scope": "openid profile email offline_access",
-    # OpenAI compares redirect URIs to the letter; these two ports are registered, no other.
+    # OpenAI compares the whole redirect URI and has registered only these two ports.
     "redirect_host": "http://localhost",
     "redirect_path": "auth/callback",
     "required_port": 1455,
     "fallback_port": 1457,
-    "callback_timeout": 120,  # seconds for the whole sign-in in the browser
+    # Seconds for the whole sign-in in the browser.
+    "callback_timeout": 120,
     "api_base_url": "https://api.openai.com",
     "codex_base_url": "https://chatgpt.com/backend-api/codex",
     "usage_url": "https://chatgpt.com/backend-api/wham/usage",
-    "codex_client_version": "0.169.0",  # the Codex backend lists models by it
-    "home": None,  # $XDG_DATA_HOME/code_puppy, else ~/.code_puppy: Code Puppy's own rule
+    # The Codex backend lists only the models that this version of the Codex CLI supports.
+    "codex_client_version": "0.169.0",
+    # None means $XDG_DATA_HOME/code_puppy if that variable is set, otherwise ~/.code_puppy. Code
+    # Puppy chooses its directory the same way.
+    "home": None,
     "prefix": "chatgpt-",
-    "default_context_length": 128000,  # tokens; as shipped 258400 for a plan's models
+    # Tokens. If this value isn't edited, the plan's models get 258400 instead.
+    "default_context_length": 128000,
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
-    "responses_patterns": "*-codex*,*-pro,*-pro-*",  # API models on /v1/responses alone
+    # API models that are available only at /v1/responses.
+    "responses_patterns": "*-codex*,*-pro,*-pro-*",
     "model_source": "auto",
-    "workspace": "",  # the id of the only ChatGPT workspace to sign in to; "": whichever it is
-    "agent_name": "Code Puppy (chatgpt_oauth)",  # the app's name at the official sign-in
+    # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
+    "workspace": "",
+    # The name of this app at the official sign-in.
+    "agent_name": "Code Puppy (chatgpt_oauth)",
     "originator": "chatgpt_oauth",
-    "request_timeout": 30,  # seconds for one whole request, the name look-up included
-    "retry_window": 20,  # seconds in which another try of a refresh may start
-    "lock_timeout": 60,  # seconds to wait for another process's refresh or sign-in
+    # Seconds for one whole request, name lookup included.
+    "request_timeout": 30,
+    # Seconds after the start of a refresh in which it may be tried again.
+    "retry_window": 20,
+    # Seconds to wait for another process's refresh or sign-in.
+    "lock_timeout": 60,
     "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
 }
 
@@ -109,10 +134,10 @@ LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
 
 
 class Rule:
-    """What a setting must be: a regular expression, and how to say so to a person.
+    """The format of a setting: a regular expression, and a description of it for error messages.
 
-    The pattern's group 1, where it has one, is the value, of the type `kind`. A group `number`
-    must lie between `low` and `high`.
+    If the pattern has a group 1, that group is the value. The value is converted to the type
+    `kind`. A group named `number` must be between `low` and `high`.
     """
 
     def __init__(
@@ -122,7 +147,7 @@ class Rule:
         self.low, self.high = low, high
 
     def check(self, name: str, value: object) -> Any:
-        """The value that `value` stands for. Raises UsageError, naming `name`."""
+        """Return `value` in its normal form. Raises UsageError, naming `name`, if it is invalid."""
         found = re.fullmatch(self.pattern, str(value), re.ASCII)
         number = found and found.groupdict().get("number")
         if not found or (number and not self.low <= float(number) <= self.high):
@@ -132,11 +157,13 @@ class Rule:
 
 _DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 _INTEGER = r"(?P<number>[0-9]{1,10})"
+# The path is matched lazily to keep trailing slashes out of group 1. The paths of endpoints, which
+# start with a slash, are appended to the URL. The limit applies to the port.
 _URL = Rule(
     rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_INTEGER})?"
     r"(?:/[\w.~%/-]*?)??)/*",
     "an https URL (http is allowed for localhost only)",
-    high=65535,  # the port
+    high=65535,
 )
 _WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
 _SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
@@ -150,6 +177,7 @@ RULES = {
     "redirect_host": Rule(
         r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"
     ),
+    # The listener serves its own page at /success, to which the browser is sent after a sign-in.
     "redirect_path": Rule(r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
     "required_port": _PORT,
     "fallback_port": _PORT,
@@ -176,12 +204,13 @@ RULES = {
 
 
 class Settings:
-    """What one run goes by: CHATGPT_OAUTH_CONFIG, with the environment's variables over it.
+    """The settings of this run: CHATGPT_OAUTH_CONFIG, overridden by environment variables.
 
-    Every key of the configuration is an attribute; `environ` is the environment itself.
-    Raises UsageError, naming the setting, for a value that cannot be meant.
+    Each key of the configuration is an attribute, and `environ` is a copy of the environment.
+    Raises UsageError, naming the setting, for an invalid value.
     """
 
+    # Tells the type checker about the attributes, which __init__ sets from the keys of RULES.
     if TYPE_CHECKING:
         workspace: str
 
@@ -203,13 +232,16 @@ class Settings:
             raise UsageError(
                 "CHATGPT_OAUTH_HOME is a relative path and the current directory is gone"
             ) from None
-        if self.home.startswith("\\\\.\\"):  # what Windows makes of CON, NUL, COM1
+        # Windows turns device names such as CON, NUL and COM1 into paths that start like this.
+        if self.home.startswith("\\\\.\\"):
             raise UsageError("CHATGPT_OAUTH_HOME must be a directory path, not a device's name")
 
     def _default_home(self) -> str:
         base = self.environ.get("XDG_DATA_HOME")
         home = os.path.expanduser(os.path.join(base, "code_puppy") if base else "~/.code_puppy")
-        if not base and home.startswith("~"):  # nor does the system know an account's directory
+        # The path still starts with ~ if the system's account database has no home directory for
+        # this user either.
+        if not base and home.startswith("~"):
             variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
             raise UsageError(f"{variable} is not set", f"set {variable} or CHATGPT_OAUTH_HOME")
         return home
@@ -218,23 +250,39 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------
+# Every failure that a person can do something about is an OAuthError: one line that says what
+# happened, the next step, and the exit code of the command. An error is raised once. Its caller
+# reports it with `tell_error`. Its text never contains a secret, and printable() makes it safe for
+# a terminal.
+#
+#     OAuthError                   1  refused or failed
+#     ├── UsageError               2  the command line or a setting is wrong
+#     ├── NotSignedInError         3  nobody is signed in
+#     │   └── OfficialOnlyError    1  the only sign-in is the official one
+#     ├── SignInEndedError         4  only a new sign-in helps
+#     │   └── InvalidGrantError    4  the server refused the refresh token
+#     ├── RefusedError             1  the server refused the API key or the access token
+#     ├── UnavailableError         5  network, proxy, certificate or lock trouble
+#     │   └── RequestError         5  a request got no usable response
+#     └── StorageError             6  a file cannot be read or written
 
 
 def printable(text: str, limit: int = 2000) -> str:
-    """`text` with whatever could steer a terminal replaced, and cut at `limit` characters.
+    """Return `text`, cut after `limit` characters, with unprintable characters replaced by "?".
 
-    To str.isprintable(), control characters, escape sequences, bidirectional overrides and line
-    breaks all are not; each becomes a question mark.
+    str.isprintable() is false for everything that could control a terminal: control characters,
+    escape sequences, bidirectional overrides and line breaks.
     """
     text = text if len(text) <= limit else text[:limit] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class OAuthError(Exception):
-    """What stopped a command, in one line; `hint` is the next step, or None.
+    """A reason why a command failed, in one line.
 
-    `command` is what the hint ends in, such as "auth --device", or "": whoever tells the error
-    writes it as it is typed there. `exit_code` is the command's. No text ever holds a secret.
+    `hint` is the next step, or None. `command` is the command with which the hint ends, such as
+    "auth --device", or "". It doesn't include the program's name, which the caller that reports
+    the error adds. `exit_code` is the exit code of the command that failed.
     """
 
     exit_code = 1
@@ -244,31 +292,31 @@ class OAuthError(Exception):
         self.hint, self.command = printable(hint) or None, command
 
     def suggest(self, command: str) -> None:
-        """Have `command` tried again, where nothing else is known to help."""
+        """Set the default hint, to try again with `command`, unless there is a hint already."""
         if not self.hint:
             self.hint, self.command = "to try again, run", command
 
 
 class UsageError(OAuthError):
-    """The command line or a setting is wrong."""
+    """An error in the command line or in a setting."""
 
     exit_code = 2
 
 
 class NotSignedInError(OAuthError):
-    """There is no sign-in."""
+    """An attempt to use a sign-in when nobody is signed in."""
 
     exit_code = 3
 
 
 class OfficialOnlyError(NotSignedInError):
-    """Nobody is signed in but by the official sign-in, whose tokens are not handed out."""
+    """A request for tokens when the only sign-in is official, and those tokens aren't shared."""
 
     exit_code = 1
 
 
 class SignInEndedError(OAuthError):
-    """The sign-in cannot be continued; only a new one helps."""
+    """The end of a sign-in that can't be continued, so that the person must sign in again."""
 
     exit_code = 4
 
@@ -277,27 +325,28 @@ class SignInEndedError(OAuthError):
 
 
 class RefusedError(OAuthError):
-    """A server does not accept the API key or the access token."""
+    """A refusal of the API key or the access token by a server."""
 
 
 class UnavailableError(OAuthError):
-    """Network, proxy, certificate or lock trouble; nothing is lost."""
+    """Trouble with the network, a proxy, a certificate or a lock. Nothing is lost."""
 
     exit_code = 5
 
 
 class StorageError(OAuthError):
-    """A file cannot be read, is not what it should be, or cannot be written."""
+    """A file that can't be read or written, or whose content isn't what it should be."""
 
     exit_code = 6
 
 
 @contextlib.contextmanager
 def nothing_but_oauth_errors() -> Iterator[None]:
-    """Raise an OAuthError where this Python or this system has not got what is needed."""
+    """Raise OAuthError if this Python lacks a module or the system is out of resources."""
     try:
         yield
-    except ImportError as error:  # python3-minimal, and others that leave modules out
+    # Some distributions split Python into packages and install only a part (python3-minimal).
+    except ImportError as error:
         raise OAuthError(f"this Python has no module {error.name}", COMPLETE_PYTHON) from None
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
@@ -308,7 +357,7 @@ def nothing_but_oauth_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def module_function() -> Iterator[None]:
-    """Raise nothing but an OAuthError whose hint is a whole sentence, for users of the module."""
+    """Raise only OAuthError, with the command written out in its hint, to callers of the module."""
     try:
         with nothing_but_oauth_errors():
             yield
@@ -319,7 +368,7 @@ def module_function() -> Iterator[None]:
 
 
 def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
-    """Tell a person what happened (`kind`: as an error or a warning), and the next step."""
+    """Report `error` and its hint to a person. `kind` is "error" or "warning"."""
     notify(kind, str(error))
     if error.hint:
         notify("hint", error.hint, error.command)
@@ -328,17 +377,31 @@ def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
 # ---------------------------------------------------------------------------------------------
 # Wire: the requests to OpenAI's servers, and what their responses say
 # ---------------------------------------------------------------------------------------------
+# Every request to OpenAI goes through `request_json`. It ends within its timeout, follows no
+# redirect, and reads a limited number of bytes. A failure is an OAuthError whose text contains
+# nothing secret. A RequestError tells whether the server may have processed the request, because a
+# refresh token or an authorization code must not be sent twice unless it certainly wasn't used.
+# Nothing here reads or writes a file of ours.
 
 MEBIBYTE = 1 << 20
-MODELS_LIMIT = 8 * MEBIBYTE  # bytes of a list of models, from a server or a file
-POLL_FLOOR = 1.0  # seconds between two polls, whatever the server says
-POLL_CEILING = 60.0  # seconds, however slow it must be
-DEVICE_CODE_LIFETIME = 900.0  # seconds; a server may say less
-SLOW_DOWN = 5.0  # seconds more, when it says slow_down (RFC 8628 §3.5)
-RETRY_PAUSE = 0.5  # seconds before the second try of a request; doubled for each further one
-RETRY_PAUSE_LIMIT = 4.0  # seconds
-WAIT_SLICE = 0.05  # seconds; Ctrl-C waits no longer on Windows, where a wait is not interrupted
-# The error codes with which OpenAI, or RFC 6749 §5.2, says that a refresh token is no more.
+# The largest list of models that is read from a server or a file, in bytes.
+MODELS_LIMIT = 8 * MEBIBYTE
+# The shortest and the longest time between two polls, in seconds. They limit what a server can ask
+# for.
+POLL_FLOOR = 1.0
+POLL_CEILING = 60.0
+# Seconds for which a device code is valid, unless the server gives a shorter time. OpenAI's device
+# codes expire after 15 minutes.
+DEVICE_CODE_LIFETIME = 900.0
+# Seconds to add to the polling interval when the server answers slow_down (RFC 8628 §3.5).
+SLOW_DOWN = 5.0
+# Seconds before the second try of a request. The pause doubles with each further try, up to the
+# limit.
+RETRY_PAUSE = 0.5
+RETRY_PAUSE_LIMIT = 4.0
+# Seconds. Windows can't interrupt a wait, so Ctrl-C takes up to this long there.
+WAIT_SLICE = 0.05
+# The error codes, OpenAI's and RFC 6749 §5.2's, for a refresh token that can't be used any more.
 INVALID_GRANT_CODES = {
     "refresh_token_reused": "its refresh token was used by another program",
     "refresh_token_expired": "it has expired",
@@ -348,21 +411,25 @@ INVALID_GRANT_CODES = {
     "invalid_refresh_token": "it has expired or was revoked",
 }
 OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
-NEVER = float("inf")  # seconds to the next try, where none can help
-# What requests send that is no secret; all else is taken out of what a server says of them.
+# The `retry_after` of an error that trying again can't fix.
+NEVER = float("inf")
+# The fields of a request that aren't secret. The values of all other fields are removed from the
+# server's error messages.
 PUBLIC_FIELDS = (
     *("grant_type", "client_id", "redirect_uri", "resource", "requested_token"),
     *("subject_token_type", "token_type_hint"),
 )
-CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")  # the first one counts
-_tls_contexts: Dict[str, Any] = {}  # by the certificates' file
+# The variables that can name a file of CA certificates. The first one that is set is used.
+CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
+# The TLS contexts made so far, by the path of their CA certificates ("" for the system's).
+_tls_contexts: Dict[str, Any] = {}
 
 
 class RequestError(UnavailableError):
-    """A request without a response that can be used.
+    """A request that got no usable response.
 
-    `unprocessed` is true only if it certainly had no effect; `retry_after` are the seconds for
-    which the server asks to be left alone, NEVER where no time helps.
+    `unprocessed` is true only if the request certainly had no effect. `retry_after` is how many
+    seconds the server asks us to wait before the next try, or NEVER.
     """
 
     def __init__(
@@ -373,9 +440,9 @@ class RequestError(UnavailableError):
 
 
 class Retry:
-    """The tries of one request: none starts more than `window` seconds after the first.
+    """The schedule for trying a request again, up to `window` seconds after the first try.
 
-    `notify` hears, once, why there are more than one.
+    The first time that a request is to be repeated, `notify` gets a warning with the reason.
     """
 
     def __init__(self, window: float, notify: Optional[Notify] = None) -> None:
@@ -384,8 +451,9 @@ class Retry:
         self.pause = RETRY_PAUSE
 
     def wait(self, error: RequestError) -> None:
-        """Wait for the next try; raises `error` where there must be none."""
-        pause = max(self.pause, error.retry_after)  # an "at once" is no leave to flood
+        """Wait until the next try is due, or raise `error` if the request must not be repeated."""
+        # Retry-After can be 0, which must not lead to a flood of requests.
+        pause = max(self.pause, error.retry_after)
         if not error.unprocessed or time.monotonic() + pause > self.deadline:
             raise error
         if self.notify:
@@ -396,7 +464,7 @@ class Retry:
 
 
 class InvalidGrantError(SignInEndedError):
-    """The refresh token was refused for `reason`, one of INVALID_GRANT_CODES."""
+    """A refusal of the refresh token. `reason` is the server's code, see INVALID_GRANT_CODES."""
 
     def __init__(self, reason: str, command: str) -> None:
         why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
@@ -405,22 +473,26 @@ class InvalidGrantError(SignInEndedError):
 
 
 def is_b64token(value: object) -> bool:
-    """Whether `value` has the form of a bearer token (RFC 6750 §2.1): safe in headers, shells."""
+    """Whether `value` has the form of a bearer token (RFC 6750 §2.1).
+
+    Such a string needs no quoting in an HTTP header or in a shell.
+    """
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
 
 
 def is_loopback(url: str) -> bool:
-    """Whether `url` leads to this machine by name or address."""
+    """Whether the host in `url` is this machine, by name or by address."""
     return re.match(rf"https?://{LOOPBACK}(?:[:/]|$)", url) is not None
 
 
 def decode_claims(jwt: Optional[str]) -> Fields:
-    """The claims of a JWT (RFC 7519 §3), or {} when it is none.
+    """Return the claims of a JWT (RFC 7519 §3), or {} if `jwt` isn't one.
 
-    The signature is not verified: the tokens came straight from the token endpoint over TLS,
-    and the claims are used for display and for telling accounts apart, never as a proof.
+    The signature isn't verified. The tokens came straight from the token endpoint over TLS, and the
+    claims are used only for display and for telling accounts apart, never as proof of anything.
     """
-    from binascii import a2b_base64  # `base64` would cost a start of the shell its import
+    # Importing `base64` instead would make every start of a shell slower.
+    from binascii import a2b_base64
 
     try:
         _, payload, _ = (jwt or "").split(".")
@@ -431,18 +503,18 @@ def decode_claims(jwt: Optional[str]) -> Fields:
 
 
 def auth_claims(token: Optional[str], kind: str = "auth") -> Fields:
-    """OpenAI's own claims of a `kind` in a token, or {}."""
+    """Return OpenAI's own claims in a token: the object https://api.openai.com/`kind`, or {}."""
     claims = decode_claims(token).get(f"https://api.openai.com/{kind}")
     return claims if isinstance(claims, dict) else {}
 
 
 def text_or_none(value: object) -> Optional[str]:
-    """`value` if it is a string with something in it, else None."""
+    """Return `value` if it is a string that isn't empty, otherwise None."""
     return value if isinstance(value, str) and value else None
 
 
 def number_or_none(value: object) -> Optional[float]:
-    """`value`, a number or a string of digits, as a number; None for what cannot be meant."""
+    """Return `value`, a number or a string of digits, as a number. Anything else gives None."""
     if isinstance(value, str) and re.fullmatch(_DECIMAL, value, re.ASCII):
         return float(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e11:
@@ -451,11 +523,15 @@ def number_or_none(value: object) -> Optional[float]:
 
 
 def without_secrets(value: object, private: Set[str]) -> str:
-    """A server's text, "" where `value` is none, without what it repeats of a request."""
+    """Return a server's text without the `private` strings and without anything like a token.
+
+    If `value` isn't a string, return "".
+    """
     text = value if isinstance(value, str) else ""
     for secret in private - {""}:
         text = text.replace(secret, "[...]")
-    # An error code of lower-case words is no token, however long it is.
+    # 32 or more characters of a token or of percent encoding are removed, unless they are all
+    # lower-case letters and underscores: then they are an error code.
     words = r"(?![a-z_]+(?![A-Za-z0-9._~+/=%-]))"
     return printable(re.sub(words + r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
 
@@ -463,20 +539,22 @@ def without_secrets(value: object, private: Set[str]) -> str:
 class Response:
     """A server's response: its `status`, its `data` (parsed JSON or None), and its error.
 
-    `code` and `text` are the error's code and description, made printable, with what was sent
-    in `private` and whatever else looks like a secret taken out.
+    `code` and `text` are the error's code and description, or "". They are printable, and secrets
+    are removed: the values in `private`, and anything that looks like a token.
     """
 
     def __init__(self, status: int, body: bytes, retry_after: str, private: Set[str]) -> None:
         self.status = status
         self.is_html = body.lstrip()[:1] == b"<"
-        self.is_unauthorized = status == 401 and not self.is_html  # a web page is a proxy's
+        # A 401 with a web page comes from a proxy, not from OpenAI.
+        self.is_unauthorized = status == 401 and not self.is_html
         self.retry_after = parse_retry_after(retry_after)
         try:
             self.data = json.loads(body)
         except (ValueError, RecursionError):
             self.data = None
-        # {"error": {"code", "message"}}, RFC 6749's pair, or the Codex backend's {"detail"}
+        # There are three forms of errors: OpenAI's {"error": {"code", "message"}}, RFC 6749's
+        # {"error", "error_description"}, and the Codex backend's {"detail"}.
         outer = self.data if isinstance(self.data, dict) else {}
         error = outer.get("error")
         inner = error if isinstance(error, dict) else {"code": error}
@@ -485,12 +563,12 @@ class Response:
         self.text = without_secrets(text, private)
 
     def error(self, what: str) -> OAuthError:
-        """The error that tells a person why it was not possible to `what`."""
+        """Return the error that reports this response as the reason why we could not `what`."""
         failed = f"could not {what} (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
             busy = "too many requests" if self.status == 429 else "server error"
-            # With these two the server says that it did not get to the request (RFC 6585 §4,
-            # RFC 9110 §15.6.4); with this code a part of it may have been carried out.
+            # A server that answers 429 or 503 did not process the request (RFC 6585 §4, RFC 9110
+            # §15.6.4). With the code temporarily_unavailable it may have processed a part.
             unprocessed = self.status in (429, 503) and self.code != "temporarily_unavailable"
             text = f"{failed}: {busy}"
             return RequestError(text, "try again later", unprocessed, self.retry_after)
@@ -510,7 +588,7 @@ class Response:
         return OAuthError(": ".join(part for part in (failed, self.code, self.text) if part))
 
     def json_object(self, what: str) -> Fields:
-        """The JSON object of a successful response. Raises OAuthError for any other."""
+        """Return the JSON object of a successful response. Raises OAuthError for any other."""
         if not 200 <= self.status < 300 or self.is_html:
             raise self.error(what)
         if not isinstance(self.data, dict):
@@ -519,7 +597,7 @@ class Response:
 
 
 def parse_retry_after(header: str) -> float:
-    """Retry-After in seconds from now (RFC 9110 §10.2.3), 0.0 when absent or malformed."""
+    """Return the seconds that Retry-After (RFC 9110 §10.2.3) asks for, 0.0 if it isn't valid."""
     from email.utils import parsedate_to_datetime
 
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
@@ -528,11 +606,13 @@ def parse_retry_after(header: str) -> float:
 
 
 def tls_context(settings: Settings) -> Any:
-    """The TLS context of all requests; called early, the first one need not wait for it.
+    """Return the TLS context that all requests share.
 
-    Raises RequestError, naming the variable at fault.
+    Loading it takes time, so a command can call this before the first request. Raises RequestError,
+    naming the variable at fault.
     """
-    import urllib.request  # noqa: F401 - loaded now for the same reason
+    # This import takes time as well.
+    import urllib.request  # noqa: F401
 
     try:
         import ssl
@@ -548,28 +628,32 @@ def tls_context(settings: Settings) -> Any:
         hint = "unset SSLKEYLOGFILE, or make the file writable"
         try:
             context = ssl.create_default_context()
-            if path:  # OpenSSL itself ignores one that holds no certificates
+            # OpenSSL reads the file by itself but ignores one without certificates.
+            if path:
                 fault = f"{variable}={path}"
                 hint = f"let {variable} name a file of certificates, or unset it"
                 context.load_verify_locations(path)
         except OSError as error:
-            if not (path or error.filename):  # PyPy, where there are no CA certificates
+            # PyPy raises this if the system has no CA certificates.
+            if not (path or error.filename):
                 fault, hint = "CA certificates", certificate_hint()
             no_pem = path and isinstance(error, ssl.SSLError)
-            why = error.strerror or os.strerror(error.errno or 0)  # PyPy leaves it empty
+            # PyPy leaves strerror empty.
+            why = error.strerror or os.strerror(error.errno or 0)
             why = "it holds no certificate in PEM form" if no_pem else why
             text = f"cannot set up TLS: {fault}: {why}"
             raise RequestError(text, hint, unprocessed=True, retry_after=NEVER) from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2  # as Python 3.10 and later have it
-        # RFC 5280 to the letter, as Python 3.13 has it, refuses companies' CAs without a key
-        # usage, which browsers, curl and earlier Pythons take.
+        # Python 3.10 made this the default.
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # Python 3.13 turns on VERIFY_X509_STRICT, which rejects corporate CAs without a key usage
+        # extension. Browsers, curl and older Pythons accept them.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         _tls_contexts[path] = context
     return _tls_contexts[path]
 
 
 def certificate_hint() -> str:
-    """What to do about a server's certificate that was refused."""
+    """Return what to do if a server's certificate was not accepted."""
     import ssl
 
     for name in (*CA_VARIABLES, "SSL_CERT_DIR"):
@@ -585,26 +669,28 @@ def certificate_hint() -> str:
 
 
 def wait_for(future: AnyFuture, seconds: float) -> bool:
-    """Whether `future` is done within `seconds`, in which this process is not stopped.
+    """Wait up to `seconds` for `future`, and return whether it is done.
 
-    Counted in slices, of which Ctrl-Z or a frozen container can use up one: when the process
-    goes on, a response that has come meanwhile is still taken.
+    The time during which this process is suspended (Ctrl-Z, a frozen container) doesn't count, so a
+    response that arrived meanwhile is still used.
     """
     from concurrent.futures import wait
 
+    # Each slice of the wait counts at most its own length, however long it really took.
     while not future.done() and seconds > 0:
         began = time.monotonic()
         wait([future], min(WAIT_SLICE, seconds))
         seconds -= min(WAIT_SLICE, time.monotonic() - began)
-    wait([future], WAIT_SLICE)  # the last slice may have been the one
+    # The process may have been suspended during the last slice.
+    wait([future], WAIT_SLICE)
     return future.done()
 
 
 def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
-    """An opener of urllib.request for one request to `url`, by the environment's proxy if need be.
+    """Return an opener of urllib.request for one request to `url`, using a proxy if one is set.
 
-    `reached` gets the socket when a connection to the server, proxy and TLS included, stands and
-    nothing is sent yet.
+    When the connection to the server is ready, including the proxy and TLS, and before the request
+    is sent, `reached` gets the socket.
     """
     import http.client
     import urllib.request
@@ -618,7 +704,8 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
     class FinalResponse(http.client.HTTPResponse):
         def begin(self) -> None:
             super().begin()
-            # Of what may come before it (RFC 9110 §15.2) http.client skips 100 alone.
+            # Interim responses can come first (RFC 9110 §15.2). http.client skips only 100. Without
+            # headers, begin() reads the next response.
             while 100 < self.status < 200 and self.status != 101:
                 self.headers = None  # type: ignore[assignment]
                 super().begin()
@@ -628,8 +715,10 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
 
         def connect(self) -> None:
             super().connect()
-            self.sock.settimeout(None)  # whoever waits has the clock, and hangs up
-            # InvalidStateError if nobody waits any more: a token must not be spent in vain.
+            # The caller enforces the deadline and closes the connection.
+            self.sock.settimeout(None)
+            # If the caller has given up, it has cancelled `reached`. Then this raises
+            # InvalidStateError, so the request isn't sent and a token isn't used up for nothing.
             reached.set_result(self.sock)
 
     class Handler(urllib.request.HTTPHandler):
@@ -638,8 +727,8 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
 
         https_request, https_open = urllib.request.HTTPHandler.http_request, http_open
 
-    # These two alone: no status is an exception, and no redirect is followed. A 307 would carry
-    # the code and the verifier, or the refresh token, to wherever it points.
+    # With only these two handlers, no status raises an exception and no redirect is followed. A 307
+    # could send the code and its verifier, or the refresh token, to any other server.
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(url) else None))
     opener.add_handler(Handler())
@@ -647,13 +736,16 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
 
 
 def send(opener: Any, request: Any, timeout: float, limit: int, answered: AnyFuture) -> None:
-    """Carry out one HTTP exchange; `answered` gets status, `limit` + 1 bytes and Retry-After."""
+    """Send the request, and put the status, the body and Retry-After into `answered`.
+
+    At most `limit` + 1 bytes of the body are read, which shows whether it is larger than `limit`.
+    """
     try:
         with opener.open(request, timeout=timeout) as response:
             body = response.read(limit + 1)
             answered.set_result((response.status, body, response.headers.get("Retry-After", "")))
     except Exception as error:
-        # urllib's URLError wraps what went wrong before a response as its `reason`.
+        # urllib wraps an error from before the response in a URLError, as its `reason`.
         wrapped = getattr(error, "reason", None)
         answered.set_exception(wrapped if isinstance(wrapped, Exception) else error)
 
@@ -670,12 +762,12 @@ def request_json(
     timeout: float = float("inf"),
     limit: int = MEBIBYTE,
 ) -> Response:
-    """GET `url`, or POST `fields` to it, form-encoded or `as_json`.
+    """GET `url`, or POST `fields` to it as a form or `as_json`, and return the response.
 
-    `what` names the purpose in errors ("could not <what>"); the settings' request_timeout, or a
-    shorter `timeout`, bounds the whole of it in seconds, from the name look-up to the last byte;
-    `limit` is the most bytes that are read. Returns a Response whatever its status; raises
-    RequestError when none came and OAuthError when it was too large.
+    `what` is the purpose as error messages name it: "could not <what>". The whole request, from the
+    name lookup to the last byte, may take `timeout` seconds, but never more than the setting
+    request_timeout. `limit` is the largest body in bytes. The response may have any status. Raises
+    RequestError if there was no response, and OAuthError if it was too large.
     """
     import threading
     from concurrent.futures import Future
@@ -683,21 +775,23 @@ def request_json(
     timeout = min(timeout, settings.request_timeout)
     fields = fields or {}
     request = build_request(url, fields, as_json, bearer, headers or {})
-    # A name look-up cannot be interrupted and a socket's timeout starts anew with each byte, so
-    # the exchange has a thread of its own and the clock is watched from here.
+    # A name lookup can't be interrupted, and a socket's timeout starts again with each byte. So the
+    # request runs in a thread, and the time is measured here.
     reached: AnyFuture = Future()
     answered: AnyFuture = Future()
     arguments = (build_opener(settings, url, reached), request, timeout, limit, answered)
     try:
         threading.Thread(target=send, args=arguments, daemon=True).start()
-    except RuntimeError as limit_reached:  # of processes; or Python 3.12 at its exit
+    # No more threads are allowed, or Python 3.12 is shutting down.
+    except RuntimeError as limit_reached:
         text = f"could not {what}: {limit_reached}"
         raise RequestError(text, "try again later", unprocessed=True, retry_after=NEVER) from None
     try:
         wait_for(answered, timeout)
     finally:
         in_time = answered.done()
-        unsent = reached.cancel()  # from here on nothing is sent that was not
+        # This succeeds only if there is no connection yet. The thread then sends nothing.
+        unsent = reached.cancel()
         if not in_time and not unsent:
             hang_up(reached.result())
     error = answered.exception() if in_time else TimeoutError()
@@ -713,21 +807,24 @@ def request_json(
 def build_request(
     url: str, fields: Dict[str, str], as_json: bool, bearer: str, headers: Dict[str, str]
 ) -> Any:
-    """A POST of `fields`, or a GET where there are none, as urllib.request takes it."""
+    """Return a request for urllib.request: a POST of `fields`, or a GET if there are no fields."""
     import urllib.parse
     import urllib.request
 
     head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json", **headers}
+    # RFC 6750 §2.1
     if bearer:
-        head["Authorization"] = "Bearer " + bearer  # RFC 6750 §2.1
-    if as_json:  # urllib.request names the media type of a form itself
+        head["Authorization"] = "Bearer " + bearer
+    # For a form, urllib.request adds the media type itself.
+    if as_json:
         head["Content-Type"] = "application/json"
     data = (json.dumps(fields) if as_json else urllib.parse.urlencode(fields)).encode() or None
-    return urllib.request.Request(url, data, head)  # noqa: S310 - Settings admits http(s) alone
+    # Settings has checked that the scheme is http or https.
+    return urllib.request.Request(url, data, head)  # noqa: S310
 
 
 def hang_up(connection: Socket) -> None:
-    """End a connection; a thread that reads from it wakes up."""
+    """Shut down a connection, which wakes up a thread that is reading from it."""
     import socket
 
     with contextlib.suppress(OSError):
@@ -737,7 +834,7 @@ def hang_up(connection: Socket) -> None:
 def connection_error(
     url: str, what: str, timeout: float, error: BaseException, unsent: bool
 ) -> RequestError:
-    """What to tell a person about a request without a response."""
+    """Return the error for a request that got no response because of `error`."""
     import socket
     import urllib.parse
     import urllib.request
@@ -748,7 +845,8 @@ def connection_error(
     hint, retry_after = f"check {proxy}your network connection, then try again", 0.0
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
-    elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):  # it may be missing
+    # `ssl` isn't imported here because this Python may not have it.
+    elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):
         unverified = getattr(error, "verify_message", "")
         why = unverified or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
@@ -756,7 +854,7 @@ def connection_error(
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
-        # http.client's own, of a proxy, goes on with whatever that said, our password perhaps.
+        # http.client appends the proxy's own text, which may contain our password.
         tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))
         refused = f"the proxy answered HTTP {tunnel[1]}" if tunnel else type(error).__name__
         why = printable(error.strerror or refused, 100)
@@ -768,29 +866,39 @@ def connection_error(
 
 
 class Client:
-    """An OAuth client (RFC 6749 §2) of OpenAI's: what one way of signing in has of its own.
+    """Everything that differs between the two ways of signing in.
 
-    This one is the Codex CLI's. Whatever is not here is the same for every client.
+    This is the Codex CLI's client (RFC 6749 §2). OfficialClient is the other one.
     """
 
-    label = ""  # what tells its sign-ins from the others', where both can be meant
+    # Marks this client's sign-ins in messages that can be about either client's.
+    label = ""
     file_name = "chatgpt_oauth.json"
-    kept_after_sign_out: Tuple[str, ...] = ()  # the members of that file which stay
+    # The keys that stay in that file after a sign-out.
+    kept_after_sign_out: Tuple[str, ...] = ()
     authorization_path = "/oauth/authorize"
-    token_path = "/oauth/token"  # noqa: S105 - a path
+    # S105 takes this path for a password.
+    token_path = "/oauth/token"  # noqa: S105
     revocation_path = "/oauth/revoke"
-    revokes_by_json = True  # what OpenAI takes there; RFC 7009 §2.1 has a form
-    # OpenAI compares this client's redirect URI to the letter: the browser's `localhost` must
-    # reach us by whichever address it takes (RFC 8252 §7.3 and §8.3).
+    # OpenAI expects JSON at this endpoint, although RFC 7009 §2.1 asks for a form.
+    revokes_by_json = True
+    # OpenAI accepts only `localhost` in this client's redirect URI, and the browser may take that
+    # for either of these addresses (RFC 8252 §7.3 and §8.3).
     addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
     sign_in_command, sign_out_command = "auth", "logout"
-    device_command = "auth --device"  # what signs in without a listener, "" where nothing does
+    # Signs in without a listener. It is "" if this client has no device codes.
+    device_command = "auth --device"
     without_port = ("to sign in without a port, run", device_command)
-    invalid_grant_hint = ""  # what a refused authorization code can mean besides
-    model_source: Optional[str] = None  # the one source of models, None where there is a choice
-    model_prefix = ""  # stands in their names, after the setting `prefix`
-    shares_tokens = True  # whether other programs may have the tokens, and an API key for them
-    payment_notice = ""  # what must be said where somebody has signed in
+    # Another possible reason why an authorization code was refused, or "".
+    invalid_grant_hint = ""
+    # The only source of models, or None if there is a choice.
+    model_source: Optional[str] = None
+    # Comes after the setting `prefix` in the names of this client's models.
+    model_prefix = ""
+    # Whether other programs may use the tokens, and an API key may be requested with them.
+    shares_tokens = True
+    # What to say about payment after a sign-in.
+    payment_notice = ""
     next_step = ("To get an access token, run", "token")
 
     def __init__(self, settings: Settings) -> None:
@@ -798,17 +906,19 @@ class Client:
         self.client_id, self.scope = settings.client_id, settings.scope
         self.redirect_host = settings.redirect_host
         self.ports: Tuple[int, ...] = (settings.required_port, settings.fallback_port)
-        self.workspace: str = settings.workspace  # the only one to sign in to, or ""
-        self.token_parameters: Dict[str, str] = {}  # further ones of the token requests
+        # The ID of the only workspace to sign in to, or "" to allow any.
+        self.workspace: str = settings.workspace
+        # Additional parameters of token requests.
+        self.token_parameters: Dict[str, str] = {}
 
     def resume(self, stored: Fields) -> None:
-        """Take up what an earlier sign-in has left in the token file."""
+        """Use the registration that an earlier sign-in left in the token file, if there is one."""
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
-        """Further parameters of an authorization request: these are OpenAI's own.
+        """Return the additional parameters of an authorization request.
 
-        They ask for organizations in the ID token, and for the short consent page. `nonce` is for
-        those who have it come back in the ID token.
+        OpenAI's own parameters ask for the organizations in the ID token and for the short consent
+        page. `nonce` is meant for clients that expect it in the ID token.
         """
         return {
             "id_token_add_organizations": "true",
@@ -818,18 +928,22 @@ class Client:
         }
 
     def accept(self, response: Dict[str, str]) -> None:
-        """Take what an authorization response says beside the code. Raises OAuthError."""
+        """Use the authorization response's other parameters. Raises OAuthError for wrong ones."""
 
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
-        """What the token file shall hold of a token response beside the tokens.
+        """Return what the token file stores from a sign-in's token response besides the tokens.
 
-        Raises OAuthError for a response that is not to the request with this `nonce`.
+        Raises OAuthError if the response doesn't belong to the request with this `nonce`.
         """
         return {}
 
     def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
-        """The same after a refresh. Raises OAuthError for another account's response."""
-        known = old.auth_claims().get("chatgpt_account_id") or old.account_id  # which may be edited
+        """Return what the token file stores from a refresh's response besides the tokens.
+
+        Raises OAuthError if the response is for another account than the `old` tokens.
+        """
+        # The account ID in the token file may have been edited, so the tokens' claim comes first.
+        known = old.auth_claims().get("chatgpt_account_id") or old.account_id
         for token in (response["access_token"], response.get("id_token")):
             account = auth_claims(text_or_none(token)).get("chatgpt_account_id")
             if account and known and account != known:
@@ -837,34 +951,39 @@ class Client:
         return {}
 
     def plan_allowed(self, fields: Fields) -> bool:
-        """Whether a sign-in with these `fields` may use the ChatGPT plan."""
+        """Whether the sign-in that is stored as `fields` may use the ChatGPT plan."""
         return True
 
 
-PLAN_SCOPE = "chatgpt.tokens.use.direct"  # granted: requests may be paid for by the plan
+# If this scope was granted, the ChatGPT plan may pay for requests.
+PLAN_SCOPE = "chatgpt.tokens.use.direct"
 USAGE_PAGE = "https://chatgpt.com/settings/usage"
-CLOCK_SKEW = 300  # seconds by which this machine's clock may be wrong
+# Seconds by which this machine's clock may be ahead.
+CLOCK_SKEW = 300
 
 
 class OfficialClient(Client):
     """The client of OpenAI's official sign-in for open-source apps, `auth --official`.
 
-    Documented at https://developers.openai.com/siwc. Every installation is a client of its own: the
-    first authorization request goes by an entry point, and its response names the client id that
-    was issued. The ChatGPT plan then pays for requests to the API, if the person allowed that.
-    OpenAI's terms let the tokens serve the connected app alone.
+    It is documented at https://developers.openai.com/siwc. Each installation is a separate client.
+    The first authorization request uses a shared entry point instead of a client ID, and the
+    response contains the client ID that OpenAI has issued. The ChatGPT plan then pays for requests
+    to the API if the person has allowed that. OpenAI's terms reserve the tokens for the connected
+    app.
     """
 
-    ENTRY_POINT = "dynamic_agent_client"  # never stored, never used at the token endpoint
+    # OpenAI's client ID for the first request. It is never stored or sent to the token endpoint.
+    ENTRY_POINT = "dynamic_agent_client"
 
     label = " (official sign-in)"
     file_name = "chatgpt_plan.json"
     kept_after_sign_out = ("host_id", "sub", "client_id")
     authorization_path = "/api/accounts/authorize"
-    token_path = "/api/accounts/oauth/token"  # noqa: S105 - a path
+    token_path = "/api/accounts/oauth/token"  # noqa: S105
     revocation_path = "/api/accounts/oauth/revoke"
     revokes_by_json = False
-    addresses = ("127.0.0.1",)  # the only one that OpenAI takes, at any port
+    # OpenAI accepts only this address here, with any port.
+    addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
     without_port = (
@@ -873,7 +992,8 @@ class OfficialClient(Client):
     )
     invalid_grant_hint = "this account may not be eligible: OpenAI asks for ChatGPT Plus or Pro"
     model_source = "official"
-    model_type = "chatgpt_plan"  # of its entries of the models file; no other's have it
+    # The type of this client's entries in the models file. No other entry has it.
+    model_type = "chatgpt_plan"
     model_prefix = "plan-"
     shares_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
@@ -883,24 +1003,30 @@ class OfficialClient(Client):
         super().__init__(settings)
         self.client_id, self.host_id = self.ENTRY_POINT, ""
         self.scope = f"openid profile email offline_access resource.invoke {PLAN_SCOPE}"
+        # Port 0 lets the system choose one.
         self.redirect_host, self.ports = "http://127.0.0.1", (0,)
-        self.workspace = ""  # the setting names one for the Codex CLI's client
+        # The setting applies only to the Codex CLI's client.
+        self.workspace = ""
         self.token_parameters = {"resource": settings.api_base_url + "/v1"}
         self.consent: Dict[str, str] = {}
 
     def resume(self, stored: Fields) -> None:
-        """Take up the registration that an earlier sign-in has left in the token file."""
+        """Use the registration that an earlier sign-in left in the token file, if there is one."""
         host_id, client_id = (str(stored.get(name) or "") for name in ("host_id", "client_id"))
         if re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", host_id):
             self.host_id = host_id
         same_issuer = stored.get("issuer", self.settings.issuer) == self.settings.issuer
         if same_issuer and re.fullmatch(_WORD.pattern, client_id):
             self.client_id = client_id
+        # Without this parameter OpenAI doesn't ask again whether the plan may be used.
         if stored.get("access_token") and not self.plan_allowed(stored):
-            self.consent = {"prompt": "consent"}  # or the person would not be asked again
+            self.consent = {"prompt": "consent"}
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
-        """Further parameters of an authorization request; `nonce` comes back in the ID token."""
+        """Return the additional parameters of an authorization request.
+
+        `nonce` comes back in the ID token.
+        """
         import uuid
 
         self.host_id = self.host_id or uuid.uuid4().urn
@@ -913,7 +1039,10 @@ class OfficialClient(Client):
         }
 
     def accept(self, response: Dict[str, str]) -> None:
-        """Take the client id that was issued, once. Raises OAuthError."""
+        """Use the client ID that OpenAI issues in the first authorization response.
+
+        Raises OAuthError if it is missing or invalid, or if a later response has another client ID.
+        """
         issued = response.get("client_id", "")
         if self.client_id == self.ENTRY_POINT:
             if issued == self.ENTRY_POINT or not re.fullmatch(_WORD.pattern, issued):
@@ -923,7 +1052,10 @@ class OfficialClient(Client):
             raise OAuthError("authorization failed (the response is for another client ID)")
 
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
-        """Who signed in, by the ID token, and what was granted. Raises OAuthError."""
+        """Return who signed in, according to the ID token, and which scopes were granted.
+
+        Raises OAuthError if the ID token isn't valid for the request with this `nonce`.
+        """
         claims = self._claims(text_or_none(response.get("id_token")), self.client_id)
         sub, granted = text_or_none(claims.get("sub")), response.get("scope")
         current = (number_or_none(claims.get("exp")) or 0) >= time.time() - CLOCK_SKEW
@@ -939,7 +1071,11 @@ class OfficialClient(Client):
         }
 
     def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
-        """The same after a refresh, whose response may omit the ID token and the scope."""
+        """Return which scopes were granted and when the next refresh is allowed.
+
+        The response may omit the ID token and the scope. Raises OAuthError if the ID token is for
+        somebody else than the `old` tokens.
+        """
         id_token, granted = text_or_none(response.get("id_token")), response.get("scope")
         if id_token and self._claims(id_token, old.client_id).get("sub") != old.fields.get("sub"):
             raise OAuthError(OTHER_ACCOUNT, "to sign in again, run", self.sign_in_command)
@@ -949,14 +1085,14 @@ class OfficialClient(Client):
         }
 
     def plan_allowed(self, fields: Fields) -> bool:
-        """Whether the person allowed the plan: only the granted scope tells."""
+        """Whether the person allowed the use of the plan. Only the granted scopes show that."""
         return PLAN_SCOPE in (fields.get("scopes") or ())
 
     def _claims(self, id_token: Optional[str], client_id: str) -> Fields:
-        """The claims of an ID token from here for `client_id`. Raises OAuthError for another.
+        """Return the claims of an ID token from our issuer for `client_id`.
 
-        It came straight from the token endpoint: TLS stands in for its signature (OpenID Connect
-        Core §3.1.3.7, 6).
+        Raises OAuthError for any other ID token. The signature isn't checked because the token came
+        straight from the token endpoint over TLS (OpenID Connect Core §3.1.3.7, 6).
         """
         claims = decode_claims(id_token)
         issuer = str(claims.get("iss")).rstrip("/")
@@ -966,7 +1102,7 @@ class OfficialClient(Client):
 
 
 def check_id_token(good: bool, fault: str) -> None:
-    """Raise OAuthError, naming the `fault`, unless an ID token is `good` in this point."""
+    """Raise OAuthError, with `fault` as the reason, unless `good`."""
     if not good:
         raise OAuthError(f"could not check who signed in: the ID token {fault}")
 
@@ -974,7 +1110,7 @@ def check_id_token(good: bool, fault: str) -> None:
 def authorization_url(
     client: Client, redirect_uri: str, challenge: str, state: str, nonce: str
 ) -> str:
-    """The authorization request as a URL for the browser (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
+    """Return the URL of an authorization request (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
     import urllib.parse
 
     parameters = {
@@ -992,9 +1128,10 @@ def authorization_url(
 
 
 def token_response(response: Response, what: str) -> Fields:
-    """The members of a token endpoint's response (RFC 6749 §5.1), its access token checked.
+    """Return the JSON object of a token endpoint's response (RFC 6749 §5.1).
 
-    What is optional is checked where it is used: no fault in it may cost the rest.
+    Raises OAuthError unless it has a valid access token. Optional members are checked where they
+    are used, so that an invalid one doesn't cost the access token.
     """
     members = response.json_object(what)
     if not is_b64token(members.get("access_token")):
@@ -1003,7 +1140,10 @@ def token_response(response: Response, what: str) -> Fields:
 
 
 def bearer_response(response: Response, what: str) -> Fields:
-    """The same, where the access token must be a bearer token (RFC 6749 §7.1)."""
+    """Return the JSON object of a response with a bearer token (RFC 6749 §5.1 and §7.1).
+
+    Raises OAuthError for any other response.
+    """
     members = token_response(response, what)
     kind = members.get("token_type")
     if kind is not None and str(kind).lower() != "bearer":
@@ -1012,7 +1152,10 @@ def bearer_response(response: Response, what: str) -> Fields:
 
 
 def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -> Fields:
-    """Exchange an authorization code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
+    """Exchange an authorization code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5).
+
+    Returns the token response. Raises OAuthError.
+    """
     form = {
         "grant_type": "authorization_code",
         "client_id": client.client_id,
@@ -1031,29 +1174,33 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> str:
-    """Exchange an ID token for an API key (a token exchange, RFC 8693 §2.1, in OpenAI's dialect).
+    """Exchange an ID token for an API key (a token exchange as in RFC 8693 §2.1).
 
-    Raises OAuthError when the account has none to give.
+    The parameter requested_token is OpenAI's own. Raises OAuthError if the account can't have an
+    API key.
     """
+    # The noqa marks are for names of token types, which aren't secrets.
     form = {
         "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
         "client_id": settings.client_id,
-        "requested_token": "openai-api-key",  # noqa: S105 - the kind, not a key
+        "requested_token": "openai-api-key",  # noqa: S105
         "subject_token": id_token,
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     url, what = settings.issuer + "/oauth/token", "get an API key"
     key = str(token_response(request_json(settings, url, what, form), what)["access_token"])
+    # An access token is a JWT, an API key isn't.
     if decode_claims(key):
         raise OAuthError(f"could not {what}: the response holds an access token instead")
     return key
 
 
 def refresh_grant(client: Client, tokens: Tokens) -> Fields:
-    """Spend the refresh token (RFC 6749 §6) at the issuer that minted it; returns the response.
+    """Use the refresh token (RFC 6749 §6) at the issuer that issued it, and return the response.
 
-    Raises InvalidGrantError; RequestError, whose `unprocessed` is true only if the refresh token
-    is certainly unspent; or OAuthError.
+    Raises InvalidGrantError if the refresh token was refused, RequestError if there is no usable
+    response, and OAuthError for any other refusal. The RequestError's `unprocessed` is true only if
+    the refresh token certainly wasn't used.
     """
     form = {
         "grant_type": "refresh_token",
@@ -1063,20 +1210,26 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
     }
     what = "refresh the access token"
     response = request_json(client.settings, tokens.issuer + client.token_path, what, form)
-    if response.status < 500 and response.code in INVALID_GRANT_CODES:  # in a 200, too
+    # A response with status 200 can contain such a code, too.
+    if response.status < 500 and response.code in INVALID_GRANT_CODES:
         raise InvalidGrantError(response.code, client.sign_in_command)
-    if 400 <= response.status < 500 and response.data:  # understood, refused: the sign-in goes on
+    # The server has refused the request for another reason, so the refresh token is still good.
+    if 400 <= response.status < 500 and response.data:
         raise response.error(what)
     try:
         return bearer_response(response, what)
     except UnavailableError:
         raise
-    except OAuthError as error:  # the refresh token may be spent: nothing that is known is lost
+    # The server may have used up the refresh token. A RequestError says that this isn't known.
+    except OAuthError as error:
         raise RequestError(str(error)) from None
 
 
 def revoke(client: Client, tokens: Tokens) -> None:
-    """Revoke the refresh token, or without one the access token (RFC 7009 §2.1)."""
+    """Revoke the refresh token, or the access token if there is no refresh token (RFC 7009 §2.1).
+
+    Raises OAuthError.
+    """
     body = {"token": tokens.access_token, "token_type_hint": "access_token"}
     if tokens.refresh_token:
         body = {
@@ -1086,43 +1239,47 @@ def revoke(client: Client, tokens: Tokens) -> None:
         }
     what = "revoke the refresh token"
     url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
-    as_json, timeout = client.revokes_by_json, 10.0  # seconds: signing out is without delay
+    # Seconds. A short time, because a person is waiting to be signed out.
+    as_json, timeout = client.revokes_by_json, 10.0
     response = request_json(client.settings, url, what, body, as_json=as_json, timeout=timeout)
     if not 200 <= response.status < 300:
         raise response.error(what)
 
 
 class DeviceCode:
-    """A device code (RFC 8628 §3.2, in OpenAI's dialect) and the `user_code` that a person enters.
+    """A device code in OpenAI's form (compare RFC 8628 §3.2), with the user code for a person.
 
-    `interval` are the seconds between two polls, which slow_down makes grow; `pause` are those to
-    the next poll, where the server asks for more.
+    `interval` is the polling interval in seconds, which grows with each slow_down. `pause` is the
+    number of seconds until the next poll. It is longer than `interval` if the server asks for that.
     """
 
     def __init__(self, settings: Settings, members: Fields) -> None:
         self.settings = settings
-        self.page = settings.issuer + "/codex/device"  # where the user code is entered
+        # The page where the person enters the user code.
+        self.page = settings.issuer + "/codex/device"
         self.redirect_uri = settings.issuer + "/deviceauth/callback"
         self.device_auth_id = text_or_none(members.get("device_auth_id")) or ""
         self.user_code = text_or_none(members.get("user_code") or members.get("usercode")) or ""
         interval = number_or_none(members.get("interval"))
+        # RFC 8628 §3.5: 5 seconds if the server gives no interval.
         self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), POLL_CEILING)
         self.pause = self.interval
         lifetime = number_or_none(members.get("expires_in")) or DEVICE_CODE_LIFETIME
         self.lifetime = min(lifetime, DEVICE_CODE_LIFETIME)
 
     def poll(self) -> Optional[Tuple[str, str]]:
-        """Ask once for the authorization code (RFC 8628 §3.4); None while it is pending.
+        """Ask once for the authorization code (RFC 8628 §3.4), and return it with its verifier.
 
-        Returns it with its code verifier. Raises RequestError, after which polling may go on, or
-        OAuthError.
+        Returns None if the person hasn't entered the user code yet. Raises RequestError if polling
+        may continue, and OAuthError if it must end.
         """
         settings = self.settings
         url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
         body = {"device_auth_id": self.device_auth_id, "user_code": self.user_code}
         try:
             response = request_json(settings, url, what, body, as_json=True)
-        except RequestError:  # RFC 8628 §3.5: poll less often where nothing comes in time
+        # RFC 8628 §3.5 asks clients to poll less often after a timeout.
+        except RequestError:
             self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
             raise
         status, code = response.status, re.sub("^deviceauth_", "", response.code)
@@ -1133,15 +1290,17 @@ class DeviceCode:
             raise device_code_error("the sign-in was denied in the browser")
         if code == "expired_token":
             raise device_code_error()
-        if code == "slow_down":  # RFC 8628 §3.5: for this and all further polls
+        # RFC 8628 §3.5: the longer interval applies to this poll and all later ones.
+        if code == "slow_down":
             self.interval += SLOW_DOWN
         self.pause = max(self.interval, min(response.retry_after, POLL_CEILING))
         if pending or status in (403, 404, 429):
             return None
-        raise response.error(what)  # a RequestError where the server is in trouble
+        # This is a RequestError for a server error, after which polling continues.
+        raise response.error(what)
 
     def _authorization(self, members: Fields) -> Tuple[str, str]:
-        """The authorization code and the code verifier, which OpenAI makes here."""
+        """Return the authorization code and its verifier, which OpenAI's server has chosen."""
         code, verifier = members.get("authorization_code"), members.get("code_verifier")
         if not is_b64token(code) or not is_b64token(verifier):
             text = "could not use the device code: the response has no authorization code"
@@ -1150,12 +1309,12 @@ class DeviceCode:
 
 
 def device_code_error(why: str = "timed out waiting for the code to be entered") -> OAuthError:
-    """The error of a device code that is of no more use."""
+    """Return the error for a device code that can't be used any more."""
     return OAuthError(why, "to get a new code, run", "auth --device")
 
 
 def request_device_code(settings: Settings) -> DeviceCode:
-    """Ask for a device code (RFC 8628 §3.1, in OpenAI's dialect). Raises OAuthError."""
+    """Request a device code in OpenAI's form (compare RFC 8628 §3.1). Raises OAuthError."""
     url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "get a device code"
     response = request_json(settings, url, what, {"client_id": settings.client_id}, as_json=True)
     if response.status == 404:
