@@ -4408,13 +4408,17 @@ def command_logout(session: Session, options: Namespace) -> None:
 
 PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
 LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
-# The launcher passes its own path, the program's directory and the person's arguments. This code
-# removes the first two, so that sys.argv is what the program expects. Python caches the compiled
-# code of an imported file. It would compile a script at every start, which takes longer than
-# everything else that `env` does.
+# The code that the launcher has Python run. At first sys.argv is ["-c", launcher, directory,
+# *arguments]. The code makes that [launcher, *arguments], as if the launcher were the program.
+# It imports the program, because Python caches the compiled code of an import. A script would be
+# compiled at every start, which takes longer than everything else that `env` does.
 LAUNCH_CODE = (
-    "import sys; del sys.argv[0]; sys.path.insert(0, sys.argv.pop(1)); "
-    "import chatgpt_oauth; chatgpt_oauth.run_program()"
+    "import sys; "
+    "_, launcher, directory, *arguments = sys.argv; "
+    "sys.argv = [launcher, *arguments]; "
+    "sys.path.insert(0, directory); "
+    "import chatgpt_oauth; "
+    "chatgpt_oauth.run_program()"
 )
 # -I -S keeps Python from running code from the current directory, PYTHONPATH or site-packages.
 # A #! line can't hold a long path or one with a space, so the launcher is a shell script. It sets
@@ -4456,24 +4460,26 @@ class InstallPaths:
     def __init__(self, environ: Dict[str, str], options: Namespace) -> None:
         if sys.platform == "win32":
             data = environ.get("LOCALAPPDATA") or r"~\AppData\Local"
-            binaries, name = os.path.join(data, "Programs", "chatgpt_oauth"), LAUNCHERS[1]
+            default_bin = os.path.join(data, "Programs", "chatgpt_oauth")
+            launcher_name = LAUNCHERS[1]
         else:
             data = environ.get("XDG_DATA_HOME", "")
             # The XDG Base Directory Specification: a relative path must be ignored.
             if not os.path.isabs(data):
                 data = "~/.local/share"
-            binaries, name = "~/.local/bin", LAUNCHERS[0]
+            default_bin = "~/.local/bin"
+            launcher_name = LAUNCHERS[0]
         self.directory = absolute_path(os.path.join(data, "chatgpt_oauth"))
         self.program = os.path.join(self.directory, "chatgpt_oauth.py")
         self.lock = os.path.join(self.directory, "install.lock")
-        self.bin_directory = absolute_path(options.bin or binaries)
-        self.launcher = os.path.join(self.bin_directory, name)
+        self.bin_directory = absolute_path(options.bin or default_bin)
+        self.launcher = os.path.join(self.bin_directory, launcher_name)
         code_puppy = absolute_path("~/.code_puppy")
-        self.plugin = os.path.join(
-            code_puppy, "plugins", "chatgpt_oauth_file", "register_callbacks.py"
-        )
+        self.plugin_directory = os.path.join(code_puppy, "plugins", "chatgpt_oauth_file")
+        self.plugin = os.path.join(self.plugin_directory, "register_callbacks.py")
         self.files = {self.launcher: LAUNCHER_MARK.encode(), self.program: PROGRAM_MARK}
-        if options.code_puppy or (os.path.isdir(code_puppy) and not options.no_code_puppy):
+        has_code_puppy = os.path.isdir(code_puppy) and not options.no_code_puppy
+        if options.code_puppy or has_code_puppy:
             self.files[self.plugin] = PROGRAM_MARK
 
 
@@ -4490,22 +4496,37 @@ def absolute_path(path: str) -> str:
 
 def launcher_content(paths: InstallPaths) -> bytes:
     """Return the launcher: a script that runs the installed program with this Python."""
-    facts = {"python": lasting_python(), "program": paths.program, "directory": paths.directory}
-    words = {"mark": LAUNCHER_MARK, "code": LAUNCH_CODE}
+    python = permanent_python()
     if sys.platform != "win32":
-        quoted = {name: quote_path(path) for name, path in facts.items()}
-        return os.fsencode(POSIX_LAUNCHER.format(**quoted, **words))
-    quoted = {name: '"' + path.replace("%", "%%") + '"' for name, path in facts.items()}
-    text = WINDOWS_LAUNCHER.format(**quoted, **words)
+        text = POSIX_LAUNCHER.format(
+            mark=LAUNCHER_MARK,
+            code=LAUNCH_CODE,
+            python=quote_path(python),
+            program=quote_path(paths.program),
+            directory=quote_path(paths.directory),
+        )
+        return os.fsencode(text)
+    text = WINDOWS_LAUNCHER.format(
+        mark=LAUNCHER_MARK,
+        code=LAUNCH_CODE,
+        python=batch_quote(python),
+        program=batch_quote(paths.program),
+        directory=batch_quote(paths.directory),
+    )
     try:
         # cmd reads batch files in the OEM code page.
         return text.replace("\n", "\r\n").encode("oem")
     except UnicodeEncodeError:
-        paths_named = ", ".join(quoted.values())
-        raise StorageError(f"the command prompt cannot read one of {paths_named}") from None
+        quoted = map(batch_quote, (python, paths.program, paths.directory))
+        raise StorageError(f"the command prompt cannot read one of {', '.join(quoted)}") from None
 
 
-def lasting_python() -> str:
+def batch_quote(path: str) -> str:
+    """Return `path` as a word of a batch file, where a % would begin a variable."""
+    return '"' + path.replace("%", "%%") + '"'
+
+
+def permanent_python() -> str:
     """Return the path of this Python, or of the one that its virtual environment was made from.
 
     The launcher needs no packages, so it should keep working when the environment is deleted.
@@ -4529,8 +4550,10 @@ def lasting_python() -> str:
 def own_source() -> bytes:
     """Return the content of this file. Raises UsageError if the program isn't run from a file."""
     source = b""
+    # A program that is read from standard input has no __file__.
+    path = str(globals().get("__file__", ""))
     with contextlib.suppress(OSError):
-        source = file_content(str(globals().get("__file__", "")))
+        source = file_content(path)
     # A compiled file contains the mark, too. Only that one has a NUL byte.
     if PROGRAM_MARK not in source or b"\0" in source:
         raise UsageError(
@@ -4552,8 +4575,10 @@ def installed_content(path: str, mark: bytes) -> bytes:
 
     Raises StorageError if the file can't be read or isn't ours.
     """
+    content = b""
     try:
-        content = file_content(path) if stat.S_ISREG(os.lstat(path).st_mode) else b""
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            content = file_content(path)
     except FileNotFoundError:
         return b""
     except OSError as error:
@@ -4569,17 +4594,19 @@ def installed_content(path: str, mark: bytes) -> bytes:
 
 def command_install(session: Session, options: Namespace) -> None:
     """Install this file as a command and, if Code Puppy is installed, as its plugin."""
-    paths, notify = InstallPaths(session.settings.environ, options), session.notify
+    notify = session.notify
+    paths = InstallPaths(session.settings.environ, options)
     source = own_source()
     contents = {paths.program: source, paths.launcher: launcher_content(paths)}
     if paths.plugin in paths.files:
         contents[paths.plugin] = source
     for path, mark in paths.files.items():
+        is_current = installed_content(path, mark) == contents[path]
         # Windows can't replace a file that is open, and the launcher may be running now.
-        if installed_content(path, mark) == contents[path] and sys.platform == "win32":
+        if is_current and sys.platform == "win32":
             del contents[path]
     try:
-        put_in_place(contents, paths, session.settings.lock_timeout)
+        replace_files(contents, paths, session.settings.lock_timeout)
     except OSError as error:
         raise storage_error("write", error.filename or paths.directory, error) from None
     # Hints name the command that the person typed. From now on they should name the new one.
@@ -4588,10 +4615,10 @@ def command_install(session: Session, options: Namespace) -> None:
     notify("info", f"It runs a copy of this file: {paths.program}")
     if paths.plugin in paths.files:
         notify("done", f"Installed the Code Puppy plugin {paths.plugin}")
-    tell_how_to_use(session, paths)
+    report_next_steps(session, paths)
 
 
-def put_in_place(contents: Dict[str, bytes], paths: InstallPaths, timeout: float) -> None:
+def replace_files(contents: Dict[str, bytes], paths: InstallPaths, timeout: float) -> None:
     """Replace each file with its new content, and compile the program before its first start.
 
     All files are written before the first one is replaced. If one can't be written, all stay as
@@ -4603,9 +4630,11 @@ def put_in_place(contents: Dict[str, bytes], paths: InstallPaths, timeout: float
         _make_directory(os.path.dirname(path), 0o755)
     replacements = []
     with contextlib.ExitStack() as stack:
-        stack.callback(_release, _acquire_made(paths.lock, time.monotonic() + timeout))
+        lock = _acquire_made(paths.lock, time.monotonic() + timeout)
+        stack.callback(_release, lock)
         for path, content in contents.items():
-            replacement = Replacement(path, 0o755 if path == paths.launcher else 0o644)
+            mode = 0o755 if path == paths.launcher else 0o644
+            replacement = Replacement(path, mode)
             stack.callback(replacement.close)
             replacement.write(content)
             replacements.append((replacement, content))
@@ -4615,15 +4644,15 @@ def put_in_place(contents: Dict[str, bytes], paths: InstallPaths, timeout: float
         py_compile.compile(paths.program, doraise=True, invalidation_mode=stamped)
 
 
-def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
+def report_next_steps(session: Session, paths: InstallPaths) -> None:
     """Report whether the shell finds the command, and which lines to add to its profile."""
     import shutil
 
     notify, settings = session.notify, session.settings
-    name = shell_name(settings, "auto")
+    persons_shell = shell_name(settings, "auto")
     # An unknown shell probably understands the line for sh.
-    shell = known_shell(name) or "sh"
-    profile = SHELLS[shell].names.get(name, "~/.profile")
+    shell = known_shell(persons_shell) or "sh"
+    profile = SHELLS[shell].names.get(persons_shell, "~/.profile")
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
@@ -4644,37 +4673,37 @@ def tell_how_to_use(session: Session, paths: InstallPaths) -> None:
 
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove the files and directories that `install` created."""
-    place, name = os.path.split(os.path.realpath(sys.argv[0]))
+    directory, name = os.path.split(os.path.realpath(sys.argv[0]))
     if name in LAUNCHERS and not options.bin:
         # The person ran the installed command, so remove that one, wherever it is.
-        options.bin = place
+        options.bin = directory
     paths = InstallPaths(session.settings.environ, options)
     if options.bin and not os.path.lexists(paths.launcher):
         hint = "use --bin with the directory that was given to install"
         raise UsageError(f"there is no command {paths.launcher}", hint)
-    present = [path for path, mark in paths.files.items() if installed_content(path, mark)]
-    forgotten = forget_registration(session.official())
-    if not present and not forgotten:
-        session.notify("info", "Not installed; nothing to do.")
-    if not present:
+    installed = [path for path, mark in paths.files.items() if installed_content(path, mark)]
+    was_registered = remove_registration(session.official())
+    if not installed:
+        if not was_registered:
+            session.notify("info", "Not installed; nothing to do.")
         return
-    for path in present:
+    for path in installed:
         remove_program(path)
         session.notify("done", f"Removed {path}")
     # On Windows another `install` may have it open.
     with contextlib.suppress(OSError):
         os.unlink(paths.lock)
-    for directory in (os.path.dirname(paths.plugin), paths.directory):
+    for directory in (paths.plugin_directory, paths.directory):
         # A directory that holds other files stays.
         with contextlib.suppress(OSError):
             os.rmdir(directory)
-    for each in session.sign_ins():
-        if os.path.lexists(each.token_file.path):
-            session.notify("info", f"Your sign-in stays in {each.token_file.path}")
+    for sign_in in session.sign_ins():
+        if os.path.lexists(sign_in.token_file.path):
+            session.notify("info", f"Your sign-in stays in {sign_in.token_file.path}")
     session.notify("info", "If your shell's profile has a line for it, remove that, too.")
 
 
-def forget_registration(official: Session) -> bool:
+def remove_registration(official: Session) -> bool:
     """Remove the official sign-in's registration if nobody is signed in.
 
     Returns whether there was one to remove.
@@ -4682,12 +4711,14 @@ def forget_registration(official: Session) -> bool:
     token_file = official.token_file
     # A broken file may hold a sign-in, so it stays.
     with contextlib.suppress(StorageError):
-        if os.path.lexists(token_file.path) and not token_file.exists():
-            with token_file.lock():
-                if not token_file.exists():
-                    token_file.remove(kept=())
-                    official.notify("done", f"Removed {token_file.path}")
-                    return True
+        if not os.path.lexists(token_file.path) or token_file.exists():
+            return False
+        with token_file.lock():
+            # Somebody may have signed in while we waited for the lock.
+            if not token_file.exists():
+                token_file.remove(kept=())
+                official.notify("done", f"Removed {token_file.path}")
+                return True
     return False
 
 
@@ -4699,8 +4730,8 @@ def remove_program(path: str) -> None:
     cache = file.parent / "__pycache__"
     try:
         file.unlink()
-        for each in cache.glob(f"{file.stem}.*.pyc"):
-            each.unlink()
+        for compiled in cache.glob(f"{file.stem}.*.pyc"):
+            compiled.unlink()
         # An `install` that was killed leaves its temporary file.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path + ".tmp")
