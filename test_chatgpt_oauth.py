@@ -4429,33 +4429,33 @@ class OfficialTest(Case):
         # all of this time.
         self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
 
-    def plan(self):
+    def stored_plan(self):
         return json.loads(self.plan_file.read_text())
 
-    def models(self):
+    def stored_models(self):
         return json.loads(self.models_file.read_text())
 
-    def official(self, *arguments, browser=visit, **environ):
+    def official_sign_in(self, *arguments, browser=visit, **environ):
         """Run `auth --official` while the test plays the browser, and return the result."""
         return self.call(
             "auth", "--official", "--no-browser", *arguments, browser=browser, environ=environ
         )
 
-    def change_plan(self, **changes):
+    def change_stored_plan(self, **changes):
         """Change members of the stored sign-in (None removes one) and return all of them."""
-        fields = {k: v for k, v in {**self.plan(), **changes}.items() if v is not None}
+        fields = {k: v for k, v in {**self.stored_plan(), **changes}.items() if v is not None}
         self.plan_file.write_text(json.dumps(fields))
         return fields
 
-    def expire(self):
+    def expire_token(self):
         """Make the stored access token expired and return the members of the file."""
-        return self.change_plan(expires_at=timestamp(time.time() - 10))
+        return self.change_stored_plan(expires_at=timestamp(time.time() - 10))
 
-    def refresh(self):
+    def run_refresh(self):
         """Run a command that refreshes an expired access token, and return the result."""
         return self.call("models", "--source", "official", "--dry-run")
 
-    def test_a_person_registers_signs_in_and_out_and_in_again(self):
+    def test_sign_in_sign_out_and_sign_in_again(self):
         running = self.start("auth", "--official", "--no-browser")
         pages = visit(running.url())
         err = self.assert_done(running.end())
@@ -4472,12 +4472,12 @@ class OfficialTest(Case):
         self.assert_no_secret(err, *(page[3] for page in pages))
         out = self.assert_quiet(self.call("status"))
         self.assertIn(f"\nToken file:   {self.plan_file}\nModels file: ", out)
-        first = self.plan()
-        members = (
+        first = self.stored_plan()
+        names = (
             "access_token client_id earliest_refresh_at email expires_at host_id id_token issuer "
             "last_refresh refresh_token scopes sub"
         )
-        self.assertEqual(sorted(first), members.split())
+        self.assertEqual(sorted(first), names.split())
         self.assertIn(first["client_id"], self.double.agents)
         self.assertEqual(first["scopes"], self.double.SCOPE.split())
         if POSIX:
@@ -4488,19 +4488,19 @@ class OfficialTest(Case):
 
         err = self.assert_done(self.run_program("logout"))
         self.assertIn("Signed out of ada@example.com (official sign-in)", err)
-        self.assertEqual(self.plan(), {name: first[name] for name in self.KEPT})
-        self.assertEqual(self.models(), {})
+        self.assertEqual(self.stored_plan(), {name: first[name] for name in self.KEPT})
+        self.assertEqual(self.stored_models(), {})
         self.assertNotIn(first["refresh_token"], self.double.plan_tokens)
         self.assertIn("nothing to do", self.assert_done(self.call("logout")))
 
         # The double checks that this is the registration from before.
-        self.assert_done(self.official())
+        self.assert_done(self.official_sign_in())
         self.assertEqual(len(self.double.agents), 1)
-        self.assertEqual([self.plan()[k] for k in self.KEPT], [first[k] for k in self.KEPT])
+        self.assertEqual([self.stored_plan()[k] for k in self.KEPT], [first[k] for k in self.KEPT])
 
-    def test_the_models_are_the_plans_own(self):
-        self.assert_done(self.official())
-        models = self.models()
+    def test_plan_models_are_imported(self):
+        self.assert_done(self.official_sign_in())
+        models = self.stored_models()
         self.assertEqual(list(models), ["chatgpt-plan-gpt-6-astra", "chatgpt-plan-gpt-5.5"])
         self.assertEqual(
             models["chatgpt-plan-gpt-5.5"],
@@ -4519,30 +4519,30 @@ class OfficialTest(Case):
 
     def test_each_sign_in_keeps_its_own_file_and_entries(self):
         self.sign_in()
-        codex, entries = self.stored(), self.models()
-        self.assert_done(self.official("--include", "gpt-6*"))
+        codex, entries = self.stored(), self.stored_models()
+        self.assert_done(self.official_sign_in("--include", "gpt-6*"))
         self.assertEqual(self.stored(), codex)
-        self.assertEqual(self.models(), {**entries, **self.models()})
-        self.assertEqual(len(self.models()), len(entries) + 1)
-        plan = self.plan()
+        self.assertEqual(self.stored_models(), {**entries, **self.stored_models()})
+        self.assertEqual(len(self.stored_models()), len(entries) + 1)
+        plan = self.stored_plan()
         self.sign_in("--include", "gpt-4o")
-        self.assertEqual(self.plan(), plan)
-        self.assertEqual(list(self.models()), ["chatgpt-plan-gpt-6-astra", "chatgpt-gpt-4o"])
+        self.assertEqual(self.stored_plan(), plan)
+        self.assertEqual(list(self.stored_models()), ["chatgpt-plan-gpt-6-astra", "chatgpt-gpt-4o"])
         facts = json.loads(self.call("status", "--json")[1])
-        self.assertEqual(sorted(facts["models"]), sorted(self.models()))
+        self.assertEqual(sorted(facts["models"]), sorted(self.stored_models()))
         # With an API key, `auto` chooses the key.
         self.assertEqual(self.call("models", "--json")[1].count("plan-"), 0)
         self.assert_done(self.call("logout", "--official"))
-        self.assertEqual(set(self.plan()), set(self.KEPT))
+        self.assertEqual(set(self.stored_plan()), set(self.KEPT))
         self.assertEqual(self.double.count("revoke"), 0)
         self.assertEqual(self.double.count("plan_revoke"), 1)
         self.assertTrue(self.stored()["refresh_token"])
-        self.assertEqual(set(self.models()), set(entries))
-        self.assert_done(self.official())
+        self.assertEqual(set(self.stored_models()), set(entries))
+        self.assert_done(self.official_sign_in())
         self.assert_done(self.call("logout"))
         self.assertEqual(self.double.count("revoke"), 1)
         self.assertEqual(self.double.count("plan_revoke"), 2)
-        self.assertEqual(self.models(), {})
+        self.assertEqual(self.stored_models(), {})
 
     def test_a_pasted_url_signs_in(self):
         running = self.start("auth", "--official", "--no-browser", stdin=subprocess.PIPE)
@@ -4551,42 +4551,42 @@ class OfficialTest(Case):
         running.type(response_to(url).encode())
         self.assert_done(running.end())
 
-    def test_what_does_not_go_together_is_wrong_usage(self):
+    def test_conflicting_options_are_a_usage_error(self):
         for options in (["--device"], ["--source", "api"], ["--workspace", "x"]):
-            self.assert_fails(self.official(*options), 2, options[0])
+            self.assert_fails(self.official_sign_in(*options), 2, options[0])
         self.assertEqual(self.double.requests, [])
 
-    def test_a_workspace_that_is_set_is_the_other_sign_ins(self):
-        self.assert_done(self.official(CHATGPT_OAUTH_WORKSPACE="acct-9"))
+    def test_the_workspace_setting_is_ignored(self):
+        self.assert_done(self.official_sign_in(CHATGPT_OAUTH_WORKSPACE="acct-9"))
 
-    def test_the_person_declines(self):
+    def test_a_declined_sign_in_stores_nothing(self):
         self.double.plan_declined = True
-        self.assert_fails(self.official(), 1, "access_denied", "auth --official")
+        self.assert_fails(self.official_sign_in(), 1, "access_denied", "auth --official")
         self.assertEqual(self.double.count("plan_code"), 0)
         self.assertFalse(self.plan_file.exists())
 
-    def test_without_the_plans_permission_one_is_signed_in_and_told_how_to_give_it(self):
+    def test_without_plan_permission_auth_fails_but_stays_signed_in(self):
         self.double.plan_allowed = False
-        err = self.assert_fails(self.official(), 1, "Security and login", "auth --official")
+        err = self.assert_fails(self.official_sign_in(), 1, "Security and login", "auth --official")
         self.assertIn("Signed in as ada@example.com", err)
         self.assertNotIn("Using ChatGPT plan", err)
         self.assertFalse(self.models_file.exists())
-        self.assertNotIn("chatgpt.tokens.use.direct", self.plan()["scopes"])
-        self.assert_fails(self.refresh(), 1, "not allowed", "Security and login")
+        self.assertNotIn("chatgpt.tokens.use.direct", self.stored_plan()["scopes"])
+        self.assert_fails(self.run_refresh(), 1, "not allowed", "Security and login")
         out = self.assert_quiet(self.call("status"))
         self.assertIn("ChatGPT plan not allowed", out)
         official = json.loads(self.call("status", "--json")[1])["official"]
         self.assertFalse(official["plan_allowed"])
         self.assertIn("auth --official", official["problem"])
         self.double.plan_allowed = True
-        self.assert_done(self.official())
+        self.assert_done(self.official_sign_in())
         self.assertEqual(self.double.asked("plan_authorize")[-1]["prompt"], "consent")
-        self.assertEqual(len(self.models()), 2)
+        self.assertEqual(len(self.stored_models()), 2)
         self.double.plan_allowed = False
-        self.assert_fails(self.official(), 1, "not allowed")
-        self.assertEqual(self.models(), {})
+        self.assert_fails(self.official_sign_in(), 1, "not allowed")
+        self.assertEqual(self.stored_models(), {})
 
-    def test_an_id_token_that_is_not_to_the_request_is_refused(self):
+    def test_an_id_token_for_another_request_is_rejected(self):
         for changes, words in (
             ({"nonce": "x"}, "another sign-in"),
             ({"nonce": None}, "another sign-in"),
@@ -4598,64 +4598,64 @@ class OfficialTest(Case):
         ):
             with self.subTest(changes=changes):
                 self.double.id_token_changes = changes
-                self.assert_fails(self.official(), 1, "ID token", words)
+                self.assert_fails(self.official_sign_in(), 1, "ID token", words)
                 self.assertFalse(self.plan_file.exists())
                 # Tokens that are not stored have been revoked.
                 self.assertEqual(self.double.plan_tokens, {})
         self.double.id_token_changes = {}
         self.double.plan_issued = "oaiapp_text"
         self.double.id_token_changes = {"aud": "oaiapp_text"}
-        self.assert_done(self.official())
+        self.assert_done(self.official_sign_in())
 
-    def test_a_client_id_that_was_not_issued_is_refused(self):
+    def test_an_unexpected_client_id_is_rejected(self):
         for changes in ({"client_id": None}, {"client_id": "dynamic_agent_client"}):
             self.double.callback_changes = changes
-            self.assert_fails(self.official(), 1, "client ID")
+            self.assert_fails(self.official_sign_in(), 1, "client ID")
             self.assertFalse(self.plan_file.exists())
         self.double.callback_changes = {}
-        self.assert_done(self.official())
-        before = self.plan()
+        self.assert_done(self.official_sign_in())
+        before = self.stored_plan()
         self.double.callback_changes = {"client_id": "oaiapp_other"}
-        self.assert_fails(self.official(), 1, "another client ID")
-        self.assertEqual(self.plan(), before)
+        self.assert_fails(self.official_sign_in(), 1, "another client ID")
+        self.assertEqual(self.stored_plan(), before)
         self.assertEqual(self.double.count("plan_code"), 1)
 
-    def test_an_account_that_is_not_eligible_is_told_so(self):
+    def test_an_ineligible_account_is_reported(self):
         self.fault("plan_code", 400, b'{"error": "invalid_grant"}')
-        self.assert_fails(self.official(), 1, "may not be eligible", "auth --official")
+        self.assert_fails(self.official_sign_in(), 1, "may not be eligible", "auth --official")
 
-    def test_a_token_that_is_due_is_refreshed_once(self):
-        self.assert_done(self.official())
-        before = self.expire()
-        self.assert_quiet(self.refresh())
-        after = self.plan()
+    def test_an_expired_token_is_refreshed_once(self):
+        self.assert_done(self.official_sign_in())
+        before = self.expire_token()
+        self.assert_quiet(self.run_refresh())
+        after = self.stored_plan()
         self.assertEqual(self.double.plan_tokens[before["refresh_token"]][0], "used")
         self.assertNotEqual(after["refresh_token"], before["refresh_token"])
         self.assertEqual(after["client_id"], before["client_id"])
         self.assertGreater(after["expires_at"], timestamp(time.time() + 3000))
-        self.assert_quiet(self.refresh())
+        self.assert_quiet(self.run_refresh())
         self.assertEqual(self.double.count("plan_refresh"), 1)
 
-    def test_nobody_refreshes_before_the_server_allows_it(self):
+    def test_no_refresh_before_earliest_refresh_at(self):
         self.double.plan_refresh_after = 1000
-        self.assert_done(self.official())
-        early = self.plan()["earliest_refresh_at"]
-        self.change_plan(expires_at=timestamp(time.time() + 100))
+        self.assert_done(self.official_sign_in())
+        early = self.stored_plan()["earliest_refresh_at"]
+        self.change_stored_plan(expires_at=timestamp(time.time() + 100))
         # The token expires soon, but it is still valid.
-        self.assert_quiet(self.refresh())
-        self.expire()
-        self.assert_fails(self.refresh(), 5, early)
+        self.assert_quiet(self.run_refresh())
+        self.expire_token()
+        self.assert_fails(self.run_refresh(), 5, early)
         self.assertEqual(self.double.count("plan_refresh"), 0)
 
-    def test_the_end_of_the_sign_in_is_told(self):
+    def test_invalid_grant_ends_the_session(self):
         for code in INVALID_GRANT_CODES:
             with self.subTest(code=code):
-                self.assert_done(self.official())
-                self.expire()
+                self.assert_done(self.official_sign_in())
+                self.expire_token()
                 self.fault_once("plan_refresh", 400, json.dumps({"error": code}).encode())
-                self.assert_fails(self.refresh(), 4, "auth --official")
+                self.assert_fails(self.run_refresh(), 4, "auth --official")
                 self.double.requests.clear()
-                self.assert_fails(self.refresh(), 4, "auth --official")
+                self.assert_fails(self.run_refresh(), 4, "auth --official")
                 self.assertEqual(self.double.requests, [])
                 code, out, err = self.call("status")
                 self.assertEqual(code, 4)
@@ -4663,46 +4663,46 @@ class OfficialTest(Case):
                 self.assertIn("auth --official", out)
                 self.assertNotIn("Using ChatGPT plan", out)
 
-    def test_a_client_that_is_refused_ends_nothing(self):
-        self.assert_done(self.official())
-        self.expire()
+    def test_invalid_client_does_not_end_the_session(self):
+        self.assert_done(self.official_sign_in())
+        self.expire_token()
         self.fault_once("plan_refresh", 401, b'{"error": "invalid_client"}')
-        self.assert_fails(self.refresh(), 1, "invalid_client")
-        self.assert_quiet(self.refresh())
+        self.assert_fails(self.run_refresh(), 1, "invalid_client")
+        self.assert_quiet(self.run_refresh())
 
-    def test_a_server_in_trouble_is_asked_once_a_run(self):
-        self.assert_done(self.official())
-        before = self.expire()
+    def test_a_failed_refresh_is_not_retried_in_the_same_run(self):
+        self.assert_done(self.official_sign_in())
+        before = self.expire_token()
         self.fault("plan_refresh", 503, b'{"error": "temporarily_unavailable"}')
-        self.assert_fails(self.refresh(), 5, "auth --official")
+        self.assert_fails(self.run_refresh(), 5, "auth --official")
         self.assertEqual(self.double.count("plan_refresh"), 1)
-        self.assertEqual(self.plan(), before)
+        self.assertEqual(self.stored_plan(), before)
 
-    def test_another_persons_tokens_are_not_stored(self):
-        self.assert_done(self.official())
-        before = self.expire()
+    def test_a_refresh_for_another_account_is_not_stored(self):
+        self.assert_done(self.official_sign_in())
+        before = self.expire_token()
         self.double.plan_subject = "user|bob"
-        self.assert_fails(self.refresh(), 1, "another account")
-        self.assertEqual(self.plan(), before)
+        self.assert_fails(self.run_refresh(), 1, "another account")
+        self.assertEqual(self.stored_plan(), before)
 
-    def test_another_person_replaces_the_sign_in_and_the_old_one_is_revoked(self):
-        self.assert_done(self.official())
-        old = self.plan()
+    def test_signing_in_as_someone_else_revokes_the_old_tokens(self):
+        self.assert_done(self.official_sign_in())
+        old = self.stored_plan()
         self.double.plan_subject = "user|bob"
-        self.assert_done(self.official())
-        self.assertEqual(self.plan()["sub"], "user|bob")
+        self.assert_done(self.official_sign_in())
+        self.assertEqual(self.stored_plan()["sub"], "user|bob")
         self.assertNotIn(old["refresh_token"], self.double.plan_tokens)
 
-    def test_another_issuer_is_another_registration(self):
-        self.assert_done(self.official())
+    def test_another_issuer_needs_a_new_registration(self):
+        self.assert_done(self.official_sign_in())
         other = self.another_double()
         result = self.call("models", "--source", "official", environ=other.environment())
         self.assert_fails(result, 4, "come from another issuer")
-        self.assert_done(self.official(**other.environment()))
-        self.assertIn(self.plan()["client_id"], other.agents)
+        self.assert_done(self.official_sign_in(**other.environment()))
+        self.assertIn(self.stored_plan()["client_id"], other.agents)
 
-    def test_nobody_else_gets_the_tokens(self):
-        self.assert_done(self.official())
+    def test_only_code_puppy_can_use_the_tokens(self):
+        self.assert_done(self.official_sign_in())
         for command in (
             "token",
             "token --refresh",
@@ -4720,16 +4720,16 @@ class OfficialTest(Case):
                 self.assertEqual(raised.exception.exit_code, 1)
             self.assertEqual(oauth.fetch_chatgpt_models(), ["gpt-6-astra", "gpt-5.5"])
             oauth.sign_out()
-        self.assertTrue(self.plan()["access_token"])
+        self.assertTrue(self.stored_plan()["access_token"])
         self.store()
         self.assertEqual(
             self.assert_quiet(self.call("token")), self.stored()["access_token"] + "\n"
         )
 
-    def test_uninstall_forgets_the_registration_and_no_sign_in(self):
-        self.assert_done(self.official())
+    def test_uninstall_removes_the_registration_but_not_a_sign_in(self):
+        self.assert_done(self.official_sign_in())
         self.assert_done(self.call("uninstall"))
-        self.assertTrue(self.plan()["access_token"])
+        self.assertTrue(self.stored_plan()["access_token"])
         self.assert_done(self.call("logout"))
         self.assertIn(f"Removed {self.plan_file}", self.assert_done(self.call("uninstall")))
         self.assertFalse(self.plan_file.exists())
@@ -4738,9 +4738,9 @@ class OfficialTest(Case):
         self.assert_done(self.call("uninstall"))
         self.assertTrue(self.plan_file.exists())
 
-    def test_status_tells_of_it(self):
+    def test_status_shows_the_official_sign_in(self):
         self.assertIsNone(json.loads(self.call("status", "--json")[1])["official"])
-        self.assert_done(self.official())
+        self.assert_done(self.official_sign_in())
         out = self.assert_quiet(self.call("status"))
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated (official sign-in)\n"), out)
         for words in ("ada@example.com", "Using ChatGPT plan", "expires in", "plan-gpt-5.5"):
@@ -4751,7 +4751,7 @@ class OfficialTest(Case):
             {
                 "email": "ada@example.com",
                 "plan_allowed": True,
-                "access_token_expires_at": self.plan()["expires_at"],
+                "access_token_expires_at": self.stored_plan()["expires_at"],
                 "problem": None,
             },
         )
@@ -4761,22 +4761,22 @@ class OfficialTest(Case):
         out = self.assert_quiet(self.call("status"))
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nNo API key"), out)
         self.assertIn("Using ChatGPT plan", out)
-        self.expire()
-        self.change_plan(refresh_token=None)
+        self.expire_token()
+        self.change_stored_plan(refresh_token=None)
         # The other sign-in is valid, so the exit code is 0.
         out = self.assert_quiet(self.call("status"))
         self.assertRegex(out, "Problem: cannot refresh .* auth --official")
         self.assert_no_secret(out)
 
-    def test_the_other_sign_in_can_have_ended(self):
-        self.assert_done(self.official())
+    def test_status_is_authenticated_if_only_the_other_session_ended(self):
+        self.assert_done(self.official_sign_in())
         self.store(lifetime=-10, refresh_token=None)
         facts = json.loads(self.assert_quiet(self.call("status", "--json")))
         self.assertTrue(facts["authenticated"])
         self.assertIn("cannot refresh", facts["problem"])
 
-    def test_status_asks_openai_whether_it_is_accepted(self):
-        self.assert_done(self.official())
+    def test_online_status_checks_the_official_sign_in(self):
+        self.assert_done(self.official_sign_in())
         out = self.assert_quiet(self.call("status", "--online"))
         self.assertIn("OpenAI says: accepted, 2 models", out)
         self.assertNotIn("API key:", out)
@@ -4795,47 +4795,47 @@ class OfficialTest(Case):
         self.assertIn("ChatGPT plan: accepted", out)
         self.assertIn("OpenAI says: unreachable", out)
 
-    def test_a_broken_file_is_kept_by_the_next_sign_in(self):
+    def test_the_next_sign_in_keeps_a_broken_file_as_bad(self):
         self.home.mkdir(mode=0o700)
         self.plan_file.write_text("[")
-        self.assert_fails(self.refresh(), 6, "chatgpt_plan.json", "auth --official")
+        self.assert_fails(self.run_refresh(), 6, "chatgpt_plan.json", "auth --official")
         code, out, err = self.call("status")
         self.assertEqual(code, 6)
         # A broken file does not say whether the plan may be used.
         self.assertNotIn("ChatGPT plan", out)
         # `token` needs the other sign-in, which does not exist.
         self.assertEqual(self.call("token")[0], 3)
-        self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official()))
-        self.assertTrue(self.plan()["access_token"])
+        self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official_sign_in()))
+        self.assertTrue(self.stored_plan()["access_token"])
         self.plan_file.write_text("[")
         self.assert_done(self.call("logout"))
         self.assertEqual(sorted(self.home.glob("*.bad")) + sorted(self.home.glob("*plan.json")), [])
 
-    def test_a_sign_out_ends_both_whatever_one_of_them_meets(self):
+    def test_logout_ends_both_sign_ins_despite_an_error(self):
         self.sign_in()
-        self.assert_done(self.official())
+        self.assert_done(self.official_sign_in())
         self.models_file.write_text("[")
         self.assert_fails(self.call("logout"), 6, "chatgpt_models.json")
         self.assertFalse(self.token_file.exists())
-        self.assertEqual(set(self.plan()), set(self.KEPT))
+        self.assertEqual(set(self.stored_plan()), set(self.KEPT))
 
-    def test_the_plan_pays_for_what_the_api_takes_and_nothing_else(self):
+    def test_the_double_rejects_requests_that_the_plan_does_not_cover(self):
         """Check the double itself, because Code Puppy's requests are tested against it."""
         token = self.double.plan_sign_in("oaiapp_x")["access_token"]
-        good = {"model": "gpt-5.5", "input": [], "store": False, "stream": True}
+        request = {"model": "gpt-5.5", "input": [], "store": False, "stream": True}
 
-        def status(token, **changes):
+        def send(token, **changes):
             headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
             connection = http.client.HTTPConnection("127.0.0.1", self.double.server.server_port)
             connection.request(
-                "POST", "/v1/responses", json.dumps({**good, **changes}).encode(), headers
+                "POST", "/v1/responses", json.dumps({**request, **changes}).encode(), headers
             )
             response = connection.getresponse()
             text = response.read().decode()
             connection.close()
             return response.status, text
 
-        self.assertIn("response.completed", status(token)[1])
+        self.assertIn("response.completed", send(token)[1])
         for changes in (
             {"temperature": 1},
             {"store": True},
@@ -4845,15 +4845,15 @@ class OfficialTest(Case):
             {"model": "gpt-6-astra", "tools": [{"type": "function", "name": "x"}]},
             {"tool_choice": {"type": "function", "name": "x"}},
         ):
-            self.assertEqual(status(token, **changes)[0], 400, changes)
-        self.assertEqual(status(token, tools=[{"type": "function", "name": "x"}])[0], 200)
+            self.assertEqual(send(token, **changes)[0], 400, changes)
+        self.assertEqual(send(token, tools=[{"type": "function", "name": "x"}])[0], 200)
         self.double.plan_limit = "mid"
-        self.assertIn("response.failed", status(token)[1])
+        self.assertIn("response.failed", send(token)[1])
         self.double.plan_limit = "before"
-        self.assertEqual(status(token)[0], 429)
+        self.assertEqual(send(token)[0], 429)
         self.double.plan_access[token] = (0, True)
-        self.assertEqual(status(token)[0], 401)
-        self.assertEqual(status("nothing")[0], 401)
+        self.assertEqual(send(token)[0], 401)
+        self.assertEqual(send("nothing")[0], 401)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4862,14 +4862,14 @@ class OfficialTest(Case):
 
 
 class SignOutTest(Case):
-    def test_a_folder_in_the_files_place_keeps_no_model_entries(self):
+    def test_a_directory_as_token_file_does_not_keep_model_entries(self):
         self.sign_in()
         self.token_file.unlink()
         self.token_file.mkdir()
         self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself")
         self.assertEqual(json.loads(self.models_file.read_text()), {})
 
-    def test_a_broken_models_file_is_told_once_and_the_rest_is_done(self):
+    def test_a_broken_models_file_is_reported_once_and_logout_continues(self):
         self.store(api_key="sk-1")
         self.models_file.write_text("[")
         err = self.assert_fails(self.call("logout"), 6, "not valid JSON")
@@ -4880,14 +4880,14 @@ class SignOutTest(Case):
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
 
-    def test_nobody_is_signed_out_who_was_not_signed_in(self):
+    def test_without_a_sign_in_logout_does_not_report_one(self):
         self.home.mkdir(mode=0o700)
         self.models_file.write_text("[")
         err = self.assert_fails(self.call("logout"), 6, "chatgpt_models.json: not valid JSON")
         self.assertNotIn("Signed out", err)
         self.assertEqual(os.listdir(self.home), ["chatgpt_models.json"])
 
-    def test_tokens_that_are_revoked_go_though_the_models_file_is_locked(self):
+    def test_revoked_tokens_are_removed_while_the_models_file_is_locked(self):
         self.store()
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.2"}
         with self.holding_lock(self.models_file):
@@ -4922,7 +4922,7 @@ class SignOutTest(Case):
 class ShellTest(Case):
     KEY = "sk-AZaz09-._~+/=="
 
-    def test_a_key_of_every_allowed_character_goes_unharmed_through_every_shell(self):
+    def test_every_shell_preserves_every_allowed_key_character(self):
         self.store(api_key=self.KEY)
         command = shell_line(sys.executable, PROGRAM, "env")
         unset, show = command + " --unset", "echo $CHATGPT_OAUTH_API_KEY"
@@ -4941,24 +4941,26 @@ class ShellTest(Case):
                     self.skipTest(f"no {shell[0]} here")
                 name = {"mksh": "ksh", "busybox": "sh"}.get(shell[0], shell[0])
                 environ = {"SHELL": "/bin/" + name}
-                held = {**environ, "CHATGPT_OAUTH_API_KEY": "old"}
-                setting = [*shell, code.format(command, show)], environ
-                unsetting = [*shell, code.format(unset, "env")], held
-                done = side_by_side(lambda run: self.run_command(*run), (setting, unsetting))
-                self.assertEqual(done[0][1].strip(), self.KEY)
-                self.assertNotIn("CHATGPT_OAUTH_API_KEY=", done[1][1])
+                old_environ = {**environ, "CHATGPT_OAUTH_API_KEY": "old"}
+                set_command = [*shell, code.format(command, show)], environ
+                unset_command = [*shell, code.format(unset, "env")], old_environ
+                results = side_by_side(
+                    lambda run: self.run_command(*run), (set_command, unset_command)
+                )
+                self.assertEqual(results[0][1].strip(), self.KEY)
+                self.assertNotIn("CHATGPT_OAUTH_API_KEY=", results[1][1])
 
     @needs_sh
-    def test_two_variables_survive_an_unquoted_eval(self):
+    def test_an_unquoted_eval_sets_both_variables(self):
         fields = self.store()
         code = f"eval $({shell_line(sys.executable, PROGRAM, 'env', '--access-token')}); "
         code += "echo $CHATGPT_OAUTH_ACCESS_TOKEN $CHATGPT_OAUTH_ACCOUNT_ID"
-        done = self.run_shell(code)
-        self.assertEqual(done[1].split(), [fields["access_token"], "acct-1"])
+        result = self.run_shell(code)
+        self.assertEqual(result[1].split(), [fields["access_token"], "acct-1"])
 
-    def test_the_code_for_each_shell(self):
+    def test_each_shell_gets_its_own_syntax(self):
         self.store(api_key="sk-1")
-        for shell, setting, unsetting in (
+        for shell, export_line, unset_line in (
             ("sh", "export V='sk-1'", "unset V"),
             ("zsh", "export V='sk-1'", "unset V"),
             ("fish", "set -gx V 'sk-1'", "set -e V"),
@@ -4970,15 +4972,15 @@ class ShellTest(Case):
             ("json", '{"V": "sk-1"}', '{"V": null}'),
         ):
             arguments = ("env", "--name", "V", "--shell", shell)
-            self.assertEqual(self.call(*arguments), (0, setting + "\n", ""))
-            self.assertEqual(self.call(*arguments, "--unset"), (0, unsetting + "\n", ""))
+            self.assertEqual(self.call(*arguments), (0, export_line + "\n", ""))
+            self.assertEqual(self.call(*arguments, "--unset"), (0, unset_line + "\n", ""))
 
-    def test_names_and_shells_that_are_none(self):
+    def test_invalid_names_and_unknown_shells_are_usage_errors(self):
         self.store(api_key="sk-1")
         for name in ("a;b", "", "1a", "a b", "\u00e4"):
             self.assert_fails(self.call("env", "--name", name), 2, "--name")
-        same = ("env", "--access-token", "--name", "CHATGPT_OAUTH_ACCOUNT_ID")
-        self.assert_fails(self.call(*same), 2, "--name")
+        twice = ("env", "--access-token", "--name", "CHATGPT_OAUTH_ACCOUNT_ID")
+        self.assert_fails(self.call(*twice), 2, "--name")
         # On Windows the default is PowerShell, and $SHELL is ignored.
         if POSIX:
             self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
@@ -4987,7 +4989,7 @@ class ShellTest(Case):
                 self.assertEqual((code, out), (0, "export CHATGPT_OAUTH_API_KEY='sk-1'\n"), err)
         self.assert_fails(self.call("env", "--shell", "nu"), 2, "--shell")
 
-    def test_shells_that_env_prints_nothing_for_have_a_line_of_their_own(self):
+    def test_unsupported_shells_get_their_own_profile_line(self):
         self.store(api_key="sk-1")
         profiles = self.assert_quiet(self.run_program("env", "--help"))
         for shell, line in (
@@ -5000,7 +5002,7 @@ class ShellTest(Case):
             self.assertIn(line, profiles)
 
     @unittest.skipUnless(POSIX, "Windows allows no such names")
-    def test_the_lines_of_the_help_work_from_any_folder(self):
+    def test_the_profile_lines_in_help_work_from_any_folder(self):
         self.store(api_key=self.KEY)
         names = ["it's a", 'a $HOME & \\\' (b) "c"; *?[d] {e} ~ # !', "`f`", "a\nb"]
         programs = [self.folder / name / "c.py" for name in names]
@@ -5026,18 +5028,18 @@ class ShellTest(Case):
                 if not shutil.which(shell):
                     self.skipTest(f"no {shell} here")
                 # The eval of tcsh can handle neither backquotes nor newlines in the path.
-                there = lines[:2] if shell == "tcsh" else lines
-                commands = [[shell, "-c", f"{each[row]}\n{show}"] for each in there]
-                for command, done in zip(commands, side_by_side(self.run_command, commands)):
-                    self.assertEqual(done[1].strip(), self.KEY, (command, done))
+                usable = lines[:2] if shell == "tcsh" else lines
+                commands = [[shell, "-c", f"{each[row]}\n{show}"] for each in usable]
+                for command, result in zip(commands, side_by_side(self.run_command, commands)):
+                    self.assertEqual(result[1].strip(), self.KEY, (command, result))
 
     @needs_sh
-    def test_signed_out_it_is_one_quiet_line_and_harmless(self):
+    def test_signed_out_env_prints_one_error_line_and_exports_nothing(self):
         err = self.assert_fails(self.run_program("env"), 3, "not signed in", "auth")
         self.assertEqual(err.count("\n"), 1)
         command = shell_line(sys.executable, PROGRAM, "env")
-        done = self.run_shell(f'eval "$({command})"; echo "<$CHATGPT_OAUTH_API_KEY>"')
-        self.assertEqual(done[1], "<>\n")
+        result = self.run_shell(f'eval "$({command})"; echo "<$CHATGPT_OAUTH_API_KEY>"')
+        self.assertEqual(result[1], "<>\n")
         self.assertEqual(self.run_program("env", "--unset")[0], 0)
 
 
@@ -5047,7 +5049,7 @@ class ShellTest(Case):
 
 
 class TerminalTest(Case):
-    def test_where_no_browser_can_be_opened_none_is_tried(self):
+    def test_no_browser_is_started_where_it_cannot_open(self):
         windows = self.folder / "rundll32.exe"
         windows.write_text("#!/bin/sh\n")
         windows.chmod(0o755)
@@ -5073,7 +5075,7 @@ class TerminalTest(Case):
             err = self.assert_done(self.call("auth", browser=visit))
             self.assertRegex(err, "display|container")
 
-    def test_the_browser_opens_by_itself_and_sees_no_secret(self):
+    def test_the_browser_process_receives_no_secret(self):
         self.store(api_key="sk-before")
         seen = self.folder / "seen.json"
         script = self.folder / "browser.py"
@@ -5095,7 +5097,7 @@ class TerminalTest(Case):
         self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
         self.assertIn("PATH", inherited)
 
-    def test_the_browser_is_started_without_code_from_the_folder(self):
+    def test_the_browser_start_imports_nothing_from_the_current_folder(self):
         trap = self.folder / "webbrowser.py"
         trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
         environ = {"BROWSER": BROWSER}
@@ -5104,11 +5106,11 @@ class TerminalTest(Case):
         self.assertFalse((self.folder / "sprung").exists())
 
     @needs_terminal
-    def test_the_countdown_is_in_place_unless_something_may_be_pasted(self):
+    def test_the_countdown_is_repainted_unless_a_url_can_be_pasted(self):
         import pty
 
         self.double.device_polls = 99
-        seen, counted = {}, {}
+        screens, repaints = {}, {}
         for arguments in (("auth", "--device"), ("auth", "--no-browser")):
             leader, follower = pty.openpty()
             self.addCleanup(os.close, leader)
@@ -5119,31 +5121,31 @@ class TerminalTest(Case):
             self.addCleanup(process.wait, LIMIT)
             self.addCleanup(process.kill)
             os.close(follower)
-            seen[leader], counted[leader] = b"", "--device" in arguments
+            screens[leader], repaints[leader] = b"", "--device" in arguments
         deadline = time.monotonic() + 15
         while time.monotonic() < deadline and not all(
-            re.search(rb"0:30 left|30 seconds left", s) for s in seen.values()
+            re.search(rb"0:30 left|30 seconds left", s) for s in screens.values()
         ):
-            for leader in select.select(list(seen), [], [], 0.5)[0]:
-                seen[leader] += os.read(leader, 65536)
-        for leader, said in seen.items():
-            self.assertEqual(b"\r\x1b[K0:30 left" in said, counted[leader], said)
-            self.assertEqual(b"30 seconds left" in said, not counted[leader], said)
+            for leader in select.select(list(screens), [], [], 0.5)[0]:
+                screens[leader] += os.read(leader, 65536)
+        for leader, screen in screens.items():
+            self.assertEqual(b"\r\x1b[K0:30 left" in screen, repaints[leader], screen)
+            self.assertEqual(b"30 seconds left" in screen, not repaints[leader], screen)
 
     @needs_terminal
-    def test_only_a_terminal_that_says_what_it_understands_gets_colours(self):
+    def test_only_a_capable_terminal_gets_colors(self):
         import pty
 
-        for term, coloured in (("xterm", True), ("dumb", False), (None, False)):
+        for term, colored in (("xterm", True), ("dumb", False), (None, False)):
             leader, follower = pty.openpty()
             self.addCleanup(os.close, leader)
             with open(follower, "wb") as stream:
                 self.run_program("token", environ={"TERM": term}, stderr=stream)
-            said = os.read(leader, 65536)
-            self.assertIn(b"not signed in", said)
-            self.assertEqual(b"\x1b" in said, coloured, said)
+            screen = os.read(leader, 65536)
+            self.assertIn(b"not signed in", screen)
+            self.assertEqual(b"\x1b" in screen, colored, screen)
 
-    def test_encodings_that_carry_little_do_not_matter(self):
+    def test_a_limited_encoding_does_not_crash(self):
         self.double.email = "\u00e4d\u00e4\u202e@example.com"
         for encoding in ("ascii", "cp1252", "utf-8"):
             environ = {"PYTHONIOENCODING": encoding}
@@ -5153,12 +5155,12 @@ class TerminalTest(Case):
             out = self.assert_quiet(self.run_program("status", environ=environ))
             self.assertNotIn("\u202e", out)
 
-    def test_a_program_path_with_a_space_leaves_the_json_whole(self):
-        place = self.folder / "my folder" / "c.py"
-        place.parent.mkdir()
-        shutil.copy(PROGRAM, place)
-        code, out, err = self.run_command([sys.executable, str(place), "status", "--json"])
-        self.assertIn(f"{PYTHON} {typed(place)} auth", json.loads(out)["problem"])
+    def test_a_program_path_with_a_space_keeps_json_valid(self):
+        program = self.folder / "my folder" / "c.py"
+        program.parent.mkdir()
+        shutil.copy(PROGRAM, program)
+        code, out, err = self.run_command([sys.executable, str(program), "status", "--json"])
+        self.assertIn(f"{PYTHON} {typed(program)} auth", json.loads(out)["problem"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5167,7 +5169,7 @@ class TerminalTest(Case):
 
 
 class CommandsTest(Case):
-    def test_an_unknown_shell_does_not_undo_a_sign_in(self):
+    def test_an_unknown_shell_does_not_fail_a_sign_in(self):
         environ = {"SHELL": "/usr/bin/nu"}
         result = self.call("auth", "--no-browser", environ=environ, browser=visit)
         if POSIX:
@@ -5176,7 +5178,7 @@ class CommandsTest(Case):
             )
         self.assert_quiet(self.call("status"))
 
-    def test_signed_out_everything_says_so(self):
+    def test_signed_out_commands_exit_with_3(self):
         for command in ("token", "models", "env"):
             self.assert_fails(self.call(command), 3, "not signed in", "auth")
         code, out, err = self.call("status")
@@ -5186,7 +5188,7 @@ class CommandsTest(Case):
         self.assertEqual(facts["authenticated"], False)
         self.assertEqual(facts["email"], None)
 
-    def test_the_json_status_has_the_contracts_keys_and_no_secret(self):
+    def test_json_status_has_exactly_the_documented_keys(self):
         self.sign_in()
         code, out, err = self.call("status", "--json")
         facts = json.loads(out)
@@ -5201,7 +5203,7 @@ class CommandsTest(Case):
         self.assertIsNone(facts["problem"])
         self.assert_no_secret(out)
 
-    def test_a_broken_models_file_says_nothing_of_the_access_token(self):
+    def test_a_broken_models_file_does_not_affect_the_token_status(self):
         self.store()
         self.models_file.write_text("[")
         out = self.call("status")[1]
@@ -5221,7 +5223,7 @@ class CommandsTest(Case):
 
 
 class TokenTest(Case):
-    def test_json_is_one_line_for_other_programs(self):
+    def test_json_is_one_line(self):
         fields = self.store(lifetime=9000)
         out = self.assert_quiet(self.call("token", "--json"))
         self.assertEqual(out.count("\n"), 1)
@@ -5238,7 +5240,7 @@ class TokenTest(Case):
         facts = json.loads(self.call("token", "--json")[1])
         self.assertEqual(facts, {"access_token": "opaque", "account_id": None, "expires_at": None})
 
-    def test_json_is_refreshed_when_due(self):
+    def test_json_refreshes_an_expired_token(self):
         self.store(lifetime=-10)
         facts = json.loads(self.assert_quiet(self.call("token", "--json")))
         self.assertEqual(facts["access_token"], self.stored()["access_token"])
@@ -5248,40 +5250,42 @@ class TokenTest(Case):
 class ExecTest(Case):
     def setUp(self):
         super().setUp()
-        self.show = [
+        self.inspect = [
             sys.executable,
             "-c",
             "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))",
         ]
 
-    def shown(self, *arguments, environ=None):
+    def run_and_inspect(self, *arguments, environ=None):
         """Return the arguments and the environment that `exec` passed to the command."""
         return json.loads(self.assert_quiet(self.run_program(*arguments, environ=environ)))
 
-    def test_the_command_alone_has_the_key(self):
+    def test_only_the_command_receives_the_key(self):
         self.store(api_key="sk-1")
         environ = {"MINE": "kept", "CHATGPT_OAUTH_API_KEY": "old"}
-        odd = ["--", "-h", "a b", "it's", "", "--name"]
-        arguments, seen = self.shown("exec", "--", *self.show, *odd, environ=environ)
-        self.assertEqual(arguments, odd)
-        self.assertEqual(seen["CHATGPT_OAUTH_API_KEY"], "sk-1")
-        self.assertEqual(seen["MINE"], "kept")
-        seen = self.shown("exec", "--name", "OPENAI_API_KEY", "--", *self.show)[1]
-        self.assertEqual(seen["OPENAI_API_KEY"], "sk-1")
-        self.assertNotIn("CHATGPT_OAUTH_API_KEY", seen)
+        unusual = ["--", "-h", "a b", "it's", "", "--name"]
+        arguments, received = self.run_and_inspect(
+            "exec", "--", *self.inspect, *unusual, environ=environ
+        )
+        self.assertEqual(arguments, unusual)
+        self.assertEqual(received["CHATGPT_OAUTH_API_KEY"], "sk-1")
+        self.assertEqual(received["MINE"], "kept")
+        received = self.run_and_inspect("exec", "--name", "OPENAI_API_KEY", "--", *self.inspect)[1]
+        self.assertEqual(received["OPENAI_API_KEY"], "sk-1")
+        self.assertNotIn("CHATGPT_OAUTH_API_KEY", received)
 
-    def test_the_access_token_is_refreshed_and_comes_with_its_account(self):
+    def test_access_token_is_refreshed_and_has_its_account_id(self):
         self.store(lifetime=-10)
-        seen = self.shown("exec", "--access-token", "--", *self.show)[1]
-        self.assertEqual(seen["CHATGPT_OAUTH_ACCESS_TOKEN"], self.stored()["access_token"])
-        self.assertEqual(seen["CHATGPT_OAUTH_ACCOUNT_ID"], "acct-1")
-        self.assertNotIn("CHATGPT_OAUTH_API_KEY", seen)
+        received = self.run_and_inspect("exec", "--access-token", "--", *self.inspect)[1]
+        self.assertEqual(received["CHATGPT_OAUTH_ACCESS_TOKEN"], self.stored()["access_token"])
+        self.assertEqual(received["CHATGPT_OAUTH_ACCOUNT_ID"], "acct-1")
+        self.assertNotIn("CHATGPT_OAUTH_API_KEY", received)
         self.store({"access_token": "opaque"})
         environ = {"CHATGPT_OAUTH_ACCOUNT_ID": "another"}
-        out = self.run_program("exec", "--access-token", "--", *self.show, environ=environ)[1]
+        out = self.run_program("exec", "--access-token", "--", *self.inspect, environ=environ)[1]
         self.assertNotIn("CHATGPT_OAUTH_ACCOUNT_ID", json.loads(out)[1])
 
-    def test_the_exit_code_and_the_streams_are_the_commands(self):
+    def test_the_exit_code_and_streams_come_from_the_command(self):
         self.store(api_key="sk-1")
         code = "import sys; sys.stderr.write(sys.stdin.read()); print('out'); sys.exit(77)"
         with tempfile.TemporaryFile() as stdin:
@@ -5290,9 +5294,9 @@ class ExecTest(Case):
             result = self.run_program("exec", "--", sys.executable, "-c", code, stdin=stdin)
         self.assertEqual((result[0], result[1].split(), result[2]), (77, ["out"], "in"))
 
-    def test_nothing_is_run_without_a_key(self):
-        mark = self.folder / "ran"
-        command = [sys.executable, "-c", f"open({str(mark)!r}, 'w')"]
+    def test_without_a_key_nothing_runs(self):
+        marker = self.folder / "ran"
+        command = [sys.executable, "-c", f"open({str(marker)!r}, 'w')"]
         self.assert_fails(self.run_program("exec", "--", *command), 3, "not signed in")
         self.store()
         words = ("no API key", "exec --access-token -- COMMAND")
@@ -5300,9 +5304,9 @@ class ExecTest(Case):
         self.store(lifetime=-10, refresh_token=None)
         result = self.run_program("exec", "--access-token", "--", *command)
         self.assert_fails(result, 4, "sign in again")
-        self.assertFalse(mark.exists())
+        self.assertFalse(marker.exists())
 
-    def test_a_command_that_cannot_be_run_is_named(self):
+    def test_a_command_that_cannot_run_is_named(self):
         self.store(api_key="sk-1")
         self.assert_fails(self.run_program("exec", "--", "no-such-xyzzy"), 127, "no-such-xyzzy")
         self.assert_fails(self.run_program("exec", "--", "/no/such/xyzzy"), 127, "/no/such/xyzzy")
@@ -5311,9 +5315,9 @@ class ExecTest(Case):
             plain.write_text("x")
             self.assert_fails(self.run_program("exec", "--", str(plain)), 126, "Permission denied")
 
-    def test_what_is_no_command_is_wrong_usage(self):
+    def test_a_missing_command_is_a_usage_error(self):
         self.store(api_key="sk-1")
-        odd = (
+        cases = (
             ([], ("no command", "exec -- COMMAND")),
             (["--"], ("no command",)),
             (["--", "", "x"], ("no command",)),
@@ -5321,12 +5325,12 @@ class ExecTest(Case):
             (["--nam", "X", "--", "ls"], ("--name",)),
             (["--name", "1x", "--", "ls"], ("--name",)),
         )
-        started = [(self.start("exec", *arguments), words) for arguments, words in odd]
-        for running, words in started:
+        processes = [(self.start("exec", *arguments), words) for arguments, words in cases]
+        for running, words in processes:
             self.assert_fails(running.end(), 2, *words)
 
     @needs_signals
-    def test_the_command_takes_the_programs_place(self):
+    def test_the_command_replaces_the_process(self):
         self.store(api_key="sk-1")
         code = "import os, signal; print(os.getpid(), signal.getsignal(signal.SIGINT) is not None)"
         running = self.start("exec", "--", sys.executable, "-c", code)
@@ -5335,7 +5339,7 @@ class ExecTest(Case):
 
     @needs_sh
     @needs_signals
-    def test_a_command_ends_with_its_pipe_as_without_us(self):
+    def test_a_broken_pipe_ends_the_command(self):
         self.store(api_key="sk-1")
         line = shell_line(sys.executable, PROGRAM) + " exec -- sh -c 'yes; echo $? >&2' | head -n 1"
         self.assertEqual(self.run_shell(line), (0, "y\n", "141\n"))
@@ -5347,7 +5351,7 @@ class OnlineStatusTest(Case):
         self.double.api_keys.add("sk-mine")
         self.store(api_key="sk-mine")
 
-    def online(self, exit_code=0, **options):
+    def online_status(self, exit_code=0, **options):
         """Return the members `online` and `problem` from `status --online --json`."""
         code, out, err = self.call("status", "--online", "--json", **options)
         self.assertEqual((code, err), (exit_code, ""))
@@ -5355,8 +5359,8 @@ class OnlineStatusTest(Case):
         facts = json.loads(out)
         return facts["online"], facts["problem"]
 
-    def test_all_is_well(self):
-        online, problem = self.online()
+    def test_everything_is_accepted(self):
+        online, problem = self.online_status()
         self.assertIsNone(problem)
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "accepted"))
         short, long = online["usage"]
@@ -5372,25 +5376,25 @@ class OnlineStatusTest(Case):
         self.assertIn("\n              7 days: 32% used, resets in ", out)
         self.assert_no_secret(out)
 
-    def test_offline_stays_offline(self):
+    def test_without_online_nothing_is_sent(self):
         self.assertNotIn("online", json.loads(self.assert_quiet(self.call("status", "--json"))))
         self.assertEqual(self.double.requests, [])
 
-    def test_the_token_is_refreshed_first_when_due(self):
+    def test_an_expired_token_is_refreshed_first(self):
         self.store(lifetime=-10, api_key="sk-mine")
-        self.assertEqual(self.online()[0]["access_token"], "accepted")
+        self.assertEqual(self.online_status()[0]["access_token"], "accepted")
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_without_a_key_there_is_none_to_ask_about(self):
+    def test_without_a_key_the_api_is_not_asked(self):
         self.store()
-        online, problem = self.online()
+        online, problem = self.online_status()
         self.assertEqual((online["api_key"], online["access_token"]), (None, "accepted"))
         self.assertEqual(self.double.count("api"), 0)
         self.assertIn("API key:      there is none\n", self.call("status", "--online")[1])
 
-    def test_signed_out_is_as_offline(self):
+    def test_signed_out_nothing_is_sent(self):
         self.token_file.unlink()
-        online, problem = self.online(3)
+        online, problem = self.online_status(3)
         self.assertEqual(online, {"api_key": None, "access_token": None, "usage": []})
         self.assertIn("not signed in", problem)
         self.assertEqual(self.call("status", "--online"), self.call("status"))
@@ -5398,7 +5402,7 @@ class OnlineStatusTest(Case):
 
     def test_a_refused_key_does_not_hide_the_rest(self):
         self.double.api_keys.clear()
-        online, problem = self.online()
+        online, problem = self.online_status()
         self.assertEqual((online["api_key"], online["access_token"]), ("refused", "accepted"))
         self.assertEqual(len(online["usage"]), 2)
         out = self.call("status", "--online")[1]
@@ -5406,7 +5410,7 @@ class OnlineStatusTest(Case):
 
     def test_a_withdrawn_token_is_refreshed(self):
         self.double.access_tokens.clear()
-        online, problem = self.online()
+        online, problem = self.online_status()
         self.assertEqual(online["access_token"], "accepted")
         self.assertEqual(len(online["usage"]), 2)
         self.assertEqual(self.double.count("refresh"), 1)
@@ -5414,7 +5418,7 @@ class OnlineStatusTest(Case):
     def test_a_refused_sign_in_is_exit_4(self):
         for endpoint in ("codex", "usage"):
             self.fault(endpoint, 401, b'{"detail": "Unauthorized"}')
-        online, problem = self.online(4)
+        online, problem = self.online_status(4)
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "refused"))
         self.assertEqual(online["usage"], [])
         self.assertIn("to sign in again, run: ", problem)
@@ -5423,23 +5427,23 @@ class OnlineStatusTest(Case):
         self.assertIn("ChatGPT OAuth: Not authenticated\n", out)
         self.assertIn("\nProblem: ", out)
 
-    def test_a_broken_models_file_does_not_hide_that_the_sign_in_is_refused(self):
+    def test_a_broken_models_file_does_not_hide_a_refused_sign_in(self):
         self.models_file.write_text("[")
         self.fault("codex", 401)
-        self.assertEqual(self.online(exit_code=4)[0]["access_token"], "refused")
+        self.assertEqual(self.online_status(exit_code=4)[0]["access_token"], "refused")
         del self.double.faults["codex"]
-        self.assertEqual(self.online(exit_code=6)[0]["access_token"], "accepted")
+        self.assertEqual(self.online_status(exit_code=6)[0]["access_token"], "accepted")
 
     def test_a_sign_in_that_has_ended_is_refused(self):
         self.store(lifetime=-10, refresh_token="rt_gone")
-        online, problem = self.online(4)
+        online, problem = self.online_status(4)
         self.assertEqual((online["api_key"], online["access_token"]), (None, "refused"))
         self.assertIn("your session has ended", problem)
 
-    def test_a_web_page_is_nobody_reached(self):
+    def test_a_web_page_counts_as_unreachable(self):
         for endpoint in ("api", "codex", "usage"):
             self.fault(endpoint, 403, b"<html>", Content_Type="text/html")
-        online, problem = self.online(5)
+        online, problem = self.online_status(5)
         expected = {"api_key": "unreachable", "access_token": "unreachable", "usage": []}
         self.assertEqual(online, expected)
         self.assertIn("got a web page instead of JSON", problem)
@@ -5448,41 +5452,41 @@ class OnlineStatusTest(Case):
         self.assertIn("ChatGPT OAuth: Authenticated\n", out)
         self.assertIn("Usage:        unknown: could not get the plan's usage (HTTP 403)", out)
 
-    def test_an_endpoint_that_has_vanished_is_one_line(self):
+    def test_a_missing_usage_endpoint_is_one_line(self):
         self.fault("usage", 404, b"{}")
-        self.assertEqual(self.online()[0]["usage"], [])
+        self.assertEqual(self.online_status()[0]["usage"], [])
         out = self.assert_quiet(self.call("status", "--online"))
         self.assertIn("Usage:        unknown: could not get the plan's usage (HTTP 404)\n", out)
         for answer in (b"[]", b"{}", b'{"rate_limit": null}', b'{"rate_limit": {}}'):
             self.fault("usage", 200, answer)
-            self.assertEqual(self.online()[0]["usage"], [])
+            self.assertEqual(self.online_status()[0]["usage"], [])
 
-    def test_odd_windows_are_left_out_and_odd_values_are_unknown(self):
+    def test_invalid_usage_windows_are_left_out(self):
         self.double.rate_limit = {
             "primary_window": {"used_percent": 101, "limit_window_seconds": 90, "reset_at": "soon"},
             "secondary_window": {"used_percent": True, "limit_window_seconds": 1e99},
         }
         window = {"window_seconds": 90, "used_percent": 101, "resets_at": None}
-        self.assertEqual(self.online()[0]["usage"], [window])
+        self.assertEqual(self.online_status()[0]["usage"], [window])
         self.assertIn("Usage:        1 minute: 101% used\n", self.call("status", "--online")[1])
 
-    def test_half_an_outage_is_none(self):
+    def test_one_unreachable_service_is_not_an_error(self):
         self.fault("codex", 500)
-        online, problem = self.online()
+        online, problem = self.online_status()
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "unreachable"))
         self.assertEqual(len(online["usage"]), 2)
 
     @needs_terminal
-    def test_bars_are_for_a_terminal(self):
+    def test_usage_bars_are_shown_only_on_a_terminal(self):
         import pty
 
         leader, follower = pty.openpty()
         with os.fdopen(leader, "rb", 0) as screen, os.fdopen(follower, "wb", 0) as terminal:
             self.run_program("status", "--online", stdout=terminal)
-            said = screen.read(65536).decode()
-        self.assertIn("5 hours: #......... 7.5%, resets in 1 hour (20", said)
-        self.assertIn("7 days: ###....... 32%, resets in ", said)
-        lines = [line for line in said.splitlines() if str(self.folder) not in line]
+            output = screen.read(65536).decode()
+        self.assertIn("5 hours: #......... 7.5%, resets in 1 hour (20", output)
+        self.assertIn("7 days: ###....... 32%, resets in ", output)
+        lines = [line for line in output.splitlines() if str(self.folder) not in line]
         self.assertLessEqual(max(map(len, lines)), 80)
         self.assertNotIn("##", self.run_program("status", "--online")[1])
 
@@ -5493,13 +5497,13 @@ class OnlineStatusTest(Case):
 
 
 class ModuleTest(Case):
-    def test_nothing_but_oauth_errors_comes_out(self):
+    def test_module_functions_raise_only_oauth_errors(self):
         before = self.store(lifetime=-10)
-        full = OSError(errno.EMFILE, "Too many open files")
+        error = OSError(errno.EMFILE, "Too many open files")
         with mock.patch.dict(os.environ, self.environ, clear=True):
             for fault, words in (
                 (mock.patch.dict(sys.modules, {"urllib.request": None}), "no module urllib"),
-                (mock.patch.object(os, "open", side_effect=full), "Too many open files"),
+                (mock.patch.object(os, "open", side_effect=error), "Too many open files"),
             ):
                 with fault, self.assertRaisesRegex(oauth.OAuthError, words):
                     oauth.get_access_token()
@@ -5507,7 +5511,7 @@ class ModuleTest(Case):
         self.assertEqual(self.double.count("refresh"), 0)
 
     @unittest.skipUnless(POSIX, "Windows limits no process's descriptors")
-    def test_without_free_descriptors_nothing_is_spent_nor_told_wrongly(self):
+    def test_without_file_descriptors_no_token_is_used_up(self):
         code = """
 import resource, chatgpt_oauth as oauth
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
@@ -5533,7 +5537,7 @@ sys.exit(oauth.main(["token"]))
         self.assertEqual(self.assert_quiet(result).split("\n")[0].rstrip(), "[] 1")
         self.assertFalse(self.home.exists())
 
-    def test_the_public_functions(self):
+    def test_public_functions(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
             with self.assertRaises(oauth.NotSignedInError) as caught:
                 oauth.get_access_token()
@@ -5548,7 +5552,7 @@ sys.exit(oauth.main(["token"]))
             self.assertEqual(self.double.count("revoke"), 1)
             self.assertFalse(self.token_file.exists())
 
-    def test_signing_in_from_a_program(self):
+    def test_sign_in_from_python(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
             with self.assertLogs("chatgpt_oauth", "WARNING") as logged:
 
@@ -5582,9 +5586,9 @@ sys.exit(oauth.main(["token"]))
 class InstallTest(Case):
     def setUp(self):
         super().setUp()
-        self.settle(self.folder)
+        self.use_home(self.folder)
 
-    def settle(self, home):
+    def use_home(self, home):
         """Make `home` the home directory of the person."""
         home.mkdir(exist_ok=True)
         if POSIX:
@@ -5606,25 +5610,27 @@ class InstallTest(Case):
         """Run the installed command and return its exit code, stdout and stderr."""
         return self.run_command([str(self.launcher), *arguments], **options)
 
-    def files(self):
+    def read_files(self):
         """Return the contents of each file under the folder by path, without .pyc files."""
         found = (path for path in self.folder.rglob("*") if not path.is_dir())
         return {str(path): path.read_bytes() for path in found if path.suffix != ".pyc"}
 
-    def test_the_file_becomes_a_command(self):
+    def test_install_creates_a_command(self):
         self.store(api_key="sk-1")
-        said = self.install("--no-code-puppy")
-        self.assertIn(f"Installed the command {self.launcher}\n", said)
-        self.assertIn(f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", said)
+        messages = self.install("--no-code-puppy")
+        self.assertIn(f"Installed the command {self.launcher}\n", messages)
+        self.assertIn(
+            f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", messages
+        )
         # A profile may run before PATH is complete, as ~/.bashrc does on Debian.
-        self.assertIn(f"{typed(self.launcher)} env --shell ", said)
+        self.assertIn(f"{typed(self.launcher)} env --shell ", messages)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
         out = self.assert_quiet(self.run_installed("env", "--shell", "sh"))
         self.assertEqual(out, "export CHATGPT_OAUTH_API_KEY='sk-1'\n")
         self.assertFalse(self.plugin.exists())
 
-    def test_hints_say_how_it_was_started(self):
+    def test_hints_name_the_command_that_was_started(self):
         self.install()
         hint = "hint: to sign in, run: chatgpt-oauth auth\n"
         self.assert_fails(self.run_installed("token"), 3, hint)
@@ -5633,7 +5639,7 @@ class InstallTest(Case):
         hint = f"hint: to sign in, run: {self.launcher} auth\n"
         self.assert_fails(self.run_installed("token", environ=environ), 3, hint)
 
-    def test_no_code_from_elsewhere_is_run(self):
+    def test_the_launcher_imports_nothing_from_elsewhere(self):
         self.store(api_key="sk-1")
         self.install()
         trap = self.folder / "trap"
@@ -5646,7 +5652,7 @@ class InstallTest(Case):
         self.assertFalse((self.folder / "sprung").exists())
 
     @needs_sh
-    def test_paths_may_hold_anything(self):
+    def test_install_works_in_any_path(self):
         for name in (
             'it\'s a "home"',
             "a $HOME `id` %PATH% \\x",
@@ -5656,7 +5662,7 @@ class InstallTest(Case):
             "-n",
         ):
             with self.subTest(name):
-                self.settle(self.folder / name)
+                self.use_home(self.folder / name)
                 self.install("--code-puppy")
                 self.assertEqual(self.run_installed("status")[0], 3)
                 self.assertEqual(self.run_installed("--version")[::2], (0, ""))
@@ -5665,7 +5671,7 @@ class InstallTest(Case):
                 self.assertFalse(self.launcher.exists())
 
     @needs_sh
-    def test_the_environment_of_the_command_is_the_persons(self):
+    def test_the_launcher_does_not_change_the_environment(self):
         self.store(api_key="sk-1")
         self.install()
         code = (
@@ -5673,25 +5679,31 @@ class InstallTest(Case):
             "print(sorted(each for each in os.environ.items() if each[0] not in shells))"
         )
         show = [sys.executable, "-c", code]
-        mine = {"python": "1", "directory": "2", "program": "3", "file": "4", "PYTHONPATH": "/x"}
-        environ = {"CHATGPT_OAUTH_API_KEY": "sk-1", **mine}
+        variables = {
+            "python": "1",
+            "directory": "2",
+            "program": "3",
+            "file": "4",
+            "PYTHONPATH": "/x",
+        }
+        environ = {"CHATGPT_OAUTH_API_KEY": "sk-1", **variables}
         out = self.assert_quiet(self.run_installed("exec", "--", *show, environ=environ))
         self.assertEqual(out, self.run_command(show, environ)[1])
 
-    def test_a_virtual_environment_may_go_afterwards(self):
-        place = self.folder / "venv"
-        make = [sys.executable, "-m", "venv", "--without-pip", str(place)]
-        code, out, err = self.run_command(make)
+    def test_the_command_outlives_the_virtual_environment(self):
+        venv = self.folder / "venv"
+        command = [sys.executable, "-m", "venv", "--without-pip", str(venv)]
+        code, out, err = self.run_command(command)
         if code and not POSIX:
             self.skipTest("the embeddable Python for Windows makes no virtual environments")
         self.assertEqual(code, 0, err)
-        python = place / ("bin/python" if POSIX else "Scripts/python.exe")
+        python = venv / ("bin/python" if POSIX else "Scripts/python.exe")
         self.assert_done(self.run_command([str(python), PROGRAM, "install"]))
-        shutil.rmtree(place)
+        shutil.rmtree(venv)
         self.assertEqual(self.run_installed("--version")[::2], (0, ""))
 
     @needs_sh
-    def test_a_python_that_has_moved_is_named(self):
+    def test_a_missing_python_is_named(self):
         python = self.folder / "a python"
         python.symlink_to(sys.executable)
         self.assert_done(self.run_command([str(python), PROGRAM, "install"]))
@@ -5703,19 +5715,19 @@ class InstallTest(Case):
         shutil.rmtree(self.program.parent)
         self.assert_fails(self.run_installed("token"), 6, f"error: {self.program} is gone\n")
 
-    def test_what_is_not_ours_is_left_alone(self):
-        for place in (self.launcher, self.program, self.plugin):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text("#!/bin/sh\nmine\n")
-            before = self.files()
+    def test_files_of_others_are_left_alone(self):
+        for path in (self.launcher, self.program, self.plugin):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("#!/bin/sh\nmine\n")
+            before = self.read_files()
             for command in ("install", "uninstall"):
                 result = self.call(command, "--code-puppy")
-                self.assert_fails(result, 6, f"{place}: not made by chatgpt_oauth", "--bin")
-                self.assertEqual(self.files(), before)
-            place.unlink()
-            place.mkdir()
-            self.assert_fails(self.call("install", "--code-puppy"), 6, str(place))
-            place.rmdir()
+                self.assert_fails(result, 6, f"{path}: not made by chatgpt_oauth", "--bin")
+                self.assertEqual(self.read_files(), before)
+            path.unlink()
+            path.mkdir()
+            self.assert_fails(self.call("install", "--code-puppy"), 6, str(path))
+            path.rmdir()
         elsewhere = self.folder / "bin"
         self.launcher.write_text("mine")
         self.install("--bin", str(elsewhere))
@@ -5723,7 +5735,7 @@ class InstallTest(Case):
         self.assertTrue((elsewhere / self.launcher.name).exists())
 
     @needs_modes
-    def test_a_link_to_our_own_file_is_not_written_through(self):
+    def test_install_does_not_write_through_a_symlink(self):
         source = self.folder / "chatgpt_oauth.py"
         shutil.copy(PROGRAM, source)
         self.bin.mkdir(parents=True)
@@ -5731,7 +5743,7 @@ class InstallTest(Case):
         self.assert_fails(self.run_program("install"), 6, str(self.launcher))
         self.assertEqual(source.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
 
-    def test_over_itself_and_over_an_older_copy(self):
+    def test_install_replaces_itself_and_an_older_copy(self):
         older = pathlib.Path(PROGRAM).read_bytes().replace(oauth.__version__.encode(), b"0.0.1")
         old = self.folder / "old" / "chatgpt_oauth.py"
         old.parent.mkdir()
@@ -5745,55 +5757,57 @@ class InstallTest(Case):
         self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
 
     @needs_modes
-    def test_the_umask_decides_who_may_run_it(self):
+    def test_the_umask_sets_the_permissions(self):
         for umask, modes in ((0o022, (0o755, 0o644)), (0o077, (0o700, 0o600)), (0, (0o755, 0o644))):
-            self.assert_done(self.run_shell(f"umask {umask:o}; exec {self.line('install')}"))
+            self.assert_done(
+                self.run_shell(f"umask {umask:o}; exec {self.shell_command('install')}")
+            )
             places = self.launcher, self.program
             self.assertEqual(tuple(p.stat().st_mode & 0o777 for p in places), modes)
 
-    def line(self, *arguments):
+    def shell_command(self, *arguments):
         """Return a shell command that runs the program with `arguments`."""
         return shell_line(sys.executable, PROGRAM, *arguments)
 
     @needs_modes
-    def test_a_place_that_cannot_be_written_changes_nothing(self):
+    def test_an_unwritable_directory_changes_nothing(self):
         self.folder.chmod(0o755)
         # The other user must be able to read the program.
         source = self.folder / "chatgpt_oauth.py"
         shutil.copy(PROGRAM, source)
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        stack.enter_context(mock.patch.object(oauth, "__file__", str(source)))
+        patches = contextlib.ExitStack()
+        self.addCleanup(patches.close)
+        patches.enter_context(mock.patch.object(oauth, "__file__", str(source)))
         # This first run imports every module. The other user may not be able to read them.
         with mock.patch.object(sys, "argv", list(sys.argv)):
             self.assertEqual(self.call("install", "--code-puppy")[0], 0)
-        for place in (self.bin, self.data, self.plugin.parent):
+        for unwritable in (self.bin, self.data, self.plugin.parent):
             shutil.rmtree(self.folder / ".local", ignore_errors=True)
             shutil.rmtree(self.home, ignore_errors=True)
             for each in (self.bin, self.data, self.plugin.parent):
                 each.mkdir(parents=True, exist_ok=True)
             for each in self.folder.rglob("*"):
                 each.chmod(0o777)
-            place.chmod(0o555)
+            unwritable.chmod(0o555)
             with self.somebody_else():
                 result = self.call("install", "--code-puppy")
-            self.assert_fails(result, 6, f"cannot write {place}", "permissions")
-            left = {path for path in self.files() if not path.endswith(".lock")}
-            self.assertEqual(left, {str(source)}, place)
-            place.chmod(0o755)
+            self.assert_fails(result, 6, f"cannot write {unwritable}", "permissions")
+            remaining = {path for path in self.read_files() if not path.endswith(".lock")}
+            self.assertEqual(remaining, {str(source)}, unwritable)
+            unwritable.chmod(0o755)
 
     @needs_signals
-    def test_a_kill_at_any_moment_leaves_a_command_that_works_or_none(self):
+    def test_killing_install_leaves_a_working_command_or_none(self):
         self.install()
-        began = time.monotonic()
+        start = time.monotonic()
         self.install()
-        whole = time.monotonic() - began
+        duration = time.monotonic() - start
         worked = 0
         for tenth in range(12):
             if tenth == 6:
                 self.assert_done(self.run_program("uninstall"))
             running = self.start("install")
-            time.sleep(whole * tenth / 10)
+            time.sleep(duration * tenth / 10)
             running.process.kill()
             running.end()
             if self.launcher.exists():
@@ -5801,30 +5815,30 @@ class InstallTest(Case):
                 self.assertEqual(self.run_installed("--version")[::2], (0, ""))
         self.assertGreaterEqual(worked, 6)
         self.install()
-        self.assertEqual([p for p in self.files() if p.endswith(".tmp")], [])
+        self.assertEqual([p for p in self.read_files() if p.endswith(".tmp")], [])
 
-    def test_many_at_once(self):
+    def test_parallel_installs_succeed(self):
         running = [self.start("install", "--code-puppy") for _ in range(6)]
         for each in running:
             self.assert_done(each.end())
         self.assertEqual(self.run_installed("--version")[::2], (0, ""))
-        self.assertEqual([p for p in self.files() if p.endswith(".tmp")], [])
+        self.assertEqual([p for p in self.read_files() if p.endswith(".tmp")], [])
 
-    def test_read_from_standard_input_there_is_nothing_to_copy(self):
+    def test_install_from_standard_input_is_a_usage_error(self):
         with open(PROGRAM, "rb") as stdin:
             result = self.run_command([sys.executable, "-", "install"], stdin=stdin)
         hint = "download chatgpt_oauth.py, then run: python"
         self.assert_fails(result, 2, "not started from a file", hint)
-        self.assertEqual(self.files(), {})
+        self.assertEqual(self.read_files(), {})
 
-    def test_compiled_code_is_not_copied(self):
+    def test_install_from_a_pyc_file_is_a_usage_error(self):
         compiled = self.folder / "c.pyc"
         py_compile.compile(PROGRAM, cfile=str(compiled), doraise=True)
         result = self.run_command([sys.executable, str(compiled), "install"])
         self.assert_fails(result, 2, "download chatgpt_oauth.py")
-        self.assertEqual(self.files(), {})
+        self.assertEqual(self.read_files(), {})
 
-    def test_the_plugin_comes_where_code_puppy_is(self):
+    def test_the_plugin_is_installed_if_code_puppy_exists(self):
         self.install()
         self.assertFalse(self.plugin.exists())
         self.home.mkdir()
@@ -5835,53 +5849,53 @@ class InstallTest(Case):
         both = self.run_program("install", "--code-puppy", "--no-code-puppy")
         self.assert_fails(both, 2, "--no-code-puppy")
 
-    def test_places_follow_the_options_and_the_environment(self):
+    def test_options_and_environment_choose_the_directories(self):
         data = self.folder / "data"
         name = "XDG_DATA_HOME" if POSIX else "LOCALAPPDATA"
-        place = self.folder / "x y"
+        bin_folder = self.folder / "x y"
         self.install("--bin", "x y", environ={name: str(data)}, cwd=str(self.folder))
         self.assertTrue((data / "chatgpt_oauth" / "chatgpt_oauth.py").exists())
-        self.assertEqual(self.run_command([str(place / self.launcher.name), "-V"])[0], 0)
+        self.assertEqual(self.run_command([str(bin_folder / self.launcher.name), "-V"])[0], 0)
         self.assertFalse(self.program.exists())
         if POSIX:
             self.install(environ={name: "data"}, cwd=str(self.folder))
             self.assertTrue(self.program.exists())
 
-    def test_uninstall_takes_back_what_install_put_there_and_no_sign_in(self):
+    def test_uninstall_removes_everything_except_the_sign_in(self):
         before = self.store(api_key="sk-1")
         self.install()
         self.run_installed("status", environ={"PYTHONDONTWRITEBYTECODE": None})
         (self.plugin.parent / "__pycache__").mkdir()
         (self.plugin.parent / "__pycache__" / "register_callbacks.cpython-312.pyc").touch()
-        said = self.assert_done(self.run_installed("uninstall"))
-        self.assertIn(f"Removed {self.launcher}\n", said)
-        self.assertIn(f"Your sign-in stays in {self.token_file}\n", said)
-        self.assertEqual(list(self.files()), [str(self.token_file)])
+        messages = self.assert_done(self.run_installed("uninstall"))
+        self.assertIn(f"Removed {self.launcher}\n", messages)
+        self.assertIn(f"Your sign-in stays in {self.token_file}\n", messages)
+        self.assertEqual(list(self.read_files()), [str(self.token_file)])
         self.assertEqual(self.stored(), before)
         self.assertFalse(self.plugin.parent.exists())
         self.assertFalse(self.program.parent.exists())
-        said = self.assert_done(self.run_program("uninstall"))
-        self.assertEqual(said, "Not installed; nothing to do.\n")
+        messages = self.assert_done(self.run_program("uninstall"))
+        self.assertEqual(messages, "Not installed; nothing to do.\n")
 
-    def test_uninstall_finds_the_command_that_it_is(self):
+    def test_uninstall_finds_its_own_launcher(self):
         elsewhere = self.folder / "bin"
         self.install("--bin", str(elsewhere))
         launcher = started = elsewhere / self.launcher.name
         if POSIX:
             started = self.folder / "link"
             started.symlink_to(launcher)
-        said = self.assert_done(self.run_command([str(started), "uninstall"]))
-        self.assertIn(f"Removed {launcher}\n", said)
+        messages = self.assert_done(self.run_command([str(started), "uninstall"]))
+        self.assertIn(f"Removed {launcher}\n", messages)
         self.assertFalse(launcher.exists() or self.program.exists())
 
-    def test_uninstall_with_another_directory_than_install_removes_nothing(self):
+    def test_uninstall_from_another_directory_removes_nothing(self):
         self.install()
-        before = list(self.files())
+        before = list(self.read_files())
         result = self.run_program("uninstall", "--bin", str(self.folder))
         self.assert_fails(result, 2, str(self.folder / self.launcher.name), "given to install")
-        self.assertEqual(list(self.files()), before)
+        self.assertEqual(list(self.read_files()), before)
 
-    def test_uninstall_leaves_what_it_did_not_bring(self):
+    def test_uninstall_keeps_files_of_others(self):
         self.home.mkdir()
         self.install()
         mine = [self.program.parent / "mine", self.plugin.parent / "mine", self.bin / "mine"]
@@ -5890,23 +5904,23 @@ class InstallTest(Case):
         self.assert_done(self.run_program("uninstall", "--no-code-puppy"))
         self.assertTrue(self.plugin.exists())
         self.assert_done(self.run_program("uninstall"))
-        self.assertEqual(set(self.files()), set(map(str, mine)))
+        self.assertEqual(set(self.read_files()), set(map(str, mine)))
 
-    def test_another_command_of_the_name_is_told_of(self):
+    def test_another_command_with_the_name_is_a_warning(self):
         first = self.folder / "first"
         first.mkdir()
         other = first / self.launcher.name
         other.write_text("#!/bin/sh\n")
         other.chmod(0o755)
         path = os.pathsep.join((str(first), self.environ["PATH"]))
-        said = self.install(environ={"PATH": path})
+        messages = self.install(environ={"PATH": path})
         warning = f"warning: another chatgpt-oauth comes first in PATH: {other}\n"
         # On Windows the suffix comes from PATHEXT, which is in capitals.
-        self.assertIn(warning.lower(), said.lower())
+        self.assertIn(warning.lower(), messages.lower())
 
     @needs_sh
-    def test_the_lines_for_the_profile_work_in_the_persons_shell(self):
-        self.settle(self.folder / "it's a home")
+    def test_the_suggested_profile_lines_work(self):
+        self.use_home(self.folder / "it's a home")
         self.home = self.folder / "it's a home" / ".code_puppy"
         self.token_file = self.home / "chatgpt_oauth.json"
         self.store(api_key="sk-1")
@@ -5931,10 +5945,10 @@ class InstallTest(Case):
                 continue
             with self.subTest(name):
                 environ = {"PATH": PATH, "SHELL": f"/usr/bin/{name}"}
-                said = self.install(environ=environ)
-                self.assertIn(f"warning: {self.bin} is not in PATH\n", said)
-                self.assertEqual(said.count(f" put this line into {profile}:\n"), 2)
-                lines = re.findall(r"(?m)^    (.+)$", said)
+                messages = self.install(environ=environ)
+                self.assertIn(f"warning: {self.bin} is not in PATH\n", messages)
+                self.assertEqual(messages.count(f" put this line into {profile}:\n"), 2)
+                lines = re.findall(r"(?m)^    (.+)$", messages)
                 lines += [show.get(name, "echo $CHATGPT_OAUTH_API_KEY"), "chatgpt-oauth --version"]
                 command = [shell, "-c", "\n".join(lines)]
                 out = self.assert_quiet(self.run_command(command, environ))
@@ -6017,47 +6031,47 @@ class Host:
         if release == "new":
             self.phases["register_model_type"] = []
         self.context, self.owners, self.disabled = None, {}, set()
-        self.said, self.settings, self.model, self.usage = [], {}, None, "week 66%"
+        self.messages, self.settings, self.model, self.usage = [], {}, None, "week 66%"
         self.agent = types.SimpleNamespace(_code_generation_agent="old")
         self.modules = {}
         for name in ("code_puppy", "code_puppy.messaging", "code_puppy.tools", "pydantic_ai"):
-            self.module(name)
-        self.callbacks = self.module("code_puppy.callbacks")
-        self.module("code_puppy.agents", get_current_agent=lambda: self.agent)
-        self.module("rich", text=self.module("rich.text", Text=str))
-        self.config = self.module(
+            self.add_module(name)
+        self.callbacks = self.add_module("code_puppy.callbacks")
+        self.add_module("code_puppy.agents", get_current_agent=lambda: self.agent)
+        self.add_module("rich", text=self.add_module("rich.text", Text=str))
+        self.config = self.add_module(
             "code_puppy.config",
             CONFIG_DIR=str(home),
             get_value=self.settings.get,
             get_global_model_name=lambda: self.model,
             clear_model_cache=lambda: None,
         )
-        self.factory = self.module(
+        self.factory = self.add_module(
             "code_puppy.model_factory", ModelFactory=types.SimpleNamespace(load_config=self.models)
         )
-        self.common = self.module("code_puppy.tools.common")
+        self.common = self.add_module("code_puppy.tools.common")
         for kind in ("info", "success", "warning", "error"):
-            emit = lambda text, kind=kind: self.said.append((kind, str(text)))  # noqa: E731
+            emit = lambda text, kind=kind: self.messages.append((kind, str(text)))  # noqa: E731
             setattr(self.modules["code_puppy.messaging"], "emit_" + kind, emit)
         self.callbacks.register_callback = self.register
         self.callbacks.unregister_callback = lambda phase, f: self.phases[phase].remove(f)
         self.callbacks.get_callbacks = lambda phase: list(self.phases.get(phase, ()))
         if release == "new":
-            self.make_new()
+            self.add_new_features()
         if builtin:
             self.load_builtin()
 
-    def module(self, name, **contents):
+    def add_module(self, name, **contents):
         module = self.modules[name] = types.ModuleType(name)
         vars(module).update(contents)
         return module
 
-    def make_new(self):
+    def add_new_features(self):
         """Add what release 0.0.946 has and release 0.0.229 doesn't have."""
-        self.callbacks.get_callbacks = self.registered
+        self.callbacks.get_callbacks = self.enabled_callbacks
         self.callbacks.get_loading_context = lambda: self.context
-        self.callbacks.set_loading_context = self.enter
-        self.callbacks.clear_loading_context = self.enter
+        self.callbacks.set_loading_context = self.switch_context
+        self.callbacks.clear_loading_context = self.switch_context
         self.callbacks.get_callback_owner = self.owners.get
         self.callbacks.is_callback_owner_enabled = lambda owner: owner not in self.disabled
         self.callbacks.get_usage_status = lambda: self.usage
@@ -6065,17 +6079,17 @@ class Host:
         self.common.should_suppress_browser = lambda: False
         self.factory._CUSTOM_OPENAI_MODEL_TYPES = {"custom_openai", "custom_openai_responses"}
         self.factory.get_api_key = os.environ.get
-        self.module("code_puppy.shared_credentials")
-        self.spinner = self.module(
+        self.add_module("code_puppy.shared_credentials")
+        self.spinner = self.add_module(
             "code_puppy.messaging.spinner", _codex_usage_suffix=lambda: "theirs"
         )
         make = lambda **options: options  # noqa: E731
-        self.module("code_puppy.chatgpt_codex_client", create_codex_async_client=make)
-        self.module("code_puppy.http_utils", get_cert_bundle_path=lambda: True)
-        self.module("openai", AsyncOpenAI=make)
-        self.module("pydantic_ai.exceptions", ModelHTTPError=ModelHTTPError)
-        self.module("pydantic_ai.models.openai", OpenAIResponsesModel=ResponsesModel)
-        self.module("pydantic_ai.providers.openai", OpenAIProvider=make)
+        self.add_module("code_puppy.chatgpt_codex_client", create_codex_async_client=make)
+        self.add_module("code_puppy.http_utils", get_cert_bundle_path=lambda: True)
+        self.add_module("openai", AsyncOpenAI=make)
+        self.add_module("pydantic_ai.exceptions", ModelHTTPError=ModelHTTPError)
+        self.add_module("pydantic_ai.models.openai", OpenAIResponsesModel=ResponsesModel)
+        self.add_module("pydantic_ai.providers.openai", OpenAIProvider=make)
 
     def load_builtin(self):
         code = (
@@ -6090,21 +6104,21 @@ class Host:
             "def load_stored_tokens():\n    raise ValueError('broken')\n"
             "def save_chatgpt_models(models):\n    return 'old'\n"
         )
-        self.builtin = self.module(self.BUILTIN + ".register_callbacks")
+        self.builtin = self.add_module(self.BUILTIN + ".register_callbacks")
         exec(code, vars(self.builtin))
-        self.asked_usage = []
-        self.module(
+        self.usage_requests = []
+        self.add_module(
             self.BUILTIN + ".usage",
-            refresh_usage_in_background=lambda *asked: self.asked_usage.append(asked),
+            refresh_usage_in_background=lambda *arguments: self.usage_requests.append(arguments),
         )
-        before = self.enter("chatgpt_oauth")
+        before = self.switch_context("chatgpt_oauth")
         self.register("custom_command", self.builtin.on_command)
         self.register("custom_command_help", self.builtin.on_help)
         if self.release == "new":
             self.register("register_model_type", self.builtin.model_types)
-        self.enter(before)
+        self.switch_context(before)
 
-    def enter(self, context):
+    def switch_context(self, context):
         before, self.context = self.context, context
         return before
 
@@ -6114,16 +6128,16 @@ class Host:
         self.phases[phase].append(function)
         self.owners[function] = self.context
 
-    def registered(self, phase, include_disabled=False):
-        everyone = self.phases.get(phase, ())
-        return [f for f in everyone if include_disabled or self.owners[f] not in self.disabled]
+    def enabled_callbacks(self, phase, include_disabled=False):
+        callbacks = self.phases.get(phase, ())
+        return [f for f in callbacks if include_disabled or self.owners[f] not in self.disabled]
 
     def models(self):
         """Return the models that the host offers, including those in the models file."""
         path = self.home / "chatgpt_models.json"
         return {"synthetic": {}, **(json.loads(path.read_text()) if path.exists() else {})}
 
-    def handler(self, kind="chatgpt_oauth"):
+    def model_handler(self, kind="chatgpt_oauth"):
         """Return the function that builds models of type `kind`. The first one registered wins."""
         offered = [t for f in self.callbacks.get_callbacks("register_model_type") for t in f()]
         return next(t["handler"] for t in offered if t["type"] == kind)
@@ -6138,44 +6152,44 @@ class PuppyCase(Case):
         self.installed = contextlib.ExitStack()
         self.addCleanup(self.installed.close)
 
-    def host(self, release="new", builtin=True):
+    def start_host(self, release="new", builtin=True):
         """Start a new stand-in for Code Puppy and put its modules in place of the real ones."""
         self.puppy = Host(self.home, release, builtin)
-        self.said = self.puppy.said
+        self.messages = self.puppy.messages
         self.installed.close()
         self.installed.enter_context(mock.patch.dict(sys.modules, self.puppy.modules))
         self.installed.enter_context(mock.patch.dict(os.environ, self.environ, clear=True))
 
-    def load(self, name="chatgpt_oauth_file.register_callbacks"):
+    def load_plugin(self, name="chatgpt_oauth_file.register_callbacks"):
         """Load the program under `name`. By default that is how Code Puppy loads a plugin."""
         spec = importlib.util.spec_from_file_location(name, PROGRAM)
         module = importlib.util.module_from_spec(spec)
-        before = self.puppy.enter("mine" if name.endswith("register_callbacks") else None)
+        before = self.puppy.switch_context("mine" if name.endswith("register_callbacks") else None)
         spec.loader.exec_module(module)
-        self.puppy.enter(before)
-        shorter = mock.patch.multiple(module, MESSAGE_PAUSE=0, **self.seconds)
-        shorter.start()
-        self.addCleanup(shorter.stop)
+        self.puppy.switch_context(before)
+        short_waits = mock.patch.multiple(module, MESSAGE_PAUSE=0, **self.seconds)
+        short_waits.start()
+        self.addCleanup(short_waits.stop)
 
-    def command(self, text, browser=visit):
+    def dispatch(self, text, browser=visit):
         """Dispatch a command like the host. Return the first answer and the printed text."""
         name = text[1:].split()[0]
         out = Saying(browser)
-        self.said.clear()
+        self.messages.clear()
         with contextlib.redirect_stdout(out), mock.patch.object(sys, "stdin", self.stdin):
             registered = self.puppy.callbacks.get_callbacks("custom_command")
             answers = [each(command=text, name=name) for each in registered]
         out.wait()
         return next((a for a in answers if a is not None), None), out.getvalue()
 
-    def texts(self):
-        return "\n".join(text for _, text in self.said)
+    def message_text(self):
+        return "\n".join(text for _, text in self.messages)
 
-    def key(self):
+    def exported_key(self):
         """Return the API key that the host would use."""
         return os.environ.get("CHATGPT_OAUTH_API_KEY")
 
-    def another_account(self, organization=None):
+    def switch_account(self, organization=None):
         """Make the double sign in another account from now on."""
         self.double.account, self.double.email = "acct-2", "bob@example.com"
         self.double.organization = organization
@@ -6187,71 +6201,73 @@ class PuppyTest(PuppyCase):
     # Registering ----------------------------------------------------------------------------
 
     def test_a_plain_import_registers_nothing(self):
-        self.host()
+        self.start_host()
         for name in ("chatgpt_oauth", "some.chatgpt_oauth", "__main__x"):
-            self.load(name)
+            self.load_plugin(name)
         self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
         with mock.patch.dict(sys.modules):
             for name in list(sys.modules):
                 if name.startswith("code_puppy"):
                     del sys.modules[name]
-            self.load()
+            self.load_plugin()
         self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
 
-    def test_it_registers_when_the_host_loads_it(self):
+    def test_loading_it_as_a_plugin_registers_it(self):
         for name in ("x.register_callbacks", "code_puppy.plugins.chatgpt_oauth_file"):
-            self.host(builtin=False)
-            self.load(name)
+            self.start_host(builtin=False)
+            self.load_plugin(name)
             self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
-        self.host(builtin=False)
+        self.start_host(builtin=False)
         self.puppy.context = "mine"
-        self.puppy.enter = lambda context: None
-        self.load("whatever")
+        self.puppy.switch_context = lambda context: None
+        self.load_plugin("whatever")
         self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
 
-    def test_the_aliases_are_ours_and_whatever_else_the_builtin_has_stays(self):
-        self.host()
-        self.load()
+    def test_other_commands_of_the_builtin_plugin_stay(self):
+        self.start_host()
+        self.load_plugin()
         for name in ("/codex-status", "/chatgpt-status"):
-            self.assertEqual(self.command(name), (True, ""))
-            self.assertIn("ChatGPT OAuth: Not authenticated", self.texts())
-        self.assertEqual(self.command("/codex-imagegen"), ("built-in codex-imagegen", ""))
-        self.assertEqual(self.command("/codex-auth --help")[0], True)
-        self.assertIn("\nexamples:\n  /chatgpt-auth\n  /chatgpt-auth --device", self.texts())
-        self.assertIsNone(self.command("/other")[0])
-        helped = [e for f in self.puppy.registered("custom_command_help") for e in f()]
-        names = sorted(name for name, _ in helped)
+            self.assertEqual(self.dispatch(name), (True, ""))
+            self.assertIn("ChatGPT OAuth: Not authenticated", self.message_text())
+        self.assertEqual(self.dispatch("/codex-imagegen"), ("built-in codex-imagegen", ""))
+        self.assertEqual(self.dispatch("/codex-auth --help")[0], True)
+        self.assertIn("\nexamples:\n  /chatgpt-auth\n  /chatgpt-auth --device", self.message_text())
+        self.assertIsNone(self.dispatch("/other")[0])
+        help_lines = [e for f in self.puppy.enabled_callbacks("custom_command_help") for e in f()]
+        names = sorted(name for name, _ in help_lines)
         commands = [f"{a}-{b}" for a in ("chatgpt", "codex") for b in ("auth", "logout", "status")]
         self.assertEqual(names, sorted([*commands, "codex-imagegen", "models"]))
 
-    def test_a_disabled_plugin_gives_everything_back(self):
-        self.host()
+    def test_disabling_the_plugin_restores_the_builtin(self):
+        self.start_host()
         self.store(api_key="sk-1")
         self.puppy.disabled.add("mine")
-        self.load()
-        self.assertIsNone(self.key())
+        self.load_plugin()
+        self.assertIsNone(self.exported_key())
         for disabled in (True, False, True):
             (self.puppy.disabled.add if disabled else self.puppy.disabled.discard)("mine")
-            answer = self.command("/chatgpt-status")[0]
+            answer = self.dispatch("/chatgpt-status")[0]
             self.assertEqual(answer, "built-in chatgpt-status" if disabled else True)
-            self.assertEqual(self.puppy.handler() == "built-in", disabled)
+            self.assertEqual(self.puppy.model_handler() == "built-in", disabled)
             self.assertEqual(self.puppy.builtin.get_valid_access_token() == "old", disabled)
-            helped = [n for f in self.puppy.registered("custom_command_help") for n, _ in f()]
-            self.assertEqual(helped.count("chatgpt-auth"), 1)
-            self.assertEqual("models" in helped, not disabled)
+            help_lines = [
+                n for f in self.puppy.enabled_callbacks("custom_command_help") for n, _ in f()
+            ]
+            self.assertEqual(help_lines.count("chatgpt-auth"), 1)
+            self.assertEqual("models" in help_lines, not disabled)
 
-    def test_a_disabled_builtin_is_not_missed(self):
-        self.host()
+    def test_the_builtin_plugin_can_be_disabled(self):
+        self.start_host()
         self.puppy.disabled.add("chatgpt_oauth")
-        self.load()
-        self.assertIsNone(self.command("/codex-imagegen")[0])
-        self.assertEqual(self.command("/codex-status")[0], True)
-        self.assertNotEqual(self.puppy.handler(), "built-in")
+        self.load_plugin()
+        self.assertIsNone(self.dispatch("/codex-imagegen")[0])
+        self.assertEqual(self.dispatch("/codex-status")[0], True)
+        self.assertNotEqual(self.puppy.model_handler(), "built-in")
 
-    def test_the_builtin_uses_the_files_through_us(self):
-        self.host()
+    def test_the_builtin_reads_tokens_through_the_plugin(self):
+        self.start_host()
         self.store(lifetime=-10)
-        self.load()
+        self.load_plugin()
         plugin = self.puppy.builtin
         self.assertEqual(plugin.get_valid_access_token(), self.stored()["access_token"])
         self.assertEqual(plugin.refresh_access_token(), self.stored()["access_token"])
@@ -6260,127 +6276,129 @@ class PuppyTest(PuppyCase):
         self.token_file.write_text("{broken")
         self.assertIsNone(plugin.load_stored_tokens())
         # `/chatgpt-status` reports the broken file.
-        self.assertEqual(self.said, [])
+        self.assertEqual(self.messages, [])
         self.token_file.unlink()
         self.assertIsNone(plugin.get_valid_access_token())
-        self.assertIn("not signed in", self.texts())
+        self.assertIn("not signed in", self.message_text())
 
-    def test_the_builtin_cannot_lose_our_models(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-auth")
+    def test_the_builtin_keeps_our_model_entries(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
         before = json.loads(self.models_file.read_text())
         self.assertTrue(self.puppy.builtin.save_chatgpt_models({"codex-x": {"type": "x"}}))
         after = json.loads(self.models_file.read_text())
         self.assertEqual(after, {"codex-x": {"type": "x"}, **before})
         self.models_file.write_text("[")
-        self.said.clear()
+        self.messages.clear()
         self.assertIs(self.puppy.builtin.save_chatgpt_models({}), False)
-        self.assertIn("not valid JSON", self.texts())
+        self.assertIn("not valid JSON", self.message_text())
         self.assertEqual(self.models_file.read_text(), "[")
 
     # Signing in and out ---------------------------------------------------------------------
 
     def test_signing_in_and_out(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-status")
-        self.assertIn("/chatgpt-auth", self.texts())
-        answer, printed = self.command("/chatgpt-auth")
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-status")
+        self.assertIn("/chatgpt-auth", self.message_text())
+        answer, output = self.dispatch("/chatgpt-auth")
         self.assertTrue(answer)
         # Only the URL is printed, on one line.
-        self.assertRegex(printed.strip(), r"^http\S+$")
-        self.assertIn(("success", "Signed in as ada@example.com"), self.said)
-        self.assertEqual(self.said[-1][1], "To use one of the models, type: /model chatgpt-gpt-4o")
+        self.assertRegex(output.strip(), r"^http\S+$")
+        self.assertIn(("success", "Signed in as ada@example.com"), self.messages)
+        self.assertEqual(
+            self.messages[-1][1], "To use one of the models, type: /model chatgpt-gpt-4o"
+        )
         self.assertIsNone(self.puppy.agent._code_generation_agent)
-        self.assertEqual(self.key(), self.stored()["api_key"])
-        self.assert_no_secret(self.texts(), printed)
-        self.command("/chatgpt-status")
-        self.assertIn("API key available", self.texts())
-        self.command("/chatgpt-logout")
-        self.assertIsNone(self.key())
+        self.assertEqual(self.exported_key(), self.stored()["api_key"])
+        self.assert_no_secret(self.message_text(), output)
+        self.dispatch("/chatgpt-status")
+        self.assertIn("API key available", self.message_text())
+        self.dispatch("/chatgpt-logout")
+        self.assertIsNone(self.exported_key())
         self.assertFalse(self.token_file.exists())
 
-    def test_a_failed_import_does_not_end_with_the_use_of_a_model(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-auth")
+    def test_a_failed_import_suggests_no_model(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
         self.fault("api", 500)
-        self.command("/chatgpt-auth")
-        self.assertIn("could not list the models (HTTP 500)", self.texts())
-        self.assertNotIn("/model ", self.texts())
+        self.dispatch("/chatgpt-auth")
+        self.assertIn("could not list the models (HTTP 500)", self.message_text())
+        self.assertNotIn("/model ", self.message_text())
 
-    def test_a_broken_token_file_is_told_once(self):
-        self.host()
+    def test_a_broken_token_file_is_reported_once(self):
+        self.start_host()
         self.store()
         self.token_file.write_text("{broken")
-        self.load()
-        self.assertEqual(self.said, [])
-        self.command("/chatgpt-status")
-        self.assertEqual(self.texts().count("not valid JSON"), 1)
+        self.load_plugin()
+        self.assertEqual(self.messages, [])
+        self.dispatch("/chatgpt-status")
+        self.assertEqual(self.message_text().count("not valid JSON"), 1)
 
-    def test_a_hint_ends_in_the_command_as_it_is_typed_there(self):
-        self.host()
-        self.load()
+    def test_hints_name_code_puppy_commands(self):
+        self.start_host()
+        self.load_plugin()
         self.double.faults["code"] = answering(400, b"{}")
-        self.command("/chatgpt-auth")
-        self.assertIn("hint: to try again, run: /chatgpt-auth", self.texts())
-        self.command("/chatgpt-auth --timeout 0.1", browser=None)
-        self.assertIn("run: /chatgpt-auth --timeout 240", self.texts())
-        self.command("/chatgpt-auth --tiemout 5")
-        self.assertIn("did you mean: /chatgpt-auth --timeout", self.texts())
-        self.another_account()
+        self.dispatch("/chatgpt-auth")
+        self.assertIn("hint: to try again, run: /chatgpt-auth", self.message_text())
+        self.dispatch("/chatgpt-auth --timeout 0.1", browser=None)
+        self.assertIn("run: /chatgpt-auth --timeout 240", self.message_text())
+        self.dispatch("/chatgpt-auth --tiemout 5")
+        self.assertIn("did you mean: /chatgpt-auth --timeout", self.message_text())
+        self.switch_account()
         del self.double.faults["code"]
-        self.command("/chatgpt-auth")
-        self.assertIn("then run: /chatgpt-auth", self.texts())
-        self.command("/chatgpt-status")
-        self.assertNotIn("chatgpt_oauth.py", self.texts())
+        self.dispatch("/chatgpt-auth")
+        self.assertIn("then run: /chatgpt-auth", self.message_text())
+        self.dispatch("/chatgpt-status")
+        self.assertNotIn("chatgpt_oauth.py", self.message_text())
 
-    def test_arguments_are_honoured(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-auth --device --include gpt-4?")
-        self.assertIn("Signed in", self.texts())
+    def test_commands_accept_options(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth --device --include gpt-4?")
+        self.assertIn("Signed in", self.message_text())
         self.assertEqual(list(json.loads(self.models_file.read_text())), ["chatgpt-gpt-4o"])
-        self.command("/chatgpt-auth --nonsense")
-        self.assertIn(("error", "unknown option or argument: --nonsense"), self.said)
-        self.command("/chatgpt-status --json")
-        self.assertTrue(json.loads(self.texts())["authenticated"])
-        self.command("/chatgpt-auth --device --source 'nonsense'")
-        self.assertIn("--source must be auto, api, codex or official", self.texts())
+        self.dispatch("/chatgpt-auth --nonsense")
+        self.assertIn(("error", "unknown option or argument: --nonsense"), self.messages)
+        self.dispatch("/chatgpt-status --json")
+        self.assertTrue(json.loads(self.message_text())["authenticated"])
+        self.dispatch("/chatgpt-auth --device --source 'nonsense'")
+        self.assertIn("--source must be auto, api, codex or official", self.message_text())
 
-    def test_an_address_may_be_pasted_after_an_attempt_that_was_broken_off(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
-        self.assertIn("no sign-in is in progress", self.texts())
-        shown = []
-        self.command("/chatgpt-auth --timeout 0.1", browser=shown.append)
-        self.assertIn("timed out after 0.1 seconds", self.texts())
-        self.assertIn("the browser ends on, run: /chatgpt-auth URL", self.texts())
-        self.command("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
-        self.assertIn("it belongs to a different sign-in", self.texts())
-        self.command(f"/chatgpt-auth {response_to(shown[0])}")
-        self.assertIn("Signed in", self.texts())
-        self.assertIn("To use one of the models, type: /model chatgpt-", self.texts())
-        self.assertNotIn("URL", self.texts())
-        self.command("/chatgpt-auth --official --timeout 0.1", browser=shown.append)
-        self.command(f"/chatgpt-auth {response_to(shown[1])}")
-        self.assertIn("Using ChatGPT plan", self.texts())
+    def test_a_url_can_be_pasted_after_a_timeout(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
+        self.assertIn("no sign-in is in progress", self.message_text())
+        urls = []
+        self.dispatch("/chatgpt-auth --timeout 0.1", browser=urls.append)
+        self.assertIn("timed out after 0.1 seconds", self.message_text())
+        self.assertIn("the browser ends on, run: /chatgpt-auth URL", self.message_text())
+        self.dispatch("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
+        self.assertIn("it belongs to a different sign-in", self.message_text())
+        self.dispatch(f"/chatgpt-auth {response_to(urls[0])}")
+        self.assertIn("Signed in", self.message_text())
+        self.assertIn("To use one of the models, type: /model chatgpt-", self.message_text())
+        self.assertNotIn("URL", self.message_text())
+        self.dispatch("/chatgpt-auth --official --timeout 0.1", browser=urls.append)
+        self.dispatch(f"/chatgpt-auth {response_to(urls[1])}")
+        self.assertIn("Using ChatGPT plan", self.message_text())
         self.assertTrue(self.plan_file.exists())
 
-    def test_a_pasted_address_is_of_the_workspace_that_was_asked_for(self):
-        self.host()
-        self.load()
-        shown = []
-        self.command("/chatgpt-auth --workspace acct-2 --timeout 0.1", browser=shown.append)
-        self.command(f"/chatgpt-auth {response_to(shown[0])}")
-        self.assertIn("workspace acct-1 instead of acct-2", self.texts())
+    def test_a_pasted_url_must_match_the_workspace(self):
+        self.start_host()
+        self.load_plugin()
+        urls = []
+        self.dispatch("/chatgpt-auth --workspace acct-2 --timeout 0.1", browser=urls.append)
+        self.dispatch(f"/chatgpt-auth {response_to(urls[0])}")
+        self.assertIn("workspace acct-1 instead of acct-2", self.message_text())
         self.assertFalse(self.token_file.exists())
 
-    def test_ctrl_c_comes_back_to_the_prompt(self):
-        self.host()
-        self.load()
+    def test_ctrl_c_returns_to_the_prompt(self):
+        self.start_host()
+        self.load_plugin()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGINT, before)
 
@@ -6393,30 +6411,30 @@ class PuppyTest(PuppyCase):
             else:
                 signal.raise_signal(signal.SIGINT)
 
-        self.assertEqual(self.command("/chatgpt-auth", browser=interrupt)[0], True)
-        self.assertIn("run: /chatgpt-auth URL", self.texts())
+        self.assertEqual(self.dispatch("/chatgpt-auth", browser=interrupt)[0], True)
+        self.assertIn("run: /chatgpt-auth URL", self.message_text())
         # The newline ends the line on which the terminal echoed ^C.
-        self.assertEqual(self.said[-1], ("warning", "\nInterrupted."))
+        self.assertEqual(self.messages[-1], ("warning", "\nInterrupted."))
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
 
     @needs_terminal
-    def test_what_is_typed_while_it_waits_is_answered_and_does_not_show(self):
+    def test_typed_lines_are_answered_and_not_echoed(self):
         import pty
         import termios
 
-        self.host()
-        self.load()
+        self.start_host()
+        self.load_plugin()
         leader, follower = pty.openpty()
         self.addCleanup(os.close, leader)
         self.stdin = os.fdopen(follower)
         self.addCleanup(self.stdin.close)
         local_flags = lambda: termios.tcgetattr(follower)[3]  # noqa: E731
-        before, shown = local_flags(), []
-        for seconds, told in (("90.3", False), ("60.3", True)):
-            arguments = (f"/chatgpt-auth --timeout {seconds}", shown.append)
-            waiting = threading.Thread(target=self.command, args=arguments, daemon=True)
+        before, urls = local_flags(), []
+        for seconds, has_countdown in (("90.3", False), ("60.3", True)):
+            arguments = (f"/chatgpt-auth --timeout {seconds}", urls.append)
+            waiting = threading.Thread(target=self.dispatch, args=arguments, daemon=True)
             waiting.start()
-            wait_for(lambda: "Ctrl-C to cancel" in self.texts())
+            wait_for(lambda: "Ctrl-C to cancel" in self.message_text())
             wait_for(lambda: local_flags() == before & ~termios.ECHO)
             # Less than 60 seconds are left after this. A typed line makes it check the clock.
             time.sleep(0.4)
@@ -6426,18 +6444,18 @@ class PuppyTest(PuppyCase):
                 ("http://localhost/?code=1", "That URL does not work: it must start with"),
             ):
                 os.write(leader, line.encode() + b"\n")
-                wait_for(lambda text=answer: text in self.texts())
-            self.assertEqual("60 seconds left" in self.texts(), told)
-            self.assertEqual("seconds left" in self.texts(), told)
-            os.write(leader, response_to(shown[-1]).encode() + b"\n")
+                wait_for(lambda text=answer: text in self.message_text())
+            self.assertEqual("60 seconds left" in self.message_text(), has_countdown)
+            self.assertEqual("seconds left" in self.message_text(), has_countdown)
+            os.write(leader, response_to(urls[-1]).encode() + b"\n")
             waiting.join(LIMIT)
-            self.assertIn("Signed in", self.texts())
+            self.assertIn("Signed in", self.message_text())
             self.assertEqual(local_flags(), before)
 
     # The API key ----------------------------------------------------------------------------
 
-    def test_the_stored_key_is_there_at_start_unless_the_person_has_set_one(self):
-        for own, expected in (
+    def test_the_stored_key_is_exported_unless_a_valid_one_is_set(self):
+        for own_key, expected in (
             (None, "sk-1"),
             ("", "sk-1"),
             ("null", "sk-1"),
@@ -6445,191 +6463,191 @@ class PuppyTest(PuppyCase):
             ("not a key", "sk-1"),
             ("sk-mine", "sk-mine"),
         ):
-            with self.subTest(own):
-                self.host()
+            with self.subTest(own_key):
+                self.start_host()
                 self.store(api_key="sk-1")
-                if own is not None:
-                    os.environ["CHATGPT_OAUTH_API_KEY"] = own
-                self.load()
-                self.assertEqual(self.key(), expected)
+                if own_key is not None:
+                    os.environ["CHATGPT_OAUTH_API_KEY"] = own_key
+                self.load_plugin()
+                self.assertEqual(self.exported_key(), expected)
 
-    def test_signed_out_a_value_that_can_be_no_key_goes(self):
-        self.host()
+    def test_signed_out_an_invalid_key_is_removed(self):
+        self.start_host()
         os.environ["CHATGPT_OAUTH_API_KEY"] = "null"
-        self.load()
-        self.assertIsNone(self.key())
+        self.load_plugin()
+        self.assertIsNone(self.exported_key())
 
     def test_the_key_follows_the_sign_in(self):
-        self.host()
-        self.load()
+        self.start_host()
+        self.load_plugin()
         os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
-        self.command("/chatgpt-auth --timeout 0.1", browser=None)
+        self.dispatch("/chatgpt-auth --timeout 0.1", browser=None)
         # The sign-in failed, so the key stays.
-        self.assertEqual(self.key(), "sk-mine")
-        self.command("/chatgpt-auth")
-        self.assertEqual(self.key(), self.stored()["api_key"])
-        self.another_account()
-        self.command("/chatgpt-auth")
-        self.assertIsNone(self.key())
+        self.assertEqual(self.exported_key(), "sk-mine")
+        self.dispatch("/chatgpt-auth")
+        self.assertEqual(self.exported_key(), self.stored()["api_key"])
+        self.switch_account()
+        self.dispatch("/chatgpt-auth")
+        self.assertIsNone(self.exported_key())
         os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
-        self.command("/chatgpt-status")
-        self.assertEqual(self.key(), "sk-mine")
-        self.command("/chatgpt-logout")
-        self.assertIsNone(self.key())
+        self.dispatch("/chatgpt-status")
+        self.assertEqual(self.exported_key(), "sk-mine")
+        self.dispatch("/chatgpt-logout")
+        self.assertIsNone(self.exported_key())
 
     def test_the_official_sign_in_leaves_the_key_alone(self):
-        self.host()
+        self.start_host()
         self.store(api_key="sk-1")
-        self.load()
+        self.load_plugin()
         self.puppy.settings["chatgpt_oauth_api_key"] = "sk-1"
-        self.command("/chatgpt-auth --official")
-        self.assertNotIn("overrides", self.texts())
-        self.command("/chatgpt-logout --official")
-        self.assertIn("Signed out", self.texts())
-        self.assertEqual(self.key(), "sk-1")
+        self.dispatch("/chatgpt-auth --official")
+        self.assertNotIn("overrides", self.message_text())
+        self.dispatch("/chatgpt-logout --official")
+        self.assertIn("Signed out", self.message_text())
+        self.assertEqual(self.exported_key(), "sk-1")
 
-    def test_a_broken_models_file_does_not_keep_the_key(self):
-        self.host()
+    def test_logout_removes_the_key_despite_a_broken_models_file(self):
+        self.start_host()
         self.store(api_key="sk-1")
         self.models_file.write_text("[")
-        self.load()
-        self.command("/chatgpt-logout")
-        self.assertIn("not valid JSON", self.texts())
-        self.assertIsNone(self.key())
+        self.load_plugin()
+        self.dispatch("/chatgpt-logout")
+        self.assertIn("not valid JSON", self.message_text())
+        self.assertIsNone(self.exported_key())
 
-    def test_status_picks_up_what_another_program_has_done(self):
-        self.host()
+    def test_status_picks_up_changes_by_another_program(self):
+        self.start_host()
         self.store(api_key="sk-1")
-        self.load()
+        self.load_plugin()
         self.store(api_key="sk-2")
-        self.command("/chatgpt-status")
-        self.assertEqual(self.key(), "sk-2")
+        self.dispatch("/chatgpt-status")
+        self.assertEqual(self.exported_key(), "sk-2")
         # The replaced key came from the earlier sign-in.
-        self.assertNotIn("another API key", self.texts())
+        self.assertNotIn("another API key", self.message_text())
         self.assertIsNone(self.puppy.agent._code_generation_agent)
         os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
-        self.command("/codex-status")
-        self.assertEqual(self.key(), "sk-2")
-        self.assertIn("CHATGPT_OAUTH_API_KEY held another API key", self.texts())
+        self.dispatch("/codex-status")
+        self.assertEqual(self.exported_key(), "sk-2")
+        self.assertIn("CHATGPT_OAUTH_API_KEY held another API key", self.message_text())
         self.token_file.unlink()
-        self.command("/chatgpt-status")
-        self.assertIsNone(self.key())
+        self.dispatch("/chatgpt-status")
+        self.assertIsNone(self.exported_key())
 
-    def test_a_setting_of_the_hosts_that_overrides_the_key_is_told_with_the_way_out(self):
-        for credentials, way in (
+    def test_a_host_setting_that_overrides_the_key_is_reported(self):
+        for has_credentials, remedy in (
             (True, "run: code-puppy --setup auth logout CHATGPT_OAUTH_API_KEY"),
             (False, "type: /set chatgpt_oauth_api_key="),
         ):
-            self.host()
+            self.start_host()
             # Older releases don't have shared credentials.
-            if not credentials:
+            if not has_credentials:
                 sys.modules["code_puppy.shared_credentials"] = None
             self.store(api_key="sk-1")
-            self.load()
+            self.load_plugin()
             self.puppy.settings["chatgpt_oauth_api_key"] = "sk-stale"
             for command in ("/chatgpt-status", "/chatgpt-auth"):
-                self.command(command)
-                self.assertIn("setting chatgpt_oauth_api_key overrides", self.texts())
-                self.assertIn(way, self.texts())
+                self.dispatch(command)
+                self.assertIn("setting chatgpt_oauth_api_key overrides", self.message_text())
+                self.assertIn(remedy, self.message_text())
             self.puppy.settings["chatgpt_oauth_api_key"] = self.stored()["api_key"]
-            self.command("/chatgpt-status")
-            self.assertNotIn("overrides", self.texts())
+            self.dispatch("/chatgpt-status")
+            self.assertNotIn("overrides", self.message_text())
 
-    def test_an_old_release_goes_by_the_environment_whatever_is_set(self):
+    def test_an_old_release_ignores_the_key_setting(self):
         self.environ["CHATGPT_OAUTH_API_KEY"] = "sk-own"
-        self.host("old")
+        self.start_host("old")
         self.store(api_key="sk-1")
-        self.load()
+        self.load_plugin()
         self.puppy.settings["chatgpt_oauth_api_key"] = "sk-stale"
-        self.command("/chatgpt-status")
-        self.assertNotIn("overrides", self.texts())
-        self.assertIn("held another API key", self.texts())
-        self.assertEqual(self.key(), "sk-1")
+        self.dispatch("/chatgpt-status")
+        self.assertNotIn("overrides", self.message_text())
+        self.assertIn("held another API key", self.message_text())
+        self.assertEqual(self.exported_key(), "sk-1")
 
     # Models ---------------------------------------------------------------------------------
 
-    def test_models_lists_all_that_can_be_chosen(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-auth")
+    def test_models_lists_every_model(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
         self.puppy.model = "chatgpt-o3-pro"
-        self.assertEqual(self.command("/models")[0], True)
+        self.assertEqual(self.dispatch("/models")[0], True)
         names = ["synthetic", "chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro (in use)"]
-        self.assertEqual(self.texts().split("\n"), names)
+        self.assertEqual(self.message_text().split("\n"), names)
 
-    def test_a_model_in_use_that_is_gone_is_told(self):
-        self.host()
-        self.load()
-        self.command("/chatgpt-auth")
+    def test_a_removed_model_that_is_in_use_is_reported(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
         self.puppy.model = "chatgpt-gpt-4o"
-        self.another_account()
-        self.command("/chatgpt-auth")
-        self.assertIn("the model in use, chatgpt-gpt-4o, is no longer there", self.texts())
+        self.switch_account()
+        self.dispatch("/chatgpt-auth")
+        self.assertIn("the model in use, chatgpt-gpt-4o, is no longer there", self.message_text())
         self.assertEqual(
-            self.said[-1][1], "hint: to choose another model, type: /model chatgpt-gpt-5.5"
+            self.messages[-1][1], "hint: to choose another model, type: /model chatgpt-gpt-5.5"
         )
         self.puppy.model = "chatgpt-gpt-5.5"
-        self.command("/chatgpt-logout")
-        self.assertIn("the model in use, chatgpt-gpt-5.5, is no longer there", self.texts())
-        self.assertIn("type: /model NAME", self.texts())
+        self.dispatch("/chatgpt-logout")
+        self.assertIn("the model in use, chatgpt-gpt-5.5, is no longer there", self.message_text())
+        self.assertIn("type: /model NAME", self.message_text())
         self.puppy.model = "synthetic"
-        self.command("/chatgpt-auth")
-        self.command("/chatgpt-logout")
-        self.assertNotIn("/model", self.texts())
+        self.dispatch("/chatgpt-auth")
+        self.dispatch("/chatgpt-logout")
+        self.assertNotIn("/model", self.message_text())
 
-    def test_an_old_release_begins_no_official_sign_in(self):
-        self.host("old")
-        self.load()
+    def test_an_old_release_refuses_the_official_sign_in(self):
+        self.start_host("old")
+        self.load_plugin()
         # No URL is printed.
-        self.assertEqual(self.command("/chatgpt-auth --official"), (True, ""))
-        self.assertIn("cannot use models that a ChatGPT plan pays for", self.texts())
-        self.assertIn("pip install --upgrade code-puppy", self.texts())
+        self.assertEqual(self.dispatch("/chatgpt-auth --official"), (True, ""))
+        self.assertIn("cannot use models that a ChatGPT plan pays for", self.message_text())
+        self.assertIn("pip install --upgrade code-puppy", self.message_text())
         self.assertFalse((self.home / "chatgpt_plan.json").exists())
 
-    def test_an_old_release_is_told_that_it_has_no_plan_models(self):
-        self.host("old")
-        self.load()
+    def test_an_old_release_cannot_use_plan_models(self):
+        self.start_host("old")
+        self.load_plugin()
         self.double.organization = None
-        self.command("/chatgpt-auth")
-        self.assertIn("cannot use models that a ChatGPT plan pays for", self.texts())
-        self.assertIn("pip install --upgrade code-puppy", self.texts())
-        self.assertNotIn("/model ", self.texts())
+        self.dispatch("/chatgpt-auth")
+        self.assertIn("cannot use models that a ChatGPT plan pays for", self.message_text())
+        self.assertIn("pip install --upgrade code-puppy", self.message_text())
+        self.assertNotIn("/model ", self.message_text())
         self.puppy.model = "chatgpt-gpt-5.5"
-        self.command("/chatgpt-logout")
-        self.assertIn("the model in use, chatgpt-gpt-5.5, is no longer there", self.texts())
+        self.dispatch("/chatgpt-logout")
+        self.assertIn("the model in use, chatgpt-gpt-5.5, is no longer there", self.message_text())
         self.puppy.model = None
-        self.host("new")
-        self.load()
-        self.command("/chatgpt-auth")
-        self.assertNotIn("pip", self.texts())
+        self.start_host("new")
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
+        self.assertNotIn("pip", self.message_text())
 
-    def test_an_old_release_has_no_type_for_responses(self):
+    def test_an_old_release_has_no_responses_model_type(self):
         for release, kind in (("old", "custom_openai"), ("new", "custom_openai_responses")):
-            self.host(release)
-            self.load()
-            self.command("/chatgpt-auth")
+            self.start_host(release)
+            self.load_plugin()
+            self.dispatch("/chatgpt-auth")
             models = json.loads(self.models_file.read_text())
             self.assertEqual(models["chatgpt-o3-pro"]["type"], kind)
 
-    def test_the_files_are_where_the_host_has_its_own(self):
+    def test_files_are_in_the_directory_of_the_host(self):
         elsewhere = str(self.folder / "elsewhere")
         for release, name in (("old", "CONFIG_DIR"), ("new", "DATA_DIR")):
-            self.host(release)
+            self.start_host(release)
             setattr(self.puppy.config, name, f"{elsewhere}-{release}")
             os.environ["XDG_DATA_HOME"] = str(self.folder / "xdg")
-            self.load()
-            self.command("/chatgpt-status")
-            self.assertIn(f"{elsewhere}-{release}{os.sep}chatgpt_oauth.json", self.texts())
+            self.load_plugin()
+            self.dispatch("/chatgpt-status")
+            self.assertIn(f"{elsewhere}-{release}{os.sep}chatgpt_oauth.json", self.message_text())
 
-    def test_a_release_that_lacks_things_is_no_failure(self):
-        self.host("old", builtin=False)
+    def test_missing_host_functions_are_tolerated(self):
+        self.start_host("old", builtin=False)
         del self.puppy.callbacks.unregister_callback
         del self.puppy.modules["code_puppy.agents"].get_current_agent
-        self.load()
-        self.assertEqual(self.command("/chatgpt-status")[0], True)
-        self.assertIn("Not authenticated", self.texts())
-        self.assertEqual(self.command("/chatgpt-auth")[0], True)
-        self.assertIn("Signed in", self.texts())
+        self.load_plugin()
+        self.assertEqual(self.dispatch("/chatgpt-status")[0], True)
+        self.assertIn("Not authenticated", self.message_text())
+        self.assertEqual(self.dispatch("/chatgpt-auth")[0], True)
+        self.assertIn("Signed in", self.message_text())
 
 
 class PuppyModelTest(PuppyCase):
@@ -6637,7 +6655,7 @@ class PuppyModelTest(PuppyCase):
 
     def setUp(self):
         super().setUp()
-        self.host()
+        self.start_host()
         self.headers = []
         patched = mock.patch.object(ResponsesModel, "backend", self.backend)
         patched.start()
@@ -6652,90 +6670,90 @@ class PuppyModelTest(PuppyCase):
             raise ModelHTTPError(401, {"detail": "token expired"})
         return Stream({"type": "text", "delta": "Hel"}, {"type": "text", "delta": "lo"})
 
-    def model(self):
+    def build_model(self):
         """Load the plugin and return the model that the host builds for one of our entries."""
-        self.load()
+        self.load_plugin()
         entry = {"name": "gpt-6", "custom_endpoint": {"url": self.double.url + "/codex"}}
-        return self.puppy.handler()("chatgpt-gpt-6", {"type": "chatgpt_oauth", **entry}, {})
+        return self.puppy.model_handler()("chatgpt-gpt-6", {"type": "chatgpt_oauth", **entry}, {})
 
-    def ask(self, model, count=1):
+    def send_requests(self, model, count=1):
         """Send `count` requests at the same time and return their results."""
 
-        async def ask_all():
+        async def send_all():
             return await asyncio.gather(*(model.request([], None, None) for _ in range(count)))
 
-        return asyncio.run(ask_all())
+        return asyncio.run(send_all())
 
-    def test_each_request_has_a_valid_token_of_the_account_of_now(self):
+    def test_each_request_has_a_valid_token_of_the_current_account(self):
         self.store()
-        model = self.model()
-        self.assertEqual(self.ask(model), ["Hello"])
+        model = self.build_model()
+        self.assertEqual(self.send_requests(model), ["Hello"])
         self.store(lifetime=-10)
-        self.assertEqual(self.ask(model, 3), ["Hello"] * 3)
+        self.assertEqual(self.send_requests(model, 3), ["Hello"] * 3)
         self.assertEqual(self.double.count("refresh"), 1)
-        self.another_account()
+        self.switch_account()
         self.store()
-        self.assertEqual(self.ask(model), ["Hello"])
+        self.assertEqual(self.send_requests(model), ["Hello"])
         self.assertEqual(
             [h["ChatGPT-Account-Id"] for h in self.headers], ["acct-1"] * 4 + ["acct-2"]
         )
         self.assertEqual(len({h["Authorization"] for h in self.headers}), 3)
-        self.assertEqual(self.puppy.asked_usage[-1][1], "acct-2")
+        self.assertEqual(self.puppy.usage_requests[-1][1], "acct-2")
         sent = model.provider["openai_client"]["http_client"]["headers"]
         self.assertEqual(sent["originator"], "codex_cli_rs")
         self.assertEqual(sent["User-Agent"], "codex_cli_rs/0.169.0")
 
-    def assert_stopped(self, model, *words):
+    def assert_request_stops(self, model, *words):
         """Check that a request shows one error and makes the host stop without a retry."""
-        self.said.clear()
+        self.messages.clear()
         with self.assertRaises(InterruptedError) as caught:
-            self.ask(model)
+            self.send_requests(model)
         cause = caught.exception.__cause__ or caught.exception.__context__
         self.assertNotIsInstance(cause, ModelHTTPError)
-        self.assertEqual([kind for kind, _ in self.said].count("error"), 1)
+        self.assertEqual([kind for kind, _ in self.messages].count("error"), 1)
         for word in words:
-            self.assertIn(word, self.texts())
+            self.assertIn(word, self.message_text())
 
-    def test_who_is_signed_out_is_told_so_and_nothing_is_sent(self):
-        model = self.model()
-        self.assert_stopped(model, "not signed in to ChatGPT", "/chatgpt-auth")
+    def test_signed_out_nothing_is_sent(self):
+        model = self.build_model()
+        self.assert_request_stops(model, "not signed in to ChatGPT", "/chatgpt-auth")
         self.assertEqual(self.headers, [])
 
-    def official_model(self, name):
+    def build_official_model(self, name):
         """Return the host's model for an entry of the official sign-in, and its HTTP client."""
         client = types.SimpleNamespace(_inject_codex_fields=lambda body: (None, True))
         module = self.puppy.modules["code_puppy.chatgpt_codex_client"]
         module.create_codex_async_client = lambda **_: client
-        self.load()
+        self.load_plugin()
         entry = {"type": "chatgpt_plan", "name": name, "custom_endpoint": {"url": "http://x/v1"}}
-        return self.puppy.handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {}), client
+        return self.puppy.model_handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {}), client
 
-    def test_the_official_sign_ins_models_have_a_valid_token_at_each_request(self):
+    def test_official_models_have_a_valid_token_at_each_request(self):
         err = self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
         self.assertIn("Using ChatGPT plan", err)
         plan_file = self.home / "chatgpt_plan.json"
-        model, _ = self.official_model("gpt-6-astra")
-        seen = []
-        answer = lambda headers: seen.append(headers) or Stream()  # noqa: E731
+        model, _ = self.build_official_model("gpt-6-astra")
+        headers_sent = []
+        answer = lambda headers: headers_sent.append(headers) or Stream()  # noqa: E731
         with mock.patch.object(ResponsesModel, "backend", answer):
-            self.ask(model)
+            self.send_requests(model)
             first = json.loads(plan_file.read_text())
             plan_file.write_text(
                 json.dumps(
                     {**first, "expires_at": "2020-01-01T00:00:00Z", "earliest_refresh_at": ""}
                 )
             )
-            self.ask(model, 3)
+            self.send_requests(model, 3)
         renewed = json.loads(plan_file.read_text())
         tokens = [first["access_token"], *[renewed["access_token"]] * 3]
-        self.assertEqual(seen, [{"Authorization": f"Bearer {token}"} for token in tokens])
+        self.assertEqual(headers_sent, [{"Authorization": f"Bearer {token}"} for token in tokens])
         self.assertNotEqual(first["access_token"], renewed["access_token"])
         self.assert_done(self.call("logout", "--official"))
-        self.assert_stopped(model, "not signed in to ChatGPT", "/chatgpt-auth --official")
+        self.assert_request_stops(model, "not signed in to ChatGPT", "/chatgpt-auth --official")
 
-    def test_requests_that_the_plan_pays_for_hold_what_the_api_takes(self):
+    def test_plan_requests_are_adapted_to_the_api(self):
         tool = {"type": "function", "name": "list_files", "parameters": {}}
-        asked = {
+        request = {
             "input": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
             "tools": [tool, {"type": "code_interpreter"}],
             "tool_choice": {"type": "function", "name": "list_files"},
@@ -6744,18 +6762,18 @@ class PuppyModelTest(PuppyCase):
             "previous_response_id": "x",
             "reasoning": {"effort": "low"},
         }
-        moved = {"type": "additional_tools", "role": "developer", "tools": [tool]}
-        for name, item, tools in (
+        tools_message = {"type": "additional_tools", "role": "developer", "tools": [tool]}
+        for name, moved_tools, tools in (
             ("gpt-5.5", [], [tool]),
             ("gpt-5", [], [tool]),
             ("o3", [], [tool]),
-            ("gpt-5.6", [moved], None),
-            ("gpt-5.10", [moved], None),
-            ("gpt-6-astra", [moved], None),
+            ("gpt-5.6", [tools_message], None),
+            ("gpt-5.10", [tools_message], None),
+            ("gpt-6-astra", [tools_message], None),
         ):
             with self.subTest(name):
-                client = self.official_model(name)[1]
-                body = json.dumps({**asked, "model": name}).encode()
+                client = self.build_official_model(name)[1]
+                body = json.dumps({**request, "model": name}).encode()
                 sent, forced = client._inject_codex_fields(body)
                 sent = json.loads(sent)
                 self.assertTrue(forced)
@@ -6765,7 +6783,7 @@ class PuppyModelTest(PuppyCase):
                     {
                         "model": name,
                         "input": [
-                            *item,
+                            *moved_tools,
                             {"role": "developer", "content": "a"},
                             {"role": "user", "content": "b"},
                         ],
@@ -6776,59 +6794,59 @@ class PuppyModelTest(PuppyCase):
                     },
                 )
 
-    def test_a_bad_setting_is_told_at_the_request(self):
+    def test_an_invalid_setting_is_reported_at_the_request(self):
         os.environ["CHATGPT_OAUTH_CODEX_CLIENT_VERSION"] = "a b"
-        self.assert_stopped(self.model(), "CHATGPT_OAUTH_CODEX_CLIENT_VERSION must be")
+        self.assert_request_stops(self.build_model(), "CHATGPT_OAUTH_CODEX_CLIENT_VERSION must be")
 
-    def test_a_usage_limit_is_told_once_and_not_tried_again(self):
+    def test_a_usage_limit_is_reported_once_and_not_retried(self):
         self.store()
-        model = self.model()
+        model = self.build_model()
         limited = ModelHTTPError(429, {"code": "usage_limit_reached"})
         with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=limited)):
-            self.assert_stopped(model, "usage limit is reached", "settings/usage")
+            self.assert_request_stops(model, "usage limit is reached", "settings/usage")
         failed = types.SimpleNamespace(code="usage_limit_reached", message="x")
         response = types.SimpleNamespace(error=failed)
         stream = Stream({"type": "response.failed", "response": response})
         with mock.patch.object(ResponsesModel, "backend", lambda _: stream):
-            self.assert_stopped(model, "usage limit is reached")
+            self.assert_request_stops(model, "usage limit is reached")
             failed.code = "server_error"
-            self.assert_stopped(model, "could not finish the response (x)", "try again")
+            self.assert_request_stops(model, "could not finish the response (x)", "try again")
 
-    def test_a_sign_in_that_is_refused_has_a_next_step(self):
+    def test_a_refused_sign_in_has_a_hint(self):
         self.store()
-        model = self.model()
+        model = self.build_model()
         refused = ModelHTTPError(401, {"detail": "no"})
         with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
-            self.assert_stopped(model, "does not accept this sign-in", "/chatgpt-auth")
+            self.assert_request_stops(model, "does not accept this sign-in", "/chatgpt-auth")
 
-    def test_a_refused_request_is_told_with_the_reason(self):
+    def test_a_refused_request_is_reported_with_its_reason(self):
         self.store()
-        model = self.model()
+        model = self.build_model()
         for body, reason in (({"detail": "Not here."}, " (Not here.)"), ("<html>", "")):
             refused = ModelHTTPError(403, body)
             with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
-                self.assert_stopped(model, "/chatgpt-status --online")
-            self.assertIn(f"OpenAI refused this request{reason}\n", self.texts())
+                self.assert_request_stops(model, "/chatgpt-status --online")
+            self.assertIn(f"OpenAI refused this request{reason}\n", self.message_text())
 
-    def test_a_plan_that_was_not_allowed_is_not_asked(self):
+    def test_without_plan_permission_nothing_is_sent(self):
         self.double.plan_allowed = False
         err = self.call("auth", "--official", "--no-browser", browser=visit)[2]
         self.assertIn("Signed in as ada@example.com", err)
-        model, _ = self.official_model("gpt-6-astra")
-        self.assert_stopped(model, "was not allowed", "/chatgpt-auth --official")
+        model, _ = self.build_official_model("gpt-6-astra")
+        self.assert_request_stops(model, "was not allowed", "/chatgpt-auth --official")
         self.assertEqual(self.headers, [])
 
-    def test_other_failures_are_the_hosts(self):
+    def test_other_errors_are_left_to_the_host(self):
         self.store()
-        model = self.model()
+        model = self.build_model()
         for error in (ModelHTTPError(500, None), ModelHTTPError(429, {"code": "rate_limit"})):
             refusing = mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=error))
             with refusing, self.assertRaises(ModelHTTPError):
-                self.ask(model)
-        self.assertEqual(self.said, [])
+                self.send_requests(model)
+        self.assertEqual(self.messages, [])
 
-    def test_the_usage_line_counts_our_models(self):
-        self.model()
+    def test_the_usage_line_includes_our_models(self):
+        self.build_model()
         suffix = self.puppy.spinner._codex_usage_suffix
         self.assertEqual(suffix(), "theirs")
         self.puppy.model = "chatgpt-gpt-6"
@@ -6845,7 +6863,7 @@ class PuppyModelTest(PuppyCase):
 
 
 class MainTest(Case):
-    def test_help(self):
+    def test_help_of_every_command(self):
         code, out, err = self.run_program()
         self.assertEqual((code, out), (2, ""))
         self.assertIn("examples:", err)
@@ -6860,24 +6878,24 @@ class MainTest(Case):
             self.addCleanup(helps[command].close)
         for command, running in helps.items():
             self.assertIn(f"  {command}", text)
-            said = self.assert_quiet(running.end())
-            self.assertRegex(said, "examples:|profile")
-            lines = [line for line in said.splitlines() if str(self.folder) not in line]
+            output = self.assert_quiet(running.end())
+            self.assertRegex(output, "examples:|profile")
+            lines = [line for line in output.splitlines() if str(self.folder) not in line]
             self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
 
-    def test_help_of_a_program_in_a_folder_with_a_percent_sign(self):
-        place = self.folder / "100% ours" / "c.py"
-        place.parent.mkdir()
-        shutil.copy(PROGRAM, place)
-        start = [sys.executable, str(place)]
-        helped = side_by_side(lambda each: self.run_command([*start, each, "-h"]), COMMANDS)
-        for command, result in zip(COMMANDS, helped):
-            said = self.assert_quiet(result)
-            usage = f"usage: {PYTHON} {typed(place)} {command} [options]"
-            self.assertEqual(said[: len(usage)], usage)
+    def test_help_works_in_a_folder_with_a_percent_sign(self):
+        program = self.folder / "100% ours" / "c.py"
+        program.parent.mkdir()
+        shutil.copy(PROGRAM, program)
+        start = [sys.executable, str(program)]
+        results = side_by_side(lambda each: self.run_command([*start, each, "-h"]), COMMANDS)
+        for command, result in zip(COMMANDS, results):
+            output = self.assert_quiet(result)
+            usage = f"usage: {PYTHON} {typed(program)} {command} [options]"
+            self.assertEqual(output[: len(usage)], usage)
 
-    def test_a_python_that_lacks_a_module_names_it_and_what_to_install(self):
+    def test_a_missing_standard_module_is_named(self):
         code = """
 import runpy
 sys.argv[1:] = sys.argv[2:]
@@ -6892,13 +6910,13 @@ runpy.run_path({1!r}, run_name="__main__")
         ):
             with self.subTest(module):
                 running = self.start_python(code.format(module, PROGRAM), "x", command)
-                status, out, err = running.end()
-                self.assertEqual((status, out), (1, ""), err)
+                exit_code, out, err = running.end()
+                self.assertEqual((exit_code, out), (1, ""), err)
                 error, hint = err.splitlines()[-2:]
                 self.assertEqual(error, f"error: this Python has no module {module}")
                 self.assertIn("hint: install a complete Python", hint)
 
-    def test_the_next_step_is_told_without_another_module(self):
+    def test_a_hint_needs_no_further_import(self):
         code = """
 import chatgpt_oauth
 class Nothing:
@@ -6911,7 +6929,7 @@ chatgpt_oauth.run_program()
         result = self.start_python(code, "token").end()
         self.assert_fails(result, 3, f"to sign in, run: {PYTHON} {typed('a folder/c.py')} auth\n")
 
-    def test_an_older_python_shows_which_one_is_needed(self):
+    def test_an_old_python_reports_the_required_version(self):
         found = [
             path
             for version in ("2.7", "3.6", "3.7")
@@ -6924,7 +6942,7 @@ chatgpt_oauth.run_program()
             self.assertEqual((code, out), (1, ""))
             self.assertIn("PYTHON_3_8_OR_LATER_IS_NEEDED", err)
 
-    def test_mistakes_are_named(self):
+    def test_usage_errors_name_the_mistake(self):
         self.assert_fails(self.call("stauts"), 2, "stauts", "status")
         self.assert_fails(self.call("xyzzy"), 2, "--help")
         self.assert_fails(
@@ -6935,13 +6953,13 @@ chatgpt_oauth.run_program()
         self.assert_fails(self.call("auth", "xyzzy"), 2, "xyzzy", "auth --help")
         self.assert_fails(self.call("auth", "--timeout"), 2, "--timeout", "auth --help")
         self.assert_fails(self.call("auth", "--timeout", "--device"), 2, "--timeout", "auth --help")
-        for odd in ("x", "", "0", "inf"):
-            self.assert_fails(self.call("auth", "--timeout", odd), 2, "--timeout")
+        for seconds in ("x", "", "0", "inf"):
+            self.assert_fails(self.call("auth", "--timeout", seconds), 2, "--timeout")
         self.assert_fails(self.call("models", "--source", "x"), 2, "--source")
         self.assert_fails(self.call("token", "--api-key", "--refresh"), 2, "--api-key")
         self.assert_fails(self.call("token", "--api-key", "--json"), 2, "--api-key")
 
-    def test_the_names_that_people_type(self):
+    def test_aliases_work(self):
         self.assertEqual(self.call("whoami"), self.call("status"))
         self.assertEqual(self.call("login", "--no-browser", browser=visit)[0], 0)
         self.assertEqual(self.call("signin", "--no-browser", browser=visit)[0], 0)
@@ -6953,13 +6971,13 @@ chatgpt_oauth.run_program()
         self.assertEqual(self.call("help", "login"), self.call("auth", "-h"))
         self.assert_fails(self.call("help", "stauts"), 2, "did you mean: ", "status")
 
-    def test_an_option_with_an_equals_sign_is_the_same(self):
+    def test_an_option_can_have_an_equals_sign(self):
         self.store(api_key="sk-1")
         self.assertEqual(self.call("env", "--shell=fish"), self.call("env", "--shell", "fish"))
         self.assertIn("set -gx", self.call("env", "--shell=fish")[1])
 
     @needs_sh
-    def test_a_closed_or_full_output_is_no_traceback(self):
+    def test_a_closed_or_full_output_does_not_crash(self):
         fields = self.store(api_key="sk-1")
         line = shell_line(sys.executable, PROGRAM)
         token = fields["access_token"] + "\n"
@@ -6970,8 +6988,10 @@ chatgpt_oauth.run_program()
             f"{line} token >&- 2>&-": "0\n",
             f"HOME=/none {line} token 2>/dev/full": "3\n",
         }
-        run = [c for c in cases if "/dev/full" not in c or os.path.exists("/dev/full")]
-        for code, result in zip(run, side_by_side(lambda c: self.run_shell(c + "; echo $?"), run)):
+        lines = [c for c in cases if "/dev/full" not in c or os.path.exists("/dev/full")]
+        for code, result in zip(
+            lines, side_by_side(lambda c: self.run_shell(c + "; echo $?"), lines)
+        ):
             self.assertEqual(result[1], cases[code], code)
         if os.path.exists("/dev/full"):
             with open("/dev/full", "w") as full:
@@ -6988,7 +7008,7 @@ chatgpt_oauth.run_program()
         err = self.run_command(["python3.99", PROGRAM, "token"], environ)[2]
         self.assertIn(f"run: python3.99 {typed(PROGRAM)} auth", err)
 
-    def test_it_runs_as_module_zip_renamed_and_piped(self):
+    def test_it_runs_as_a_module_a_zip_a_copy_and_from_a_pipe(self):
         import zipfile
 
         self.store(api_key="sk-1")
@@ -7196,7 +7216,7 @@ class Fuzzer(Case):
 
 
 class FuzzTest(unittest.TestCase):
-    def test_whatever_comes_the_contract_holds(self):
+    def test_random_input_keeps_the_contract(self):
         self.assertGreater(Fuzzer().go(1, seed=1), 10)
 
 
@@ -7206,7 +7226,7 @@ class FuzzTest(unittest.TestCase):
 
 
 class DemoTest(unittest.TestCase):
-    def test_the_demo_shows_every_command_and_no_hint_into_a_directory_that_is_gone(self):
+    def test_the_demo_runs_every_command(self):
         with tempfile.TemporaryDirectory() as home:
             result = subprocess.run(
                 [sys.executable, HERE, "demo", "--simulate"],
@@ -7230,19 +7250,19 @@ class DemoTest(unittest.TestCase):
 # ---------------------------------------------------------------------------------------------
 
 
-class Halves(unittest.TestSuite):
+class TwoProcessSuite(unittest.TestSuite):
     """All tests. Every other class runs in a second process, because most tests mostly wait."""
 
     def run(self, result, debug=False):
         classes = [suite for suite in self if suite.countTestCases()]
         module = pathlib.Path(HERE).stem
-        others = [f"{module}.{type(next(iter(suite))).__name__}" for suite in classes[1::2]]
+        names = [f"{module}.{type(next(iter(suite))).__name__}" for suite in classes[1::2]]
         flags = ["-v"] if getattr(result, "showAll", False) else []
         warnings = [f"-W{each}" for each in sys.warnoptions]
-        command = [sys.executable, *warnings, "-m", "unittest", *flags, *others]
+        command = [sys.executable, *warnings, "-m", "unittest", *flags, *names]
         options = {"cwd": os.path.dirname(HERE), "stdin": subprocess.DEVNULL}
-        with tempfile.TemporaryFile() as told:
-            second = subprocess.Popen(command, stderr=told, **options)
+        with tempfile.TemporaryFile() as output:
+            second = subprocess.Popen(command, stderr=output, **options)
             try:
                 for suite in classes[::2]:
                     suite.run(result, debug)
@@ -7250,26 +7270,26 @@ class Halves(unittest.TestSuite):
             finally:
                 second.kill()
                 second.wait()
-            told.seek(0)
-            text = told.read().decode("utf-8", "replace").replace("\r\n", "\n")
-        self.add(result, text, second.returncode)
+            output.seek(0)
+            text = output.read().decode("utf-8", "replace").replace("\r\n", "\n")
+        self.add_output(result, text, second.returncode)
         return result
 
-    def add(self, result, text, exit_code):
+    def add_output(self, result, text, exit_code):
         """Add the output `text` of unittest in the second process to `result`."""
         listed, _, details = re.split(r"\n+([=-]{70}\n)", text + "\n" + "-" * 70 + "\n", maxsplit=1)
         result.stream.write(listed + "\n" * ("... " in listed))
         result.testsRun += sum(map(int, re.findall(r"(?m)^Ran (\d+) test", details)))
         skipped = sum(map(int, re.findall(r"skipped=(\d+)", details)))
-        result.skipped += [(self, "said by the second process")] * skipped
+        result.skipped += [(self, "skipped in the second process")] * skipped
         if exit_code:
-            where = unittest.FunctionTestCase(self.add, description="the second process")
-            result.failures.append((where, details))
+            source = unittest.FunctionTestCase(self.add_output, description="the second process")
+            result.failures.append((source, details))
 
 
 def load_tests(loader, tests, _):
     """Return the tests that unittest runs, in two processes unless -k selects some of them."""
-    return tests if loader.testNamePatterns else Halves(tests)
+    return tests if loader.testNamePatterns else TwoProcessSuite(tests)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7310,14 +7330,14 @@ def demo(simulate):
         environ = demo_environment(home, double, ports)
         print(f"Using a local stand-in for OpenAI's servers at {double.url}; no account needed.")
         print("All files are in a temporary home directory, which is removed at the end.")
-        opening = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(environ)
-        if simulate or (not opening and sys.platform not in ("win32", "darwin")):
+        can_open = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(environ)
+        if simulate or (not can_open and sys.platform not in ("win32", "darwin")):
             environ["BROWSER"] = shell_line(sys.executable, HERE, "visit", "--save", page) + " %s"
             print("The demo simulates a browser.")
-        for told, typed in DEMO:
-            print(f"\n# {told}\n$ {typed.replace('BIN', '~/bin')}", flush=True)
+        for title, command in DEMO:
+            print(f"\n# {title}\n$ {command.replace('BIN', '~/bin')}", flush=True)
             try:
-                code = demo_command(typed, environ, deadline - time.monotonic())
+                code = demo_command(command, environ, deadline - time.monotonic())
             except subprocess.TimeoutExpired:
                 print(f"The demo ends: {DEMO_SECONDS} seconds are over.", file=sys.stderr)
                 return 1
@@ -7325,7 +7345,7 @@ def demo(simulate):
                 return code
             if os.path.exists(page):
                 print("\n(In a browser you sign in at OpenAI, then you see:")
-                print(f" {text_of(page)})")
+                print(f" {page_text(page)})")
                 os.remove(page)
     return 0
 
@@ -7341,10 +7361,10 @@ def demo_environment(home, double, ports):
     return environ
 
 
-def demo_command(typed, environ, seconds):
+def demo_command(command_line, environ, seconds):
     """Run one command of the demo in the program's directory and return its exit code."""
     names = {"BIN": os.path.join(environ["HOME"], "bin"), "python3": sys.executable}
-    name, *arguments = [names.get(word, word) for word in shlex.split(typed)]
+    name, *arguments = [names.get(word, word) for word in shlex.split(command_line)]
     command = [shutil.which(name, path=environ["PATH"])]
     options = {"env": environ, "cwd": os.path.dirname(PROGRAM), "timeout": max(seconds, 0.1)}
     if not {"install", "token"} & set(arguments):
@@ -7355,14 +7375,14 @@ def demo_command(typed, environ, seconds):
     lines = result.stdout.splitlines()
     # The suggested line for a profile would name the temporary home.
     if "install" in arguments:
-        left_out = re.compile("    |.* this line into|Then open a new terminal")
-        lines = [each for each in lines if not left_out.match(each)]
+        omitted = re.compile("    |.* this line into|Then open a new terminal")
+        lines = [each for each in lines if not omitted.match(each)]
     for line in lines:
         print(line if len(line) <= 76 or "token" not in arguments else f"{line[:76]}...")
     return result.returncode
 
 
-def text_of(page):
+def page_text(page):
     """Return the heading and the paragraphs of a saved page as one line."""
     parts = re.findall(r"<(?:h1|p)>(.*?)</(?:h1|p)>", pathlib.Path(page).read_text("utf-8"))
     return " ".join(f"{html.unescape(part).rstrip('.')}." for part in parts)
@@ -7411,17 +7431,19 @@ def fuzz(seconds, seed):
 def main():
     parser = argparse.ArgumentParser(description="Demo, stress and fuzz runs of chatgpt_oauth.py.")
     commands = parser.add_subparsers(dest="command")
-    touring = commands.add_parser("demo", help="a tour of the commands, without an account")
-    touring.add_argument("--simulate", action="store_true", help="open no browser, but play one")
+    demo_parser = commands.add_parser("demo", help="a tour of the commands, without an account")
+    demo_parser.add_argument(
+        "--simulate", action="store_true", help="open no browser, but play one"
+    )
     commands.add_parser("stress", help="long-running refresh and callback tests")
-    fuzzing = commands.add_parser("fuzz", help="random responses, requests and files")
-    fuzzing.add_argument("--seconds", type=float, default=60)
-    fuzzing.add_argument("--seed", type=int, default=None)
-    answering = commands.add_parser("odd-answers", help="a share of the suite's longest test")
-    answering.add_argument("answers", nargs="+")
-    visiting = commands.add_parser("visit", help="act as the browser (used by the demo)")
-    visiting.add_argument("--save", metavar="FILE", help="where to keep the last page")
-    visiting.add_argument("url")
+    fuzz_parser = commands.add_parser("fuzz", help="random responses, requests and files")
+    fuzz_parser.add_argument("--seconds", type=float, default=60)
+    fuzz_parser.add_argument("--seed", type=int, default=None)
+    answers_parser = commands.add_parser("odd-answers", help="a share of the suite's longest test")
+    answers_parser.add_argument("answers", nargs="+")
+    visit_parser = commands.add_parser("visit", help="act as the browser (used by the demo)")
+    visit_parser.add_argument("--save", metavar="FILE", help="where to keep the last page")
+    visit_parser.add_argument("url")
     options = parser.parse_args()
     if options.command == "demo":
         return demo(options.simulate)
