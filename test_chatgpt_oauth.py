@@ -51,13 +51,13 @@ from unittest import mock
 import chatgpt_oauth as oauth
 
 PROGRAM = str(pathlib.Path(oauth.__file__).resolve())
-HERE = str(pathlib.Path(__file__).resolve())
+TEST_FILE = str(pathlib.Path(__file__).resolve())
 # Start the program the way the installed command does, compiled and without site-packages. Python
 # compiles a script at each start, which would double the time of most tests. Python on Windows may
 # need `sitecustomize`, so site-packages stay there.
-START = [sys.executable, *(["-S"] if os.name == "posix" else [])]
-START += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
-AUTH = "https://api.openai.com/auth"
+PROGRAM_COMMAND = [sys.executable, *(["-S"] if os.name == "posix" else [])]
+PROGRAM_COMMAND += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
+AUTH_CLAIM = "https://api.openai.com/auth"
 POSIX = os.name == "posix"
 # The directories that programs are found in. A directory with an installed `chatgpt-oauth` is left
 # out, so that the tests never run that one.
@@ -67,7 +67,7 @@ PATH = os.pathsep.join(
     if not any(os.path.exists(os.path.join(place, name)) for name in oauth.LAUNCHERS)
 )
 # The longest wait for a process, a thread or a socket.
-LIMIT = 60  # seconds
+WAIT_LIMIT = 60  # seconds
 # The number of processes that a test with many of them runs at once.
 WORKERS = 4
 # The whole run is ended when one test takes longer than this.
@@ -95,7 +95,7 @@ INVALID_GRANT_CODES = (
 )
 # Shorter waits for the program when it runs in this process. No setting controls these, and tests
 # that poll, reread a torn file or retry a refresh would otherwise spend most of their time waiting.
-HASTE = {"POLL_FLOOR": 0.01, "SLOW_DOWN": 0.01, "REREAD_SECONDS": 0.01, "RETRY_PAUSE": 0.05}
+SHORT_WAITS = {"POLL_FLOOR": 0.01, "SLOW_DOWN": 0.01, "REREAD_SECONDS": 0.01, "RETRY_PAUSE": 0.05}
 
 
 def setUpModule():
@@ -156,7 +156,7 @@ def wait_for(happened, seconds=15):
         time.sleep(0.01)
 
 
-def side_by_side(function, cases):
+def run_in_parallel(function, cases):
     """Call `function` for each case, WORKERS at a time, and return the results in order."""
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
         return list(workers.map(function, cases))
@@ -172,7 +172,7 @@ PYTHON = "python3" if POSIX else "python"
 PORT_TAKEN = os.strerror(errno.EADDRINUSE) if POSIX else "cannot listen on port"
 
 
-def typed(path):
+def quoted_path(path):
     """Return `path` quoted the way messages quote it in commands that people should type."""
     if POSIX and not re.search(r"^[^']*$|[\"$`\\!]", str(path)):
         return f'"{path}"'
@@ -182,10 +182,10 @@ def typed(path):
 
 
 # The command line that stands in for a browser: this file visits the URL.
-BROWSER = shell_line(sys.executable, HERE, "visit") + " %s"
+BROWSER = shell_line(sys.executable, TEST_FILE, "visit") + " %s"
 
 
-def memory(process_id):
+def memory_in_kib(process_id):
     """Return the memory of a process in KiB, or 0 on a system without /proc."""
     status = pathlib.Path(f"/proc/{process_id}/status")
     return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
@@ -228,12 +228,12 @@ ENDPOINTS = {
     "plan_revoke": Endpoint("/api/accounts/oauth/revoke", None, None, False),
     "plan_responses": Endpoint("/v1/responses", None, None, True),
 }
-ASKED = [name for name, endpoint in ENDPOINTS.items() if endpoint.command]
+TESTED_ENDPOINTS = [name for name, endpoint in ENDPOINTS.items() if endpoint.command]
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = LIMIT
+    timeout = WAIT_LIMIT
 
     def do_GET(self):
         self.server.serve(self)
@@ -269,7 +269,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
 
-class OfficialDialect:
+class OfficialEndpoints:
     """The endpoints of OpenAI's official sign-in (developers.openai.com/siwc).
 
     Each request must have exactly the documented parameters. `agents` maps each issued client ID
@@ -355,7 +355,7 @@ class OfficialDialect:
             "scope": self.SCOPE if self.plan_allowed else self.SCOPE.rpartition(" ")[0],
             "earliest_refresh_at": timestamp(time.time() + self.plan_refresh_after),
         }
-        with self.guard:
+        with self.lock:
             self.id_tokens[answer["id_token"]] = None
             self.plan_tokens[answer["refresh_token"]] = [client, time.time()]
             self.plan_tokens[answer["refresh_token"]][1] += self.plan_refresh_after
@@ -498,7 +498,7 @@ class OfficialDialect:
         ]
 
 
-class Double(OfficialDialect):
+class Double(OfficialEndpoints):
     """OpenAI's authorization server, API and Codex backend, as strict as the real ones.
 
     Codes and refresh tokens work once, redirect URIs are compared exactly, and PKCE is verified.
@@ -511,7 +511,7 @@ class Double(OfficialDialect):
         self.codes, self.refresh_tokens, self.api_keys, self.devices = {}, {}, set(), {}
         self.access_tokens, self.id_tokens = {}, {}
         self.requests, self.faults = [], {}
-        self.guard = threading.RLock()
+        self.lock = threading.RLock()
         self.redirect_uris = {f"http://localhost:{port}/auth/callback" for port in ports}
         self.client_id = "app_EMoamEEZ73f0CkXaXp7hrann"
         self.account, self.email, self.plan = "acct-1", "ada@example.com", "plus"
@@ -581,13 +581,13 @@ class Double(OfficialDialect):
         expiry = int(time.time()) + lifetime
         unique = secrets.token_hex(4)
         answer = {
-            "access_token": encode_jwt({"exp": expiry, AUTH: claims, "jti": unique}),
-            "id_token": encode_jwt({"email": self.email, AUTH: claims, "jti": unique}),
+            "access_token": encode_jwt({"exp": expiry, AUTH_CLAIM: claims, "jti": unique}),
+            "id_token": encode_jwt({"email": self.email, AUTH_CLAIM: claims, "jti": unique}),
             "refresh_token": "rt_" + secrets.token_urlsafe(24),
             "token_type": "Bearer",
             "expires_in": lifetime,
         }
-        with self.guard:
+        with self.lock:
             self.refresh_tokens[answer["refresh_token"]] = account
             self.access_tokens[answer["access_token"]] = account
             self.id_tokens[answer["id_token"]] = self.organization
@@ -595,7 +595,7 @@ class Double(OfficialDialect):
 
     def secrets(self):
         """Return every code, token, key and verifier. None of them may appear in any output."""
-        with self.guard:
+        with self.lock:
             found = {*self.codes, *self.refresh_tokens, *self.api_keys}
             found |= {*self.access_tokens, *self.id_tokens}
             found |= {*self.plan_codes, *self.plan_tokens, *self.plan_access}
@@ -605,13 +605,13 @@ class Double(OfficialDialect):
                 found |= {verifier, code if code and len(code) > 7 else None}
         return {secret for secret in found if secret}
 
-    def asked(self, endpoint):
+    def requests_to(self, endpoint):
         """Return the fields of each request to `endpoint`, in order."""
-        with self.guard:
+        with self.lock:
             return [e["fields"] for e in self.requests if e["endpoint"] == endpoint]
 
     def count(self, endpoint):
-        return len(self.asked(endpoint))
+        return len(self.requests_to(endpoint))
 
     # Endpoints ----------------------------------------------------------------------------
 
@@ -628,7 +628,7 @@ class Double(OfficialDialect):
         kind = fields.get("grant_type") if "urlencoded" in kind else None
         endpoint = next((n for n, e in ENDPOINTS.items() if e[:2] == (path, kind)), None)
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        with self.guard:
+        with self.lock:
             entry = {"endpoint": endpoint, "path": path, "fields": fields, "headers": headers}
             self.requests.append(entry)
         if self.delay:
@@ -637,7 +637,7 @@ class Double(OfficialDialect):
         if fault and fault(handler, fields):
             return
         answer = getattr(self, "_" + str(endpoint), self._nothing)
-        with self.guard:
+        with self.lock:
             status, data = answer(fields, headers)
         if isinstance(data, str):
             self.reply(handler, status, data.encode(), Content_Type="text/event-stream")
@@ -782,7 +782,7 @@ class Double(OfficialDialect):
         return 200, "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
 
 
-def answering(status, body=b"{}", **headers):
+def respond_with(status, body=b"{}", **headers):
     """Return a fault that answers every request with this response."""
     return lambda handler, _: Double.reply(handler, status, body, **headers)
 
@@ -805,11 +805,11 @@ class Proxy:
         self.seen.append((handler.path, handler.headers.get("Proxy-Authorization")))
         handler.close_connection = True
         handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        with socket.create_connection(("127.0.0.1", self.port), LIMIT) as far:
+        with socket.create_connection(("127.0.0.1", self.port), WAIT_LIMIT) as far:
             back = threading.Thread(target=self.pump, args=(far, handler.connection), daemon=True)
             back.start()
             self.pump(handler.connection, far)
-            back.join(LIMIT)
+            back.join(WAIT_LIMIT)
 
     @staticmethod
     def pump(source, target):
@@ -833,7 +833,7 @@ def make_certificate(folder, host, issuer=None, issuer_key=None):
     command += ["-addext", f"subjectAltName=DNS:{host}", "-keyout", str(key)]
     command += ["-out", str(certificate)]
     command += ["-CA", issuer, "-CAkey", issuer_key] if issuer else []
-    subprocess.run(command, check=True, timeout=LIMIT, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, timeout=WAIT_LIMIT, stderr=subprocess.DEVNULL)
     return str(certificate), str(key)
 
 
@@ -844,7 +844,7 @@ def visit(url, follow=True):
         parts = urllib.parse.urlsplit(url)
         # Browsers resolve localhost themselves and ignore /etc/hosts (RFC 6761 §6.3).
         host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-        connection = http.client.HTTPConnection(host, parts.port, timeout=LIMIT)
+        connection = http.client.HTTPConnection(host, parts.port, timeout=WAIT_LIMIT)
         target = parts.path + ("?" + parts.query if parts.query else "")
         connection.request("GET", target, headers={"Host": parts.netloc})
         response = connection.getresponse()
@@ -856,7 +856,7 @@ def visit(url, follow=True):
     return seen
 
 
-def response_to(url):
+def authorization_response(url):
     """Return the authorization response for `url`: the URL that the browser is redirected to."""
     return visit(url, follow=False)[0][2]["location"]
 
@@ -866,7 +866,7 @@ def response_to(url):
 # ---------------------------------------------------------------------------------------------
 
 
-class Running:
+class Process:
     """A running process whose output is read as it comes. Every wait has a time limit."""
 
     def __init__(self, command, environ, **options):
@@ -898,7 +898,7 @@ class Running:
             self.ended = True
             self.arrived.notify_all()
 
-    def saying(self, pattern, seconds=15):
+    def wait_for_line(self, pattern, seconds=15):
         """Wait until standard error matches `pattern`, and return the match."""
         deadline = time.monotonic() + seconds
         with self.arrived:
@@ -911,16 +911,16 @@ class Running:
                     raise AssertionError(f"{pattern!r} was not said: {self.err!r}")
                 self.arrived.wait(left)
 
-    def url(self):
+    def wait_for_url(self):
         """Wait for the URL of the authorization request, and return it."""
-        return self.saying(AUTHORIZATION_URL)[0]
+        return self.wait_for_line(AUTHORIZATION_URL)[0]
 
-    def type(self, line):
+    def type_line(self, line):
         """Write `line` (bytes) and a newline to standard input."""
         self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
 
-    def end(self, seconds=LIMIT):
+    def end(self, seconds=WAIT_LIMIT):
         """Wait for the program to end, and return (exit code, standard output, standard error)."""
         try:
             self.wait(seconds)
@@ -928,7 +928,7 @@ class Running:
             self.close()
         return self.process.returncode, self.out.decode(), self.err
 
-    def wait(self, seconds=LIMIT):
+    def wait(self, seconds=WAIT_LIMIT):
         """Wait for the program to end."""
         deadline = time.monotonic() + seconds
         # Process.wait() polls, so wait for the end of the streams first, which is seen at once.
@@ -943,7 +943,7 @@ class Running:
         """Kill the program if it is still running, and close its streams."""
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(LIMIT)
+            self.process.wait(WAIT_LIMIT)
         for each, stream in zip(self.readers, (self.process.stdout, self.process.stderr)):
             each.join(5)
             # A live reader means that another process holds the stream. Closing would block then.
@@ -954,7 +954,7 @@ class Running:
                 self.process.stdin.close()
 
 
-class Saying(io.StringIO):
+class BrowserStream(io.StringIO):
     """A stream that calls `browser`, in a thread, with each authorization URL written to it."""
 
     def __init__(self, browser=None):
@@ -971,7 +971,7 @@ class Saying(io.StringIO):
     def wait(self):
         """Wait until the browser has visited every URL."""
         for each in self.visits:
-            each.join(LIMIT)
+            each.join(WAIT_LIMIT)
 
 
 def environment(folder):
@@ -1001,22 +1001,22 @@ needs_windows = unittest.skipIf(POSIX, "it is only so on Windows")
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
-def works(*command):
+def command_succeeds(*command):
     """Whether `command` is installed and succeeds."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": LIMIT}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": WAIT_LIMIT}
     return bool(shutil.which(command[0])) and subprocess.run(command, **quiet).returncode == 0
 
 
 @functools.lru_cache(maxsize=None)
 def can_mount():
     """Whether a process can have private mounts on this system."""
-    return POSIX and works("unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt")
+    return POSIX and command_succeeds("unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt")
 
 
 @functools.lru_cache(maxsize=None)
 def can_inject():
     """Whether strace can make system calls fail on this system."""
-    return POSIX and works("strace", "-f", "-e", "inject=rename:error=EIO", "true")
+    return POSIX and command_succeeds("strace", "-f", "-e", "inject=rename:error=EIO", "true")
 
 
 class Case(unittest.TestCase):
@@ -1036,7 +1036,7 @@ class Case(unittest.TestCase):
         self.token_file = self.home / "chatgpt_oauth.json"
         self.models_file = self.home / "chatgpt_models.json"
         self.plan_file = self.home / "chatgpt_plan.json"
-        self.seconds = dict(HASTE)
+        self.waits = dict(SHORT_WAITS)
         self.environ = {
             **environment(self.folder),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -1073,22 +1073,22 @@ class Case(unittest.TestCase):
 
     def start(self, *arguments, environ=None, **options):
         """Start the program with `arguments` and return the running process."""
-        command = [*START, *arguments]
-        running = Running(command, self.environ_with(environ), **options)
+        command = [*PROGRAM_COMMAND, *arguments]
+        running = Process(command, self.environ_with(environ), **options)
         self.addCleanup(running.close)
         return running
 
     def run_command(self, command, environ=None, **options):
         """Run `command` and return (exit code, standard output, standard error)."""
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
-        options = {"stderr": subprocess.PIPE, "timeout": LIMIT, **options}
+        options = {"stderr": subprocess.PIPE, "timeout": WAIT_LIMIT, **options}
         done = subprocess.run(command, env=self.environ_with(environ), **options)
         said = ((each or b"").decode("utf-8", "replace") for each in (done.stdout, done.stderr))
         return done.returncode, *said
 
     def run_program(self, *arguments, environ=None, **options):
         """Run the program and return (exit code, standard output, standard error)."""
-        return self.run_command([*START, *arguments], environ, **options)
+        return self.run_command([*PROGRAM_COMMAND, *arguments], environ, **options)
 
     def run_mounted(self, mounts, *arguments):
         """Run the program after the shell code `mounts`, with private mounts.
@@ -1097,7 +1097,7 @@ class Case(unittest.TestCase):
         """
         if not can_mount():
             self.skipTest("no mounts here")
-        start = [*START, *arguments]
+        start = [*PROGRAM_COMMAND, *arguments]
         return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
 
     def run_injected(self, faults, *arguments):
@@ -1109,13 +1109,13 @@ class Case(unittest.TestCase):
             self.skipTest("no strace here that may inject faults")
         inject = [f"-einject={fault}" for fault in faults.split()]
         strace = ["strace", "-f", "-qq", "-o", os.devnull, *inject]
-        return self.run_command([*strace, *START, *arguments])
+        return self.run_command([*strace, *PROGRAM_COMMAND, *arguments])
 
     def start_python(self, code, *arguments):
         """Start Python with `code`, which can import the program. Return the running process."""
         code = f"import sys; sys.path.insert(0, {str(pathlib.Path(PROGRAM).parent)!r})\n{code}"
         command = [sys.executable, "-c", code, *arguments]
-        running = Running(command, self.environ, stdin=subprocess.PIPE, start_new_session=True)
+        running = Process(command, self.environ, stdin=subprocess.PIPE, start_new_session=True)
         self.addCleanup(running.close)
         return running
 
@@ -1129,11 +1129,11 @@ class Case(unittest.TestCase):
         This is faster than a process. `browser` is called with the authorization URL as soon as the
         program prints it.
         """
-        out, err = io.StringIO(), Saying(browser)
+        out, err = io.StringIO(), BrowserStream(browser)
         with contextlib.ExitStack() as stack:
             environ = self.environ_with(environ)
             stack.enter_context(mock.patch.dict(os.environ, environ, clear=True))
-            stack.enter_context(mock.patch.multiple(oauth, **self.seconds))
+            stack.enter_context(mock.patch.multiple(oauth, **self.waits))
             stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO()))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
@@ -1172,7 +1172,7 @@ class Case(unittest.TestCase):
             kernel.CloseHandle(ctypes.c_void_p(held))
 
     @contextlib.contextmanager
-    def somebody_else(self):
+    def as_unprivileged_user(self):
         """Switch to another user if this is root, because permissions don't stop root."""
         before = os.geteuid(), os.getegid()
         if before[0] == 0:
@@ -1185,17 +1185,17 @@ class Case(unittest.TestCase):
             os.setegid(before[1])
 
     @contextlib.contextmanager
-    def somebody_else_at_home(self):
+    def as_unprivileged_owner(self):
         """Switch to another user who owns the test's files, if this is root."""
         if os.geteuid() == 0:
             for path in (self.folder, *self.folder.rglob("*")):
                 os.chown(path, 65534, 65534)
-        with self.somebody_else():
+        with self.as_unprivileged_user():
             yield
 
     def fault(self, endpoint, status, body=b"{}", **headers):
         """Answer every request to `endpoint` with this response from now on."""
-        self.double.faults[endpoint] = answering(status, body, **headers)
+        self.double.faults[endpoint] = respond_with(status, body, **headers)
 
     def fault_once(self, endpoint, status, body=b"{}", **headers):
         """Answer the next request to `endpoint` with this response."""
@@ -1292,7 +1292,7 @@ def run_case(case, method, *arguments):
 class StoryTest(Case):
     def test_a_person_signs_in_and_uses_the_key_and_the_models(self):
         running = self.start("auth", "--no-browser")
-        url = running.url()
+        url = running.wait_for_url()
         pages = visit(url)
         err = self.assert_done(running.end())
         self.assertEqual([page[1] for page in pages], [302, 303, 200])
@@ -1527,11 +1527,11 @@ class ErrorsTest(Case):
             self.assertNotIn(secret, "".join(shown.values()))
 
     def test_nothing_secret_is_in_the_process_list(self):
-        if not works("ps", "axww"):
+        if not command_succeeds("ps", "axww"):
             self.skipTest("no ps here, or no /proc for it")
         self.double.delay = 0.15
         running = self.start("auth", "--no-browser")
-        url = running.url()
+        url = running.wait_for_url()
         seen = []
         stop = threading.Event()
 
@@ -1544,7 +1544,7 @@ class ErrorsTest(Case):
         visit(url)
         self.assert_done(running.end())
         stop.set()
-        watcher.join(LIMIT)
+        watcher.join(WAIT_LIMIT)
         self.assertTrue(any(PROGRAM in each for each in seen))
         self.assert_no_secret(*seen)
 
@@ -1554,7 +1554,7 @@ class ErrorsTest(Case):
 # ---------------------------------------------------------------------------------------------
 
 
-def raw(*parts, pause=0.0):
+def send_bytes(*parts, pause=0.0):
     """Return a fault that sends each part, pauses for `pause` seconds, and finally hangs up."""
 
     def fault(handler, _):
@@ -1569,59 +1569,65 @@ def raw(*parts, pause=0.0):
     return fault
 
 
-def echo(handler, fields):
+def echo_request(handler, fields):
     """Answer with an error that repeats everything that was sent, including the tokens."""
     said = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
     body = json.dumps({"error": {"code": said, "message": "\x1b[31m\u202e" + said}}).encode()
     return Double.reply(handler, 401, body)
 
 
-OK = b"HTTP/1.1 200 OK\r\n"
+HTTP_OK = b"HTTP/1.1 200 OK\r\n"
 NO_TOKENS = dict.fromkeys(("access_token", "refresh_token", "id_token", "data", "models"), 5)
-ANSWERS = {
-    "empty": answering(200, b""),
-    "no content": answering(204, b""),
-    "a web page": answering(200, b"<!doctype html><title>Hello</title>"),
-    "a region block": answering(403, b"<html>Just a moment...</html>", Content_Type="text/html"),
-    "a list": answering(200, b"[]"),
-    "null": answering(200, b"null"),
-    "a number": answering(200, b"5"),
-    "a string": answering(200, b'"x"'),
-    "an empty object": answering(200, b"{}"),
-    "wrong types": answering(200, json.dumps(NO_TOKENS).encode()),
-    "lists of wrong types": answering(200, b'{"data": [1, null, {"id": 5}], "models": [[], {}]}'),
-    "not a number": answering(200, b'{"access_token": NaN, "expires_in": Infinity}'),
-    "tokens with spaces": answering(200, b'{"access_token": "a b", "authorization_code": "a b"}'),
-    "tokens with a newline": answering(200, b'{"access_token": "a\\nb"}'),
-    "tokens for a shell": answering(200, b'{"access_token": "a\';reboot;\'"}'),
-    "deep lists": answering(200, b"[" * 100000),
-    "deep objects": answering(200, b'{"a":' * 100000),
-    "a huge number": answering(200, b'{"access_token": ' + b"9" * 5000 + b"}"),
-    "too much": answering(200, b'"' + b"x" * (9 << 20) + b'"'),
-    "invalid UTF-8": answering(200, b'{"access_token": "\xff\xfe"}'),
-    "cut off": raw(OK + b"Content-Length: 1000\r\n\r\n{"),
-    "a broken chunk": raw(OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
-    "a redirect": answering(302, b"", Location="http://127.0.0.1:9/"),
-    "a redirect that keeps the body": answering(307, b"", Location="http://127.0.0.1:9/"),
-    "too many requests": answering(429, b"{}", Retry_After="99999999999999999999999"),
-    "an absurd delay": answering(503, b"{}", Retry_After="-1e999"),
-    "an error of the server": answering(500, b"oops"),
-    "a proxy that wants a password": answering(407, b"{}"),
-    "slow by a byte": raw(OK + b"Content-Length: 100\r\n\r\n", *[b"{"] * 50, pause=0.02),
-    "headers slow by a byte": raw(OK, *[b"a"] * 50, pause=0.02),
-    "silence": raw(b"", pause=0.5),
-    "hung up": raw(b""),
-    "no HTTP": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
-    "a huge header": raw(OK + b"A: " + b"b" * 100000 + b"\r\n\r\n"),
-    "a strange status": raw(b"HTTP/1.1 999 \x1b[31mX\r\nContent-Length: 0\r\n\r\n"),
-    "what was sent": echo,
+BAD_RESPONSES = {
+    "empty": respond_with(200, b""),
+    "no content": respond_with(204, b""),
+    "a web page": respond_with(200, b"<!doctype html><title>Hello</title>"),
+    "a region block": respond_with(403, b"<html>Just a moment...</html>", Content_Type="text/html"),
+    "a list": respond_with(200, b"[]"),
+    "null": respond_with(200, b"null"),
+    "a number": respond_with(200, b"5"),
+    "a string": respond_with(200, b'"x"'),
+    "an empty object": respond_with(200, b"{}"),
+    "wrong types": respond_with(200, json.dumps(NO_TOKENS).encode()),
+    "lists of wrong types": respond_with(
+        200, b'{"data": [1, null, {"id": 5}], "models": [[], {}]}'
+    ),
+    "not a number": respond_with(200, b'{"access_token": NaN, "expires_in": Infinity}'),
+    "tokens with spaces": respond_with(
+        200, b'{"access_token": "a b", "authorization_code": "a b"}'
+    ),
+    "tokens with a newline": respond_with(200, b'{"access_token": "a\\nb"}'),
+    "tokens for a shell": respond_with(200, b'{"access_token": "a\';reboot;\'"}'),
+    "deep lists": respond_with(200, b"[" * 100000),
+    "deep objects": respond_with(200, b'{"a":' * 100000),
+    "a huge number": respond_with(200, b'{"access_token": ' + b"9" * 5000 + b"}"),
+    "too much": respond_with(200, b'"' + b"x" * (9 << 20) + b'"'),
+    "invalid UTF-8": respond_with(200, b'{"access_token": "\xff\xfe"}'),
+    "cut off": send_bytes(HTTP_OK + b"Content-Length: 1000\r\n\r\n{"),
+    "a broken chunk": send_bytes(HTTP_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    "a redirect": respond_with(302, b"", Location="http://127.0.0.1:9/"),
+    "a redirect that keeps the body": respond_with(307, b"", Location="http://127.0.0.1:9/"),
+    "too many requests": respond_with(429, b"{}", Retry_After="99999999999999999999999"),
+    "an absurd delay": respond_with(503, b"{}", Retry_After="-1e999"),
+    "an error of the server": respond_with(500, b"oops"),
+    "a proxy that wants a password": respond_with(407, b"{}"),
+    "slow by a byte": send_bytes(
+        HTTP_OK + b"Content-Length: 100\r\n\r\n", *[b"{"] * 50, pause=0.02
+    ),
+    "headers slow by a byte": send_bytes(HTTP_OK, *[b"a"] * 50, pause=0.02),
+    "silence": send_bytes(b"", pause=0.5),
+    "hung up": send_bytes(b""),
+    "no HTTP": send_bytes(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "a huge header": send_bytes(HTTP_OK + b"A: " + b"b" * 100000 + b"\r\n\r\n"),
+    "a strange status": send_bytes(b"HTTP/1.1 999 \x1b[31mX\r\nContent-Length: 0\r\n\r\n"),
+    "an echo of the request": echo_request,
 }
 
 
 class WireTest(Case):
     def test_the_authorization_url_has_what_the_codex_cli_sends(self):
         running = self.start("auth", "--no-browser")
-        url = running.url()
+        url = running.wait_for_url()
         fields = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
         self.assertEqual(fields["originator"], ["chatgpt_oauth"])
         self.assertEqual(
@@ -1631,7 +1637,7 @@ class WireTest(Case):
         self.assertNotIn("+", url)
         visit(url)
         self.assertEqual(running.end()[0], 0)
-        sent = self.double.asked("code")[0]
+        sent = self.double.requests_to("code")[0]
         self.assertEqual(len(sent["code_verifier"]), 86)
         agent = f"chatgpt_oauth/{oauth.__version__}"
         for entry in self.double.requests:
@@ -1663,8 +1669,8 @@ class WireTest(Case):
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.2"
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         seconds = []
-        for endpoint in ASKED:
-            self.double.faults = {endpoint: ANSWERS[answer]}
+        for endpoint in TESTED_ENDPOINTS:
+            self.double.faults = {endpoint: BAD_RESPONSES[answer]}
             began = time.monotonic()
             code, err = self.tell(endpoint)
             seconds.append(time.monotonic() - began)
@@ -1678,10 +1684,10 @@ class WireTest(Case):
         return seconds
 
     def test_every_odd_answer_of_every_endpoint_is_told_in_time(self):
-        self.assertGreaterEqual(len(ANSWERS), 25)
-        command = [sys.executable, HERE, "odd-answers"]
-        shares = [list(ANSWERS)[number::WORKERS] for number in range(WORKERS)]
-        for result in side_by_side(lambda share: self.run_command(command + share), shares):
+        self.assertGreaterEqual(len(BAD_RESPONSES), 25)
+        command = [sys.executable, TEST_FILE, "odd-answers"]
+        shares = [list(BAD_RESPONSES)[number::WORKERS] for number in range(WORKERS)]
+        for result in run_in_parallel(lambda share: self.run_command(command + share), shares):
             self.assertLess(float(self.assert_quiet(result)), 5)
 
     def test_a_web_page_names_the_proxy_and_the_region(self):
@@ -1728,21 +1734,23 @@ class WireTest(Case):
             for parts in (1, 3):
                 self.store(lifetime=-10)
                 body = json.dumps(self.double.tokens()).encode()
-                head = OK + f"Content-Length: {len(body)}\r\n\r\n".encode()
+                head = HTTP_OK + f"Content-Length: {len(body)}\r\n\r\n".encode()
                 whole = [early, head, body] if parts == 3 else [early + head + body]
-                self.double.faults["refresh"] = raw(*whole, pause=0.01)
+                self.double.faults["refresh"] = send_bytes(*whole, pause=0.01)
                 self.assertEqual(self.assert_fresh(self.call("token")), "")
         self.store(lifetime=-10)
-        self.double.faults["refresh"] = raw(*[hints] * 60, pause=0.01)
+        self.double.faults["refresh"] = send_bytes(*[hints] * 60, pause=0.01)
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2"}
         self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
 
     def test_a_redirect_of_no_endpoint_is_followed(self):
         other = self.another_double()
-        for endpoint in ASKED:
+        for endpoint in TESTED_ENDPOINTS:
             for status, place in ((302, other.url), (307, other.url), (308, "http://[")):
                 with self.subTest(endpoint, status=status):
-                    self.double.faults = {endpoint: answering(status, b"", Location=place + "/x")}
+                    self.double.faults = {
+                        endpoint: respond_with(status, b"", Location=place + "/x")
+                    }
                     code, err = self.tell(endpoint)
                     self.assertEqual(bool(code), ENDPOINTS[endpoint].fatal)
                     self.assertIn(f"(HTTP {status}): unexpected redirect", err)
@@ -1809,7 +1817,7 @@ chatgpt_oauth.run_program()
     def test_a_proxy_that_refuses_shows_no_credentials(self):
         basic = base64.b64encode(b"user:hunter2").decode()
         said = f"HTTP/1.1 407 user:hunter2 Basic {basic} is wrong\r\n\r\n".encode()
-        proxy = Server(lambda handler: raw(said)(handler, None))
+        proxy = Server(lambda handler: send_bytes(said)(handler, None))
         self.addCleanup(proxy.close)
         environ = {
             "HTTPS_PROXY": f"http://user:hunter2@127.0.0.1:{proxy.server_port}",
@@ -2115,10 +2123,10 @@ class StoreTest(Case):
         self.token_file.chmod(0o644)
         for path in (self.folder, self.home):
             os.chown(path, 65534, 65534)
-        with self.somebody_else():
+        with self.as_unprivileged_user():
             self.assert_fails(self.call("token"), 6, "owned by another user")
         self.token_file.chmod(0o600)
-        with self.somebody_else():
+        with self.as_unprivileged_user():
             self.assert_fails(self.call("token"), 6, "Permission denied")
 
     def lure_root(self):
@@ -2221,7 +2229,7 @@ class StoreTest(Case):
     @needs_modes
     def test_an_unreadable_home_shows_no_sign_in(self):
         self.store()
-        with self.somebody_else_at_home():
+        with self.as_unprivileged_owner():
             self.home.chmod(0o000)
             code, out, err = self.call("status")
             self.home.chmod(0o700)
@@ -2387,15 +2395,15 @@ class StoreTest(Case):
         self.store(lifetime=-10)
         self.home.chmod(0o500)
         self.addCleanup(self.home.chmod, 0o700)
-        with self.somebody_else_at_home():
+        with self.as_unprivileged_owner():
             self.assert_fails(self.call("token"), 6, "cannot lock", "writable")
         self.assertEqual(self.double.requests, [])
 
     def change_attribute(self, path, attribute):
         """Set an attribute of a file with chattr until the test is over."""
-        if not works("chattr", "+" + attribute, str(path)):
+        if not command_succeeds("chattr", "+" + attribute, str(path)):
             self.skipTest(f"no chattr +{attribute} here")
-        self.addCleanup(works, "chattr", "-" + attribute, str(path))
+        self.addCleanup(command_succeeds, "chattr", "-" + attribute, str(path))
 
     def test_a_read_only_mount_is_reported_before_the_token_is_spent(self):
         self.store(lifetime=-10)
@@ -2455,7 +2463,7 @@ class StoreTest(Case):
     @needs_modes
     def test_a_read_only_token_file_is_replaced(self):
         self.store(lifetime=-10, mode=0o400)
-        with self.somebody_else_at_home():
+        with self.as_unprivileged_owner():
             self.assert_fresh(self.call("token"))
 
     def another_home(self):
@@ -2540,7 +2548,7 @@ os._exit(0)
         # The process group includes the forked child.
         self.addCleanup(os.killpg, running.process.pid, signal.SIGKILL)
         wait_for(lambda: self.double.count("refresh"))
-        running.type(b"")
+        running.type_line(b"")
         self.assertEqual(running.end()[0], 0)
         self.double.delay = 0
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "1"}
@@ -2550,7 +2558,7 @@ os._exit(0)
 
     @needs_windows
     def test_a_file_that_another_program_has_open_is_written(self):
-        self.seconds["SHARING_SECONDS"] = 0.3
+        self.waits["SHARING_SECONDS"] = 0.3
         self.store(lifetime=-10)
         with self.token_file.open():
             self.assert_fresh(self.call("token"))
@@ -2558,7 +2566,7 @@ os._exit(0)
 
     @needs_windows
     def test_an_unwritable_file_is_reported_before_the_token_is_spent(self):
-        self.seconds["SHARING_SECONDS"] = 0.3
+        self.waits["SHARING_SECONDS"] = 0.3
         self.store(lifetime=-10)
         with self.holding_file():
             self.assert_fails(self.call("token"), 6, "cannot write")
@@ -2566,7 +2574,7 @@ os._exit(0)
 
     @needs_windows
     def test_a_response_that_cannot_be_renamed_is_stored_by_the_next_process(self):
-        self.seconds["SHARING_SECONDS"] = 0.3
+        self.waits["SHARING_SECONDS"] = 0.3
         self.store(lifetime=-10)
         with contextlib.ExitStack() as held:
             self.double.faults["refresh"] = lambda *_: held.enter_context(self.holding_file())
@@ -2581,14 +2589,14 @@ os._exit(0)
         timer = threading.Timer(0.5, held.close)
         timer.start()
         self.assert_done(self.call("logout"))
-        timer.join(LIMIT)
+        timer.join(WAIT_LIMIT)
         self.assertFalse(self.token_file.exists())
 
     @needs_windows
     def test_a_file_can_be_read_while_it_is_replaced(self):
         fields = self.store()
         whole, successor = self.token_file.read_bytes(), self.folder / "successor"
-        self.seconds["REREAD_SECONDS"] = 5
+        self.waits["REREAD_SECONDS"] = 5
         stop = threading.Event()
 
         def replace():
@@ -2602,7 +2610,7 @@ os._exit(0)
         for _ in range(100):
             self.assertEqual(self.assert_quiet(self.call("token")), fields["access_token"] + "\n")
         stop.set()
-        replacing.join(LIMIT)
+        replacing.join(WAIT_LIMIT)
 
     def test_a_lock_that_is_never_released_is_exit_5(self):
         self.store(lifetime=-10)
@@ -2669,7 +2677,7 @@ for command in ("status", "token"):
 
     def test_a_held_lock_does_not_delay_a_valid_token(self):
         stored = self.store(lifetime=200)
-        self.seconds["BRIEF_LOCK_TIMEOUT"] = 0.3
+        self.waits["BRIEF_LOCK_TIMEOUT"] = 0.3
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "20"}
         with self.holding_lock():
             began = time.monotonic()
@@ -2880,10 +2888,10 @@ for command in ("status", "token"):
         time.sleep(0.3)
         with bind("127.0.0.1", port, reuse=True) as listening:
             listening.listen()
-            listening.settimeout(LIMIT)
+            listening.settimeout(WAIT_LIMIT)
             connection = listening.accept()[0]
             with connection:
-                connection.settimeout(LIMIT)
+                connection.settimeout(WAIT_LIMIT)
                 connection.recv(65536)
                 head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
                 connection.sendall(head + body)
@@ -2891,7 +2899,7 @@ for command in ("status", "token"):
 
     def test_a_lost_response_is_not_requested_again(self):
         self.store(lifetime=-10)
-        self.double.faults["refresh"] = raw(b"")
+        self.double.faults["refresh"] = send_bytes(b"")
         self.assert_fails(self.call("token"), 5, "may have to sign in again")
         self.assertEqual(self.double.count("refresh"), 1)
 
@@ -3001,8 +3009,8 @@ time.sleep(60)
 """
         running = self.start_python(code)
         wait_for(lambda: self.double.count("refresh"))
-        running.type(b"")
-        waited = running.saying(r"^waited (.+)$")[1]
+        running.type_line(b"")
+        waited = running.wait_for_line(r"^waited (.+)$")[1]
         running.process.send_signal(signal.SIGINT)
         running.end()
         self.assertLess(float(waited), 0.5)
@@ -3140,7 +3148,7 @@ time.sleep(0.2)
             self.store(lifetime=-10)
             self.double.account = "acct-1"
             signing_in = self.start("auth", "--no-browser")
-            url = signing_in.url()
+            url = signing_in.wait_for_url()
             self.double.delay = delay
             self.double.account = "acct-2"
             refreshing = self.start("token")
@@ -3205,9 +3213,9 @@ class PortTest(Case):
 
     def test_two_sign_ins_use_both_ports(self):
         first = self.start("auth", "--no-browser")
-        url = first.url()
+        url = first.wait_for_url()
         second = self.start("auth", "--no-browser")
-        other = second.url()
+        other = second.wait_for_url()
         self.assertIn(f"%3A{self.ports[1]}%2F", other)
         for running, address in ((second, other), (first, url)):
             visit(address)
@@ -3222,14 +3230,14 @@ class PortTest(Case):
             with taken:
                 taken.listen()
                 running = self.start("auth", "--no-browser")
-                self.assertIn(f"%3A{self.ports[1]}%2F", running.url())
+                self.assertIn(f"%3A{self.ports[1]}%2F", running.wait_for_url())
                 running.process.kill()
                 running.end()
 
     @needs_signals
     def test_the_port_is_free_after_ctrl_c(self):
         running = self.start("auth", "--no-browser")
-        running.url()
+        running.wait_for_url()
         running.process.send_signal(signal.SIGINT)
         began = time.monotonic()
         code, out, err = running.end()
@@ -3248,7 +3256,7 @@ class CallbackTest(Case):
     def setUp(self):
         super().setUp()
         self.running = self.start("auth", "--no-browser")
-        self.url = self.running.url()
+        self.url = self.running.wait_for_url()
         fields = urllib.parse.parse_qs(urllib.parse.urlsplit(self.url).query)
         self.state = fields["state"][0]
 
@@ -3272,7 +3280,7 @@ class CallbackTest(Case):
         self.assert_done(self.running.end())
 
     def test_a_response_from_another_issuer_is_ignored(self):
-        right = response_to(self.url)
+        right = authorization_response(self.url)
         own = urllib.parse.quote(self.double.url, safe="")
         for wrong in ("https%3A%2F%2Fevil.example.com", "", own + "%2Fx", own + "&iss=x"):
             self.assertEqual(visit(f"{right}&iss={wrong}")[-1][1], 400)
@@ -3326,7 +3334,7 @@ class CallbackTest(Case):
         self.finish()
 
     def test_large_cookies_of_other_local_sites_are_accepted(self):
-        callback_url = response_to(self.url)
+        callback_url = authorization_response(self.url)
         target = callback_url[callback_url.index("/auth") :]
         cookies = [("Cookie", "x" * 60000)] + [("Cookie", "y" * 4000)] * 50
         self.assertEqual(self.ask(target, extra=cookies)[0], 303)
@@ -3344,19 +3352,19 @@ class CallbackTest(Case):
 
     def test_a_repeated_response_is_exchanged_once(self):
         self.double.delay = 0.1
-        callback_url = response_to(self.url)
+        callback_url = authorization_response(self.url)
         first = threading.Thread(target=visit, args=(callback_url,), daemon=True)
         first.start()
         wait_for(lambda: self.double.count("code"))
         self.assertEqual([page[1] for page in visit(callback_url, follow=False)], [303])
-        first.join(LIMIT)
+        first.join(WAIT_LIMIT)
         self.assertEqual(self.running.end()[0], 0)
         self.assertEqual(self.double.count("code"), 1)
 
     def test_a_repeated_response_shows_the_failed_exchange(self):
         self.double.delay = 0.1
         self.fault("code", 400, b"{}")
-        callback_url = response_to(self.url)
+        callback_url = authorization_response(self.url)
         with concurrent.futures.ThreadPoolExecutor(3) as browsers:
             pages = list(browsers.map(visit, [callback_url] * 3))
         self.assertEqual([page[-1][1] for page in pages], [400] * 3)
@@ -3366,7 +3374,7 @@ class CallbackTest(Case):
         self.assertEqual(self.double.count("code"), 1)
 
     def test_a_prefetch_does_not_use_up_the_response(self):
-        callback_url = response_to(self.url)
+        callback_url = authorization_response(self.url)
         target = callback_url[callback_url.index("/auth") :]
         for name, value in (
             ("Sec-Purpose", "prefetch"),
@@ -3384,12 +3392,12 @@ class CallbackTest(Case):
 
     def test_an_empty_error_is_absent(self):
         self.assertEqual(self.ask(f"/auth/callback?error=&state={self.state}")[0], 400)
-        self.assertIn("/success", visit(response_to(self.url) + "&error=")[-1][0])
+        self.assertIn("/success", visit(authorization_response(self.url) + "&error=")[-1][0])
         self.assert_done(self.running.end())
 
     def send_raw(self, data):
         """Send `data` to the listener and return everything that comes back."""
-        with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as connection:
+        with socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT) as connection:
             connection.sendall(data)
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
@@ -3421,11 +3429,11 @@ class CallbackTest(Case):
     def test_an_endless_request_head_is_disconnected(self):
         self.finish()
         self.assertEqual(oauth.HEAD_TIMEOUT, 10)
-        self.seconds.update(HEAD_TIMEOUT=1)
+        self.waits.update(HEAD_TIMEOUT=1)
         durations = []
 
         def trickle(url):
-            with socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT) as slow:
+            with socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT) as slow:
                 began = time.monotonic()
                 # A socket timeout would start again with each byte and never run out. A byte that
                 # is sent after the listener has hung up resets the connection.
@@ -3443,7 +3451,7 @@ class CallbackTest(Case):
     def test_more_than_64_idle_connections_drop_the_oldest(self):
         silent = []
         for _ in range(70):
-            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
+            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT))
             self.addCleanup(silent[-1].close)
         for each in silent[:6]:
             self.assertEqual(each.recv(1), b"")
@@ -3455,21 +3463,21 @@ class CallbackTest(Case):
     @unittest.skipUnless(shutil.which("prlimit"), "no prlimit here")
     def test_running_out_of_file_descriptors_is_silent(self):
         # Until it prints this line, the program opens files to load modules.
-        self.running.saying("auth --device$")
+        self.running.wait_for_line("auth --device$")
         time.sleep(0.1)
         pid = str(self.running.process.pid)
         used = len(os.listdir(f"/proc/{pid}/fd"))
         limit = ["prlimit", "--pid", pid, f"--nofile={used + 3}:4096"]
-        subprocess.run(limit, check=True, timeout=LIMIT)
+        subprocess.run(limit, check=True, timeout=WAIT_LIMIT)
         silent = []
         for _ in range(10):
-            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
+            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT))
             self.addCleanup(silent[-1].close)
         time.sleep(0.2)
         before = cpu_seconds(pid)
         time.sleep(0.3)
         self.assertLess(cpu_seconds(pid) - before, 0.15)
-        subprocess.run(["prlimit", "--pid", pid, "--nofile=4096"], check=True, timeout=LIMIT)
+        subprocess.run(["prlimit", "--pid", pid, "--nofile=4096"], check=True, timeout=WAIT_LIMIT)
         visit(self.url)
         self.assertNotIn("Exception", self.assert_done(self.running.end()))
 
@@ -3494,10 +3502,10 @@ class CallbackTest(Case):
             lambda: b"GET " + good + b"\0 HTTP/1.1\r\n" + host + b"\r\n",
         )
         self.ask("/warm")
-        before = memory(self.running.process.pid)
+        before = memory_in_kib(self.running.process.pid)
         silent = []
         for _ in range(idle):
-            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), LIMIT))
+            silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT))
         for number in range(requests):
             bad = kinds[number % 10]()
             listener = ("127.0.0.1", self.ports[0])
@@ -3506,7 +3514,7 @@ class CallbackTest(Case):
                 if number % 3 == 0 and number % 10 != 3:
                     sender.recv(100)
         bound = 20 if sys.implementation.name == "cpython" else 64  # MiB
-        self.assertLess(memory(self.running.process.pid) - before, bound << 10)
+        self.assertLess(memory_in_kib(self.running.process.pid) - before, bound << 10)
         began = time.monotonic()
         pages = visit(self.url)
         self.assertLess(time.monotonic() - began, 1)
@@ -3796,7 +3804,9 @@ class SignInTest(Case):
         ):
             result = self.call("auth", "--no-browser", *arguments, environ=environ, browser=visit)
             self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
-            self.assertEqual(self.double.asked("authorize")[-1]["allowed_workspace_id"], "acct-2")
+            self.assertEqual(
+                self.double.requests_to("authorize")[-1]["allowed_workspace_id"], "acct-2"
+            )
             self.assertEqual(self.stored(), before)
         result = self.call("auth", "--device", "--workspace", "acct-2")
         self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
@@ -3807,7 +3817,7 @@ class SignInTest(Case):
         self.sign_in("--workspace", "acct-2")
         self.assertEqual(self.stored()["account_id"], "acct-2")
         self.sign_in()
-        self.assertNotIn("allowed_workspace_id", self.double.asked("authorize")[-1])
+        self.assertNotIn("allowed_workspace_id", self.double.requests_to("authorize")[-1])
 
     def test_the_workspace_is_shown_after_a_sign_in(self):
         self.double.plan = "team"
@@ -3828,7 +3838,7 @@ class SignInTest(Case):
         self.double.faults["key"] = look
         self.double.delay = 0.1
         running = self.start("auth", "--no-browser")
-        pages = visit(response_to(running.url()), follow=False)
+        pages = visit(authorization_response(running.wait_for_url()), follow=False)
         self.assertTrue(self.token_file.exists())
         self.assertEqual(pages[0][1], 303)
         visit(urllib.parse.urljoin(pages[0][0], "/success"))
@@ -3841,16 +3851,16 @@ class SignInTest(Case):
             "sys.exit(oauth.main(['auth', '--no-browser']))"
         )
         running = self.start_python(code)
-        self.assertEqual([page[1] for page in visit(running.url())], [302, 303, 200])
+        self.assertEqual([page[1] for page in visit(running.wait_for_url())], [302, 303, 200])
         self.assert_done(running.end())
 
     def test_the_wait_for_the_success_page_is_short(self):
         self.assertEqual(oauth.SUCCESS_PAGE_TIMEOUT, 5)
-        self.seconds.update(SUCCESS_PAGE_TIMEOUT=0.3)
+        self.waits.update(SUCCESS_PAGE_TIMEOUT=0.3)
         redirected = []
 
         def leave(url):
-            visit(response_to(url), follow=False)
+            visit(authorization_response(url), follow=False)
             redirected.append(time.monotonic())
 
         err = self.assert_done(self.call("auth", "--no-browser", browser=leave))
@@ -3907,7 +3917,7 @@ class SignInTest(Case):
         self.assertNotIn("mine", self.stored())
         self.assertEqual(self.stored()["account_id"], "acct-2")
         self.assertNotIn(old["refresh_token"], self.double.refresh_tokens)
-        sent = self.double.asked("revoke")[0]
+        sent = self.double.requests_to("revoke")[0]
         self.assertEqual(sent["token_type_hint"], "refresh_token")
         self.assertEqual(sent["client_id"], self.double.client_id)
 
@@ -3915,7 +3925,7 @@ class SignInTest(Case):
         before = self.store()
         self.fault("code", 400, b"{}")
         running = self.start("auth", "--no-browser")
-        page = visit(running.url())[-1]
+        page = visit(running.wait_for_url())[-1]
         self.assertEqual(page[1], 400)
         self.assertIn("Sign-in failed", page[3])
         self.assert_fails(running.end(), 1, "could not exchange the authorization code (HTTP 400)")
@@ -3953,7 +3963,7 @@ class SignInTest(Case):
             running = self.start("auth", option)
             self.fill_the_disk(running)
             if option == "--no-browser":
-                self.assertEqual(visit(running.url())[-1][1], 400)
+                self.assertEqual(visit(running.wait_for_url())[-1][1], 400)
             self.assert_fails(running.end(), 6, str(self.token_file))
             self.assertEqual(self.double.count("revoke"), 1)
             self.assertEqual(self.double.refresh_tokens, {})
@@ -3964,7 +3974,7 @@ class SignInTest(Case):
         before = self.store()
         running = self.start("auth", "--no-browser")
         self.fill_the_disk(running)
-        visit(running.url())
+        visit(running.wait_for_url())
         self.assert_fails(running.end(), 6, str(self.token_file))
         self.assertEqual(self.stored(), before)
         # A revocation could end the whole grant.
@@ -3983,7 +3993,7 @@ class SignInTest(Case):
         self.double.delay = 0.2
         for flags, endpoint in (([], "code"), (["--official"], "plan_code")):
             running = self.start("auth", "--no-browser", *flags)
-            threading.Thread(target=visit, args=(running.url(),), daemon=True).start()
+            threading.Thread(target=visit, args=(running.wait_for_url(),), daemon=True).start()
             wait_for(lambda asked=endpoint: self.double.count(asked))
             running.process.send_signal(signal.SIGINT)
             code, out, err = running.end()
@@ -4030,11 +4040,11 @@ class SignInTest(Case):
 
     def test_account_and_email_are_read_from_either_token(self):
         profile = {"https://api.openai.com/profile": {"email": "ada@example.com"}}
-        claims = {"exp": int(time.time()) + 9999, AUTH: {"chatgpt_account_id": "acct-7"}}
+        claims = {"exp": int(time.time()) + 9999, AUTH_CLAIM: {"chatgpt_account_id": "acct-7"}}
         access = encode_jwt({**claims, **profile})
-        own = {"email": "id@example.com", AUTH: {"chatgpt_account_id": "acct-8"}}
+        own = {"email": "id@example.com", AUTH_CLAIM: {"chatgpt_account_id": "acct-8"}}
         for id_claims, account, email in (
-            ({AUTH: {"chatgpt_plan_type": "plus"}}, "acct-7", "ada@example.com"),
+            ({AUTH_CLAIM: {"chatgpt_plan_type": "plus"}}, "acct-7", "ada@example.com"),
             ({}, "acct-7", "ada@example.com"),
             (own, "acct-8", "id@example.com"),
         ):
@@ -4060,7 +4070,7 @@ class SignInTest(Case):
             ("access_denied", "missing_codex_entitlement", "administrator"),
         ):
             running = self.start("auth", "--no-browser")
-            fields = urllib.parse.parse_qs(urllib.parse.urlsplit(running.url()).query)
+            fields = urllib.parse.parse_qs(urllib.parse.urlsplit(running.wait_for_url()).query)
             response = {
                 "error": error,
                 "error_description": description,
@@ -4088,7 +4098,7 @@ class SignInTest(Case):
 class PasteTest(Case):
     def test_a_pasted_url_completes_the_sign_in(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        callback_url = response_to(running.url())
+        callback_url = authorization_response(running.wait_for_url())
         code = urllib.parse.parse_qs(urllib.parse.urlsplit(callback_url).query)["code"][0]
         for line, words in (
             (code, "not complete"),
@@ -4099,9 +4109,9 @@ class PasteTest(Case):
             (callback_url.replace("/auth/callback", "/other"), "must start with"),
         ):
             running.err = ""
-            running.type(line.encode())
-            running.saying("That URL does not work: .*" + words)
-        running.type(callback_url.encode() + b"\r")
+            running.type_line(line.encode())
+            running.wait_for_line("That URL does not work: .*" + words)
+        running.type_line(callback_url.encode() + b"\r")
         running.process.stdin.close()
         self.assertNotIn(code, self.assert_done(running.end()))
 
@@ -4109,11 +4119,11 @@ class PasteTest(Case):
         for form in ('"{0}"', "'{0}'", "<{0}>", " {0} ", "{1}", '"{1}"', "{0}#", "{2}"):
             with self.subTest(form):
                 running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-                callback_url = response_to(running.url())
+                callback_url = authorization_response(running.wait_for_url())
                 line = form.format(
                     callback_url, callback_url.partition("?")[2], callback_url.partition("//")[2]
                 )
-                running.type(line.encode())
+                running.type_line(line.encode())
                 self.assert_done(running.end())
 
     def pipe(self):
@@ -4127,7 +4137,9 @@ class PasteTest(Case):
     def test_input_after_the_pasted_line_is_not_read(self):
         source, sink = self.pipe()
         running = self.start("auth", "--no-browser", stdin=source)
-        sink.write(b"hello\n" + response_to(running.url()).encode() + b"\nmine\n")
+        sink.write(
+            b"hello\n" + authorization_response(running.wait_for_url()).encode() + b"\nmine\n"
+        )
         sink.close()
         self.assert_done(running.end())
         self.assertEqual(source.read(), b"mine\n")
@@ -4144,7 +4156,7 @@ class PasteTest(Case):
             time.sleep(0.2)
 
         self.double.faults["key"] = type_ahead
-        visit(running.url())
+        visit(running.wait_for_url())
         self.assert_done(running.end())
         sink.close()
         self.assertEqual(source.read(), b"mine\n")
@@ -4160,13 +4172,13 @@ class PasteTest(Case):
                             running.process.stdin.write(endless)
 
                 threading.Thread(target=pour, daemon=True).start()
-                url = running.url()
+                url = running.wait_for_url()
                 # One second is enough to read hundreds of MiB.
                 time.sleep(1)
                 # Under Wine, this would be the memory that Wine uses.
                 if POSIX:
                     bound = 64 if sys.implementation.name == "cpython" else 256  # MiB
-                    self.assertLess(memory(running.process.pid), bound << 10)
+                    self.assertLess(memory_in_kib(running.process.pid), bound << 10)
                 began = time.monotonic()
                 self.assertEqual(visit(url)[-1][1], 200)
                 self.assertLess(time.monotonic() - began, 1)
@@ -4175,7 +4187,7 @@ class PasteTest(Case):
     def test_half_a_line_without_a_port_is_an_error(self):
         self.take_ports()
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        running.url()
+        running.wait_for_url()
         running.process.stdin.write(b"half a line")
         running.process.stdin.close()
         self.assert_fails(
@@ -4187,7 +4199,7 @@ class PasteTest(Case):
         leader, follower = os.openpty()
         self.addCleanup(os.close, follower)
         running = self.start("auth", "--no-browser", stdin=follower, start_new_session=True)
-        url = running.url()
+        url = running.wait_for_url()
         os.close(leader)
         time.sleep(0.2)
         visit(url)
@@ -4195,7 +4207,7 @@ class PasteTest(Case):
 
     def test_the_end_of_the_input_does_not_end_the_sign_in(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        url = running.url()
+        url = running.wait_for_url()
         running.process.stdin.close()
         time.sleep(0.2)
         visit(url)
@@ -4204,9 +4216,9 @@ class PasteTest(Case):
     def test_a_url_can_be_pasted_without_a_port(self):
         self.take_ports()
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        callback_url = response_to(running.url())
+        callback_url = authorization_response(running.wait_for_url())
         self.assertIn(f"localhost:{self.ports[0]}/", callback_url)
-        running.type(callback_url.encode())
+        running.type_line(callback_url.encode())
         err = self.assert_done(running.end())
         port = self.ports[0]
         listing = {
@@ -4221,7 +4233,7 @@ class PasteTest(Case):
         result = self.run_program("auth", "--no-browser")
         self.assert_fails(result, 1, PORT_TAKEN, "--device", listing)
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
-        running.url()
+        running.wait_for_url()
         running.process.stdin.close()
         code, out, err = running.end()
         self.assertEqual(code, 1)
@@ -4240,8 +4252,8 @@ class PasteTest(Case):
     @needs_terminal
     def test_a_url_pasted_after_the_timeout_signs_in(self):
         leader, running = self.start_at_terminal("0.5")
-        callback_url = response_to(running.url())
-        running.saying("press Enter")
+        callback_url = authorization_response(running.wait_for_url())
+        running.wait_for_line("press Enter")
         os.write(leader, callback_url.encode() + b"\n")
         self.assertEqual(self.assert_done(running.end()).count("/oauth/authorize?"), 1)
         self.assertTrue(self.stored()["access_token"])
@@ -4256,13 +4268,13 @@ class PasteTest(Case):
     @needs_terminal
     def test_enter_at_a_terminal_starts_a_new_sign_in(self):
         leader, running = self.start_at_terminal("1", environ={"TERM": "xterm"})
-        first = running.url()
-        running.saying("press Enter")
+        first = running.wait_for_url()
+        running.wait_for_line("press Enter")
         running.err = ""
         os.write(leader, b"\n")
-        second = running.url()
+        second = running.wait_for_url()
         self.assertNotEqual(first, second)
-        os.write(leader, response_to(second).encode() + b"\n")
+        os.write(leader, authorization_response(second).encode() + b"\n")
         self.assert_done(running.end())
 
 
@@ -4331,13 +4343,13 @@ class DeviceTest(Case):
 
     def test_polling_slows_down_after_a_timeout(self):
         moments = []
-        self.seconds["POLL_FLOOR"] = 0.1
+        self.waits["POLL_FLOOR"] = 0.1
 
         def silence(handler, _):
             moments.append(time.monotonic())
             if len(moments) == 3:
                 return self.double.reply(handler, 400, b'{"error": "expired_token"}')
-            return raw(b"", pause=0.3)(handler, _)
+            return send_bytes(b"", pause=0.3)(handler, _)
 
         self.double.faults["device"] = silence
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.1"}
@@ -4363,7 +4375,7 @@ class DeviceTest(Case):
 
     def test_slow_down_lengthens_the_interval(self):
         moments = []
-        self.seconds["SLOW_DOWN"] = 0.2
+        self.waits["SLOW_DOWN"] = 0.2
 
         def fault(handler, _):
             moments.append(time.monotonic())
@@ -4411,7 +4423,7 @@ class DeviceTest(Case):
         err = self.assert_fails(self.call("auth", "--device"), 1)
         self.assertIn("\nWXYZ\n", err)
         sent = {"device_auth_id": "d", "user_code": "WXYZ"}
-        self.assertEqual(self.double.asked("device"), [sent])
+        self.assertEqual(self.double.requests_to("device"), [sent])
         self.assertTrue(0.2 <= waited[0] < 4, waited)
 
 
@@ -4457,7 +4469,7 @@ class OfficialTest(Case):
 
     def test_sign_in_sign_out_and_sign_in_again(self):
         running = self.start("auth", "--official", "--no-browser")
-        pages = visit(running.url())
+        pages = visit(running.wait_for_url())
         err = self.assert_done(running.end())
         self.assertEqual([page[1] for page in pages], [302, 303, 200])
         for words in (
@@ -4482,7 +4494,7 @@ class OfficialTest(Case):
         self.assertEqual(first["scopes"], self.double.SCOPE.split())
         if POSIX:
             self.assertEqual(self.plan_file.stat().st_mode & 0o777, 0o600)
-        hint = self.double.asked("plan_authorize")[0]["agent_name_hint"]
+        hint = self.double.requests_to("plan_authorize")[0]["agent_name_hint"]
         self.assertEqual(hint, "Code Puppy (chatgpt_oauth)")
         self.assertFalse(self.token_file.exists())
 
@@ -4546,9 +4558,9 @@ class OfficialTest(Case):
 
     def test_a_pasted_url_signs_in(self):
         running = self.start("auth", "--official", "--no-browser", stdin=subprocess.PIPE)
-        url = running.url()
+        url = running.wait_for_url()
         self.assertNotIn("--device", running.err)
-        running.type(response_to(url).encode())
+        running.type_line(authorization_response(url).encode())
         self.assert_done(running.end())
 
     def test_conflicting_options_are_a_usage_error(self):
@@ -4580,7 +4592,7 @@ class OfficialTest(Case):
         self.assertIn("auth --official", official["problem"])
         self.double.plan_allowed = True
         self.assert_done(self.official_sign_in())
-        self.assertEqual(self.double.asked("plan_authorize")[-1]["prompt"], "consent")
+        self.assertEqual(self.double.requests_to("plan_authorize")[-1]["prompt"], "consent")
         self.assertEqual(len(self.stored_models()), 2)
         self.double.plan_allowed = False
         self.assert_fails(self.official_sign_in(), 1, "not allowed")
@@ -4944,7 +4956,7 @@ class ShellTest(Case):
                 old_environ = {**environ, "CHATGPT_OAUTH_API_KEY": "old"}
                 set_command = [*shell, code.format(command, show)], environ
                 unset_command = [*shell, code.format(unset, "env")], old_environ
-                results = side_by_side(
+                results = run_in_parallel(
                     lambda run: self.run_command(*run), (set_command, unset_command)
                 )
                 self.assertEqual(results[0][1].strip(), self.KEY)
@@ -5030,7 +5042,7 @@ class ShellTest(Case):
                 # The eval of tcsh can handle neither backquotes nor newlines in the path.
                 usable = lines[:2] if shell == "tcsh" else lines
                 commands = [[shell, "-c", f"{each[row]}\n{show}"] for each in usable]
-                for command, result in zip(commands, side_by_side(self.run_command, commands)):
+                for command, result in zip(commands, run_in_parallel(self.run_command, commands)):
                     self.assertEqual(result[1].strip(), self.KEY, (command, result))
 
     @needs_sh
@@ -5082,7 +5094,7 @@ class TerminalTest(Case):
         script.write_text(
             "import json, os, sys\n"
             f"json.dump([sys.argv, dict(os.environ)], open({str(seen)!r}, 'w'))\n"
-            f"sys.path.insert(0, {str(pathlib.Path(HERE).parent)!r})\n"
+            f"sys.path.insert(0, {str(pathlib.Path(TEST_FILE).parent)!r})\n"
             "import test_chatgpt_oauth as tests\n"
             "print('noise from the browser'); tests.visit(sys.argv[1])\n"
         )
@@ -5118,7 +5130,7 @@ class TerminalTest(Case):
             command = [sys.executable, PROGRAM, *arguments, "--timeout", "31"]
             environ = {**self.environ, "TERM": "xterm"}
             process = subprocess.Popen(command, env=environ, start_new_session=True, **streams)
-            self.addCleanup(process.wait, LIMIT)
+            self.addCleanup(process.wait, WAIT_LIMIT)
             self.addCleanup(process.kill)
             os.close(follower)
             screens[leader], repaints[leader] = b"", "--device" in arguments
@@ -5150,7 +5162,7 @@ class TerminalTest(Case):
         for encoding in ("ascii", "cp1252", "utf-8"):
             environ = {"PYTHONIOENCODING": encoding}
             running = self.start("auth", "--no-browser", environ=environ)
-            visit(running.url())
+            visit(running.wait_for_url())
             self.assertEqual(running.end()[0], 0)
             out = self.assert_quiet(self.run_program("status", environ=environ))
             self.assertNotIn("\u202e", out)
@@ -5160,7 +5172,7 @@ class TerminalTest(Case):
         program.parent.mkdir()
         shutil.copy(PROGRAM, program)
         code, out, err = self.run_command([sys.executable, str(program), "status", "--json"])
-        self.assertIn(f"{PYTHON} {typed(program)} auth", json.loads(out)["problem"])
+        self.assertIn(f"{PYTHON} {quoted_path(program)} auth", json.loads(out)["problem"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5563,9 +5575,9 @@ sys.exit(oauth.main(["token"]))
                 visitor = threading.Thread(target=browse, daemon=True)
                 visitor.start()
                 facts = oauth.sign_in(open_browser=False, timeout=10)
-            visitor.join(LIMIT)
+            visitor.join(WAIT_LIMIT)
             self.assertTrue(facts["authenticated"])
-            shorter = mock.patch.multiple(oauth, **self.seconds)
+            shorter = mock.patch.multiple(oauth, **self.waits)
             with shorter, self.assertLogs("chatgpt_oauth", "WARNING") as logged:
                 self.assertTrue(oauth.sign_in(device=True)["has_api_key"])
             self.assertIn("ABCD-EFGH", "\n".join(logged.output))
@@ -5623,7 +5635,7 @@ class InstallTest(Case):
             f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", messages
         )
         # A profile may run before PATH is complete, as ~/.bashrc does on Debian.
-        self.assertIn(f"{typed(self.launcher)} env --shell ", messages)
+        self.assertIn(f"{quoted_path(self.launcher)} env --shell ", messages)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
         out = self.assert_quiet(self.run_installed("env", "--shell", "sh"))
@@ -5789,7 +5801,7 @@ class InstallTest(Case):
             for each in self.folder.rglob("*"):
                 each.chmod(0o777)
             unwritable.chmod(0o555)
-            with self.somebody_else():
+            with self.as_unprivileged_user():
                 result = self.call("install", "--code-puppy")
             self.assert_fails(result, 6, f"cannot write {unwritable}", "permissions")
             remaining = {path for path in self.read_files() if not path.endswith(".lock")}
@@ -6167,14 +6179,14 @@ class PuppyCase(Case):
         before = self.puppy.switch_context("mine" if name.endswith("register_callbacks") else None)
         spec.loader.exec_module(module)
         self.puppy.switch_context(before)
-        short_waits = mock.patch.multiple(module, MESSAGE_PAUSE=0, **self.seconds)
+        short_waits = mock.patch.multiple(module, MESSAGE_PAUSE=0, **self.waits)
         short_waits.start()
         self.addCleanup(short_waits.stop)
 
     def dispatch(self, text, browser=visit):
         """Dispatch a command like the host. Return the first answer and the printed text."""
         name = text[1:].split()[0]
-        out = Saying(browser)
+        out = BrowserStream(browser)
         self.messages.clear()
         with contextlib.redirect_stdout(out), mock.patch.object(sys, "stdin", self.stdin):
             registered = self.puppy.callbacks.get_callbacks("custom_command")
@@ -6340,7 +6352,7 @@ class PuppyTest(PuppyCase):
     def test_hints_name_code_puppy_commands(self):
         self.start_host()
         self.load_plugin()
-        self.double.faults["code"] = answering(400, b"{}")
+        self.double.faults["code"] = respond_with(400, b"{}")
         self.dispatch("/chatgpt-auth")
         self.assertIn("hint: to try again, run: /chatgpt-auth", self.message_text())
         self.dispatch("/chatgpt-auth --timeout 0.1", browser=None)
@@ -6378,12 +6390,12 @@ class PuppyTest(PuppyCase):
         self.assertIn("the browser ends on, run: /chatgpt-auth URL", self.message_text())
         self.dispatch("/chatgpt-auth http://localhost:1455/auth/callback?code=x&state=y")
         self.assertIn("it belongs to a different sign-in", self.message_text())
-        self.dispatch(f"/chatgpt-auth {response_to(urls[0])}")
+        self.dispatch(f"/chatgpt-auth {authorization_response(urls[0])}")
         self.assertIn("Signed in", self.message_text())
         self.assertIn("To use one of the models, type: /model chatgpt-", self.message_text())
         self.assertNotIn("URL", self.message_text())
         self.dispatch("/chatgpt-auth --official --timeout 0.1", browser=urls.append)
-        self.dispatch(f"/chatgpt-auth {response_to(urls[1])}")
+        self.dispatch(f"/chatgpt-auth {authorization_response(urls[1])}")
         self.assertIn("Using ChatGPT plan", self.message_text())
         self.assertTrue(self.plan_file.exists())
 
@@ -6392,7 +6404,7 @@ class PuppyTest(PuppyCase):
         self.load_plugin()
         urls = []
         self.dispatch("/chatgpt-auth --workspace acct-2 --timeout 0.1", browser=urls.append)
-        self.dispatch(f"/chatgpt-auth {response_to(urls[0])}")
+        self.dispatch(f"/chatgpt-auth {authorization_response(urls[0])}")
         self.assertIn("workspace acct-1 instead of acct-2", self.message_text())
         self.assertFalse(self.token_file.exists())
 
@@ -6447,8 +6459,8 @@ class PuppyTest(PuppyCase):
                 wait_for(lambda text=answer: text in self.message_text())
             self.assertEqual("60 seconds left" in self.message_text(), has_countdown)
             self.assertEqual("seconds left" in self.message_text(), has_countdown)
-            os.write(leader, response_to(urls[-1]).encode() + b"\n")
-            waiting.join(LIMIT)
+            os.write(leader, authorization_response(urls[-1]).encode() + b"\n")
+            waiting.join(WAIT_LIMIT)
             self.assertIn("Signed in", self.message_text())
             self.assertEqual(local_flags(), before)
 
@@ -6874,7 +6886,7 @@ class MainTest(Case):
         helps = {}
         for command in COMMANDS:
             line = [sys.executable, name, command, "-h"]
-            helps[command] = Running(line, self.environ, cwd=str(self.folder))
+            helps[command] = Process(line, self.environ, cwd=str(self.folder))
             self.addCleanup(helps[command].close)
         for command, running in helps.items():
             self.assertIn(f"  {command}", text)
@@ -6889,10 +6901,10 @@ class MainTest(Case):
         program.parent.mkdir()
         shutil.copy(PROGRAM, program)
         start = [sys.executable, str(program)]
-        results = side_by_side(lambda each: self.run_command([*start, each, "-h"]), COMMANDS)
+        results = run_in_parallel(lambda each: self.run_command([*start, each, "-h"]), COMMANDS)
         for command, result in zip(COMMANDS, results):
             output = self.assert_quiet(result)
-            usage = f"usage: {PYTHON} {typed(program)} {command} [options]"
+            usage = f"usage: {PYTHON} {quoted_path(program)} {command} [options]"
             self.assertEqual(output[: len(usage)], usage)
 
     def test_a_missing_standard_module_is_named(self):
@@ -6919,15 +6931,17 @@ runpy.run_path({1!r}, run_name="__main__")
     def test_a_hint_needs_no_further_import(self):
         code = """
 import chatgpt_oauth
-class Nothing:
+class NoModules:
     def find_spec(self, name, *_):
         raise ModuleNotFoundError(name=name)
-sys.meta_path.insert(0, Nothing())
+sys.meta_path.insert(0, NoModules())
 sys.argv[0] = "a folder/c.py"
 chatgpt_oauth.run_program()
 """
         result = self.start_python(code, "token").end()
-        self.assert_fails(result, 3, f"to sign in, run: {PYTHON} {typed('a folder/c.py')} auth\n")
+        self.assert_fails(
+            result, 3, f"to sign in, run: {PYTHON} {quoted_path('a folder/c.py')} auth\n"
+        )
 
     def test_an_old_python_reports_the_required_version(self):
         found = [
@@ -6990,7 +7004,7 @@ chatgpt_oauth.run_program()
         }
         lines = [c for c in cases if "/dev/full" not in c or os.path.exists("/dev/full")]
         for code, result in zip(
-            lines, side_by_side(lambda c: self.run_shell(c + "; echo $?"), lines)
+            lines, run_in_parallel(lambda c: self.run_shell(c + "; echo $?"), lines)
         ):
             self.assertEqual(result[1], cases[code], code)
         if os.path.exists("/dev/full"):
@@ -7006,7 +7020,7 @@ chatgpt_oauth.run_program()
         (self.folder / "python3.99").symlink_to(sys.executable)
         environ = {"PATH": str(self.folder) + os.pathsep + PATH}
         err = self.run_command(["python3.99", PROGRAM, "token"], environ)[2]
-        self.assertIn(f"run: python3.99 {typed(PROGRAM)} auth", err)
+        self.assertIn(f"run: python3.99 {quoted_path(PROGRAM)} auth", err)
 
     def test_it_runs_as_a_module_a_zip_a_copy_and_from_a_pipe(self):
         import zipfile
@@ -7020,8 +7034,8 @@ chatgpt_oauth.run_program()
         self.environ["PYTHONPATH"] = str(pathlib.Path(PROGRAM).parent)
         for command, stdin, name in (
             (["-m", "chatgpt_oauth"], None, f"{PYTHON} -m chatgpt_oauth"),
-            ([str(archive)], None, f"{PYTHON} {typed(archive)}"),
-            ([str(renamed)], None, f"{PYTHON} {typed(renamed)}"),
+            ([str(archive)], None, f"{PYTHON} {quoted_path(archive)}"),
+            ([str(renamed)], None, f"{PYTHON} {quoted_path(renamed)}"),
             (["-"], PROGRAM, f"{PYTHON} chatgpt_oauth.py"),
         ):
             with self.subTest(name), open(stdin or os.devnull) as source:
@@ -7103,7 +7117,7 @@ class Fuzzer(Case):
             kind = chance.randrange(6)
             status = chance.choice((200, 200, 200, 400, 401, 403, 404, 429, 500, 503, 302))
             if kind == 0:
-                return echo(handler, fields)
+                return echo_request(handler, fields)
             if kind == 1:
                 body = bytes(chance.randrange(256) for _ in range(chance.randrange(200)))
             elif kind == 2:
@@ -7172,7 +7186,7 @@ class Fuzzer(Case):
         elif kind == 2:
             self.token_file.unlink()
         torn = kind == 1
-        for endpoint in ASKED:
+        for endpoint in TESTED_ENDPOINTS:
             if chance.random() < 0.4:
                 self.double.faults[endpoint] = self.answer(chance)
         command = chance.choice(self.COMMANDS)
@@ -7203,7 +7217,7 @@ class Fuzzer(Case):
         self.setUp()
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
-        self.seconds.update(SUCCESS_PAGE_TIMEOUT=0.1)
+        self.waits.update(SUCCESS_PAGE_TIMEOUT=0.1)
         count, began = 0, time.monotonic()
         try:
             while time.monotonic() - began < seconds:
@@ -7229,12 +7243,12 @@ class DemoTest(unittest.TestCase):
     def test_the_demo_runs_every_command(self):
         with tempfile.TemporaryDirectory() as home:
             result = subprocess.run(
-                [sys.executable, HERE, "demo", "--simulate"],
+                [sys.executable, TEST_FILE, "demo", "--simulate"],
                 env=environment(home),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
-                timeout=DEMO_SECONDS + LIMIT,
+                timeout=DEMO_SECONDS + WAIT_LIMIT,
             )
         self.assertEqual(result.returncode, 0, result.stdout)
         signing_in = ["auth", "status", "models", "logout"]
@@ -7255,12 +7269,12 @@ class TwoProcessSuite(unittest.TestSuite):
 
     def run(self, result, debug=False):
         classes = [suite for suite in self if suite.countTestCases()]
-        module = pathlib.Path(HERE).stem
+        module = pathlib.Path(TEST_FILE).stem
         names = [f"{module}.{type(next(iter(suite))).__name__}" for suite in classes[1::2]]
         flags = ["-v"] if getattr(result, "showAll", False) else []
         warnings = [f"-W{each}" for each in sys.warnoptions]
         command = [sys.executable, *warnings, "-m", "unittest", *flags, *names]
-        options = {"cwd": os.path.dirname(HERE), "stdin": subprocess.DEVNULL}
+        options = {"cwd": os.path.dirname(TEST_FILE), "stdin": subprocess.DEVNULL}
         with tempfile.TemporaryFile() as output:
             second = subprocess.Popen(command, stderr=output, **options)
             try:
@@ -7332,7 +7346,9 @@ def demo(simulate):
         print("All files are in a temporary home directory, which is removed at the end.")
         can_open = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(environ)
         if simulate or (not can_open and sys.platform not in ("win32", "darwin")):
-            environ["BROWSER"] = shell_line(sys.executable, HERE, "visit", "--save", page) + " %s"
+            environ["BROWSER"] = (
+                shell_line(sys.executable, TEST_FILE, "visit", "--save", page) + " %s"
+            )
             print("The demo simulates a browser.")
         for title, command in DEMO:
             print(f"\n# {title}\n$ {command.replace('BIN', '~/bin')}", flush=True)
