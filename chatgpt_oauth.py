@@ -3926,12 +3926,11 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Commands: one function for each command
+# Status: the report that `status` prints
 # ---------------------------------------------------------------------------------------------
-# A command gets a session and its options, prints its result on standard output and returns its
-# exit code (None means 0). A command that raises an OAuthError has not printed a result. Only `env`
-# and `token` print secrets. `env`, `token` and `status` run at every start of a shell, so they must
-# stay fast.
+# This room collects what is known about both sign-ins, judges it, and puts it into words. It prints
+# nothing and changes nothing, except that --online refreshes tokens that are due. A report holds no
+# secret. Without --online nothing is sent, and every fault becomes part of the report.
 
 # `status` lists this many models, each on one line.
 SHOWN_MODELS = 10
@@ -4185,6 +4184,15 @@ def format_expiry(when: Optional[str], refreshable: bool) -> str:
     if (parse_timestamp(when) or 0.0) >= time.time():
         return f"expires {format_distance(when)}" + (", auto-refreshed" if refreshable else "")
     return f"expired {format_distance(when)}" + (", refreshed on next use" if refreshable else "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands: one function for each command
+# ---------------------------------------------------------------------------------------------
+# A command gets a session and its options, prints its result on standard output and returns its
+# exit code (None means 0). A command that raises an OAuthError has not printed a result. Only `env`
+# and `token` print secrets. `env`, `token` and `status` run at every start of a shell, so they must
+# stay fast.
 
 
 @module_function()
