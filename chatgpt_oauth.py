@@ -3586,12 +3586,17 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
 class Shell:
     """The syntax of a family of shells.
 
-    `names` maps each shell of the family to the path of its profile. The other texts are templates:
-    `assign` sets variable {0} to {1}, and `unset` unsets variable {0}. `separator` stands between
-    two of these statements. `profile` is the line for the profile: it evaluates what the command
-    {0} prints or, if `prints` is false, uses the program {0} to set variable {1}. `search` adds the
-    directory {0} (or {1}, always in quotes) to the search path. `call` stands before a quoted
-    command. `prints` says whether `env` prints statements for this family.
+    `names` maps the name of each shell of the family to the path of its profile. The other texts
+    are templates for str.format:
+
+    - `assign` sets the variable {name} to {value}, `unset` unsets the variable {name}, and
+      `separator` stands between two such statements.
+    - `profile` is the line for the profile that sets the API key. It evaluates what {command}
+      prints. If `env` prints no statements for the family (`prints` is false), the line starts
+      {program} and sets {variable} itself.
+    - `search` adds a directory to the search path. {path} is in quotes if it needs them, {quoted}
+      always is.
+    - `call` isn't a template. It stands before a quoted command.
     """
 
     def __init__(
@@ -3618,61 +3623,61 @@ SHELLS = {
             **dict.fromkeys(("sh", "dash", "ash", "busybox", "yash", "posh"), "~/.profile"),
             **dict.fromkeys(("ksh", "mksh", "lksh", "oksh", "rksh", "rbash"), "~/.profile"),
         },
-        profile='eval "$({0})"',
-        search='export PATH={0}:"$PATH"',
-        assign="export {0}='{1}'",
-        unset="unset {0}",
+        profile='eval "$({command})"',
+        search='export PATH={path}:"$PATH"',
+        assign="export {name}='{value}'",
+        unset="unset {name}",
     ),
     "fish": Shell(
         {"fish": "~/.config/fish/config.fish"},
-        profile="{0} | source",
-        search="fish_add_path {0}",
-        assign="set -gx {0} '{1}'",
-        unset="set -e {0}",
+        profile="{command} | source",
+        search="fish_add_path {path}",
+        assign="set -gx {name} '{value}'",
+        unset="set -e {name}",
     ),
     "csh": Shell(
         {"csh": "~/.cshrc", "tcsh": "~/.tcshrc"},
-        profile="eval `{0}`",
-        search='setenv PATH {0}:"$PATH"',
-        assign="setenv {0} '{1}'",
-        unset="unsetenv {0}",
+        profile="eval `{command}`",
+        search='setenv PATH {path}:"$PATH"',
+        assign="setenv {name} '{value}'",
+        unset="unsetenv {name}",
     ),
     "powershell": Shell(
         {"powershell": "$PROFILE", "pwsh": "$PROFILE"},
-        profile="{0} | Out-String | iex",
-        search="$env:PATH = {1} + ';' + $env:PATH",
-        assign="$env:{0} = '{1}'",
-        unset="Remove-Item Env:{0} -ErrorAction SilentlyContinue",
+        profile="{command} | Out-String | iex",
+        search="$env:PATH = {quoted} + ';' + $env:PATH",
+        assign="$env:{name} = '{value}'",
+        unset="Remove-Item Env:{name} -ErrorAction SilentlyContinue",
         call="& ",
     ),
     "cmd": Shell(
         {"cmd": ""},
-        profile="for /f \"delims=\" %i in ('{0}') do @%i",
-        assign='set "{0}={1}"',
-        unset='set "{0}="',
+        profile="for /f \"delims=\" %i in ('{command}') do @%i",
+        assign='set "{name}={value}"',
+        unset='set "{name}="',
         separator="\n",
     ),
-    "dotenv": Shell({"dotenv": ""}, assign="{0}={1}", unset="{0}=", separator="\n"),
+    "dotenv": Shell({"dotenv": ""}, assign="{name}={value}", unset="{name}=", separator="\n"),
     "json": Shell({"json": ""}),
     # When a command fails, nu and elvish abort the rest of the profile. The `try` keeps the profile
     # running while nobody is signed in.
     "nu": Shell(
         {"nu": "$nu.config-path"},
-        profile="try {{ {0} env --shell json | from json | load-env }}",
-        search="$env.PATH = ($env.PATH | prepend {0})",
+        profile="try {{ {program} env --shell json | from json | load-env }}",
+        search="$env.PATH = ($env.PATH | prepend {path})",
         call="^",
         prints=False,
     ),
     "elvish": Shell(
         {"elvish": "~/.config/elvish/rc.elv"},
-        profile="try {{ set-env {1} ({0} token --api-key) }} catch e {{ }}",
-        search="set paths = [{0} $@paths]",
+        profile="try {{ set-env {variable} ({program} token --api-key) }} catch e {{ }}",
+        search="set paths = [{path} $@paths]",
         prints=False,
     ),
     "xonsh": Shell(
         {"xonsh": "~/.xonshrc"},
-        profile="${1} = !({0} token --api-key).out.strip()",
-        search="$PATH.insert(0, {1})",
+        profile="${variable} = !({program} token --api-key).out.strip()",
+        search="$PATH.insert(0, {quoted})",
         prints=False,
     ),
 }
@@ -3682,7 +3687,7 @@ UNQUOTED = r"[\w.:\\/-]+" if sys.platform == "win32" else r"(?a:[\w@%+=:,./-]+)"
 
 
 def shell_quote(shell: str, text: str) -> str:
-    """Return `text` in the quotes of `shell`.
+    """Return `text` in the quotes of `shell`, which is a key of SHELLS.
 
     The quoting for sh also works in most other shells. It is used for hints, because nobody knows
     into which shell a hint will be pasted. csh cannot quote a newline, or a backtick inside the
@@ -3692,65 +3697,62 @@ def shell_quote(shell: str, text: str) -> str:
         return "'" + text.replace("'", "''") + "'"
     if shell in ("nu", "xonsh"):
         return json.dumps(text, ensure_ascii=False)
+    # An apostrophe is easier to read between double quotes, if nothing else is special in those.
     if "'" in text and not re.search(r'["$`\\!]', text):
         return f'"{text}"'
     if shell == "fish":
         text = text.replace("\\", "\\\\")
     quoted = "'" + text.replace("'", "'\"'\"'") + "'"
-    return quoted.replace("!", r"'\!'") if shell == "csh" else quoted
+    # csh expands the history at a "!" even between quotes.
+    if shell == "csh":
+        quoted = quoted.replace("!", r"'\!'")
+    return quoted
 
 
 def shell_name(settings: Settings, name: str) -> str:
     """Return the name of a shell without its version. "auto" means the shell in $SHELL."""
-    if name == "auto":
-        usual = os.path.basename(settings.environ.get("SHELL") or "sh")
-        name = "powershell" if sys.platform == "win32" else usual
-    # ksh93, bash-5.2
-    plain = re.match(r"[a-z]+(?=[0-9.-][0-9.a-z+-]*$)", name)
-    return plain[0] if plain else name
+    if name == "auto" and sys.platform == "win32":
+        name = "powershell"
+    elif name == "auto":
+        name = os.path.basename(settings.environ.get("SHELL") or "sh")
+    # Some systems add the version to the name: ksh93, bash-5.2.
+    versioned = re.fullmatch(r"([a-z]+)[0-9.-][0-9.a-z+-]*", name)
+    return versioned[1] if versioned else name
 
 
 def known_shell(name: str) -> Optional[str]:
     """Return the key in SHELLS for the shell `name`, or None if the shell is unknown."""
-    return next((row for row, shell in SHELLS.items() if name in shell.names), None)
+    for key, shell in SHELLS.items():
+        if name in shell.names:
+            return key
+    return None
 
 
-def printing_shell(settings: Settings, name: str) -> str:
-    """Return the key in SHELLS for a shell that `env` can print statements for.
+def shell_code(key: str, variables: Dict[str, Optional[str]]) -> str:
+    """Return code that sets the `variables`, and unsets those whose value is None.
 
-    Raises UsageError for any other shell.
+    `key` selects the shell in SHELLS. The values must be tokens or identifiers (see above).
     """
-    name = shell_name(settings, name)
-    row = known_shell(name)
-    if row is None:
-        known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
-        raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
-    if not SHELLS[row].prints:
-        hint = f"use --shell with another name, or in {name}: {profile_line(row)}"
-        raise UsageError(f"env prints no code for {name}", hint)
-    return row
-
-
-def shell_code(row: str, variables: Dict[str, Optional[str]]) -> str:
-    """Return code that sets the `variables`, and unsets those whose value is None."""
-    if row == "json":
+    if key == "json":
         return json.dumps(variables)
-    shell = SHELLS[row]
-    return shell.separator.join(
-        (shell.unset if value is None else shell.assign).format(name, value)
-        for name, value in variables.items()
-    )
+    shell = SHELLS[key]
+    statements = []
+    for name, value in variables.items():
+        if value is None:
+            statements.append(shell.unset.format(name=name))
+        else:
+            statements.append(shell.assign.format(name=name, value=value))
+    return shell.separator.join(statements)
 
 
-def profile_line(row: str, absolute: bool = False) -> str:
+def profile_line(key: str, absolute: bool = False) -> str:
     """Return the line for a shell's profile that sets the API key.
 
     `absolute` has the meaning that it has in program_name.
     """
-    start, shell = program_name(absolute, row), SHELLS[row]
-    if shell.prints:
-        return shell.profile.format(f"{start} env --shell {row}")
-    return shell.profile.format(start, Settings().api_key_env_var)
+    program, variable = program_name(absolute, key), Settings().api_key_env_var
+    command = f"{program} env --shell {key}"
+    return SHELLS[key].profile.format(command=command, program=program, variable=variable)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3777,30 +3779,43 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     """Return the words that start this program again, for hints and profiles.
 
     With `absolute`, they work in any directory and with any PATH, as a profile needs. With `shell`
-    (a key in SHELLS), they are quoted for that shell.
+    (a key of SHELLS), they are quoted for that shell.
     """
-    python = "python" if sys.platform == "win32" else "python3"
-    # sys.orig_argv exists since Python 3.10. A person who typed "python3.11" must not be advised to
-    # type "python3", which may be an older version.
-    started = getattr(sys, "orig_argv", [""])[0]
-    if started and not os.path.dirname(started):
-        python = quote_path(started)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__":
-        return f"{python} -m {spec.name}"
-    path = (sys.argv or [""])[0]
+        return f"{python_name()} -m {spec.name}"
+    path = sys.argv[0] if sys.argv else ""
+    # Python was started with -c, or it read the program from standard input.
     if path in ("", "-", "-c"):
-        return f"{python} chatgpt_oauth.py"
-    directory, name = os.path.split(path)
-    searched = map(os.path.normpath, os.environ.get("PATH", "").split(os.pathsep))
-    found = os.path.normpath(directory) in searched and os.access(path, os.X_OK)
-    if found and not absolute:
+        return f"{python_name()} chatgpt_oauth.py"
+    name = os.path.basename(path)
+    if not absolute and is_in_search_path(path):
         return COMMAND if name in LAUNCHERS else quote_path(name)
-    path = os.path.abspath(path) if absolute else path
-    whole = quote_path(path, shell)
+    if absolute:
+        path = os.path.abspath(path)
+    quoted = quote_path(path, shell)
     if name not in LAUNCHERS:
-        return f"{python} {whole}"
-    return whole if whole == path or not shell else SHELLS[shell].call + whole
+        return f"{python_name()} {quoted}"
+    # Some shells run a command in quotes only after a call operator.
+    if shell and quoted != path:
+        return SHELLS[shell].call + quoted
+    return quoted
+
+
+def python_name() -> str:
+    """Return the command that starts this Python, for hints."""
+    # A person who typed "python3.11" must not be advised to type "python3", which may be an older
+    # version. sys.orig_argv exists since Python 3.10.
+    started = getattr(sys, "orig_argv", [""])[0]
+    if started and not os.path.dirname(started):
+        return quote_path(started)
+    return "python" if sys.platform == "win32" else "python3"
+
+
+def is_in_search_path(path: str) -> bool:
+    """Whether a person can run the program `path` without typing its directory."""
+    directories = [os.path.normpath(each) for each in os.environ.get("PATH", "").split(os.pathsep)]
+    return os.path.normpath(os.path.dirname(path)) in directories and os.access(path, os.X_OK)
 
 
 def quote_path(path: str, shell: str = "") -> str:
@@ -4247,6 +4262,22 @@ def open_session(notify: Notify, options: Namespace) -> Session:
     return Session(settings, notify, client(settings))
 
 
+def printing_shell(settings: Settings, name: str) -> str:
+    """Return the key in SHELLS for a shell that `env` can print statements for.
+
+    Raises UsageError for any other shell.
+    """
+    name = shell_name(settings, name)
+    key = known_shell(name)
+    if key is None:
+        known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
+        raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
+    if not SHELLS[key].prints:
+        hint = f"use --shell with another name, or in {name}: {profile_line(key)}"
+        raise UsageError(f"env prints no code for {name}", hint)
+    return key
+
+
 def command_auth(session: Session, options: Namespace) -> None:
     """Sign in and show how to use the API key."""
     sign_in_with_options(session, options, reading=True)
@@ -4259,7 +4290,7 @@ def command_auth(session: Session, options: Namespace) -> None:
         # `env` has no code for the person's shell.
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
-    line = SHELLS[shell].profile.format(f"{program_name(shell=shell)} env")
+    line = SHELLS[shell].profile.format(command=f"{program_name(shell=shell)} env")
     session.notify("info", f"To use the API key in this shell: {line}")
 
 
@@ -4665,7 +4696,8 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     if found is None:
         notify("warning", f"{paths.bin_directory} is not in PATH")
         line = SHELLS[shell].search.format(
-            quote_path(paths.bin_directory, shell), shell_quote(shell, paths.bin_directory)
+            path=quote_path(paths.bin_directory, shell),
+            quoted=shell_quote(shell, paths.bin_directory),
         )
         notify("info", f"To add it, put this line into {profile}:")
         notify("info", f"    {line}")
