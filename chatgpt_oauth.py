@@ -3745,12 +3745,12 @@ def shell_code(key: str, variables: Dict[str, Optional[str]]) -> str:
     return shell.separator.join(statements)
 
 
-def profile_line(key: str, absolute: bool = False) -> str:
+def profile_line(key: str, program: str, variable: str) -> str:
     """Return the line for a shell's profile that sets the API key.
 
-    `absolute` has the meaning that it has in program_name.
+    `key` selects the shell in SHELLS. `program` is the text that starts this program there, and
+    `variable` is the variable to set.
     """
-    program, variable = program_name(absolute, key), Settings().api_key_env_var
     command = f"{program} env --shell {key}"
     return SHELLS[key].profile.format(command=command, program=program, variable=variable)
 
@@ -4273,7 +4273,8 @@ def printing_shell(settings: Settings, name: str) -> str:
         known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
         raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
     if not SHELLS[key].prints:
-        hint = f"use --shell with another name, or in {name}: {profile_line(key)}"
+        line = profile_line(key, program_name(shell=key), settings.api_key_env_var)
+        hint = f"use --shell with another name, or in {name}: {line}"
         raise UsageError(f"env prints no code for {name}", hint)
     return key
 
@@ -4707,7 +4708,8 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     else:
         notify("info", f"{paths.bin_directory} is in PATH; to see what it can do, run", "--help")
     notify("info", f"To have the API key in each new shell, put this line into {profile}:")
-    notify("info", f"    {profile_line(shell, absolute=True)}")
+    line = profile_line(shell, program_name(absolute=True, shell=shell), settings.api_key_env_var)
+    notify("info", f"    {line}")
     notify("info", "Then open a new terminal.")
 
 
@@ -5782,11 +5784,16 @@ def example_help(command: Command, prog: str) -> List[str]:
 
 
 def profile_help() -> List[str]:
-    """Return the end of `env --help`: the line for each shell's profile."""
+    """Return the end of `env --help`: the line for each shell's profile.
+
+    It names the variable without reading the settings, because help must work with a bad setting.
+    """
+    variable = str(CHATGPT_OAUTH_CONFIG["api_key_env_var"])
     lines = ["add one of these to your shell's profile:"]
     for name, shell in SHELLS.items():
         if shell.profile:
-            lines += [f"  {name}:", f"    {profile_line(name, absolute=True)}"]
+            program = program_name(absolute=True, shell=name)
+            lines += [f"  {name}:", f"    {profile_line(name, program, variable)}"]
     return lines
 
 

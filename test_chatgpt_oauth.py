@@ -6896,6 +6896,13 @@ class MainTest(Case):
             self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
 
+    def test_bad_settings_do_not_stop_the_help(self):
+        self.environ.update(CHATGPT_OAUTH_ISSUER="nonsense", CHATGPT_OAUTH_API_KEY_ENV_VAR="1 2")
+        for arguments in (["-h"], ["help", "env"], *([command, "-h"] for command in COMMANDS)):
+            with self.subTest(arguments):
+                self.assertIn("usage: ", self.assert_quiet(self.call(*arguments)))
+        self.assert_fails(self.call("env"), 2, "CHATGPT_OAUTH_ISSUER")
+
     def test_help_works_in_a_folder_with_a_percent_sign(self):
         program = self.folder / "100% ours" / "c.py"
         program.parent.mkdir()
