@@ -2355,18 +2355,19 @@ class AuthorizationRequest:
         import urllib.parse
 
         fields = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=50)
-        single = {name: values[0] for name, values in fields.items() if len(values) == 1}
-        state = single.get("state", "").encode("utf-8", "replace")
+        # A parameter must not appear more than once (RFC 6749 §3.1). One that does is ignored.
+        response = {name: values[0] for name, values in fields.items() if len(values) == 1}
+        state = response.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it belongs to a different sign-in")
-        # RFC 9207 §2.4
-        if "iss" in fields and single.get("iss", "").rstrip("/") != self.issuer:
+        # The issuer is optional. If it is there, it must be ours (RFC 9207 §2.4).
+        if "iss" in fields and response.get("iss", "").rstrip("/") != self.issuer:
             raise ValueError("it comes from a different issuer")
-        if single.get("error"):
-            return single
-        if not re.fullmatch("[!-~]{1,4096}", single.get("code", "")):
+        if response.get("error"):
+            return response
+        if not re.fullmatch("[!-~]{1,4096}", response.get("code", "")):
             raise ValueError("it has no authorization code")
-        return single
+        return response
 
     def parse_pasted(self, line: str) -> Dict[str, str]:
         """Return the authorization response in a pasted URL, or in its query alone.
@@ -2375,11 +2376,13 @@ class AuthorizationRequest:
         """
         text = line.strip().strip("<>\"'").strip()
         url, _, query = text.partition("?")
-        if not query and "code=" in text and "state=" in text:
-            return self.parse_response(text)
         if not query:
+            if "code=" in text and "state=" in text:
+                return self.parse_response(text)
             raise ValueError("it is not complete; copy all of it from the address bar")
-        url = url if "://" in url else "http://" + url
+        # Browsers hide the scheme in the address bar.
+        if "://" not in url:
+            url = "http://" + url
         if not is_loopback(url) or not url.endswith(self.path):
             raise ValueError(f"it must start with {self.redirect_uri}?code=")
         return self.parse_response(query.partition("#")[0])
@@ -2390,6 +2393,13 @@ def is_navigation(headers: Any) -> bool:
     destination = headers.get("Sec-Fetch-Dest", "document")
     prefetch = "prefetch" in headers.get("Sec-Purpose", "")
     return destination in ("document", "iframe", "frame") and not prefetch
+
+
+class Answer:
+    """The answer to one request at the listener. `ends` is true if it shows the outcome."""
+
+    def __init__(self, status: int, page: bytes = b"", ends: bool = False) -> None:
+        self.status, self.page, self.ends = status, page, ends
 
 
 class Callback:
@@ -2410,6 +2420,7 @@ class Callback:
         self.outcome: AnyFuture = Future()
         self.threads = {}
         for server in servers:
+            # The server's request handler finds this object through it.
             server.callback = self
             # server.shutdown() waits for the server's next poll, which is 10 ms away at most.
             thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -2420,8 +2431,8 @@ class Callback:
                 raise OAuthError(f"cannot listen for the browser: {error}", "try again") from None
             self.threads[server] = thread
 
-    def accept(self, response: Dict[str, str]) -> None:
-        """Store the authorization response unless there already is one."""
+    def set_response(self, response: Dict[str, str]) -> None:
+        """Set the authorization response unless there already is one."""
         from concurrent.futures import InvalidStateError
 
         with contextlib.suppress(InvalidStateError):
@@ -2430,35 +2441,44 @@ class Callback:
     def paste(self, line: str) -> None:
         """Accept the authorization response in a pasted line. Raises ValueError if it has none."""
         response = self.request.parse_pasted(line)
-        # No browser will fetch the outcome, so wait_until_told must not wait for one.
+        # No browser will fetch the outcome, so wait_until_shown must not wait for one.
         self.stop()
-        self.accept(response)
+        self.set_response(response)
 
-    def answer(self, target: str, headers: Any) -> Tuple[int, bytes, bool]:
-        """Return the status, the page, and whether it shows the outcome, for a GET of `target`.
+    def answer(self, target: str, headers: Any) -> Answer:
+        """Return the answer to a GET of `target`.
 
         Blocks while the authorization response is being redeemed.
         """
         path, _, query = target.partition("?")
-        hosts = [host.lower() for host in headers.get_all("Host") or []]
-        own = [f"{name}:{self.request.port}" for name in ("localhost", "127.0.0.1", "[::1]")]
-        # A website can point its own name at 127.0.0.1 (DNS rebinding).
-        if len(hosts) != 1 or hosts[0] not in own:
-            return 400, stray_page("This host name is not served here."), False
+        if not self._is_own_host(headers.get_all("Host") or []):
+            return Answer(400, stray_page("This host name is not served here."))
         if path == "/success" and self.outcome.done() and not self._failure_page():
             text = "You can close this tab and return to your terminal."
-            return 200, render_page("You're signed in", text, kind="yes"), True
+            return Answer(200, render_page("You're signed in", text, kind="yes"), ends=True)
         if path != self.request.path:
-            return 404, stray_page("There is no page at this URL."), False
+            return Answer(404, stray_page("There is no page at this URL."))
         try:
             response = self.request.parse_response(query)
             if not is_navigation(headers):
                 raise ValueError("it was not opened by a person")
         except ValueError as error:
-            return 400, stray_page(f"This request was ignored: {error}."), False
-        self.accept(response)
-        failure = self._failure_page()
-        return (400, failure, True) if failure else (303, b"", False)
+            return Answer(400, stray_page(f"This request was ignored: {error}."))
+        self.set_response(response)
+        failure_page = self._failure_page()
+        if failure_page:
+            return Answer(400, failure_page, ends=True)
+        # A redirect to /success removes the code from the address bar.
+        return Answer(303)
+
+    def _is_own_host(self, hosts: List[str]) -> bool:
+        """Whether the values of the Host header name this listener.
+
+        A website can point its own host name at 127.0.0.1 (DNS rebinding).
+        """
+        names = ("localhost", "127.0.0.1", "[::1]")
+        own = [f"{name}:{self.request.port}" for name in names]
+        return len(hosts) == 1 and hosts[0].lower() in own
 
     def _failure_page(self) -> bytes:
         """Wait for the outcome and return the page that explains a failure, b"" after success."""
@@ -2474,15 +2494,15 @@ class Callback:
         # A command is of no use in a browser. The terminal shows it.
         if error.command or not hint:
             hint = "return to your terminal and try again"
-        lines = (f"{line[:1].upper()}{line[1:]}." for line in (str(error), hint))
-        return render_page("Sign-in failed", *lines)
+        sentences = (f"{text[:1].upper()}{text[1:]}." for text in (str(error), hint))
+        return render_page("Sign-in failed", *sentences)
 
     def stop(self) -> None:
         """Stop accepting connections."""
         for server in self.threads:
             server.shutdown()
 
-    def wait_until_told(self, seconds: float) -> None:
+    def wait_until_shown(self, seconds: float) -> None:
         """Wait up to `seconds` until a browser has received the outcome or the servers stop."""
         deadline = time.monotonic() + seconds
         for thread in self.threads.values():
@@ -2510,12 +2530,14 @@ def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
         for address in addresses:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             try:
-                servers.append(opened.enter_context(server_class(family, (address, port))))
+                server = server_class(family, (address, port))
             except OSError as error:
-                missing = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
                 # A system without IPv6 is fine as long as IPv4 works.
-                if not (missing and servers):
-                    raise
+                if servers and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    continue
+                raise
+            servers.append(opened.enter_context(server))
+        # All servers are open, so the caller closes them.
         opened.pop_all()
     return servers
 
@@ -2534,7 +2556,7 @@ def callback_server_class() -> Any:
         def __init__(self, family: int, address: Tuple[str, int]) -> None:
             self.address_family = family
             # Connections that haven't sent a complete request, oldest first.
-            self.headless: Dict[Socket, None] = {}
+            self.incomplete: Dict[Socket, None] = {}
             super().__init__(address, handler)
 
         def server_bind(self) -> None:
@@ -2554,19 +2576,20 @@ def callback_server_class() -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            self.headless[request] = None
-            for oldest in list(self.headless)[:-MAX_CONNECTIONS]:
+            self.incomplete[request] = None
+            for oldest in list(self.incomplete)[:-MAX_CONNECTIONS]:
+                # Its thread then removes it in shutdown_request.
                 hang_up(oldest)
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
-            self.headless.pop(request, None)
+            self.incomplete.pop(request, None)
             super().shutdown_request(request)
 
         def server_close(self) -> None:
             super().server_close()
-            for each in list(self.headless):
-                hang_up(each)
+            for connection in list(self.incomplete):
+                hang_up(connection)
 
         def handle_error(self, *_: Any) -> None:
             """Ignore a client that disconnected and a thread that could not start."""
@@ -2591,18 +2614,21 @@ def callback_handler_class() -> Any:
         def setup(self) -> None:
             super().setup()
             self.rfile = io.BytesIO(read_head(self.connection))
-            self.server.headless.pop(self.connection, None)
+            self.server.incomplete.pop(self.connection, None)
 
         # http.server calls the method by this name.
         def do_GET(self) -> None:  # noqa: N802
-            status, page, told = self.server.callback.answer(self.path, self.headers)
-            self._send(status, page)
-            if told:
-                self.server.callback.stop()
+            callback = self.server.callback
+            answer = callback.answer(self.path, self.headers)
+            self._send(answer.status, answer.page)
+            if answer.ends:
+                callback.stop()
 
         def send_error(self, code: int, *_: Any) -> None:
+            # http.server reports an unknown method as 501. Every path allows only GET.
+            status = 405 if code == 501 else code
             page = b"" if self.command == "HEAD" else stray_page("This request is not valid.")
-            self._send(405 if code == 501 else code, page)
+            self._send(status, page)
 
         def log_message(self, *_: Any) -> None:
             """Log nothing, because the request line contains the authorization code."""
@@ -2618,9 +2644,11 @@ def callback_handler_class() -> Any:
                 "Content-Security-Policy": policy,
                 "X-Content-Type-Options": "nosniff",
                 "Connection": "close",
-                **({"Location": "/success"} if status == 303 else {}),
-                **({"Allow": "GET"} if status == 405 else {}),
             }
+            if status == 303:
+                headers["Location"] = "/success"
+            if status == 405:
+                headers["Allow"] = "GET"
             self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -2636,9 +2664,12 @@ def read_head(connection: Socket) -> bytes:
     Everything beyond HEAD_LIMIT bytes is dropped. Raises TimeoutError after HEAD_TIMEOUT seconds,
     and OSError if the connection breaks.
     """
-    head = tail = b""
+    head = b""
+    # The newest bytes, and the two before them: the blank line may arrive in pieces.
+    tail = b""
     deadline = time.monotonic() + HEAD_TIMEOUT
     while b"\n\r\n" not in tail and b"\n\n" not in tail:
+        # A timeout of 0 would make the socket non-blocking.
         connection.settimeout(max(0.001, deadline - time.monotonic()))
         part = connection.recv(16384)
         if not part:
@@ -3446,14 +3477,14 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     except OAuthError as error:
         error.suggest(session.client.sign_in_command)
         callback.outcome.set_exception(error)
-        callback.wait_until_told(2.0)
+        callback.wait_until_shown(2.0)
         raise
     callback.outcome.set_result(None)
     deadline = time.monotonic() + SUCCESS_PAGE_TIMEOUT
     try:
         complete_sign_in(session, models, old)
     finally:
-        callback.wait_until_told(deadline - time.monotonic())
+        callback.wait_until_shown(deadline - time.monotonic())
 
 
 def authorization_error(response: Dict[str, str]) -> OAuthError:
