@@ -2694,8 +2694,8 @@ OAUTH_SOURCE = "chatgpt-oauth-plugin"
 # The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
 # models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
-# A catalogue entry with a shorter context is a mistake or a placeholder, so it is ignored.
-MIN_CONTEXT_LENGTH = 16000  # tokens
+# A context length in the catalogue that is out of this range must be a mistake and is ignored.
+MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH = 16000, 10**10 - 1  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -2723,7 +2723,7 @@ def plan_not_allowed() -> OAuthError:
 class ModelFilter:
     """The choice of models to import: glob patterns to include and exclude, and the source.
 
-    `given` is true if any pattern came from the command line rather than from the settings.
+    `is_explicit` is true if any pattern came from the command line rather than from the settings.
     """
 
     def __init__(
@@ -2733,11 +2733,13 @@ class ModelFilter:
         exclude: Optional[List[str]] = None,
         source: Optional[str] = None,
     ) -> None:
-        excludes = "" if include else settings.model_excludes
         self.include = include or settings.model_patterns.split(",")
-        self.exclude = excludes.split(",") + (exclude or [])
+        self.exclude = list(exclude or [])
+        # An explicit `include` replaces all patterns of the settings, the excludes as well.
+        if not include:
+            self.exclude += settings.model_excludes.split(",")
         self.source = source or settings.model_source
-        self.given = bool(include or exclude)
+        self.is_explicit = bool(include or exclude)
 
     def matches(self, name: str) -> bool:
         """Whether the filter selects the model ID `name`."""
@@ -2753,7 +2755,8 @@ def matches_any(name: str, globs: List[str]) -> bool:
 
 def base_url(settings: Settings, source: str) -> str:
     """Return the URL below which the models of `source` are listed and used."""
-    return str(settings.codex_base_url if source == "codex" else settings.api_base_url + "/v1")
+    url = settings.codex_base_url if source == "codex" else f"{settings.api_base_url}/v1"
+    return str(url)
 
 
 def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
@@ -2761,17 +2764,24 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
 
     Raises OAuthError if there is no response. Any status counts as a response.
     """
-    url, headers = base_url(settings, source) + "/models", {}
-    what, bearer = "list the API models", tokens.api_key
-    if source != "api":
-        url += f"?client_version={settings.codex_client_version}"
-        what, bearer = "list the ChatGPT plan's models", tokens.access_token
+    url = base_url(settings, source) + "/models"
+    if source == "api":
+        return request_json(
+            settings, url, "list the API models", bearer=tokens.api_key or "", limit=MODELS_LIMIT
+        )
+    url += f"?client_version={settings.codex_client_version}"
+    headers = {}
     if source == "codex":
         headers["originator"] = settings.originator
         if tokens.account_id:
             headers["chatgpt-account-id"] = tokens.account_id
     return request_json(
-        settings, url, what, bearer=bearer or "", headers=headers, limit=MODELS_LIMIT
+        settings,
+        url,
+        "list the ChatGPT plan's models",
+        bearer=tokens.access_token,
+        headers=headers,
+        limit=MODELS_LIMIT,
     )
 
 
@@ -2780,7 +2790,8 @@ def list_usage(session: Session) -> List[Fields]:
 
     The Codex CLI uses this endpoint. It is undocumented and may disappear. Raises OAuthError.
     """
-    settings, tokens, what = session.settings, session.valid_tokens(), "get the plan's usage"
+    settings, what = session.settings, "get the plan's usage"
+    tokens = session.valid_tokens()
     headers = {"ChatGPT-Account-Id": tokens.account_id} if tokens.account_id else {}
     response = request_json(
         settings, settings.usage_url, what, bearer=tokens.access_token, headers=headers
@@ -2788,24 +2799,35 @@ def list_usage(session: Session) -> List[Fields]:
     limits = response.json_object(what).get("rate_limit")
     if not isinstance(limits, dict):
         raise OAuthError(f"could not {what}: the response has no rate limits")
-    windows = [limits.get("primary_window"), limits.get("secondary_window")]
-    known = [_usage_window(window) for window in windows if isinstance(window, dict)]
-    return sorted(filter(None, known), key=lambda window: float(window["window_seconds"]))
+    windows = []
+    for name in ("primary_window", "secondary_window"):
+        window = _usage_window(limits.get(name))
+        if window:
+            windows.append(window)
+    return sorted(windows, key=lambda window: float(window["window_seconds"]))
 
 
-def _usage_window(window: Fields) -> Optional[Fields]:
+def _usage_window(listed: object) -> Optional[Fields]:
     """Return one window for `status --json`, or None if its length or its usage is missing."""
-    names = ("limit_window_seconds", "used_percent", "reset_at", "reset_after_seconds")
-    length, used, resets, left = (number_or_none(window.get(name)) for name in names)
+    if not isinstance(listed, dict):
+        return None
+    length = number_or_none(listed.get("limit_window_seconds"))
+    used = number_or_none(listed.get("used_percent"))
     if length is None or used is None:
         return None
-    if resets is None and left is not None:
-        resets = time.time() + left
-    when = None if resets is None else timestamp(resets)
-    return {"window_seconds": length, "used_percent": used, "resets_at": when}
+    # `reset_at` is an absolute time in seconds since 1970. Without it, there may be a relative one.
+    reset = number_or_none(listed.get("reset_at"))
+    seconds_left = number_or_none(listed.get("reset_after_seconds"))
+    if reset is None and seconds_left is not None:
+        reset = time.time() + seconds_left
+    return {
+        "window_seconds": length,
+        "used_percent": used,
+        "resets_at": None if reset is None else timestamp(reset),
+    }
 
 
-def paying_session(session: Session, source: str) -> Tuple[Session, str]:
+def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
     """Return the sign-in that provides the models of `source`, and the actual source.
 
     The actual source is "api", "codex" or "official": "auto" is resolved here. The official
@@ -2814,60 +2836,86 @@ def paying_session(session: Session, source: str) -> Tuple[Session, str]:
     if session.client.model_source:
         return session, session.client.model_source
     official = session.official()
-    here, there = session.token_file, official.token_file
-    if source == "auto" and not here.holds_sign_in() and there.holds_sign_in():
-        source = "official"
     if source == "official":
-        return official, source
-    if source == "auto":
-        source = "api" if session.tokens().api_key else "codex"
-    return session, source
+        return official, "official"
+    if source != "auto":
+        return session, source
+    if not session.token_file.holds_sign_in() and official.token_file.holds_sign_in():
+        return official, "official"
+    return session, "api" if session.tokens().api_key else "codex"
 
 
 def list_models(session: Session, source: str) -> Dict[str, Fields]:
     """Return the models of `source` by ID, each with the server's description of it.
 
-    `session` and `source` are those that `paying_session` returns. A plan's models keep the
+    `session` and `source` are those that `resolve_source` returns. A plan's models keep the
     server's order. The API's list has no order, so its models are sorted newest first. Raises
     OAuthError, also if `source` is "api" and the account has no API key.
     """
-    settings, tokens, what = session.settings, session.tokens(), "list the models"
-    if not session.client.plan_allowed(tokens.fields):
-        raise plan_not_allowed()
-    if source != "api":
-        tokens = session.valid_tokens()
-    elif not tokens.api_key:
-        raise no_api_key()
-    response = request_models(settings, source, tokens)
-    # OpenAI may have withdrawn an access token that hasn't expired yet.
-    if source != "api" and response.is_unauthorized:
-        response = request_models(settings, source, session.valid_tokens(refresh=True))
-    if response.status in (401, 403) and not response.is_html:
-        again = ("to sign in again, run", session.client.sign_in_command)
-        raise RefusedError(str(response.error(what)), *(again if response.status == 401 else ()))
-    key, name = ("data", "id") if source == "api" else ("models", "slug")
-    listed = response.json_object(what).get(key)
+    response = _models_response(session, source)
+    what = "list the models"
+    if response.is_unauthorized:
+        raise RefusedError(
+            str(response.error(what)), "to sign in again, run", session.client.sign_in_command
+        )
+    if response.status == 403 and not response.is_html:
+        raise RefusedError(str(response.error(what)))
+    members = response.json_object(what)
+    listed = members.get("data" if source == "api" else "models")
     if not isinstance(listed, list):
         raise OAuthError(f"could not {what}: the response has no list of models")
-    shown = [e for e in listed if isinstance(e, dict) and e.get("visibility", "list") == "list"]
-    good = [e for e in shown if isinstance(e.get(name), str) and re.fullmatch(MODEL_ID, e[name])]
-    odd = len(shown) - len(good)
-    if odd:
-        session.notify("warning", f"skipped {odd} model{'s' * (odd > 1)} with unsupported names")
+    id_name = "id" if source == "api" else "slug"
+    models: Dict[str, Fields] = {}
+    skipped = 0
+    for entry in listed:
+        # The Codex backend marks models that it doesn't offer to users.
+        if not isinstance(entry, dict) or entry.get("visibility", "list") != "list":
+            continue
+        name = entry.get(id_name)
+        if isinstance(name, str) and re.fullmatch(MODEL_ID, name):
+            models[name] = entry
+        else:
+            skipped += 1
+    if skipped:
+        plural = "s" if skipped > 1 else ""
+        session.notify("warning", f"skipped {skipped} model{plural} with unsupported names")
     if source == "api":
-        good.sort(key=lambda each: number_or_none(each.get("created")) or 0, reverse=True)
-    return {entry[name]: entry for entry in good}
+        return dict(sorted(models.items(), key=_creation_time, reverse=True))
+    return models
+
+
+def _models_response(session: Session, source: str) -> Response:
+    """Request the models of `source` with valid tokens. Raises OAuthError."""
+    tokens = session.tokens()
+    if not session.client.plan_allowed(tokens.fields):
+        raise plan_not_allowed()
+    if source == "api":
+        if not tokens.api_key:
+            raise no_api_key()
+        return request_models(session.settings, source, tokens)
+    response = request_models(session.settings, source, session.valid_tokens())
+    # OpenAI may have withdrawn an access token that hasn't expired yet.
+    if response.is_unauthorized:
+        tokens = session.valid_tokens(refresh=True)
+        response = request_models(session.settings, source, tokens)
+    return response
+
+
+def _creation_time(model: Tuple[str, Fields]) -> float:
+    """Return the creation time of an API model in seconds since 1970, or 0 if it is unknown."""
+    return number_or_none(model[1].get("created")) or 0
 
 
 def is_ours(session: Session, name: str, entry: object) -> bool:
     """Whether this program wrote an entry of the models file for this sign-in."""
-    official = session.client.model_source == "official"
-    return (
-        isinstance(entry, dict)
-        and entry.get("oauth_source") == OAUTH_SOURCE
-        and (entry.get("type") == OfficialClient.model_type) == official
-        and name.startswith(session.settings.prefix)
-    )
+    if not isinstance(entry, dict) or entry.get("oauth_source") != OAUTH_SOURCE:
+        return False
+    if not name.startswith(session.settings.prefix):
+        return False
+    # Only entries of the official sign-in have its type.
+    is_official_entry = entry.get("type") == OfficialClient.model_type
+    is_official_session = session.client.model_source == "official"
+    return is_official_entry == is_official_session
 
 
 def registered_entries(*sign_ins: Session) -> Dict[str, Fields]:
@@ -2876,7 +2924,12 @@ def registered_entries(*sign_ins: Session) -> Dict[str, Fields]:
     Raises StorageError.
     """
     entries = sign_ins[0].models_file.read()
-    return {k: v for each in sign_ins for k, v in entries.items() if is_ours(each, k, v)}
+    ours: Dict[str, Fields] = {}
+    for session in sign_ins:
+        for name, entry in entries.items():
+            if is_ours(session, name, entry):
+                ours[name] = entry
+    return ours
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
@@ -2888,39 +2941,53 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
     with session.models_file.lock():
         before = session.models_file.read()
         after = {k: v for k, v in before.items() if not is_ours(session, k, v)}
-        names = [name for name in entries if name not in after]
-        for name in sorted(set(entries) - set(names)):
+        taken = sorted(name for name in entries if name in after)
+        for name in taken:
             session.notify(
                 "warning", f"kept the existing entry {name}, which was added by another program"
             )
-        after.update((name, entries[name]) for name in names)
+        ours = {name: entry for name, entry in entries.items() if name not in taken}
+        after.update(ours)
         # Lists are compared because the order of the entries counts, too.
         if list(after.items()) != list(before.items()):
             session.models_file.save(after)
-        return names
+        return list(ours)
 
 
 def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
     """Return Code Puppy's entry for `model`. `listed` is the server's description of it."""
+    if source == "api":
+        return _api_entry(settings, model)
+    return _plan_entry(settings, source, model, listed)
+
+
+def _api_entry(settings: Settings, model: str) -> Fields:
+    # Code Puppy would ignore the URL of an entry with the type `openai` (model_factory.py).
+    kind = "custom_openai"
+    if matches_any(model, settings.responses_patterns.split(",")):
+        kind = "custom_openai_responses"
+    return {
+        "type": kind,
+        "name": model,
+        "custom_endpoint": {
+            "url": base_url(settings, "api"),
+            "api_key": "$" + settings.api_key_env_var,
+        },
+        "context_length": settings.default_context_length,
+        "oauth_source": OAUTH_SOURCE,
+    }
+
+
+def _plan_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
     entry = {
         "type": "chatgpt_oauth" if source == "codex" else OfficialClient.model_type,
         "name": model,
         "custom_endpoint": {"url": base_url(settings, source)},
-        "context_length": settings.default_context_length,
+        "context_length": _context_length(settings, listed),
         "oauth_source": OAUTH_SOURCE,
+        "supported_settings": ["reasoning_effort", "summary", "verbosity"],
     }
-    if source == "api":
-        responses = matches_any(model, settings.responses_patterns.split(","))
-        # Code Puppy would ignore the URL of an entry with the type `openai` (model_factory.py).
-        entry["type"] = "custom_openai_responses" if responses else "custom_openai"
-        entry["custom_endpoint"]["api_key"] = "$" + settings.api_key_env_var
-        return entry
-    entry["context_length"] = _context_length(settings, listed)
-    entry["supported_settings"] = ["reasoning_effort", "summary", "verbosity"]
-    levels = listed.get("supported_reasoning_levels")
-    levels = levels if isinstance(levels, list) else []
-    named = [level.get("effort") for level in levels if isinstance(level, dict)]
-    efforts = [effort for effort in EFFORTS if effort in named]
+    efforts = _efforts(listed.get("supported_reasoning_levels"))
     if efforts:
         entry["setting_choices"] = {"reasoning_effort": efforts}
     if listed.get("default_reasoning_level") in efforts:
@@ -2932,16 +2999,26 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
     return entry
 
 
+def _efforts(levels: object) -> List[str]:
+    """Return the effort levels in a catalogue entry that Code Puppy knows, weakest first."""
+    if not isinstance(levels, list):
+        return []
+    named = [level.get("effort") for level in levels if isinstance(level, dict)]
+    return [effort for effort in EFFORTS if effort in named]
+
+
 def _context_length(settings: Settings, listed: Fields) -> int:
     """Return a plan model's context length in tokens.
 
     The Codex backend lists the whole window and the percentage of it that is effective.
     """
     percent = number_or_none(listed.get("effective_context_window_percent")) or 0
-    percent = percent if 0 < percent <= 100 else 95
+    # The Codex CLI's default.
+    if not 0 < percent <= 100:
+        percent = 95
     for name in ("context_window", "max_context_window"):
         length = int((number_or_none(listed.get(name)) or 0) * percent / 100)
-        if MIN_CONTEXT_LENGTH <= length < 1e10:
+        if MIN_CONTEXT_LENGTH <= length <= MAX_CONTEXT_LENGTH:
             return length
     default: int = settings.default_context_length
     return PLAN_CONTEXT_LENGTH if default == API_CONTEXT_LENGTH else default
@@ -2955,7 +3032,7 @@ def import_models(
     `dry_run` changes nothing. Raises OAuthError, also if patterns were given and none matches.
     """
     settings = session.settings
-    payer, source = paying_session(session, models.source)
+    payer, source = resolve_source(session, models.source)
     tokens, listed = payer.tokens(), list_models(payer, source)
     prefix = settings.prefix + payer.client.model_prefix
     entries = {
@@ -2964,25 +3041,28 @@ def import_models(
         if models.matches(name)
     }
     if not entries:
-        none = OAuthError(
+        error = OAuthError(
             f"none of the account's {len(listed)} models match the filter",
             "to see them all, run",
             "models --all --dry-run",
         )
-        if models.given:
-            raise none
-        tell_error(session.notify, none, "warning")
+        if models.is_explicit:
+            raise error
+        tell_error(session.notify, error, "warning")
     if dry_run:
         return source, list(entries)
+    # The token file's lock keeps other processes from signing in or out until the entries of this
+    # account are written.
     with payer.token_file.lock():
         if not tokens.same_account(payer.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
-        names = session.imported = register_models(payer, entries)
-    paid = (
-        "billed to your OpenAI API account" if source == "api" else "covered by your ChatGPT plan"
-    )
-    session.notify("done", f"{len(names)} of {len(listed)} models imported, {paid}")
-    return source, names
+        session.imported = register_models(payer, entries)
+    payment = "covered by your ChatGPT plan"
+    if source == "api":
+        payment = "billed to your OpenAI API account"
+    count = f"{len(session.imported)} of {len(listed)}"
+    session.notify("done", f"{count} models imported, {payment}")
+    return source, session.imported
 
 
 @module_function()
@@ -2995,7 +3075,8 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     """
     session = Session()
     source = RULES["model_source"].check("source", source)
-    return list(list_models(*paying_session(session, source)))
+    payer, source = resolve_source(session, source)
+    return list(list_models(payer, source))
 
 
 # ---------------------------------------------------------------------------------------------
