@@ -147,12 +147,12 @@ def free_ports(count):
         yield ports
 
 
-def wait_for(happened, seconds=15):
-    """Wait until `happened()` returns true, or raise AssertionError after `seconds`."""
+def wait_for(condition, seconds=15):
+    """Wait until `condition()` returns true, or raise AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"it has not happened within {seconds} s")
+            raise AssertionError(f"not true within {seconds} s")
         time.sleep(0.01)
 
 
@@ -301,11 +301,11 @@ class OfficialEndpoints:
         ]
 
     @staticmethod
-    def changed(fields, changes):
+    def with_changes(fields, changes):
         return {k: v for k, v in {**fields, **changes}.items() if v is not None}
 
     def _plan_authorize(self, fields, headers):
-        wanted = {
+        required = {
             "response_type": "code",
             "client_id": r"dynamic_agent_client|oaiapp_\w+",
             "redirect_uri": r"http://127\.0\.0\.1:[1-9]\d*/auth/callback",
@@ -318,13 +318,13 @@ class OfficialEndpoints:
             "ext_agent_host_id": r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){2}-[89ab][0-9a-f]{3}-\w{12}",
         }
         client = fields.get("client_id")
-        first = client == "dynamic_agent_client"
-        wanted.update({"agent_name_hint": r"\S.{0,99}"} if first else {})
-        if not first and "prompt" in fields:
-            wanted["prompt"] = "consent"
-        wrong = [k for k, v in wanted.items() if not re.fullmatch(v, fields.get(k, ""))]
-        wrong += set(fields) - set(wanted)
-        if not first and self.agents.get(client) != fields.get("ext_agent_host_id"):
+        registers = client == "dynamic_agent_client"
+        required.update({"agent_name_hint": r"\S.{0,99}"} if registers else {})
+        if not registers and "prompt" in fields:
+            required["prompt"] = "consent"
+        wrong = [k for k, v in required.items() if not re.fullmatch(v, fields.get(k, ""))]
+        wrong += set(fields) - set(required)
+        if not registers and self.agents.get(client) != fields.get("ext_agent_host_id"):
             wrong.append("registration")
         if wrong:
             return 403, {"detail": f"wrong: {wrong}"}
@@ -332,13 +332,13 @@ class OfficialEndpoints:
         if self.plan_declined:
             answer["error"] = "access_denied"
         else:
-            if first:
+            if registers:
                 client = self.plan_issued or "oaiapp_" + secrets.token_hex(8)
                 self.agents[client] = fields["ext_agent_host_id"]
                 answer["client_id"] = client
             answer["code"] = "ac_" + secrets.token_urlsafe(24)
             self.plan_codes[answer["code"]] = {**fields, "client_id": client}
-        answer = urllib.parse.urlencode(self.changed(answer, self.callback_changes))
+        answer = urllib.parse.urlencode(self.with_changes(answer, self.callback_changes))
         return 302, {"location": f"{fields['redirect_uri']}?{answer}"}
 
     def plan_sign_in(self, client, nonce=None):
@@ -349,7 +349,7 @@ class OfficialEndpoints:
         answer = {
             "access_token": "at_" + secrets.token_urlsafe(24),
             "refresh_token": "rt_" + secrets.token_urlsafe(24),
-            "id_token": encode_jwt(self.changed(claims, self.id_token_changes), "RS256"),
+            "id_token": encode_jwt(self.with_changes(claims, self.id_token_changes), "RS256"),
             "token_type": "Bearer",
             "expires_in": self.plan_lifetime,
             "scope": self.SCOPE if self.plan_allowed else self.SCOPE.rpartition(" ")[0],
@@ -363,16 +363,16 @@ class OfficialEndpoints:
         return answer
 
     def _plan_code(self, fields, headers):
-        members = {"grant_type", "client_id", "code", "code_verifier", "redirect_uri", "resource"}
-        asked = self.plan_codes.pop(fields.get("code"), None)
-        if set(fields) != members or not asked:
-            return 400, {"error": "invalid_grant" if set(fields) == members else "invalid_request"}
+        required = {"grant_type", "client_id", "code", "code_verifier", "redirect_uri", "resource"}
+        request = self.plan_codes.pop(fields.get("code"), None)
+        if set(fields) != required or not request:
+            return 400, {"error": "invalid_grant" if set(fields) == required else "invalid_request"}
         digest = hashlib.sha256(fields["code_verifier"].encode()).digest()
         challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-        same = ("client_id", "redirect_uri", "resource")
-        if challenge != asked["code_challenge"] or any(fields[k] != asked[k] for k in same):
+        compared = ("client_id", "redirect_uri", "resource")
+        if challenge != request["code_challenge"] or any(fields[k] != request[k] for k in compared):
             return 400, {"error": "invalid_grant"}
-        return 200, self.plan_sign_in(fields["client_id"], asked["nonce"])
+        return 200, self.plan_sign_in(fields["client_id"], request["nonce"])
 
     def _plan_refresh(self, fields, headers):
         if set(fields) != {"grant_type", "client_id", "refresh_token", "resource"}:
@@ -408,7 +408,7 @@ class OfficialEndpoints:
         return None if allowed else (403, {"detail": "The plan was not allowed."})
 
     def _plan_responses(self, fields, headers):
-        refusal = self.plan_refusal(headers) or self.refused_request(fields)
+        refusal = self.plan_refusal(headers) or self.request_refusal(fields)
         code = "subscription_sharing_usage_limit_exceeded"
         limit = {"code": code, "type": code, "message": "The usage limit has been reached"}
         if not refusal and self.plan_limit == "before":
@@ -431,7 +431,7 @@ class OfficialEndpoints:
             failed = {**answer, "status": "failed", "error": limit}
             events.append({"type": "response.failed", "response": failed})
         else:
-            events += self.output(fields)
+            events += self.response_events(fields)
             usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
             usage["input_tokens_details"] = {"cached_tokens": 0}
             usage["output_tokens_details"] = {"reasoning_tokens": 0}
@@ -441,7 +441,7 @@ class OfficialEndpoints:
         events = [{**event, "sequence_number": number} for number, event in enumerate(events)]
         return 200, "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
 
-    def refused_request(self, fields):
+    def request_refusal(self, fields):
         """Return the API's refusal of a request that the plan can't pay for, otherwise None."""
         wrong = [name for name in self.REFUSED.split() if name in fields]
         items = fields.get("input")
@@ -459,41 +459,45 @@ class OfficialEndpoints:
         return (400, {"error": {"code": code, "message": f"{wrong}"}}) if wrong else None
 
     @staticmethod
-    def output(fields):
+    def response_events(fields):
         """Return the events of a response: a tool call if files should be listed, else a text."""
         tools = list(fields.get("tools") or [])
         for item in fields["input"]:
             tools += item.get("tools", []) if item.get("type") == "additional_tools" else []
-        done = any(item.get("type") == "function_call_output" for item in fields["input"])
+        tool_ran = any(item.get("type") == "function_call_output" for item in fields["input"])
         names = [tool.get("name") for tool in tools]
-        if "list the files" in json.dumps(fields["input"]) and "list_files" in names and not done:
+        if (
+            "list the files" in json.dumps(fields["input"])
+            and "list_files" in names
+            and not tool_ran
+        ):
             arguments = json.dumps({"directory": "."})
             item = {"id": "fc_1", "type": "function_call", "call_id": "call_1"}
             item = {**item, "name": "list_files", "arguments": arguments, "status": "completed"}
-            begun = {**item, "arguments": "", "status": "in_progress"}
+            started = {**item, "arguments": "", "status": "in_progress"}
             place = {"item_id": "fc_1", "output_index": 0}
-            kind = "response.function_call_arguments."
-            middle = [
-                {"type": kind + "delta", **place, "delta": arguments},
-                {"type": kind + "done", **place, "name": "list_files", "arguments": arguments},
+            event = "response.function_call_arguments."
+            content = [
+                {"type": event + "delta", **place, "delta": arguments},
+                {"type": event + "done", **place, "name": "list_files", "arguments": arguments},
             ]
         else:
-            text = "I have seen the files." if done else "Hello from the plan."
+            text = "I have seen the files." if tool_ran else "Hello from the plan."
             part = {"type": "output_text", "text": text, "annotations": []}
             item = {"id": "msg_1", "type": "message", "role": "assistant", "content": [part]}
             item["status"] = "completed"
-            begun = {**item, "status": "in_progress", "content": []}
+            started = {**item, "status": "in_progress", "content": []}
             place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
-            said = {"text": text, "logprobs": []}
-            middle = [
+            whole = {"text": text, "logprobs": []}
+            content = [
                 {"type": "response.content_part.added", **place, "part": {**part, "text": ""}},
                 {"type": "response.output_text.delta", **place, "delta": text, "logprobs": []},
-                {"type": "response.output_text.done", **place, **said},
+                {"type": "response.output_text.done", **place, **whole},
                 {"type": "response.content_part.done", **place, "part": part},
             ]
         return [
-            {"type": "response.output_item.added", "output_index": 0, "item": begun},
-            *middle,
+            {"type": "response.output_item.added", "output_index": 0, "item": started},
+            *content,
             {"type": "response.output_item.done", "output_index": 0, "item": item},
         ]
 
@@ -618,15 +622,15 @@ class Double(OfficialEndpoints):
     def serve(self, handler):
         path, _, query = handler.path.partition("?")
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0)).decode()
-        kind = handler.headers.get("Content-Type", "")
+        content_type = handler.headers.get("Content-Type", "")
         if handler.command == "GET":
             fields = dict(urllib.parse.parse_qsl(query))
-        elif "json" in kind:
+        elif "json" in content_type:
             fields = json.loads(body)
         else:
             fields = dict(urllib.parse.parse_qsl(body, strict_parsing=True))
-        kind = fields.get("grant_type") if "urlencoded" in kind else None
-        endpoint = next((n for n, e in ENDPOINTS.items() if e[:2] == (path, kind)), None)
+        grant_type = fields.get("grant_type") if "urlencoded" in content_type else None
+        endpoint = next((n for n, e in ENDPOINTS.items() if e[:2] == (path, grant_type)), None)
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self.lock:
             entry = {"endpoint": endpoint, "path": path, "fields": fields, "headers": headers}
@@ -663,7 +667,7 @@ class Double(OfficialEndpoints):
         return 404, {"detail": "Not Found"}
 
     def _authorize(self, fields, headers):
-        wanted = {
+        required = {
             "response_type": "code",
             "client_id": self.client_id,
             "scope": "openid profile email offline_access",
@@ -671,7 +675,7 @@ class Double(OfficialEndpoints):
             "id_token_add_organizations": "true",
             "codex_cli_simplified_flow": "true",
         }
-        wrong = [name for name, value in wanted.items() if fields.get(name) != value]
+        wrong = [name for name, value in required.items() if fields.get(name) != value]
         if wrong or fields.get("redirect_uri") not in self.redirect_uris:
             return 403, {"detail": f"wrong: {wrong} {fields.get('redirect_uri')}"}
         if not re.fullmatch(r"[\w-]{43}", fields.get("code_challenge", "")):
@@ -749,11 +753,11 @@ class Double(OfficialEndpoints):
         return 200, answer
 
     def _device(self, fields, headers):
-        left = self.devices.get(fields.get("device_auth_id"))
-        if left is None or fields.get("user_code") != "ABCD-EFGH":
+        polls_left = self.devices.get(fields.get("device_auth_id"))
+        if polls_left is None or fields.get("user_code") != "ABCD-EFGH":
             return 404, {"error": {"code": "deviceauth_unknown"}}
-        self.devices[fields["device_auth_id"]] = left - 1
-        if left > 0:
+        self.devices[fields["device_auth_id"]] = polls_left - 1
+        if polls_left > 0:
             return 403, {"error": {"code": "deviceauth_authorization_unknown"}}
         verifier = secrets.token_urlsafe(48)
         digest = hashlib.sha256(verifier.encode()).digest()
@@ -839,8 +843,8 @@ def make_certificate(folder, host, issuer=None, issuer_key=None):
 
 def visit(url, follow=True):
     """Visit `url` as a browser does and return (url, status, headers, body) of each page."""
-    seen = []
-    while url and len(seen) < 9:
+    pages = []
+    while url and len(pages) < 9:
         parts = urllib.parse.urlsplit(url)
         # Browsers resolve localhost themselves and ignore /etc/hosts (RFC 6761 §6.3).
         host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
@@ -849,11 +853,11 @@ def visit(url, follow=True):
         connection.request("GET", target, headers={"Host": parts.netloc})
         response = connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
-        seen.append((url, response.status, headers, response.read().decode()))
+        pages.append((url, response.status, headers, response.read().decode()))
         connection.close()
-        place = headers.get("location")
-        url = urllib.parse.urljoin(url, place) if place and follow else None
-    return seen
+        location = headers.get("location")
+        url = urllib.parse.urljoin(url, location) if location and follow else None
+    return pages
 
 
 def authorization_response(url):
@@ -903,13 +907,13 @@ class Process:
         deadline = time.monotonic() + seconds
         with self.arrived:
             while True:
-                found = re.search(pattern, self.err, re.M)
-                if found:
-                    return found
-                left = deadline - time.monotonic()
-                if left <= 0 or self.ended:
-                    raise AssertionError(f"{pattern!r} was not said: {self.err!r}")
-                self.arrived.wait(left)
+                match = re.search(pattern, self.err, re.M)
+                if match:
+                    return match
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or self.ended:
+                    raise AssertionError(f"{pattern!r} did not appear: {self.err!r}")
+                self.arrived.wait(remaining)
 
     def wait_for_url(self):
         """Wait for the URL of the authorization request, and return it."""
@@ -962,9 +966,9 @@ class BrowserStream(io.StringIO):
         self.browser, self.visits = browser, []
 
     def write(self, text):
-        found = re.search(AUTHORIZATION_URL, text, re.M)
-        if found and self.browser:
-            self.visits.append(threading.Thread(target=self.browser, args=(found[0],), daemon=True))
+        match = re.search(AUTHORIZATION_URL, text, re.M)
+        if match and self.browser:
+            self.visits.append(threading.Thread(target=self.browser, args=(match[0],), daemon=True))
             self.visits[-1].start()
         return super().write(text)
 
@@ -992,12 +996,12 @@ def has_terminals():
     return True
 
 
-needs_signals = unittest.skipUnless(POSIX, "a signal is no Ctrl-C on Windows")
-needs_modes = unittest.skipUnless(POSIX, "Windows knows no owners and modes of this kind")
+needs_signals = unittest.skipUnless(POSIX, "Windows has no POSIX signals")
+needs_modes = unittest.skipUnless(POSIX, "Windows has no POSIX owners and modes")
 needs_terminal = unittest.skipUnless(has_terminals(), "no pseudo-terminals here")
 needs_proc = unittest.skipUnless(os.path.exists("/proc/self/fd"), "no /proc here")
-needs_root = unittest.skipUnless(POSIX and os.geteuid() == 0, "only root can play somebody else")
-needs_windows = unittest.skipIf(POSIX, "it is only so on Windows")
+needs_root = unittest.skipUnless(POSIX and os.geteuid() == 0, "needs root to switch users")
+needs_windows = unittest.skipIf(POSIX, "only on Windows")
 needs_sh = unittest.skipUnless(shutil.which("sh"), "no sh here")
 
 
@@ -1062,14 +1066,14 @@ class Case(unittest.TestCase):
         for port in self.ports:
             for address in ("127.0.0.1", "::1"):
                 try:
-                    taken = bind(address, port, reuse=True)
+                    listener = bind(address, port, reuse=True)
                 except OSError as error:
                     if error.errno == errno.EADDRINUSE or address == "127.0.0.1":
                         raise
                     # This system has no IPv6.
                     continue
-                self.addCleanup(taken.close)
-                taken.listen()
+                self.addCleanup(listener.close)
+                listener.listen()
 
     def start(self, *arguments, environ=None, **options):
         """Start the program with `arguments` and return the running process."""
@@ -1082,9 +1086,11 @@ class Case(unittest.TestCase):
         """Run `command` and return (exit code, standard output, standard error)."""
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
         options = {"stderr": subprocess.PIPE, "timeout": WAIT_LIMIT, **options}
-        done = subprocess.run(command, env=self.environ_with(environ), **options)
-        said = ((each or b"").decode("utf-8", "replace") for each in (done.stdout, done.stderr))
-        return done.returncode, *said
+        process = subprocess.run(command, env=self.environ_with(environ), **options)
+        streams = (
+            (each or b"").decode("utf-8", "replace") for each in (process.stdout, process.stderr)
+        )
+        return process.returncode, *streams
 
     def run_program(self, *arguments, environ=None, **options):
         """Run the program and return (exit code, standard output, standard error)."""
@@ -1106,7 +1112,7 @@ class Case(unittest.TestCase):
         Returns (exit code, standard output, standard error). Skips the test without strace.
         """
         if not can_inject():
-            self.skipTest("no strace here that may inject faults")
+            self.skipTest("no strace here that can inject faults")
         inject = [f"-einject={fault}" for fault in faults.split()]
         strace = ["strace", "-f", "-qq", "-o", os.devnull, *inject]
         return self.run_command([*strace, *PROGRAM_COMMAND, *arguments])
@@ -1164,25 +1170,25 @@ class Case(unittest.TestCase):
         kernel.CreateFileW.restype = ctypes.c_void_p
         # GENERIC_READ, FILE_SHARE_READ and OPEN_EXISTING.
         read, share_read, existing = 0x80000000, 1, 3
-        held = kernel.CreateFileW(str(self.token_file), read, share_read, None, existing, 0, None)
-        self.assertNotEqual(held, ctypes.c_void_p(-1).value)
+        handle = kernel.CreateFileW(str(self.token_file), read, share_read, None, existing, 0, None)
+        self.assertNotEqual(handle, ctypes.c_void_p(-1).value)
         try:
             yield
         finally:
-            kernel.CloseHandle(ctypes.c_void_p(held))
+            kernel.CloseHandle(ctypes.c_void_p(handle))
 
     @contextlib.contextmanager
     def as_unprivileged_user(self):
         """Switch to another user if this is root, because permissions don't stop root."""
-        before = os.geteuid(), os.getegid()
-        if before[0] == 0:
+        user, group = os.geteuid(), os.getegid()
+        if user == 0:
             os.setegid(65534)
             os.seteuid(65534)
         try:
             yield
         finally:
-            os.seteuid(before[0])
-            os.setegid(before[1])
+            os.seteuid(user)
+            os.setegid(group)
 
     @contextlib.contextmanager
     def as_unprivileged_owner(self):
@@ -1289,8 +1295,8 @@ def run_case(case, method, *arguments):
 # ---------------------------------------------------------------------------------------------
 
 
-class StoryTest(Case):
-    def test_a_person_signs_in_and_uses_the_key_and_the_models(self):
+class WholeSessionTest(Case):
+    def test_sign_in_use_the_key_and_models_and_sign_out(self):
         running = self.start("auth", "--no-browser")
         url = running.wait_for_url()
         pages = visit(url)
@@ -1364,7 +1370,7 @@ class SettingsTest(Case):
     def test_every_setting_has_a_rule(self):
         self.assertEqual(list(oauth.RULES), list(oauth.CHATGPT_OAUTH_CONFIG))
 
-    def test_every_bad_value_is_refused_by_its_name_before_anything_happens(self):
+    def test_a_bad_setting_is_refused_by_name_before_any_request(self):
         bad = {
             "issuer": (
                 "http://example.com",
@@ -1409,7 +1415,7 @@ class SettingsTest(Case):
                     self.assert_fails(self.call("token", environ={name: value}), 2, name)
         self.assertEqual(self.double.requests, [])
 
-    def test_the_dict_at_the_top_may_be_edited_and_is_checked_too(self):
+    def test_the_config_dict_can_be_edited_and_is_validated(self):
         self.double.api_keys.add("sk-mine")
         self.store(api_key="sk-mine")
         with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"prefix": "mine-"}):
@@ -1425,7 +1431,7 @@ class SettingsTest(Case):
             where = 'CHATGPT_OAUTH_CONFIG["issuer"]'
             self.assert_fails(self.call("token", environ=environ), 2, where)
 
-    def test_the_home_follows_code_puppys_rule(self):
+    def test_home_follows_xdg_data_home(self):
         base = str(self.folder / "data")
         for environ, home in (
             ({}, self.home),
@@ -1437,34 +1443,34 @@ class SettingsTest(Case):
             path = os.path.join(home, "chatgpt_oauth.json")
             self.assertEqual(json.loads(out)["token_file"], path)
 
-    def test_a_person_without_a_home_is_told_which_variable_to_set(self):
+    def test_a_missing_home_names_the_variable_to_set(self):
         with contextlib.ExitStack() as stack:
             if POSIX:
                 import pwd
 
-                unknown = mock.patch.object(pwd, "getpwuid", side_effect=KeyError)
-                stack.enter_context(unknown)
-            gone = dict.fromkeys(("HOME", "USERPROFILE"))
+                no_account = mock.patch.object(pwd, "getpwuid", side_effect=KeyError)
+                stack.enter_context(no_account)
+            unset = dict.fromkeys(("HOME", "USERPROFILE"))
             name = "HOME" if POSIX else "USERPROFILE"
-            err = self.assert_fails(self.call("status", environ=gone), 2, f"{name} is not set")
+            err = self.assert_fails(self.call("status", environ=unset), 2, f"{name} is not set")
             self.assertIn(f"set {name} or CHATGPT_OAUTH_HOME", err)
-            environ = {**gone, "CHATGPT_OAUTH_HOME": str(self.home)}
+            environ = {**unset, "CHATGPT_OAUTH_HOME": str(self.home)}
             self.assertEqual(self.call("status", environ=environ)[0], 3)
 
-    @unittest.skipUnless(sys.platform == "win32", "only Windows has names of devices everywhere")
-    def test_the_name_of_a_device_is_no_home(self):
+    @unittest.skipUnless(sys.platform == "win32", "only Windows has device names")
+    def test_a_windows_device_name_is_refused_as_home(self):
         for name in ("con", "nul", "com1", "aux.txt"):
             result = self.call("auth", environ={"CHATGPT_OAUTH_HOME": name})
             self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME must be", "device")
 
-    @unittest.skipUnless(POSIX, "a directory that is in use cannot be removed on Windows")
-    def test_a_folder_that_is_gone_is_no_home(self):
+    @unittest.skipUnless(POSIX, "Windows does not remove a directory in use")
+    def test_a_deleted_working_directory_is_refused_as_home(self):
         code = "mkdir d; cd d; rmdir ../d; exec " + shell_line(sys.executable, PROGRAM, "status")
         environ = {"CHATGPT_OAUTH_HOME": "x"}
         result = self.run_shell(code, environ, cwd=str(self.folder))
         self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME")
 
-    def test_a_trailing_slash_does_not_matter(self):
+    def test_a_trailing_slash_of_the_issuer_is_ignored(self):
         environ = {"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"}
         code, out, err = self.call("status", "--json", environ=environ)
         self.assertEqual(json.loads(out)["issuer"], "https://example.com/a")
@@ -1479,11 +1485,11 @@ class SettingsTest(Case):
 
 
 class ErrorsTest(Case):
-    def test_an_error_is_one_line_and_its_hint_another(self):
+    def test_an_error_is_one_line_and_its_hint_another_line(self):
         def no_refresh_token():
             self.store(lifetime=-10, refresh_token=None)
 
-        def nobody_there():
+        def server_down():
             self.store(lifetime=-10)
             self.double.close()
 
@@ -1494,59 +1500,59 @@ class ErrorsTest(Case):
             (1, "token --api-key", self.store),
             (4, "token", no_refresh_token),
             (6, "token", lambda: self.token_file.write_text("{")),
-            (5, "token", nobody_there),
+            (5, "token", server_down),
         ):
             with self.subTest(exit_code):
                 prepare()
                 err = self.assert_fails(self.call(*command.split()), exit_code)
                 self.assertRegex(err, r"\Aerror: .+\n(hint: .+\n)?\Z")
 
-    def test_short_secrets_are_taken_out_of_what_a_server_says_too(self):
+    def test_short_secrets_are_removed_from_server_messages(self):
         self.store(lifetime=-10, refresh_token="rt_1")
         self.fault(
-            "refresh", 400, b'{"error": "rt_1 is odd", "error_description": "rt_1 was sent"}'
+            "refresh", 400, b'{"error": "rt_1 is bad", "error_description": "rt_1 was sent"}'
         )
         err = self.assert_fails(self.call("token"), 1)
-        self.assertIn("(HTTP 400): [...] is odd: [...] was sent\n", err)
+        self.assertIn("(HTTP 400): [...] is bad: [...] was sent\n", err)
 
     def test_no_repr_shows_a_secret(self):
         fields = self.store(lifetime=-10, api_key="sk-1")
-        shown = {}
+        reprs = {}
 
-        def look(handler, _):
+        def inspect_objects(handler, _):
             # A traceback with local variables could print any of these objects.
             for each in gc.get_objects():
                 if type(each).__module__ == oauth.__name__:
-                    shown[type(each).__name__] = repr(each)
+                    reprs[type(each).__name__] = repr(each)
 
-        self.double.faults["refresh"] = look
+        self.double.faults["refresh"] = inspect_objects
         self.assert_quiet(self.call("token"))
         # At least the settings, the store, the session and the tokens must be among them.
-        self.assertGreaterEqual(len(shown), 4, shown)
+        self.assertGreaterEqual(len(reprs), 4, reprs)
         for secret in (fields["access_token"], fields["refresh_token"], "sk-1"):
-            self.assertNotIn(secret, "".join(shown.values()))
+            self.assertNotIn(secret, "".join(reprs.values()))
 
-    def test_nothing_secret_is_in_the_process_list(self):
+    def test_the_process_list_shows_no_secret(self):
         if not command_succeeds("ps", "axww"):
             self.skipTest("no ps here, or no /proc for it")
         self.double.delay = 0.15
         running = self.start("auth", "--no-browser")
         url = running.wait_for_url()
-        seen = []
+        listings = []
         stop = threading.Event()
 
-        def watch():
+        def list_processes():
             while not stop.wait(0.03):
-                seen.append(self.run_command(["ps", "axww"])[1])
+                listings.append(self.run_command(["ps", "axww"])[1])
 
-        watcher = threading.Thread(target=watch, daemon=True)
+        watcher = threading.Thread(target=list_processes, daemon=True)
         watcher.start()
         visit(url)
         self.assert_done(running.end())
         stop.set()
         watcher.join(WAIT_LIMIT)
-        self.assertTrue(any(PROGRAM in each for each in seen))
-        self.assert_no_secret(*seen)
+        self.assertTrue(any(PROGRAM in each for each in listings))
+        self.assert_no_secret(*listings)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1571,8 +1577,8 @@ def send_bytes(*parts, pause=0.0):
 
 def echo_request(handler, fields):
     """Answer with an error that repeats everything that was sent, including the tokens."""
-    said = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
-    body = json.dumps({"error": {"code": said, "message": "\x1b[31m\u202e" + said}}).encode()
+    sent = " ".join([*map(str, fields.values()), str(handler.headers.get("Authorization"))])
+    body = json.dumps({"error": {"code": sent, "message": "\x1b[31m\u202e" + sent}}).encode()
     return Double.reply(handler, 401, body)
 
 
@@ -1625,7 +1631,7 @@ BAD_RESPONSES = {
 
 
 class WireTest(Case):
-    def test_the_authorization_url_has_what_the_codex_cli_sends(self):
+    def test_the_authorization_request_matches_the_codex_cli(self):
         running = self.start("auth", "--no-browser")
         url = running.wait_for_url()
         fields = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
@@ -1644,7 +1650,7 @@ class WireTest(Case):
             if entry["endpoint"] != "authorize":
                 self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
-    def tell(self, endpoint):
+    def run_command_for(self, endpoint):
         """Run the command that uses `endpoint`, and return its exit code and all of its output."""
         if self.token_file.exists():
             self.token_file.unlink()
@@ -1672,30 +1678,30 @@ class WireTest(Case):
         for endpoint in TESTED_ENDPOINTS:
             self.double.faults = {endpoint: BAD_RESPONSES[answer]}
             began = time.monotonic()
-            code, err = self.tell(endpoint)
+            code, err = self.run_command_for(endpoint)
             seconds.append(time.monotonic() - began)
-            case = (answer, endpoint, code, err)
-            self.assertTrue(all(line.isprintable() for line in err.split("\n")), case)
+            context = (answer, endpoint, code, err)
+            self.assertTrue(all(line.isprintable() for line in err.split("\n")), context)
             # These two answers are valid at some endpoints.
             if answer not in ("lists of wrong types", "no content"):
-                self.assertEqual(code in (1, 4, 5), ENDPOINTS[endpoint].fatal, case)
+                self.assertEqual(code in (1, 4, 5), ENDPOINTS[endpoint].fatal, context)
             for secret in self.double.secrets():
-                self.assertNotIn(secret, err, case)
+                self.assertNotIn(secret, err, context)
         return seconds
 
-    def test_every_odd_answer_of_every_endpoint_is_told_in_time(self):
+    def test_every_bad_response_is_reported_in_time(self):
         self.assertGreaterEqual(len(BAD_RESPONSES), 25)
-        command = [sys.executable, TEST_FILE, "odd-answers"]
+        command = [sys.executable, TEST_FILE, "bad-responses"]
         shares = [list(BAD_RESPONSES)[number::WORKERS] for number in range(WORKERS)]
         for result in run_in_parallel(lambda share: self.run_command(command + share), shares):
             self.assertLess(float(self.assert_quiet(result)), 5)
 
-    def test_a_web_page_names_the_proxy_and_the_region(self):
+    def test_an_html_error_names_the_proxy_and_the_region(self):
         self.store(api_key="sk-1")
         self.fault("api", 403, b"<html>")
         self.assert_fails(self.call("models"), 5, "proxy", "region")
 
-    def network(self):
+    def use_untrusted_issuer(self):
         """Set up a proxy and, behind it, an issuer with an untrusted certificate.
 
         Returns the proxy and the path of the certificate.
@@ -1709,7 +1715,7 @@ class WireTest(Case):
         self.environ.update(HTTPS_PROXY=proxy.url, NO_PROXY="", CHATGPT_OAUTH_RETRY_WINDOW="0.01")
         return proxy, certificate
 
-    def test_a_request_that_came_too_late_is_never_sent(self):
+    def test_a_request_is_never_sent_after_its_deadline(self):
         self.store(lifetime=-10)
         look_up = socket.getaddrinfo
 
@@ -1724,9 +1730,9 @@ class WireTest(Case):
         self.assertEqual(self.double.requests, [])
         self.assertEqual(self.call("token")[0], 0)
 
-    def test_early_hints_are_not_taken_for_the_answer(self):
+    def test_informational_responses_are_skipped(self):
         hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"
-        for early in (
+        for informational in (
             hints,
             b"HTTP/1.1 102 Processing\r\n\r\n" * 3,
             b"HTTP/1.1 100 Continue\r\n\r\n" + hints,
@@ -1735,28 +1741,30 @@ class WireTest(Case):
                 self.store(lifetime=-10)
                 body = json.dumps(self.double.tokens()).encode()
                 head = HTTP_OK + f"Content-Length: {len(body)}\r\n\r\n".encode()
-                whole = [early, head, body] if parts == 3 else [early + head + body]
-                self.double.faults["refresh"] = send_bytes(*whole, pause=0.01)
+                message = (
+                    [informational, head, body] if parts == 3 else [informational + head + body]
+                )
+                self.double.faults["refresh"] = send_bytes(*message, pause=0.01)
                 self.assertEqual(self.assert_fresh(self.call("token")), "")
         self.store(lifetime=-10)
         self.double.faults["refresh"] = send_bytes(*[hints] * 60, pause=0.01)
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2"}
         self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
 
-    def test_a_redirect_of_no_endpoint_is_followed(self):
+    def test_redirects_are_never_followed(self):
         other = self.another_double()
         for endpoint in TESTED_ENDPOINTS:
-            for status, place in ((302, other.url), (307, other.url), (308, "http://[")):
+            for status, location in ((302, other.url), (307, other.url), (308, "http://[")):
                 with self.subTest(endpoint, status=status):
                     self.double.faults = {
-                        endpoint: respond_with(status, b"", Location=place + "/x")
+                        endpoint: respond_with(status, b"", Location=location + "/x")
                     }
-                    code, err = self.tell(endpoint)
+                    code, err = self.run_command_for(endpoint)
                     self.assertEqual(bool(code), ENDPOINTS[endpoint].fatal)
                     self.assertIn(f"(HTTP {status}): unexpected redirect", err)
         self.assertEqual(other.requests, [])
 
-    def test_nobody_there_is_exit_5_and_the_token_is_unspent(self):
+    def test_an_unreachable_server_is_exit_5_and_spends_no_token(self):
         before = self.store(lifetime=-10)
         environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
         self.double.close()
@@ -1764,28 +1772,28 @@ class WireTest(Case):
         self.assertEqual(self.stored(), before)
         self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
 
-    def advice(self):
+    def certificate_hint(self):
         """Return the hint to expect: it depends on whether this system has CA certificates."""
         paths = ssl.get_default_verify_paths()
-        there = [paths.openssl_cafile, *pathlib.Path(paths.openssl_capath).glob("*")]
-        found = not POSIX or any(map(os.path.exists, there))
-        return "SSL_CERT_FILE" if found else "apt install ca-certificates"
+        places = [paths.openssl_cafile, *pathlib.Path(paths.openssl_capath).glob("*")]
+        has_certificates = not POSIX or any(map(os.path.exists, places))
+        return "SSL_CERT_FILE" if has_certificates else "apt install ca-certificates"
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_an_untrusted_certificate_names_the_variable_to_set(self):
-        self.network()
+        self.use_untrusted_issuer()
         before = self.stored()
         # The program must not retry, so it must end long before these 10 seconds are over.
         environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "10"}
         began = time.monotonic()
-        self.assert_fails(self.run_program("token", environ=environ), 5, self.advice())
+        self.assert_fails(self.run_program("token", environ=environ), 5, self.certificate_hint())
         self.assertLess(time.monotonic() - began, 5)
         self.assertEqual(self.double.requests, [])
         self.assertEqual(self.stored(), before)
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_a_file_of_certificates_that_is_none_is_named(self):
-        _, certificate = self.network()
+    def test_an_invalid_certificate_file_is_named(self):
+        _, certificate = self.use_untrusted_issuer()
         (self.folder / "empty.pem").write_text("")
         (self.folder / "text.pem").write_text("hello\n")
         for name in ("missing.pem", "empty.pem", "text.pem"):
@@ -1802,11 +1810,11 @@ class WireTest(Case):
         environ = {"CODEX_CA_CERTIFICATE": certificate, "SSL_CERT_FILE": os.devnull}
         self.assert_fresh(self.run_program("token", environ=environ))
 
-    def test_certificates_that_python_cannot_load_are_told(self):
+    def test_certificates_that_fail_to_load_are_reported(self):
         code = """
 import ssl, chatgpt_oauth
 def load(*_):
-    raise FileNotFoundError(2, "")  # as PyPy does it without CA certificates
+    raise FileNotFoundError(2, "")  # as PyPy raises it without CA certificates
 ssl.SSLContext.load_default_certs = load
 chatgpt_oauth.run_program()
 """
@@ -1814,10 +1822,10 @@ chatgpt_oauth.run_program()
         err = self.assert_fails(result, 5, "TLS: CA certificates: ", "hint: ")
         self.assertNotIn("SSLKEYLOGFILE", err)
 
-    def test_a_proxy_that_refuses_shows_no_credentials(self):
+    def test_a_refusal_by_the_proxy_shows_no_credentials(self):
         basic = base64.b64encode(b"user:hunter2").decode()
-        said = f"HTTP/1.1 407 user:hunter2 Basic {basic} is wrong\r\n\r\n".encode()
-        proxy = Server(lambda handler: send_bytes(said)(handler, None))
+        refusal = f"HTTP/1.1 407 user:hunter2 Basic {basic} is wrong\r\n\r\n".encode()
+        proxy = Server(lambda handler: send_bytes(refusal)(handler, None))
         self.addCleanup(proxy.close)
         environ = {
             "HTTPS_PROXY": f"http://user:hunter2@127.0.0.1:{proxy.server_port}",
@@ -1829,7 +1837,7 @@ chatgpt_oauth.run_program()
         self.assertNotIn("hunter2", err)
         self.assertNotIn(basic, err)
 
-    def test_a_region_block_is_told_as_one(self):
+    def test_a_region_block_is_reported(self):
         error = {"code": "unsupported_country_region_territory", "message": "Not supported"}
         body = json.dumps({"error": error}).encode()
         self.store(lifetime=-10)
@@ -1838,7 +1846,7 @@ chatgpt_oauth.run_program()
             self.assert_fails(self.call(*command), 5, "country or region")
         self.assert_nothing_lost()
 
-    def raised(self, call, *prelude):
+    def exception_of(self, call, *prelude):
         """Run `call` in a new Python and return the class and text of the exception it raises."""
         code = (
             "\n".join(prelude)
@@ -1856,7 +1864,7 @@ except BaseException as error:
         self.assertNotIn("Traceback", err)
         return out
 
-    def test_what_python_lacks_is_named_and_nothing_is_spent(self):
+    def test_missing_threads_or_tls_are_named_and_spend_no_token(self):
         limited = """
 import threading
 left, start = {0}, threading.Thread.start
@@ -1871,22 +1879,22 @@ threading.Thread.start = limited
         no_tls = "sys.modules['_ssl'] = None"
         self.store(lifetime=-10)
         token = "oauth.get_access_token()"
-        self.assertRegex(self.raised(token, limited.format(0)), "OAuthError.*new thread")
+        self.assertRegex(self.exception_of(token, limited.format(0)), "OAuthError.*new thread")
         sign_in = "oauth.sign_in(open_browser=False, timeout=0.3)"
         for allowed in range(3):
-            self.assertRegex(self.raised(sign_in, limited.format(allowed)), "^OAuthError")
+            self.assertRegex(self.exception_of(sign_in, limited.format(allowed)), "^OAuthError")
         self.assertEqual(self.double.requests, [])
         self.assert_nothing_lost()
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         self.double.close()
-        self.assertRegex(self.raised(token, no_tls), "OAuthError.*127.0.0.1")
+        self.assertRegex(self.exception_of(token, no_tls), "OAuthError.*127.0.0.1")
         self.store(lifetime=-10, issuer="https://127.0.0.1:9")
         self.environ["CHATGPT_OAUTH_ISSUER"] = "https://127.0.0.1:9"
-        self.assertRegex(self.raised(token, no_tls), "OAuthError.*TLS")
+        self.assertRegex(self.exception_of(token, no_tls), "OAuthError.*TLS")
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_a_certificate_that_is_refused_has_the_hint_that_helps(self):
-        self.network()
+    def test_an_untrusted_certificate_names_where_the_trusted_ones_are(self):
+        self.use_untrusted_issuer()
         other = make_certificate(self.folder, "other.example.com")[0]
         for name, path in (("SSL_CERT_FILE", other), ("SSL_CERT_DIR", str(self.folder))):
             result = self.run_program("token", environ={name: path})
@@ -1898,12 +1906,12 @@ threading.Thread.start = limited
             self.assert_fails(self.call("token"), 5, words)
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_a_companys_ca_without_a_key_usage_is_taken(self):
-        self.network()
+    def test_a_company_ca_without_key_usage_is_accepted(self):
+        self.use_untrusted_issuer()
         ca, ca_key = make_certificate(self.folder, "ca.example.com")
-        place = self.folder / "issuer"
-        place.mkdir()
-        certificate, key = make_certificate(place, "issuer.example.com", ca, ca_key)
+        folder = self.folder / "issuer"
+        folder.mkdir()
+        certificate, key = make_certificate(folder, "issuer.example.com", ca, ca_key)
         double = self.double = self.another_double()
         double.use_tls(certificate, key)
         proxy = Proxy(double.server.server_port)
@@ -1913,25 +1921,25 @@ threading.Thread.start = limited
         self.assert_quiet(self.run_program("token", environ=environ))
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_tls_through_a_proxy_with_a_certificate_of_the_networks_own(self):
-        proxy, certificate = self.network()
-        trusting = {"SSL_CERT_FILE": certificate}
-        out = self.assert_quiet(self.run_program("token", environ=trusting))
+    def test_tls_works_through_a_proxy_with_a_private_certificate(self):
+        proxy, certificate = self.use_untrusted_issuer()
+        trusted = {"SSL_CERT_FILE": certificate}
+        out = self.assert_quiet(self.run_program("token", environ=trusted))
         self.assertEqual(out, self.stored()["access_token"] + "\n")
         basic = "Basic " + base64.b64encode(b"user:word").decode()
         self.assertEqual(proxy.seen, [("issuer.example.com:443", basic)])
         # Without SSL_CERT_FILE, the certificate isn't trusted.
-        refusing = {}
-        result = self.run_program("token", "--refresh", environ=refusing)
+        untrusted = {}
+        result = self.run_program("token", "--refresh", environ=untrusted)
         # The message must name the server, not the proxy.
         server = "a trusted TLS connection to issuer.example.com (self"
-        self.assert_fails(result, 5, server, self.advice())
+        self.assert_fails(result, 5, server, self.certificate_hint())
         self.assertEqual(self.double.count("refresh"), 1)
-        self.assert_quiet(self.run_program("token", "--refresh", environ=trusting))
+        self.assert_quiet(self.run_program("token", "--refresh", environ=trusted))
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_a_tls_alert_after_the_handshake_is_told_as_one(self):
-        certificate = self.network()[1]
+    def test_a_tls_alert_after_the_handshake_is_reported(self):
+        certificate = self.use_untrusted_issuer()[1]
         # A fatal internal_error alert (RFC 8446 §6).
         alert = b"\x15\x03\x03\x00\x02\x02\x50"
 
@@ -1946,9 +1954,9 @@ threading.Thread.start = limited
         err = self.assert_fails(result, 5, server, "you may have to sign in again")
         self.assertNotIn("str", err)
 
-    def test_a_proxy_that_is_not_there_is_named_and_loopback_needs_none(self):
-        with bind("127.0.0.1") as deaf:
-            proxy = f"http://user:secret@127.0.0.1:{deaf.getsockname()[1]}"
+    def test_an_unreachable_proxy_is_named_and_loopback_is_not_proxied(self):
+        with bind("127.0.0.1") as unused:
+            proxy = f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}"
             environ = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "NO_PROXY": ""}
             environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
             self.store(lifetime=-10)
@@ -1972,7 +1980,7 @@ threading.Thread.start = limited
 
 class StoreTest(Case):
     @needs_modes
-    def test_files_are_private_from_their_first_byte(self):
+    def test_files_are_created_private(self):
         umask = os.umask(0)
         self.addCleanup(os.umask, umask)
         if shutil.which("strace"):
@@ -1991,17 +1999,17 @@ class StoreTest(Case):
         for path in (self.token_file, self.models_file, self.home / "chatgpt_oauth.json.lock"):
             self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
 
-    def test_reading_changes_nothing_and_waits_for_no_lock(self):
-        reading = [["status"], ["env"], ["env", "--access-token"], ["token"], ["token", "--json"]]
-        for command in reading:
+    def test_reading_changes_no_file_and_takes_no_lock(self):
+        commands = [["status"], ["env"], ["env", "--access-token"], ["token"], ["token", "--json"]]
+        for command in commands:
             self.call(*command)
         self.assertFalse(self.home.exists())
         self.store(api_key="sk-1")
         self.models_file.write_text("{}")
         times = {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}
-        reading.append(["exec", "--", sys.executable, "-c", "pass"])
-        done = [self.run_program(*command) for command in reading]
-        self.assertEqual([code for code, _, _ in done], [0] * len(reading), done)
+        commands.append(["exec", "--", sys.executable, "-c", "pass"])
+        done = [self.run_program(*command) for command in commands]
+        self.assertEqual([code for code, _, _ in done], [0] * len(commands), done)
         self.assertEqual(
             {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}, times
         )
@@ -2012,7 +2020,7 @@ class StoreTest(Case):
             self.assertLess(time.monotonic() - began, 2)
 
     @needs_modes
-    def test_a_symbolic_link_stays_one(self):
+    def test_a_symbolic_link_is_kept(self):
         self.store(lifetime=-10)
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir()
@@ -2026,7 +2034,7 @@ class StoreTest(Case):
         self.assertEqual(os.listdir(elsewhere), ["tokens.json.lock"])
 
     @needs_modes
-    def test_a_file_that_others_can_read_is_tightened_with_a_warning(self):
+    def test_a_file_that_others_can_read_is_made_private_with_a_warning(self):
         self.store(mode=0o644)
         code, out, err = self.call("status")
         self.assertEqual(code, 0)
@@ -2034,7 +2042,7 @@ class StoreTest(Case):
         self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
         self.assertEqual(self.call("status")[2], "")
 
-    def test_files_that_are_not_what_they_should_be(self):
+    def test_a_broken_token_file_is_exit_6_and_left_alone(self):
         def directory(path):
             path.mkdir()
 
@@ -2060,9 +2068,9 @@ class StoreTest(Case):
             "deep": text(b"[" * 100000),
             "bytes": text(b"\xff\xfe\x00"),
             "huge": huge,
-            "odd token": text(b'{"access_token": "a b"}'),
+            "invalid token": text(b'{"access_token": "a b"}'),
             "number": text(b'{"access_token": 5}'),
-            "odd key": text(b'{"access_token": "a", "api_key": "\'; rm -rf ~; \'"}'),
+            "invalid key": text(b'{"access_token": "a", "api_key": "\'; rm -rf ~; \'"}'),
             "newline": text(b'{"access_token": "a", "api_key": "sk-a\\n"}'),
         }
         if POSIX:
@@ -2082,7 +2090,7 @@ class StoreTest(Case):
                 self.assertIn(str(path), json.loads(out)["problem"])
                 self.assertTrue(os.path.lexists(path))
 
-    def test_a_new_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
+    def test_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
         self.home.mkdir(mode=0o700)
         self.token_file.write_text("{")
         self.assertEqual(self.call("logout")[0], 0)
@@ -2096,12 +2104,12 @@ class StoreTest(Case):
         left = ["chatgpt_models.json", "chatgpt_models.json.lock", "chatgpt_oauth.json.lock"]
         self.assertEqual(sorted(os.listdir(self.home)), left)
 
-    def test_a_new_sign_in_moves_away_a_folder_in_the_files_place(self):
+    def test_sign_in_moves_away_a_directory_in_place_of_the_file(self):
         self.token_file.mkdir(parents=True)
         self.sign_in()
         self.assertTrue((self.home / "chatgpt_oauth.json.bad").is_dir())
 
-    def test_a_torn_file_is_read_again(self):
+    def test_a_half_written_file_is_read_again(self):
         fields = self.store()
         whole = self.token_file.read_text()
         self.token_file.write_text(whole[:50])
@@ -2111,7 +2119,7 @@ class StoreTest(Case):
         self.assertEqual(self.assert_quiet(running.end()), fields["access_token"] + "\n")
 
     @needs_root
-    def test_a_file_of_somebody_else_is_refused_and_root_keeps_its_owner(self):
+    def test_another_users_file_is_refused_and_root_keeps_its_owner(self):
         self.store(lifetime=-10)
         os.chown(self.token_file, 12345, 12345)
         self.assertEqual(self.call("token")[0], 0)
@@ -2129,7 +2137,7 @@ class StoreTest(Case):
         with self.as_unprivileged_user():
             self.assert_fails(self.call("token"), 6, "Permission denied")
 
-    def lure_root(self):
+    def create_root_target(self):
         """Make the home directory another user's, and return a file of root's to lure root to."""
         self.store(lifetime=-10)
         for path in (self.folder, self.home, self.token_file):
@@ -2145,15 +2153,15 @@ class StoreTest(Case):
         self.assertEqual(target.read_text(), content)
         self.assertEqual(self.double.requests, [])
 
-    def link(self, path, target):
+    def link_as_other_user(self, path, target):
         """Make `path` a symbolic link that belongs to another user."""
         path.symlink_to(target)
         os.lchown(path, 65534, 65534)
 
     @needs_root
     def test_root_does_not_follow_a_linked_lock_file(self):
-        target = self.lure_root()
-        self.link(self.home / "chatgpt_oauth.json.lock", target)
+        target = self.create_root_target()
+        self.link_as_other_user(self.home / "chatgpt_oauth.json.lock", target)
         for command in (["token"], ["auth", "--device"], ["logout", "--local"]):
             self.assert_fails(self.call(*command), 6, "cannot lock")
             self.assert_untouched(target)
@@ -2162,10 +2170,10 @@ class StoreTest(Case):
     def test_root_does_not_follow_another_users_link(self):
         commands = (["token"], ["env"], ["logout", "--local"], ["auth", "--device"])
         for content in ('{"access_token": "roots"}', "no JSON"):
-            target = self.lure_root()
+            target = self.create_root_target()
             target.write_text(content)
             self.token_file.unlink()
-            self.link(self.token_file, target)
+            self.link_as_other_user(self.token_file, target)
             for command in commands:
                 with self.subTest(command, content=content):
                     self.assert_fails(self.call(*command), 6, str(self.token_file))
@@ -2176,13 +2184,13 @@ class StoreTest(Case):
 
     @needs_root
     def test_root_does_not_follow_a_users_link_to_another_home(self):
-        target = self.lure_root()
+        target = self.create_root_target()
         other = self.folder / "roots"
         other.mkdir(mode=0o700)
         target.write_text(self.token_file.read_text())
         target.rename(other / "chatgpt_oauth.json")
         shutil.rmtree(self.home)
-        self.link(self.home, other)
+        self.link_as_other_user(self.home, other)
         content = (other / "chatgpt_oauth.json").read_text()
         for command in (["token", "--refresh"], ["logout", "--local"], ["auth", "--device"]):
             self.assert_fails(self.call(*command), 6, str(self.home))
@@ -7462,7 +7470,9 @@ def main():
     fuzz_parser = commands.add_parser("fuzz", help="random responses, requests and files")
     fuzz_parser.add_argument("--seconds", type=float, default=60)
     fuzz_parser.add_argument("--seed", type=int, default=None)
-    answers_parser = commands.add_parser("odd-answers", help="a share of the suite's longest test")
+    answers_parser = commands.add_parser(
+        "bad-responses", help="a share of the suite's longest test"
+    )
     answers_parser.add_argument("answers", nargs="+")
     visit_parser = commands.add_parser("visit", help="act as the browser (used by the demo)")
     visit_parser.add_argument("--save", metavar="FILE", help="where to keep the last page")
@@ -7475,7 +7485,7 @@ def main():
     if options.command == "fuzz":
         seed = secrets.randbelow(10**9) if options.seed is None else options.seed
         return fuzz(options.seconds, seed)
-    if options.command == "odd-answers":
+    if options.command == "bad-responses":
         print(max(max(run_case(WireTest, "check", answer)) for answer in options.answers))
         return 0
     if options.command == "visit":
