@@ -375,7 +375,7 @@ def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Wire: the requests to OpenAI's servers, and what their responses say
+# Wire: how requests reach OpenAI's servers, and what their responses say
 # ---------------------------------------------------------------------------------------------
 # Every request to OpenAI goes through `request_json`. It ends within its timeout, follows no
 # redirect, and reads a limited number of bytes. A failure is an OAuthError whose text contains
@@ -386,31 +386,12 @@ def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
 MEBIBYTE = 1 << 20
 # The largest list of models that is read from a server or a file, in bytes.
 MODELS_LIMIT = 8 * MEBIBYTE
-# The shortest and the longest time between two polls, in seconds. They limit what a server can ask
-# for.
-POLL_FLOOR = 1.0
-POLL_CEILING = 60.0
-# Seconds for which a device code is valid, unless the server gives a shorter time. OpenAI's device
-# codes expire after 15 minutes.
-DEVICE_CODE_LIFETIME = 900.0
-# Seconds to add to the polling interval when the server answers slow_down (RFC 8628 §3.5).
-SLOW_DOWN = 5.0
 # Seconds before the second try of a request. The pause doubles with each further try, up to the
 # limit.
 RETRY_PAUSE = 0.5
 RETRY_PAUSE_LIMIT = 4.0
 # Seconds. Windows can't interrupt a wait, so Ctrl-C takes up to this long there.
 WAIT_SLICE = 0.05
-# The error codes, OpenAI's and RFC 6749 §5.2's, for a refresh token that can't be used any more.
-INVALID_GRANT_CODES = {
-    "refresh_token_reused": "its refresh token was used by another program",
-    "refresh_token_expired": "it has expired",
-    "refresh_token_invalidated": "it was revoked",
-    "token_expired": "it has expired",
-    "invalid_grant": "it has expired or was revoked",
-    "invalid_refresh_token": "it has expired or was revoked",
-}
-OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
 # The `retry_after` of an error that trying again can't fix.
 NEVER = float("inf")
 # The fields of a request that aren't secret. The values of all other fields are removed from the
@@ -461,15 +442,6 @@ class Retry:
             self.notify = None
         time.sleep(pause)
         self.pause = min(self.pause * 2, RETRY_PAUSE_LIMIT)
-
-
-class InvalidGrantError(SignInEndedError):
-    """A refusal of the refresh token. `reason` is the server's code, see INVALID_GRANT_CODES."""
-
-    def __init__(self, reason: str, command: str) -> None:
-        why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
-        super().__init__(f"your session has ended: {why}", command)
-        self.reason = reason
 
 
 def is_b64token(value: object) -> bool:
@@ -865,6 +837,49 @@ def connection_error(
     return RequestError(f"could not {what}: {fault}", hint, unsent, retry_after)
 
 
+# ---------------------------------------------------------------------------------------------
+# Clients: the two ways to sign in, and the requests that they make
+# ---------------------------------------------------------------------------------------------
+# A Client holds what differs between the two sign-ins: names, endpoints, parameters and checks. The
+# functions below the classes send the requests of the protocol and check the responses. They use
+# only the rooms above, get the tokens as arguments, and read and write no file, because storing a
+# response is the caller's task. A response without a valid access token is refused here.
+
+# If this scope was granted, the ChatGPT plan may pay for requests.
+PLAN_SCOPE = "chatgpt.tokens.use.direct"
+USAGE_PAGE = "https://chatgpt.com/settings/usage"
+# Seconds by which this machine's clock may be ahead.
+CLOCK_SKEW = 300
+# The shortest and the longest time between two polls, in seconds. They limit what a server can ask
+# for.
+POLL_FLOOR = 1.0
+POLL_CEILING = 60.0
+# Seconds for which a device code is valid, unless the server gives a shorter time. OpenAI's device
+# codes expire after 15 minutes.
+DEVICE_CODE_LIFETIME = 900.0
+# Seconds to add to the polling interval when the server answers slow_down (RFC 8628 §3.5).
+SLOW_DOWN = 5.0
+# The error codes, OpenAI's and RFC 6749 §5.2's, for a refresh token that can't be used any more.
+INVALID_GRANT_CODES = {
+    "refresh_token_reused": "its refresh token was used by another program",
+    "refresh_token_expired": "it has expired",
+    "refresh_token_invalidated": "it was revoked",
+    "token_expired": "it has expired",
+    "invalid_grant": "it has expired or was revoked",
+    "invalid_refresh_token": "it has expired or was revoked",
+}
+OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
+
+
+class InvalidGrantError(SignInEndedError):
+    """A refusal of the refresh token. `reason` is the server's code, see INVALID_GRANT_CODES."""
+
+    def __init__(self, reason: str, command: str) -> None:
+        why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
+        super().__init__(f"your session has ended: {why}", command)
+        self.reason = reason
+
+
 class Client:
     """Everything that differs between the two ways of signing in.
 
@@ -953,13 +968,6 @@ class Client:
     def plan_allowed(self, fields: Fields) -> bool:
         """Whether the sign-in that is stored as `fields` may use the ChatGPT plan."""
         return True
-
-
-# If this scope was granted, the ChatGPT plan may pay for requests.
-PLAN_SCOPE = "chatgpt.tokens.use.direct"
-USAGE_PAGE = "https://chatgpt.com/settings/usage"
-# Seconds by which this machine's clock may be ahead.
-CLOCK_SKEW = 300
 
 
 class OfficialClient(Client):
