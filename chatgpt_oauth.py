@@ -277,6 +277,13 @@ def printable(text: str, limit: int = 2000) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+class Hint:
+    """The next step: a text, and the command with which it ends, or ""."""
+
+    def __init__(self, text: str, command: str = "") -> None:
+        self.text, self.command = text, command
+
+
 class OAuthError(Exception):
     """A reason why a command failed, in one line.
 
@@ -903,7 +910,8 @@ class Client:
     sign_in_command, sign_out_command = "auth", "logout"
     # Signs in without a listener. It is "" if this client has no device codes.
     device_command = "auth --device"
-    without_port = ("to sign in without a port, run", device_command)
+    # The next step if this client can't listen on a port.
+    without_port = Hint("to sign in without a port, run", device_command)
     # Another possible reason why an authorization code was refused, or "".
     invalid_grant_hint = ""
     # The only source of models, or None if there is a choice.
@@ -914,7 +922,8 @@ class Client:
     shares_tokens = True
     # What to say about payment after a sign-in.
     payment_notice = ""
-    next_step = ("To get an access token, run", "token")
+    # What to do after a sign-in without an API key.
+    next_step = Hint("To get an access token, run", "token")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -994,9 +1003,8 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
-    without_port = (
-        "to paste the URL that the browser ends on, run in a terminal",
-        sign_in_command,
+    without_port = Hint(
+        "to paste the URL that the browser ends on, run in a terminal", sign_in_command
     )
     invalid_grant_hint = "this account may not be eligible: OpenAI asks for ChatGPT Plus or Pro"
     model_source = "official"
@@ -1005,7 +1013,7 @@ class OfficialClient(Client):
     model_prefix = "plan-"
     shares_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
-    next_step = ("To use one of the models, type in Code Puppy: /model NAME", "")
+    next_step = Hint("To use one of the models, type in Code Puppy: /model NAME")
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -3464,7 +3472,8 @@ class BrowserSignIn:
         """Whether the person signed in before the timeout. Raises OAuthError."""
         port, servers, fault = open_port(self.session.client)
         if fault and not self.stdin.usable:
-            raise OAuthError(fault, *self.session.client.without_port)
+            hint = self.session.client.without_port
+            raise OAuthError(fault, hint.text, hint.command)
         self.request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
         callback = Callback(self.request, servers)
         try:
@@ -3543,7 +3552,8 @@ class BrowserSignIn:
             self.stdin.close()
             if not callback.servers:
                 fault = "cannot listen on a port, and standard input is closed"
-                raise OAuthError(fault, *self.session.client.without_port)
+                hint = self.session.client.without_port
+                raise OAuthError(fault, hint.text, hint.command)
         self.stdin.ask()
 
     def _refuse_line(self, line: str, fault: str) -> None:
@@ -4403,7 +4413,8 @@ def command_auth(session: Session, options: Namespace) -> None:
     """Sign in and show how to use the API key."""
     sign_in_with_options(session, options, reading=True)
     if not session.tokens().api_key:
-        session.notify("info", *session.client.next_step)
+        step = session.client.next_step
+        session.notify("info", step.text, step.command)
         return
     try:
         shell = printing_shell(session.settings, "auto")
