@@ -149,10 +149,13 @@ class Rule:
     def check(self, name: str, value: object) -> Any:
         """Return `value` in its normal form. Raises UsageError, naming `name`, if it is invalid."""
         found = re.fullmatch(self.pattern, str(value), re.ASCII)
-        number = found and found.groupdict().get("number")
-        if not found or (number and not self.low <= float(number) <= self.high):
+        if not found or not self._is_in_range(found.groupdict().get("number")):
             raise UsageError(f"{name} must be {self.meaning}")
-        return self.kind(found[found.lastindex or 0])
+        has_groups = found.re.groups > 0
+        return self.kind(found[1] if has_groups else found[0])
+
+    def _is_in_range(self, number: Optional[str]) -> bool:
+        return number is None or self.low <= float(number) <= self.high
 
 
 _DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
@@ -210,24 +213,47 @@ class Settings:
     Raises UsageError, naming the setting, for an invalid value.
     """
 
-    # Tells the type checker about the attributes, which __init__ sets from the keys of RULES.
-    if TYPE_CHECKING:
-        workspace: str
-
-        def __getattr__(self, key: str) -> Any: ...
+    issuer: str
+    client_id: str
+    scope: str
+    redirect_host: str
+    redirect_path: str
+    required_port: int
+    fallback_port: int
+    callback_timeout: float
+    api_base_url: str
+    codex_base_url: str
+    usage_url: str
+    codex_client_version: str
+    home: str
+    prefix: str
+    default_context_length: int
+    model_patterns: str
+    model_excludes: str
+    responses_patterns: str
+    model_source: str
+    workspace: str
+    agent_name: str
+    originator: str
+    request_timeout: float
+    retry_window: float
+    lock_timeout: float
+    api_key_env_var: str
 
     def __init__(self) -> None:
         self.environ = dict(os.environ)
         for key, rule in RULES.items():
-            name = "CHATGPT_OAUTH_" + key.upper()
-            value = self.environ.get(name, CHATGPT_OAUTH_CONFIG.get(key))
+            variable = "CHATGPT_OAUTH_" + key.upper()
+            name, value = f'CHATGPT_OAUTH_CONFIG["{key}"]', CHATGPT_OAUTH_CONFIG.get(key)
+            if variable in self.environ:
+                name, value = variable, self.environ[variable]
             if key == "home":
+                # Inside Code Puppy the plugin sets the key, so errors always name the variable.
+                name = variable
                 value = self._default_home() if value is None else os.path.expanduser(str(value))
-            elif name not in self.environ:
-                name = f'CHATGPT_OAUTH_CONFIG["{key}"]'
-            vars(self)[key] = rule.check(name, value)
+            setattr(self, key, rule.check(name, value))
         try:
-            self.home = os.path.abspath(vars(self)["home"])
+            self.home = os.path.abspath(self.home)
         except OSError:
             raise UsageError(
                 "CHATGPT_OAUTH_HOME is a relative path and the current directory is gone"
@@ -238,10 +264,12 @@ class Settings:
 
     def _default_home(self) -> str:
         base = self.environ.get("XDG_DATA_HOME")
-        home = os.path.expanduser(os.path.join(base, "code_puppy") if base else "~/.code_puppy")
-        # The path still starts with ~ if the system's account database has no home directory for
-        # this user either.
-        if not base and home.startswith("~"):
+        if base:
+            return os.path.expanduser(os.path.join(base, "code_puppy"))
+        home = os.path.expanduser("~/.code_puppy")
+        # The path still starts with ~ if the variable isn't set and the system's account database
+        # has no home directory for this user either.
+        if home.startswith("~"):
             variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
             raise UsageError(f"{variable} is not set", f"set {variable} or CHATGPT_OAUTH_HOME")
         return home
@@ -273,7 +301,8 @@ def printable(text: str, limit: int = 2000) -> str:
     str.isprintable() is false for everything that could control a terminal: control characters,
     escape sequences, bidirectional overrides and line breaks.
     """
-    text = text if len(text) <= limit else text[:limit] + "..."
+    if len(text) > limit:
+        text = text[:limit] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -296,7 +325,8 @@ class OAuthError(Exception):
 
     def __init__(self, message: str, hint: str = "", command: str = "") -> None:
         super().__init__(printable(message))
-        self.hint, self.command = printable(hint) or None, command
+        self.hint = printable(hint) or None
+        self.command = command
 
     def suggest(self, command: str) -> None:
         """Set the default hint, to try again with `command`, unless there is a hint already."""
@@ -2995,7 +3025,7 @@ def _api_entry(settings: Settings, model: str) -> Fields:
 
 
 def _plan_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
-    entry = {
+    entry: Fields = {
         "type": "chatgpt_oauth" if source == "codex" else OfficialClient.model_type,
         "name": model,
         "custom_endpoint": {"url": base_url(settings, source)},
