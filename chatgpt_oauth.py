@@ -434,9 +434,17 @@ NEVER = float("inf")
 # The fields of a request that aren't secret. The values of all other fields are removed from the
 # server's error messages.
 PUBLIC_FIELDS = (
-    *("grant_type", "client_id", "redirect_uri", "resource", "requested_token"),
-    *("subject_token_type", "token_type_hint"),
+    "grant_type",
+    "client_id",
+    "redirect_uri",
+    "resource",
+    "requested_token",
+    "subject_token_type",
+    "token_type_hint",
 )
+# A string of this form and length in a server's error message may be a token, or a part of a URL
+# that contains one.
+LONG_WORD = r"[A-Za-z0-9._~+/=%-]{32,}"
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
 # The TLS contexts made so far, by the path of their CA certificates ("" for the system's).
@@ -539,10 +547,13 @@ def without_secrets(value: object, private: Set[str]) -> str:
     text = value if isinstance(value, str) else ""
     for secret in private - {""}:
         text = text.replace(secret, "[...]")
-    # 32 or more characters of a token or of percent encoding are removed, unless they are all
-    # lower-case letters and underscores: then they are an error code.
-    words = r"(?![a-z_]+(?![A-Za-z0-9._~+/=%-]))"
-    return printable(re.sub(words + r"[A-Za-z0-9._~+/=%-]{32,}", "[...]", text), 200)
+
+    def replacement(found: Any) -> str:
+        # Only lower-case letters and underscores: this is an error code, not a token.
+        is_error_code = re.fullmatch("[a-z_]+", found[0]) is not None
+        return found[0] if is_error_code else "[...]"
+
+    return printable(re.sub(LONG_WORD, replacement, text), 200)
 
 
 class Response:
@@ -554,6 +565,7 @@ class Response:
 
     def __init__(self, status: int, body: bytes, retry_after: str, private: Set[str]) -> None:
         self.status = status
+        self.is_success = 200 <= status < 300
         self.is_html = body.lstrip()[:1] == b"<"
         # A 401 with a web page comes from a proxy, not from OpenAI.
         self.is_unauthorized = status == 401 and not self.is_html
@@ -598,7 +610,7 @@ class Response:
 
     def json_object(self, what: str) -> Fields:
         """Return the JSON object of a successful response. Raises OAuthError for any other."""
-        if not 200 <= self.status < 300 or self.is_html:
+        if not self.is_success or self.is_html:
             raise self.error(what)
         if not isinstance(self.data, dict):
             raise OAuthError(f"could not {what}: the response is not a JSON object")
@@ -609,9 +621,12 @@ def parse_retry_after(header: str) -> float:
     """Return the seconds that Retry-After (RFC 9110 §10.2.3) asks for, 0.0 if it isn't valid."""
     from email.utils import parsedate_to_datetime
 
+    # A date has 29 characters, and 9 digits are 31 years. Parsing no more than that is always fast.
+    if header.isdecimal():
+        return float(header[:9])
     with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError, OSError):
         return max(0.0, parsedate_to_datetime(header[:40]).timestamp() - time.time())
-    return float(header[:9]) if header.isdecimal() else 0.0
+    return 0.0
 
 
 def tls_context(settings: Settings) -> Any:
@@ -623,56 +638,77 @@ def tls_context(settings: Settings) -> Any:
     # This import takes time as well.
     import urllib.request  # noqa: F401
 
+    # This is "" if none of the variables is set, and then the path is "", too.
+    variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
+    path = settings.environ.get(variable, "")
+    if path not in _tls_contexts:
+        _tls_contexts[path] = new_tls_context(settings, variable, path)
+    return _tls_contexts[path]
+
+
+def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
+    """Return a TLS context with the system's CA certificates and those in `path`, if it isn't "".
+
+    `variable` is the one that names the path. Raises RequestError, naming the variable at fault.
+    """
     try:
         import ssl
     except ImportError as error:
         text = f"this Python cannot use TLS ({error})"
-        raise RequestError(
-            text, "use another Python", unprocessed=True, retry_after=NEVER
-        ) from None
-    variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
-    path = settings.environ.get(variable, "")
-    if path not in _tls_contexts:
+        raise tls_error(text, "use another Python") from None
+    try:
+        context = ssl.create_default_context()
+    except OSError as error:
+        # PyPy raises this without a file name if the system has no CA certificates.
+        if not path and not error.filename:
+            text = f"cannot set up TLS: CA certificates: {os_reason(error)}"
+            raise tls_error(text, certificate_hint(settings)) from None
         fault = f"SSLKEYLOGFILE={settings.environ.get('SSLKEYLOGFILE')}"
-        hint = "unset SSLKEYLOGFILE, or make the file writable"
+        text = f"cannot set up TLS: {fault}: {os_reason(error)}"
+        raise tls_error(text, "unset SSLKEYLOGFILE, or make the file writable") from None
+    # OpenSSL reads the file by itself but ignores one without certificates.
+    if path:
         try:
-            context = ssl.create_default_context()
-            # OpenSSL reads the file by itself but ignores one without certificates.
-            if path:
-                fault = f"{variable}={path}"
-                hint = f"let {variable} name a file of certificates, or unset it"
-                context.load_verify_locations(path)
+            context.load_verify_locations(path)
         except OSError as error:
-            # PyPy raises this if the system has no CA certificates.
-            if not (path or error.filename):
-                fault, hint = "CA certificates", certificate_hint()
-            no_pem = path and isinstance(error, ssl.SSLError)
-            # PyPy leaves strerror empty.
-            why = error.strerror or os.strerror(error.errno or 0)
-            why = "it holds no certificate in PEM form" if no_pem else why
-            text = f"cannot set up TLS: {fault}: {why}"
-            raise RequestError(text, hint, unprocessed=True, retry_after=NEVER) from None
-        # Python 3.10 made this the default.
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # Python 3.13 turns on VERIFY_X509_STRICT, which rejects corporate CAs without a key usage
-        # extension. Browsers, curl and older Pythons accept them.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        _tls_contexts[path] = context
-    return _tls_contexts[path]
+            reason = os_reason(error)
+            if isinstance(error, ssl.SSLError):
+                reason = "it holds no certificate in PEM form"
+            text = f"cannot set up TLS: {variable}={path}: {reason}"
+            hint = f"let {variable} name a file of certificates, or unset it"
+            raise tls_error(text, hint) from None
+    # Python 3.10 made this the default.
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Python 3.13 turns on VERIFY_X509_STRICT, which rejects corporate CAs without a key usage
+    # extension. Browsers, curl and older Pythons accept them.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
-def certificate_hint() -> str:
+def tls_error(text: str, hint: str) -> RequestError:
+    """Return the error for TLS that can't be used, so that no request can be sent."""
+    return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
+
+
+def os_reason(error: OSError) -> str:
+    """Return the system's text for `error`. PyPy leaves `strerror` empty for some errors."""
+    return error.strerror or os.strerror(error.errno or 0)
+
+
+def certificate_hint(settings: Settings) -> str:
     """Return what to do if a server's certificate was not accepted."""
     import ssl
 
     for name in (*CA_VARIABLES, "SSL_CERT_DIR"):
-        if os.environ.get(name):
+        if settings.environ.get(name):
             return f"the CA certificates that {name} names do not vouch for it; add the right one"
     paths = ssl.get_default_verify_paths()
-    known = [paths.cafile] if paths.cafile else []
-    with contextlib.suppress(OSError):
-        known = known or os.listdir(paths.capath or os.devnull)
-    if not known and sys.platform != "win32":
+    has_certificates = bool(paths.cafile)
+    if not has_certificates and paths.capath:
+        with contextlib.suppress(OSError):
+            has_certificates = bool(os.listdir(paths.capath))
+    # On Windows the certificates are in the system's store, not in files.
+    if not has_certificates and sys.platform != "win32":
         return "there are no CA certificates here (Debian and Ubuntu: apt install ca-certificates)"
     return "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
 
@@ -713,8 +749,9 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
     class FinalResponse(http.client.HTTPResponse):
         def begin(self) -> None:
             super().begin()
-            # Interim responses can come first (RFC 9110 §15.2). http.client skips only 100. Without
-            # headers, begin() reads the next response.
+            # Interim responses can come first (RFC 9110 §15.2), and http.client skips only 100.
+            # Because begin() does nothing once there are headers, they have to be removed before it
+            # can read the next response.
             while 100 < self.status < 200 and self.status != 101:
                 self.headers = None  # type: ignore[assignment]
                 super().begin()
@@ -724,17 +761,23 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
 
         def connect(self) -> None:
             super().connect()
-            # The caller enforces the deadline and closes the connection.
+            # If the caller's time is up, it has cancelled `reached`. The request must not be sent
+            # then, because it could use up a token for nothing.
+            if not reached.set_running_or_notify_cancel():
+                raise TimeoutError
+            # From here on, the caller enforces the deadline by closing the connection.
             self.sock.settimeout(None)
-            # If the caller has given up, it has cancelled `reached`. Then this raises
-            # InvalidStateError, so the request isn't sent and a token isn't used up for nothing.
             reached.set_result(self.sock)
 
     class Handler(urllib.request.HTTPHandler):
         def http_open(self, request: Any) -> Any:
             return self.do_open(Connection, request, **options)
 
-        https_request, https_open = urllib.request.HTTPHandler.http_request, http_open
+        def https_open(self, request: Any) -> Any:
+            return self.http_open(request)
+
+        def https_request(self, request: Any) -> Any:
+            return self.http_request(request)
 
     # With only these two handlers, no status raises an exception and no redirect is followed. A 307
     # could send the code and its verifier, or the refresh token, to any other server.
@@ -805,7 +848,7 @@ def request_json(
             hang_up(reached.result())
     error = answered.exception() if in_time else TimeoutError()
     if error:
-        raise connection_error(url, what, timeout, error, unsent)
+        raise connection_error(settings, url, what, timeout, error, unsent)
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
@@ -824,10 +867,13 @@ def build_request(
     # RFC 6750 §2.1
     if bearer:
         head["Authorization"] = "Bearer " + bearer
-    # For a form, urllib.request adds the media type itself.
+    data = None
     if as_json:
         head["Content-Type"] = "application/json"
-    data = (json.dumps(fields) if as_json else urllib.parse.urlencode(fields)).encode() or None
+        data = json.dumps(fields).encode()
+    # For a form, urllib.request adds the media type itself.
+    elif fields:
+        data = urllib.parse.urlencode(fields).encode()
     # Settings has checked that the scheme is http or https.
     return urllib.request.Request(url, data, head)  # noqa: S310
 
@@ -841,7 +887,7 @@ def hang_up(connection: Socket) -> None:
 
 
 def connection_error(
-    url: str, what: str, timeout: float, error: BaseException, unsent: bool
+    settings: Settings, url: str, what: str, timeout: float, error: BaseException, unsent: bool
 ) -> RequestError:
     """Return the error for a request that got no response because of `error`."""
     import socket
@@ -849,17 +895,21 @@ def connection_error(
     import urllib.request
 
     host = urllib.parse.urlsplit(url).netloc
-    proxied = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
-    proxy = "HTTPS_PROXY and " if proxied and not is_loopback(url) else ""
-    hint, retry_after = f"check {proxy}your network connection, then try again", 0.0
+    hint = "check your network connection, then try again"
+    has_proxy = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    if has_proxy and not is_loopback(url):
+        hint = "check HTTPS_PROXY and your network connection, then try again"
+    retry_after = 0.0
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
-    # `ssl` isn't imported here because this Python may not have it.
-    elif isinstance(error, getattr(sys.modules.get("ssl"), "SSLError", ())):
+    elif is_tls_fault(error):
+        # Only an SSLCertVerificationError has this attribute.
         unverified = getattr(error, "verify_message", "")
         why = unverified or getattr(error, "reason", "") or "SSLError"
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
-        hint, retry_after = certificate_hint() if unverified else hint, NEVER
+        retry_after = NEVER
+        if unverified:
+            hint = certificate_hint(settings)
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
@@ -872,6 +922,15 @@ def connection_error(
         name = type(error).__name__
         fault = f"{host} closed the connection or did not send valid HTTP ({name})"
     return RequestError(f"could not {what}: {fault}", hint, unsent, retry_after)
+
+
+def is_tls_fault(error: BaseException) -> bool:
+    """Whether `error` comes from TLS. A Python without TLS can't have such an error."""
+    try:
+        import ssl
+    except ImportError:
+        return False
+    return isinstance(error, ssl.SSLError)
 
 
 # ---------------------------------------------------------------------------------------------
