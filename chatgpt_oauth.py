@@ -946,6 +946,8 @@ PLAN_SCOPE = "chatgpt.tokens.use.direct"
 USAGE_PAGE = "https://chatgpt.com/settings/usage"
 # Seconds by which this machine's clock may be ahead.
 CLOCK_SKEW = 300
+# Seconds between two polls if the server gives no interval (RFC 8628 §3.5).
+DEFAULT_POLL_INTERVAL = 5.0
 # The shortest and the longest time between two polls, in seconds. They limit what a server can ask
 # for.
 POLL_FLOOR = 1.0
@@ -964,7 +966,8 @@ INVALID_GRANT_CODES = {
     "invalid_grant": "it has expired or was revoked",
     "invalid_refresh_token": "it has expired or was revoked",
 }
-OTHER_ACCOUNT = "could not refresh the access token: the response is for another account"
+# Seconds. Signing out must not take long, even if the server doesn't answer.
+REVOKE_TIMEOUT = 10.0
 
 
 class InvalidGrantError(SignInEndedError):
@@ -1033,12 +1036,14 @@ class Client:
         OpenAI's own parameters ask for the organizations in the ID token and for the short consent
         page. `nonce` is meant for clients that expect it in the ID token.
         """
-        return {
+        parameters = {
             "id_token_add_organizations": "true",
             "codex_cli_simplified_flow": "true",
             "originator": self.settings.originator,
-            **({"allowed_workspace_id": self.workspace} if self.workspace else {}),
         }
+        if self.workspace:
+            parameters["allowed_workspace_id"] = self.workspace
+        return parameters
 
     def accept(self, response: Dict[str, str]) -> None:
         """Use the authorization response's other parameters. Raises OAuthError for wrong ones."""
@@ -1060,12 +1065,17 @@ class Client:
         for token in (response["access_token"], response.get("id_token")):
             account = auth_claims(text_or_none(token)).get("chatgpt_account_id")
             if account and known and account != known:
-                raise OAuthError(OTHER_ACCOUNT, "to sign in again, run", self.sign_in_command)
+                raise self.other_account_error()
         return {}
 
     def plan_allowed(self, fields: Fields) -> bool:
         """Whether the sign-in that is stored as `fields` may use the ChatGPT plan."""
         return True
+
+    def other_account_error(self) -> OAuthError:
+        """Return the error for a refresh whose response is for somebody else."""
+        text = "could not refresh the access token: the response is for another account"
+        return OAuthError(text, "to sign in again, run", self.sign_in_command)
 
 
 class OfficialClient(Client):
@@ -1106,26 +1116,30 @@ class OfficialClient(Client):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.client_id, self.host_id = self.ENTRY_POINT, ""
+        self.client_id = self.ENTRY_POINT
+        # The ID of this installation, or "" until the first authorization request.
+        self.host_id = ""
         self.scope = f"openid profile email offline_access resource.invoke {PLAN_SCOPE}"
+        self.redirect_host = "http://127.0.0.1"
         # Port 0 lets the system choose one.
-        self.redirect_host, self.ports = "http://127.0.0.1", (0,)
+        self.ports = (0,)
         # The setting applies only to the Codex CLI's client.
         self.workspace = ""
         self.token_parameters = {"resource": settings.api_base_url + "/v1"}
-        self.consent: Dict[str, str] = {}
+        # Whether OpenAI should ask again if the plan may be used.
+        self.asks_consent_again = False
 
     def resume(self, stored: Fields) -> None:
         """Use the registration that an earlier sign-in left in the token file, if there is one."""
-        host_id, client_id = (str(stored.get(name) or "") for name in ("host_id", "client_id"))
+        host_id = str(stored.get("host_id") or "")
+        client_id = str(stored.get("client_id") or "")
         if re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", host_id):
             self.host_id = host_id
         same_issuer = stored.get("issuer", self.settings.issuer) == self.settings.issuer
         if same_issuer and re.fullmatch(_WORD.pattern, client_id):
             self.client_id = client_id
-        # Without this parameter OpenAI doesn't ask again whether the plan may be used.
         if stored.get("access_token") and not self.plan_allowed(stored):
-            self.consent = {"prompt": "consent"}
+            self.asks_consent_again = True
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
         """Return the additional parameters of an authorization request.
@@ -1135,13 +1149,16 @@ class OfficialClient(Client):
         import uuid
 
         self.host_id = self.host_id or uuid.uuid4().urn
-        first = self.client_id == self.ENTRY_POINT
-        return {
+        parameters = {
             **self.token_parameters,
             "nonce": nonce,
             "ext_agent_host_id": self.host_id,
-            **({"agent_name_hint": self.settings.agent_name} if first else self.consent),
         }
+        if self.client_id == self.ENTRY_POINT:
+            parameters["agent_name_hint"] = self.settings.agent_name
+        elif self.asks_consent_again:
+            parameters["prompt"] = "consent"
+        return parameters
 
     def accept(self, response: Dict[str, str]) -> None:
         """Use the client ID that OpenAI issues in the first authorization response.
@@ -1161,12 +1178,16 @@ class OfficialClient(Client):
 
         Raises OAuthError if the ID token isn't valid for the request with this `nonce`.
         """
-        claims = self._claims(text_or_none(response.get("id_token")), self.client_id)
-        sub, granted = text_or_none(claims.get("sub")), response.get("scope")
-        current = (number_or_none(claims.get("exp")) or 0) >= time.time() - CLOCK_SKEW
-        check_id_token(claims.get("nonce") == nonce, "is for another sign-in")
-        check_id_token(current, "has expired; is this computer's clock right?")
-        check_id_token(sub is not None, "does not say whose it is")
+        claims = self._id_token_claims(text_or_none(response.get("id_token")), self.client_id)
+        if claims.get("nonce") != nonce:
+            raise id_token_error("is for another sign-in")
+        expiry = number_or_none(claims.get("exp")) or 0
+        if expiry < time.time() - CLOCK_SKEW:
+            raise id_token_error("has expired; is this computer's clock right?")
+        sub = text_or_none(claims.get("sub"))
+        if sub is None:
+            raise id_token_error("does not say whose it is")
+        granted = response.get("scope")
         return {
             "host_id": self.host_id,
             "sub": sub,
@@ -1181,9 +1202,12 @@ class OfficialClient(Client):
         The response may omit the ID token and the scope. Raises OAuthError if the ID token is for
         somebody else than the `old` tokens.
         """
-        id_token, granted = text_or_none(response.get("id_token")), response.get("scope")
-        if id_token and self._claims(id_token, old.client_id).get("sub") != old.fields.get("sub"):
-            raise OAuthError(OTHER_ACCOUNT, "to sign in again, run", self.sign_in_command)
+        id_token = text_or_none(response.get("id_token"))
+        if id_token:
+            claims = self._id_token_claims(id_token, old.client_id)
+            if claims.get("sub") != old.fields.get("sub"):
+                raise self.other_account_error()
+        granted = response.get("scope")
         return {
             "scopes": granted.split() if isinstance(granted, str) else old.fields.get("scopes"),
             "earliest_refresh_at": response.get("earliest_refresh_at"),
@@ -1193,23 +1217,24 @@ class OfficialClient(Client):
         """Whether the person allowed the use of the plan. Only the granted scopes show that."""
         return PLAN_SCOPE in (fields.get("scopes") or ())
 
-    def _claims(self, id_token: Optional[str], client_id: str) -> Fields:
+    def _id_token_claims(self, id_token: Optional[str], client_id: str) -> Fields:
         """Return the claims of an ID token from our issuer for `client_id`.
 
         Raises OAuthError for any other ID token. The signature isn't checked because the token came
         straight from the token endpoint over TLS (OpenID Connect Core §3.1.3.7, 6).
         """
         claims = decode_claims(id_token)
-        issuer = str(claims.get("iss")).rstrip("/")
-        check_id_token(issuer == self.settings.issuer, "is from another issuer")
-        check_id_token(claims.get("aud") in (client_id, [client_id]), "is for another client")
+        if str(claims.get("iss")).rstrip("/") != self.settings.issuer:
+            raise id_token_error("is from another issuer")
+        # The audience is a string or a list of strings (RFC 7519 §4.1.3).
+        if claims.get("aud") not in (client_id, [client_id]):
+            raise id_token_error("is for another client")
         return claims
 
 
-def check_id_token(good: bool, fault: str) -> None:
-    """Raise OAuthError, with `fault` as the reason, unless `good`."""
-    if not good:
-        raise OAuthError(f"could not check who signed in: the ID token {fault}")
+def id_token_error(fault: str) -> OAuthError:
+    """Return the error for an ID token that isn't valid because it `fault`."""
+    return OAuthError(f"could not check who signed in: the ID token {fault}")
 
 
 def authorization_url(
@@ -1235,13 +1260,13 @@ def authorization_url(
 def token_response(response: Response, what: str) -> Fields:
     """Return the JSON object of a token endpoint's response (RFC 6749 §5.1).
 
-    Raises OAuthError unless it has a valid access token. Optional members are checked where they
-    are used, so that an invalid one doesn't cost the access token.
+    Raises OAuthError unless it has a valid access token. Optional fields are checked where they are
+    used, so that an invalid one doesn't cost the access token.
     """
-    members = response.json_object(what)
-    if not is_b64token(members.get("access_token")):
+    fields = response.json_object(what)
+    if not is_b64token(fields.get("access_token")):
         raise OAuthError(f"could not {what}: the response has no valid access_token")
-    return members
+    return fields
 
 
 def bearer_response(response: Response, what: str) -> Fields:
@@ -1249,11 +1274,11 @@ def bearer_response(response: Response, what: str) -> Fields:
 
     Raises OAuthError for any other response.
     """
-    members = token_response(response, what)
-    kind = members.get("token_type")
-    if kind is not None and str(kind).lower() != "bearer":
+    fields = token_response(response, what)
+    token_type = fields.get("token_type")
+    if token_type is not None and str(token_type).lower() != "bearer":
         raise OAuthError(f"could not {what}: the response has a token_type that is not Bearer")
-    return members
+    return fields
 
 
 def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -> Fields:
@@ -1292,8 +1317,9 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
         "subject_token": id_token,
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
-    url, what = settings.issuer + "/oauth/token", "get an API key"
-    key = str(token_response(request_json(settings, url, what, form), what)["access_token"])
+    what = "get an API key"
+    response = request_json(settings, settings.issuer + "/oauth/token", what, form)
+    key = str(token_response(response, what)["access_token"])
     # An access token is a JWT, an API key isn't.
     if decode_claims(key):
         raise OAuthError(f"could not {what}: the response holds an access token instead")
@@ -1344,10 +1370,10 @@ def revoke(client: Client, tokens: Tokens) -> None:
         }
     what = "revoke the refresh token"
     url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
-    # Seconds. A short time, because a person is waiting to be signed out.
-    as_json, timeout = client.revokes_by_json, 10.0
-    response = request_json(client.settings, url, what, body, as_json=as_json, timeout=timeout)
-    if not 200 <= response.status < 300:
+    response = request_json(
+        client.settings, url, what, body, as_json=client.revokes_by_json, timeout=REVOKE_TIMEOUT
+    )
+    if not response.is_success:
         raise response.error(what)
 
 
@@ -1358,18 +1384,21 @@ class DeviceCode:
     number of seconds until the next poll. It is longer than `interval` if the server asks for that.
     """
 
-    def __init__(self, settings: Settings, members: Fields) -> None:
+    def __init__(self, settings: Settings, response: Fields) -> None:
         self.settings = settings
         # The page where the person enters the user code.
         self.page = settings.issuer + "/codex/device"
         self.redirect_uri = settings.issuer + "/deviceauth/callback"
-        self.device_auth_id = text_or_none(members.get("device_auth_id")) or ""
-        self.user_code = text_or_none(members.get("user_code") or members.get("usercode")) or ""
-        interval = number_or_none(members.get("interval"))
-        # RFC 8628 §3.5: 5 seconds if the server gives no interval.
-        self.interval = 5.0 if interval is None else min(max(POLL_FLOOR, interval), POLL_CEILING)
+        self.device_auth_id = text_or_none(response.get("device_auth_id")) or ""
+        # Older servers call it usercode.
+        user_code = response.get("user_code") or response.get("usercode")
+        self.user_code = text_or_none(user_code) or ""
+        interval = number_or_none(response.get("interval"))
+        if interval is None:
+            interval = DEFAULT_POLL_INTERVAL
+        self.interval = min(max(POLL_FLOOR, interval), POLL_CEILING)
         self.pause = self.interval
-        lifetime = number_or_none(members.get("expires_in")) or DEVICE_CODE_LIFETIME
+        lifetime = number_or_none(response.get("expires_in")) or DEVICE_CODE_LIFETIME
         self.lifetime = min(lifetime, DEVICE_CODE_LIFETIME)
 
     def poll(self) -> Optional[Tuple[str, str]]:
@@ -1378,18 +1407,20 @@ class DeviceCode:
         Returns None if the person hasn't entered the user code yet. Raises RequestError if polling
         may continue, and OAuthError if it must end.
         """
-        settings = self.settings
-        url, what = settings.issuer + "/api/accounts/deviceauth/token", "check the device code"
+        url = self.settings.issuer + "/api/accounts/deviceauth/token"
+        what = "check the device code"
         body = {"device_auth_id": self.device_auth_id, "user_code": self.user_code}
         try:
-            response = request_json(settings, url, what, body, as_json=True)
+            response = request_json(self.settings, url, what, body, as_json=True)
         # RFC 8628 §3.5 asks clients to poll less often after a timeout.
         except RequestError:
-            self.interval = self.pause = min(self.interval * 2, POLL_CEILING)
+            self.interval = min(self.interval * 2, POLL_CEILING)
+            self.pause = self.interval
             raise
-        status, code = response.status, re.sub("^deviceauth_", "", response.code)
-        pending = code in ("authorization_pending", "slow_down")
-        if response.is_html or (200 <= status < 300 and not pending):
+        # OpenAI puts this before RFC 8628's codes.
+        code = re.sub("^deviceauth_", "", response.code)
+        is_pending = code in ("authorization_pending", "slow_down")
+        if response.is_html or (response.is_success and not is_pending):
             return self._authorization(response.json_object(what))
         if code == "access_denied":
             raise device_code_error("the sign-in was denied in the browser")
@@ -1399,14 +1430,15 @@ class DeviceCode:
         if code == "slow_down":
             self.interval += SLOW_DOWN
         self.pause = max(self.interval, min(response.retry_after, POLL_CEILING))
-        if pending or status in (403, 404, 429):
+        # OpenAI answers 403 or 404, without a code, until the person has entered the user code.
+        if is_pending or response.status in (403, 404, 429):
             return None
         # This is a RequestError for a server error, after which polling continues.
         raise response.error(what)
 
-    def _authorization(self, members: Fields) -> Tuple[str, str]:
+    def _authorization(self, response: Fields) -> Tuple[str, str]:
         """Return the authorization code and its verifier, which OpenAI's server has chosen."""
-        code, verifier = members.get("authorization_code"), members.get("code_verifier")
+        code, verifier = response.get("authorization_code"), response.get("code_verifier")
         if not is_b64token(code) or not is_b64token(verifier):
             text = "could not use the device code: the response has no authorization code"
             raise device_code_error(text)
@@ -1420,7 +1452,8 @@ def device_code_error(why: str = "timed out waiting for the code to be entered")
 
 def request_device_code(settings: Settings) -> DeviceCode:
     """Request a device code in OpenAI's form (compare RFC 8628 §3.1). Raises OAuthError."""
-    url, what = settings.issuer + "/api/accounts/deviceauth/usercode", "get a device code"
+    url = settings.issuer + "/api/accounts/deviceauth/usercode"
+    what = "get a device code"
     response = request_json(settings, url, what, {"client_id": settings.client_id}, as_json=True)
     if response.status == 404:
         raise OAuthError(
