@@ -44,6 +44,7 @@ import types
 import unittest
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 from unittest import mock
 
 import chatgpt_oauth as oauth
@@ -868,6 +869,14 @@ def authorization_response(url):
 # ---------------------------------------------------------------------------------------------
 
 
+class Result(NamedTuple):
+    """What a process left behind: its exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
 class Process:
     """A running process whose output is read as it comes. Every wait has a time limit."""
 
@@ -922,13 +931,13 @@ class Process:
         self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
 
-    def end(self, seconds=WAIT_LIMIT):
-        """Wait for the program to end, and return (exit code, standard output, standard error)."""
+    def result(self, seconds=WAIT_LIMIT):
+        """Wait for the program to end, and return its Result."""
         try:
             self.wait(seconds)
         finally:
             self.close()
-        return self.process.returncode, self.out.decode(), self.err
+        return Result(self.process.returncode, self.out.decode(), self.err)
 
     def wait(self, seconds=WAIT_LIMIT):
         """Wait for the program to end."""
@@ -1081,34 +1090,27 @@ class Case(unittest.TestCase):
         return running
 
     def run_command(self, command, environ=None, **options):
-        """Run `command` and return (exit code, standard output, standard error)."""
+        """Run `command` and return its Result."""
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
         options = {"stderr": subprocess.PIPE, "timeout": WAIT_LIMIT, **options}
         process = subprocess.run(command, env=self.environ_with(environ), **options)
-        streams = (
-            (each or b"").decode("utf-8", "replace") for each in (process.stdout, process.stderr)
-        )
-        return process.returncode, *streams
+        out = (process.stdout or b"").decode("utf-8", "replace")
+        err = (process.stderr or b"").decode("utf-8", "replace")
+        return Result(process.returncode, out, err)
 
     def run_program(self, *arguments, environ=None, **options):
-        """Run the program and return (exit code, standard output, standard error)."""
+        """Run the program and return its Result."""
         return self.run_command([*PROGRAM_COMMAND, *arguments], environ, **options)
 
     def run_mounted(self, mounts, *arguments):
-        """Run the program after the shell code `mounts`, with private mounts.
-
-        Returns (exit code, standard output, standard error). Skips the test without mounts.
-        """
+        """Run the program after the shell code `mounts`, with private mounts. Return its Result."""
         if not can_mount():
             self.skipTest("no mounts here")
         start = [*PROGRAM_COMMAND, *arguments]
         return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
 
     def run_injected(self, faults, *arguments):
-        """Run the program under strace, which injects `faults`, separated by spaces.
-
-        Returns (exit code, standard output, standard error). Skips the test without strace.
-        """
+        """Run the program under strace, which injects the `faults`. Return its Result."""
         if not can_inject():
             self.skipTest("no strace here that can inject faults")
         inject = [f"-einject={fault}" for fault in faults.split()]
@@ -1124,11 +1126,11 @@ class Case(unittest.TestCase):
         return running
 
     def run_shell(self, code, environ=None, **options):
-        """Run `code` with sh and return (exit code, standard output, standard error)."""
+        """Run `code` with sh and return its Result."""
         return self.run_command(["sh", "-c", code], environ, **options)
 
     def call(self, *arguments, environ=None, browser=None):
-        """Run the program in this process and return (exit code, standard output, standard error).
+        """Run the program in this process and return its Result.
 
         This is faster than a process. `browser` is called with the authorization URL as soon as the
         program prints it.
@@ -1143,7 +1145,7 @@ class Case(unittest.TestCase):
             stack.enter_context(contextlib.redirect_stderr(err))
             code = oauth.main(list(arguments))
             err.wait()
-        return code, out.getvalue(), err.getvalue()
+        return Result(code, out.getvalue(), err.getvalue())
 
     @contextlib.contextmanager
     def holding_lock(self, path=None):
@@ -1212,7 +1214,7 @@ class Case(unittest.TestCase):
 
     def sign_in(self, *arguments):
         """Sign in, visiting the URL as the browser would, and return standard error."""
-        return self.assert_done(self.call("auth", "--no-browser", *arguments, browser=visit))
+        return self.assert_done(self.call("auth", "--no-browser", *arguments, browser=visit)).err
 
     def stored(self):
         return json.loads(self.token_file.read_text())
@@ -1234,6 +1236,8 @@ class Case(unittest.TestCase):
         self.token_file.chmod(mode)
         return fields
 
+    # Each of the following helpers that gets a Result returns it.
+
     def assert_no_secret(self, *texts):
         for secret in self.double.secrets():
             for text in texts:
@@ -1245,37 +1249,31 @@ class Case(unittest.TestCase):
         self.assertNotIn(self.double.refresh_tokens.get(token), (None, "used"))
 
     def assert_fresh(self, result):
-        """Check that `token` printed the stored access token, and return standard error.
-
-        The stored refresh token must still be valid.
-        """
-        code, out, err = result
-        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+        """Check that `token` printed the stored access token and lost no refresh token."""
+        self.assertEqual(result.code, 0, result.err)
+        self.assertEqual(result.out, self.stored()["access_token"] + "\n")
         self.assert_nothing_lost()
-        return err
+        return result
 
     def assert_quiet(self, result):
-        """Check that the command succeeded without messages, and return standard output."""
-        code, out, err = result
-        self.assertEqual((code, err), (0, ""))
-        return out
+        """Check that the command succeeded and that standard error is empty."""
+        self.assertEqual((result.code, result.err), (0, ""))
+        return result
 
     def assert_done(self, result):
-        """Check that the command succeeded without a result, and return standard error."""
-        code, out, err = result
-        self.assertEqual((code, out), (0, ""), err)
-        return err
+        """Check that the command succeeded and that standard output is empty."""
+        self.assertEqual((result.code, result.out), (0, ""), result.err)
+        return result
 
     def assert_fails(self, result, exit_code, *words):
-        """Check that the command failed with an error that has all `words`. Return stderr."""
-        code, out, err = result
-        self.assertEqual(code, exit_code, err)
-        self.assertEqual(out, "")
-        self.assertNotIn("Traceback", err)
-        self.assertRegex(err, r"(?m)^error: ")
+        """Check that the command failed with an error that has all `words`."""
+        self.assertEqual(result.code, exit_code, result.err)
+        self.assertEqual(result.out, "")
+        self.assertNotIn("Traceback", result.err)
+        self.assertRegex(result.err, r"(?m)^error: ")
         for word in words:
-            self.assertIn(word, err)
-        return err
+            self.assertIn(word, result.err)
+        return result
 
 
 def run_case(case, method, *arguments):
@@ -1298,7 +1296,7 @@ class WholeSessionTest(Case):
         running = self.start("auth", "--no-browser")
         url = running.wait_for_url()
         pages = visit(url)
-        err = self.assert_done(running.end())
+        err = self.assert_done(running.result()).err
         self.assertEqual([page[1] for page in pages], [302, 303, 200])
         self.assertEqual(urllib.parse.urlsplit(pages[-1][0]).path, "/success")
         self.assertEqual(urllib.parse.urlsplit(pages[-1][0]).query, "")
@@ -1320,7 +1318,7 @@ class WholeSessionTest(Case):
         self.assertEqual(stored["issuer"], self.double.url)
         self.assertRegex(stored["last_refresh"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
-        out = self.assert_quiet(self.run_program("status"))
+        out = self.assert_quiet(self.run_program("status")).out
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nAPI key available\n"), out)
         self.assertIn("ada@example.com", out)
         self.assertIn("in 9 days", out)
@@ -1343,19 +1341,19 @@ class WholeSessionTest(Case):
         )
         self.assertEqual(sorted(models), ["chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro"])
 
-        out = self.assert_quiet(self.run_program("env", "--shell", "bash"))
+        out = self.assert_quiet(self.run_program("env", "--shell", "bash")).out
         self.assertEqual(out, f"export CHATGPT_OAUTH_API_KEY='{stored['api_key']}'\n")
-        code, out, err = self.run_program("token")
-        self.assertEqual((code, out, err), (0, stored["access_token"] + "\n", ""))
-        code, out, err = self.run_program("token", "--api-key")
-        self.assertEqual((code, out), (0, stored["api_key"] + "\n"))
+        result = self.run_program("token")
+        self.assertEqual(result, (0, stored["access_token"] + "\n", ""))
+        result = self.run_program("token", "--api-key")
+        self.assertEqual((result.code, result.out), (0, stored["api_key"] + "\n"))
 
-        err = self.assert_done(self.run_program("logout"))
+        err = self.assert_done(self.run_program("logout")).err
         self.assertIn("platform.openai.com", err)
         self.assertFalse(self.token_file.exists())
         self.assertEqual(json.loads(self.models_file.read_text()), {})
         self.assertNotIn(stored["refresh_token"], self.double.refresh_tokens)
-        err = self.assert_done(self.run_program("logout"))
+        err = self.assert_done(self.run_program("logout")).err
         self.assertIn("nothing to do", err)
 
 
@@ -1417,7 +1415,7 @@ class SettingsTest(Case):
         self.double.api_keys.add("sk-mine")
         self.store(api_key="sk-mine")
         with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"prefix": "mine-"}):
-            code, out, err = self.call("models", "--dry-run")
+            out = self.call("models", "--dry-run").out
             self.assertEqual(out.split(), ["mine-gpt-4o", "mine-o1-mini", "mine-o3-pro"])
         with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"request_timeout": 0.2}):
             self.double.delay = 1
@@ -1437,7 +1435,7 @@ class SettingsTest(Case):
             ({"XDG_DATA_HOME": ""}, self.home),
             ({"CHATGPT_OAUTH_HOME": base}, base),
         ):
-            code, out, err = self.call("status", "--json", environ=environ)
+            out = self.call("status", "--json", environ=environ).out
             path = os.path.join(home, "chatgpt_oauth.json")
             self.assertEqual(json.loads(out)["token_file"], path)
 
@@ -1450,10 +1448,10 @@ class SettingsTest(Case):
                 stack.enter_context(no_account)
             unset = dict.fromkeys(("HOME", "USERPROFILE"))
             name = "HOME" if POSIX else "USERPROFILE"
-            err = self.assert_fails(self.call("status", environ=unset), 2, f"{name} is not set")
+            err = self.assert_fails(self.call("status", environ=unset), 2, f"{name} is not set").err
             self.assertIn(f"set {name} or CHATGPT_OAUTH_HOME", err)
             environ = {**unset, "CHATGPT_OAUTH_HOME": str(self.home)}
-            self.assertEqual(self.call("status", environ=environ)[0], 3)
+            self.assertEqual(self.call("status", environ=environ).code, 3)
 
     @unittest.skipUnless(sys.platform == "win32", "only Windows has device names")
     def test_a_windows_device_name_is_refused_as_home(self):
@@ -1470,7 +1468,7 @@ class SettingsTest(Case):
 
     def test_a_trailing_slash_of_the_issuer_is_ignored(self):
         environ = {"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"}
-        code, out, err = self.call("status", "--json", environ=environ)
+        out = self.call("status", "--json", environ=environ).out
         self.assertEqual(json.loads(out)["issuer"], "https://example.com/a")
         self.store(lifetime=-10)
         environ = {"CHATGPT_OAUTH_ISSUER": self.double.url + "/"}
@@ -1502,7 +1500,7 @@ class ErrorsTest(Case):
         ):
             with self.subTest(exit_code):
                 prepare()
-                err = self.assert_fails(self.call(*command.split()), exit_code)
+                err = self.assert_fails(self.call(*command.split()), exit_code).err
                 self.assertRegex(err, r"\Aerror: .+\n(hint: .+\n)?\Z")
 
     def test_short_secrets_are_removed_from_server_messages(self):
@@ -1510,7 +1508,7 @@ class ErrorsTest(Case):
         self.fault(
             "refresh", 400, b'{"error": "rt_1 is bad", "error_description": "rt_1 was sent"}'
         )
-        err = self.assert_fails(self.call("token"), 1)
+        err = self.assert_fails(self.call("token"), 1).err
         self.assertIn("(HTTP 400): [...] is bad: [...] was sent\n", err)
 
     def test_no_repr_shows_a_secret(self):
@@ -1541,12 +1539,12 @@ class ErrorsTest(Case):
 
         def list_processes():
             while not stop.wait(0.03):
-                listings.append(self.run_command(["ps", "axww"])[1])
+                listings.append(self.run_command(["ps", "axww"]).out)
 
         watcher = threading.Thread(target=list_processes, daemon=True)
         watcher.start()
         visit(url)
-        self.assert_done(running.end())
+        self.assert_done(running.result())
         stop.set()
         watcher.join(WAIT_LIMIT)
         self.assertTrue(any(PROGRAM in each for each in listings))
@@ -1640,7 +1638,7 @@ class WireTest(Case):
         self.assertEqual(len(fields["state"][0]), 43)
         self.assertNotIn("+", url)
         visit(url)
-        self.assertEqual(running.end()[0], 0)
+        self.assertEqual(running.result().code, 0)
         sent = self.double.requests_to("code")[0]
         self.assertEqual(len(sent["code_verifier"]), 86)
         agent = f"chatgpt_oauth/{oauth.__version__}"
@@ -1649,7 +1647,7 @@ class WireTest(Case):
                 self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
     def run_command_for(self, endpoint):
-        """Run the command that uses `endpoint`, and return its exit code and all of its output."""
+        """Run the command that uses `endpoint`, and return its Result."""
         if self.token_file.exists():
             self.token_file.unlink()
         if "auth" not in ENDPOINTS[endpoint].command:
@@ -1659,14 +1657,13 @@ class WireTest(Case):
         arguments = ENDPOINTS[endpoint].command.split()
         if endpoint == "device":
             arguments += ["--timeout", "0.15"]
-        code, out, err = self.call(*arguments)
+        result = self.call(*arguments)
         if self.token_file.exists():
             json.loads(self.token_file.read_text())
         self.assertFalse(os.path.exists(f"{self.token_file}.tmp"))
-        if code:
-            self.assertEqual(out, "")
-        # `status` reports problems on standard output.
-        return code, out + err
+        if result.code:
+            self.assertEqual(result.out, "")
+        return result
 
     def check(self, answer):
         """Give `answer` at each endpoint in turn, and return how many seconds each command took."""
@@ -1676,15 +1673,17 @@ class WireTest(Case):
         for endpoint in TESTED_ENDPOINTS:
             self.double.faults = {endpoint: BAD_RESPONSES[answer]}
             began = time.monotonic()
-            code, err = self.run_command_for(endpoint)
+            result = self.run_command_for(endpoint)
             seconds.append(time.monotonic() - began)
-            context = (answer, endpoint, code, err)
-            self.assertTrue(all(line.isprintable() for line in err.split("\n")), context)
+            context = (answer, endpoint, result)
+            # `status` reports problems on standard output.
+            text = result.out + result.err
+            self.assertTrue(all(line.isprintable() for line in text.split("\n")), context)
             # These two answers are valid at some endpoints.
             if answer not in ("lists of wrong types", "no content"):
-                self.assertEqual(code in (1, 4, 5), ENDPOINTS[endpoint].fatal, context)
+                self.assertEqual(result.code in (1, 4, 5), ENDPOINTS[endpoint].fatal, context)
             for secret in self.double.secrets():
-                self.assertNotIn(secret, err, context)
+                self.assertNotIn(secret, text, context)
         return seconds
 
     def test_every_bad_response_is_reported_in_time(self):
@@ -1692,7 +1691,7 @@ class WireTest(Case):
         command = [sys.executable, TEST_FILE, "bad-responses"]
         shares = [list(BAD_RESPONSES)[number::WORKERS] for number in range(WORKERS)]
         for result in run_in_parallel(lambda share: self.run_command(command + share), shares):
-            self.assertLess(float(self.assert_quiet(result)), 5)
+            self.assertLess(float(self.assert_quiet(result).out), 5)
 
     def test_an_html_error_names_the_proxy_and_the_region(self):
         self.store(api_key="sk-1")
@@ -1726,7 +1725,7 @@ class WireTest(Case):
             self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
             time.sleep(0.3)
         self.assertEqual(self.double.requests, [])
-        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.call("token").code, 0)
 
     def test_informational_responses_are_skipped(self):
         hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"
@@ -1743,7 +1742,7 @@ class WireTest(Case):
                     [informational, head, body] if parts == 3 else [informational + head + body]
                 )
                 self.double.faults["refresh"] = send_bytes(*message, pause=0.01)
-                self.assertEqual(self.assert_fresh(self.call("token")), "")
+                self.assertEqual(self.assert_fresh(self.call("token")).err, "")
         self.store(lifetime=-10)
         self.double.faults["refresh"] = send_bytes(*[hints] * 60, pause=0.01)
         environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2"}
@@ -1757,9 +1756,10 @@ class WireTest(Case):
                     self.double.faults = {
                         endpoint: respond_with(status, b"", Location=location + "/x")
                     }
-                    code, err = self.run_command_for(endpoint)
-                    self.assertEqual(bool(code), ENDPOINTS[endpoint].fatal)
-                    self.assertIn(f"(HTTP {status}): unexpected redirect", err)
+                    result = self.run_command_for(endpoint)
+                    self.assertEqual(bool(result.code), ENDPOINTS[endpoint].fatal)
+                    text = result.out + result.err
+                    self.assertIn(f"(HTTP {status}): unexpected redirect", text)
         self.assertEqual(other.requests, [])
 
     def test_an_unreachable_server_is_exit_5_and_spends_no_token(self):
@@ -1816,8 +1816,8 @@ def load(*_):
 ssl.SSLContext.load_default_certs = load
 chatgpt_oauth.run_program()
 """
-        result = self.start_python(code, "auth", "--no-browser").end()
-        err = self.assert_fails(result, 5, "TLS: CA certificates: ", "hint: ")
+        result = self.start_python(code, "auth", "--no-browser").result()
+        err = self.assert_fails(result, 5, "TLS: CA certificates: ", "hint: ").err
         self.assertNotIn("SSLKEYLOGFILE", err)
 
     def test_a_refusal_by_the_proxy_shows_no_credentials(self):
@@ -1831,7 +1831,7 @@ chatgpt_oauth.run_program()
             "CHATGPT_OAUTH_ISSUER": "https://issuer.example.com",
         }
         result = self.run_program("auth", "--device", environ=environ)
-        err = self.assert_fails(result, 5, "issuer.example.com", "HTTPS_PROXY", "407")
+        err = self.assert_fails(result, 5, "issuer.example.com", "HTTPS_PROXY", "407").err
         self.assertNotIn("hunter2", err)
         self.assertNotIn(basic, err)
 
@@ -1858,9 +1858,9 @@ except BaseException as error:
     print(type(error).__name__, error)
 """
         )
-        _, out, err = self.start_python(code).end()
-        self.assertNotIn("Traceback", err)
-        return out
+        result = self.start_python(code).result()
+        self.assertNotIn("Traceback", result.err)
+        return result.out
 
     def test_missing_threads_or_tls_are_named_and_spend_no_token(self):
         limited = """
@@ -1922,7 +1922,7 @@ threading.Thread.start = limited
     def test_tls_works_through_a_proxy_with_a_private_certificate(self):
         proxy, certificate = self.use_untrusted_issuer()
         trusted = {"SSL_CERT_FILE": certificate}
-        out = self.assert_quiet(self.run_program("token", environ=trusted))
+        out = self.assert_quiet(self.run_program("token", environ=trusted)).out
         self.assertEqual(out, self.stored()["access_token"] + "\n")
         basic = "Basic " + base64.b64encode(b"user:word").decode()
         self.assertEqual(proxy.seen, [("issuer.example.com:443", basic)])
@@ -1949,7 +1949,7 @@ threading.Thread.start = limited
         self.double.faults["refresh"] = fault
         result = self.run_program("token", environ={"SSL_CERT_FILE": certificate})
         server = "a trusted TLS connection to issuer.example.com ("
-        err = self.assert_fails(result, 5, server, "you may have to sign in again")
+        err = self.assert_fails(result, 5, server, "you may have to sign in again").err
         self.assertNotIn("str", err)
 
     def test_an_unreachable_proxy_is_named_and_loopback_is_not_proxied(self):
@@ -1967,7 +1967,7 @@ threading.Thread.start = limited
                 result = self.run_program("token", environ=environ)
                 err = self.assert_fails(
                     result, 5, "connection to issuer.example.com", "HTTPS_PROXY"
-                )
+                ).err
                 self.assertNotIn("secret", err)
 
 
@@ -1986,7 +1986,7 @@ class StoreTest(Case):
             trace = self.folder / "trace"
             command = ["strace", "-f", "-e", "trace=openat,chmod,fchmod,fsync,rename"]
             command += ["-o", str(trace), sys.executable, PROGRAM, "token", "--refresh"]
-            if self.run_command(command)[0] == 0:
+            if self.run_command(command).code == 0:
                 calls = [line for line in trace.read_text().splitlines() if "chatgpt_oauth" in line]
                 created = [line for line in calls if "O_CREAT" in line]
                 self.assertTrue(all(", 0600)" in line for line in created), created)
@@ -2007,7 +2007,7 @@ class StoreTest(Case):
         times = {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}
         commands.append(["exec", "--", sys.executable, "-c", "pass"])
         done = [self.run_program(*command) for command in commands]
-        self.assertEqual([code for code, _, _ in done], [0] * len(commands), done)
+        self.assertEqual([result.code for result in done], [0] * len(commands), done)
         self.assertEqual(
             {path: path.stat().st_mtime_ns for path in (self.home, *self.home.iterdir())}, times
         )
@@ -2024,21 +2024,21 @@ class StoreTest(Case):
         elsewhere.mkdir()
         self.token_file.rename(elsewhere / "tokens.json")
         self.token_file.symlink_to(elsewhere / "tokens.json")
-        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.call("token").code, 0)
         self.assertTrue(self.token_file.is_symlink())
         self.assertEqual(sorted(os.listdir(elsewhere)), ["tokens.json", "tokens.json.lock"])
-        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(self.call("logout").code, 0)
         self.assertFalse(self.token_file.is_symlink())
         self.assertEqual(os.listdir(elsewhere), ["tokens.json.lock"])
 
     @needs_modes
     def test_a_file_that_others_can_read_is_made_private_with_a_warning(self):
         self.store(mode=0o644)
-        code, out, err = self.call("status")
-        self.assertEqual(code, 0)
-        self.assertIn("was readable by other users; changed to 0600", err)
+        result = self.call("status")
+        self.assertEqual(result.code, 0)
+        self.assertIn("was readable by other users; changed to 0600", result.err)
         self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
-        self.assertEqual(self.call("status")[2], "")
+        self.assertEqual(self.call("status").err, "")
 
     def test_a_broken_token_file_is_exit_6_and_left_alone(self):
         def directory(path):
@@ -2080,25 +2080,25 @@ class StoreTest(Case):
                 fault(path)
                 environ = {"CHATGPT_OAUTH_HOME": folder}
                 for command in (["token"], ["env"], ["models"], ["env", "--access-token"]):
-                    err = self.assert_fails(self.call(*command, environ=environ), 6, str(path))
+                    err = self.assert_fails(self.call(*command, environ=environ), 6, str(path)).err
                     self.assertNotIn("rm -rf", err)
-                code, out, err = self.call("status", "--json", environ=environ)
-                self.assertEqual(code, 6)
-                self.assertFalse(json.loads(out)["authenticated"])
-                self.assertIn(str(path), json.loads(out)["problem"])
+                result = self.call("status", "--json", environ=environ)
+                self.assertEqual(result.code, 6)
+                self.assertFalse(json.loads(result.out)["authenticated"])
+                self.assertIn(str(path), json.loads(result.out)["problem"])
                 self.assertTrue(os.path.lexists(path))
 
     def test_sign_in_keeps_a_broken_file_and_logout_removes_it(self):
         self.home.mkdir(mode=0o700)
         self.token_file.write_text("{")
-        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(self.call("logout").code, 0)
         self.assertFalse(self.token_file.exists())
         self.token_file.write_text("{")
-        err = self.call("auth", "--no-browser", browser=visit)[2]
+        err = self.call("auth", "--no-browser", browser=visit).err
         self.assertIn(".bad", err)
         self.assertEqual((self.home / "chatgpt_oauth.json.bad").read_text(), "{")
         self.assertTrue(self.stored()["access_token"])
-        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(self.call("logout").code, 0)
         left = ["chatgpt_models.json", "chatgpt_models.json.lock", "chatgpt_oauth.json.lock"]
         self.assertEqual(sorted(os.listdir(self.home)), left)
 
@@ -2114,17 +2114,17 @@ class StoreTest(Case):
         running = self.start("token")
         time.sleep(0.3)
         self.token_file.write_text(whole)
-        self.assertEqual(self.assert_quiet(running.end()), fields["access_token"] + "\n")
+        self.assertEqual(self.assert_quiet(running.result()).out, fields["access_token"] + "\n")
 
     @needs_root
     def test_another_users_file_is_refused_and_root_keeps_its_owner(self):
         self.store(lifetime=-10)
         os.chown(self.token_file, 12345, 12345)
-        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.call("token").code, 0)
         self.assertEqual(self.token_file.stat().st_uid, 12345)
         (self.home / "chatgpt_oauth.json.lock").unlink()
         os.chown(self.home, 12345, 12345)
-        self.assertEqual(self.call("token", "--refresh")[0], 0)
+        self.assertEqual(self.call("token", "--refresh").code, 0)
         self.assertEqual((self.home / "chatgpt_oauth.json.lock").stat().st_uid, 12345)
         self.token_file.chmod(0o644)
         for path in (self.folder, self.home):
@@ -2176,7 +2176,7 @@ class StoreTest(Case):
                 with self.subTest(command, content=content):
                     self.assert_fails(self.call(*command), 6, str(self.token_file))
                     self.assert_untouched(target, content)
-            self.assertEqual(self.call("status")[0], 6)
+            self.assertEqual(self.call("status").code, 6)
             self.assert_untouched(target, content)
             self.token_file.unlink()
 
@@ -2229,7 +2229,7 @@ class StoreTest(Case):
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
         self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
         self.assertFalse((self.folder / "none").exists())
-        self.assertEqual(self.call("logout", environ=environ)[0], 0)
+        self.assertEqual(self.call("logout", environ=environ).code, 0)
         self.assertFalse((self.folder / "none").exists())
 
     @needs_modes
@@ -2237,11 +2237,11 @@ class StoreTest(Case):
         self.store()
         with self.as_unprivileged_owner():
             self.home.chmod(0o000)
-            code, out, err = self.call("status")
+            result = self.call("status")
             self.home.chmod(0o700)
-        self.assertEqual(code, 6)
-        self.assertIn("Permission denied", out)
-        self.assertNotIn("Official", out)
+        self.assertEqual(result.code, 6)
+        self.assertIn("Permission denied", result.out)
+        self.assertNotIn("Official", result.out)
 
     @unittest.skipUnless(POSIX, "Windows has no list of accounts and their homes")
     def test_without_HOME_the_password_database_is_used(self):
@@ -2249,7 +2249,7 @@ class StoreTest(Case):
 
         account = types.SimpleNamespace(pw_dir=str(self.folder))
         with mock.patch.object(pwd, "getpwuid", return_value=account):
-            code, out, err = self.call("status", "--json", environ={"HOME": None})
+            out = self.call("status", "--json", environ={"HOME": None}).out
         self.assertEqual(json.loads(out)["token_file"], str(self.token_file))
 
     def test_an_unwritable_home_is_reported_before_the_browser_opens(self):
@@ -2257,7 +2257,7 @@ class StoreTest(Case):
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "file")}
         for option in ("--no-browser", "--device"):
             result = self.run_program("auth", option, environ=environ)
-            err = self.assert_fails(result, 6, "cannot lock", "CHATGPT_OAUTH_HOME")
+            err = self.assert_fails(result, 6, "cannot lock", "CHATGPT_OAUTH_HOME").err
             self.assertNotIn("http", err)
         self.assertEqual(self.double.requests, [])
 
@@ -2265,16 +2265,18 @@ class StoreTest(Case):
         self.store(lifetime=-10)
         text = json.dumps(self.stored())[:-1] + ', "theirs": ' + "[" * 1200 + "]" * 1200 + "}"
         self.token_file.write_text(text)
-        code, out, err = self.call("token")
-        self.assertIn(code, (0, 6), err)
-        self.assertEqual(self.double.count("refresh"), int(code == 0))
+        result = self.call("token")
+        self.assertIn(result.code, (0, 6), result.err)
+        self.assertEqual(self.double.count("refresh"), int(result.code == 0))
 
     def test_a_mounted_token_file_is_written_in_place(self):
         before = self.store(lifetime=-10)
         busy = OSError(errno.EBUSY, "Device or resource busy")
         with mock.patch.object(os, "replace", side_effect=busy):
-            code, out, err = self.call("token")
-        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+            result = self.call("token")
+        self.assertEqual(
+            (result.code, result.out), (0, self.stored()["access_token"] + "\n"), result.err
+        )
         self.assertNotEqual(self.stored()["refresh_token"], before["refresh_token"])
         self.assertFalse((self.home / "chatgpt_oauth.json.tmp").exists())
 
@@ -2288,7 +2290,7 @@ class StoreTest(Case):
             running = self.start("token", "--refresh")
             time.sleep(rng.uniform(0.03, 0.16))
             running.process.kill()
-            running.end()
+            running.result()
             self.assertTrue(self.stored()["access_token"])
         self.assert_quiet(self.run_program("token", "--refresh"))
         self.assertEqual(
@@ -2302,9 +2304,9 @@ class StoreTest(Case):
         """Kill a refresh as it enters a system call. The next process must be signed in."""
         for _ in range(rounds):
             self.store(lifetime=-10)
-            code, out, err = self.run_injected(f"{call}:signal=SIGKILL:error=EIO", "token")
-            self.assertEqual((code, out), (-signal.SIGKILL, ""), err)
-            self.assertEqual(self.assert_fresh(self.run_program("token")), "")
+            result = self.run_injected(f"{call}:signal=SIGKILL:error=EIO", "token")
+            self.assertEqual((result.code, result.out), (-signal.SIGKILL, ""), result.err)
+            self.assertEqual(self.assert_fresh(self.run_program("token")).err, "")
             self.assertEqual(
                 sorted(os.listdir(self.home)), ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
             )
@@ -2327,7 +2329,7 @@ class StoreTest(Case):
             self.double.refresh_tokens[old["refresh_token"]] = "used"
             new = {**old, **self.double.tokens()}
             leftover = self.leave_temporary_file(json.dumps(new) + rest)
-            self.assertEqual(self.assert_fresh(self.run_program("token")), "")
+            self.assertEqual(self.assert_fresh(self.run_program("token")).err, "")
             self.assertEqual(self.stored(), new)
             self.assertFalse(leftover.exists())
         # A process that is killed while it writes in place leaves half a token file.
@@ -2347,7 +2349,7 @@ class StoreTest(Case):
             with self.subTest(content):
                 self.store(lifetime=-10)
                 leftover = self.leave_temporary_file(content)
-                self.assertEqual(self.assert_fresh(self.call("token")), "")
+                self.assertEqual(self.assert_fresh(self.call("token")).err, "")
                 self.assertFalse(leftover.exists())
 
     @needs_modes
@@ -2376,7 +2378,7 @@ class StoreTest(Case):
                 old = self.store(lifetime=-10)
                 leftover = self.leave_temporary_file({**old, "refresh_token": "rt_planted"})
                 change(leftover)
-                self.assertEqual(self.assert_fresh(self.call("token")), "")
+                self.assertEqual(self.assert_fresh(self.call("token")).err, "")
                 self.assertFalse(os.path.lexists(leftover))
                 if elsewhere.exists():
                     self.assertIn("rt_planted", elsewhere.read_text())
@@ -2450,7 +2452,7 @@ class StoreTest(Case):
         self.store(lifetime=-10)
         self.run_injected("/^rename:signal=SIGKILL:error=EIO", "token")
         # On a copy-on-write file system, even overwriting a file with its own bytes needs space.
-        self.assertEqual(self.run_injected("write:error=ENOSPC", "token")[0], 6)
+        self.assertEqual(self.run_injected("write:error=ENOSPC", "token").code, 6)
         self.assert_fresh(self.run_program("token"))
         self.assertEqual(self.double.count("refresh"), 1)
 
@@ -2499,7 +2501,7 @@ class StoreTest(Case):
             self.double.requests.clear()
             arguments = [self.home, other, first, second, sys.executable, PROGRAM, output]
             command = ["unshare", "-m", "sh", "-ec", script, "sh", *map(str, arguments)]
-            codes = self.run_command(command)[1].split()
+            codes = self.run_command(command).out.split()
             messages = [pathlib.Path(f"{output}.{number}").read_text() for number in (1, 2)]
             self.assertEqual(self.double.count("refresh"), 1, messages)
             self.assert_nothing_lost()
@@ -2529,7 +2531,9 @@ class StoreTest(Case):
         wait_for(lambda: self.double.count("refresh"))
         os.unlink(f"{self.token_file}.lock")
         second = self.start("token")
-        self.assertEqual({self.assert_fresh(first.end()), self.assert_fresh(second.end())}, {""})
+        self.assertEqual(
+            {self.assert_fresh(first.result()).err, self.assert_fresh(second.result()).err}, {""}
+        )
         self.assertEqual(self.double.count("refresh"), 1)
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
@@ -2555,11 +2559,11 @@ os._exit(0)
         self.addCleanup(os.killpg, running.process.pid, signal.SIGKILL)
         wait_for(lambda: self.double.count("refresh"))
         running.type_line(b"")
-        self.assertEqual(running.end()[0], 0)
+        self.assertEqual(running.result().code, 0)
         self.double.delay = 0
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "1"}
         self.assertEqual(
-            self.assert_fresh(self.run_program("token", "--refresh", environ=environ)), ""
+            self.assert_fresh(self.run_program("token", "--refresh", environ=environ)).err, ""
         )
 
     @needs_windows
@@ -2614,7 +2618,9 @@ os._exit(0)
         replacing = threading.Thread(target=replace, daemon=True)
         replacing.start()
         for _ in range(100):
-            self.assertEqual(self.assert_quiet(self.call("token")), fields["access_token"] + "\n")
+            self.assertEqual(
+                self.assert_quiet(self.call("token")).out, fields["access_token"] + "\n"
+            )
         stop.set()
         replacing.join(WAIT_LIMIT)
 
@@ -2641,9 +2647,9 @@ class SessionTest(Case):
 
     def test_a_token_that_expires_soon_is_refreshed(self):
         before = self.store(lifetime=200, api_key="sk-mine", theirs={"kept": [1]})
-        code, out, err = self.run_program("token")
+        result = self.run_program("token")
         after = self.stored()
-        self.assertEqual((code, out, err), (0, after["access_token"] + "\n", ""))
+        self.assertEqual(result, (0, after["access_token"] + "\n", ""))
         self.assertNotEqual(after["refresh_token"], before["refresh_token"])
         self.assertEqual((after["api_key"], after["theirs"]), ("sk-mine", {"kept": [1]}))
         if POSIX:
@@ -2658,10 +2664,10 @@ class SessionTest(Case):
             self.double.requests.clear()
             self.store(lifetime=-10)
             for _ in range(3):
-                self.assertEqual(self.assert_fresh(self.call("token")), "")
+                self.assertEqual(self.assert_fresh(self.call("token")).err, "")
             self.assertEqual(self.double.count("refresh"), 1)
         self.store(lifetime=20, last_refresh=timestamp(time.time() - 40))
-        self.assertEqual(self.assert_fresh(self.call("token")), "")
+        self.assertEqual(self.assert_fresh(self.call("token")).err, "")
         self.assertEqual(self.double.count("refresh"), 2)
 
     def test_a_wrong_clock_does_not_crash(self):
@@ -2676,7 +2682,7 @@ for command in ("status", "token"):
             for dates in ({}, opaque):
                 with self.subTest(now=now, dates=dates):
                     self.store(**dates)
-                    err = self.start_python(code, now).end()[2]
+                    err = self.start_python(code, now).result().err
                     self.assertNotIn("Traceback", err)
                     self.assertNotIn("internal error", err)
                     self.assert_nothing_lost()
@@ -2687,14 +2693,16 @@ for command in ("status", "token"):
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "20"}
         with self.holding_lock():
             began = time.monotonic()
-            code, out, err = self.call("token", environ=environ)
-            self.assertEqual((code, out), (0, stored["access_token"] + "\n"), err)
-            self.assertIn("still valid", err)
+            result = self.call("token", environ=environ)
+            self.assertEqual(
+                (result.code, result.out), (0, stored["access_token"] + "\n"), result.err
+            )
+            self.assertIn("still valid", result.err)
             self.assertLess(time.monotonic() - began, 5)
 
     def test_the_option_refresh_always_refreshes(self):
         before = self.store(lifetime=99999)
-        out = self.assert_quiet(self.run_program("token", "--refresh"))
+        out = self.assert_quiet(self.run_program("token", "--refresh")).out
         self.assertNotEqual(out.strip(), before["access_token"])
         self.assertEqual(out.strip(), self.stored()["access_token"])
 
@@ -2723,7 +2731,7 @@ for command in ("status", "token"):
         access = self.double.tokens()["access_token"]
         response = json.dumps({"access_token": access}).encode()
         self.fault("refresh", 200, response)
-        self.assertEqual(self.call("token")[1], access + "\n")
+        self.assertEqual(self.call("token").out, access + "\n")
         after = self.stored()
         for name in ("refresh_token", "id_token", "account_id"):
             self.assertEqual(after[name], before[name])
@@ -2736,9 +2744,13 @@ for command in ("status", "token"):
                     before = self.store(lifetime=-10)
                     response = {**self.double.tokens(), name: invalid}
                     self.fault("refresh", 200, json.dumps(response).encode())
-                    code, out, err = self.call("token")
-                    self.assertEqual((code, out), (0, response["access_token"] + "\n"), err)
-                    self.assertEqual(f"warning: ignored the {name}" in err, invalid != "", err)
+                    result = self.call("token")
+                    self.assertEqual(
+                        (result.code, result.out), (0, response["access_token"] + "\n"), result.err
+                    )
+                    self.assertEqual(
+                        f"warning: ignored the {name}" in result.err, invalid != "", result.err
+                    )
                     expected = {**response, name: before[name]}
                     for each in ("access_token", "refresh_token", "id_token"):
                         self.assertEqual(self.stored()[each], expected[each])
@@ -2759,7 +2771,7 @@ for command in ("status", "token"):
                 self.store(lifetime=-10)
                 response = {"access_token": "opaque", "expires_in": lifetime}
                 self.fault("refresh", 200, json.dumps(response).encode())
-                self.assertEqual(self.call("token")[:2], (0, "opaque\n"))
+                self.assertEqual(self.call("token"), (0, "opaque\n", ""))
                 self.assertEqual("expires_at" in self.stored(), lifetime in good)
 
     def test_a_response_for_another_account_is_refused(self):
@@ -2771,7 +2783,7 @@ for command in ("status", "token"):
 
     def test_an_edited_account_id_does_not_end_the_sign_in(self):
         self.store(lifetime=-10, account_id="acct-9")
-        self.assertEqual(self.assert_fresh(self.call("token")), "")
+        self.assertEqual(self.assert_fresh(self.call("token")).err, "")
 
     def test_another_account_in_the_access_token_is_refused(self):
         before = self.store(lifetime=0)
@@ -2787,8 +2799,10 @@ for command in ("status", "token"):
             self.token_file.write_text("{")
 
         self.double.faults["refresh"] = tear
-        code, out, err = self.call("token")
-        self.assertEqual((code, out), (0, self.stored()["access_token"] + "\n"), err)
+        result = self.call("token")
+        self.assertEqual(
+            (result.code, result.out), (0, self.stored()["access_token"] + "\n"), result.err
+        )
 
     def test_a_sign_out_during_a_refresh_wins(self):
         self.store(lifetime=200)
@@ -2796,7 +2810,7 @@ for command in ("status", "token"):
             running = self.start("token")
             time.sleep(0.3)
             self.token_file.unlink()
-        self.assert_fails(running.end(), 3, "not signed in")
+        self.assert_fails(running.result(), 3, "not signed in")
 
     def test_an_ended_sign_in_is_remembered_until_the_next_one(self):
         for code in INVALID_GRANT_CODES:
@@ -2809,23 +2823,23 @@ for command in ("status", "token"):
                 self.assert_fails(self.call("token"), 4, "has ended")
                 self.assertEqual(self.double.count("refresh"), 1)
                 self.assertEqual(self.stored()["ended"]["reason"], code)
-                exit_code, out, err = self.call("status")
-                self.assertEqual(exit_code, 4)
+                result = self.call("status")
+                self.assertEqual(result.code, 4)
                 for words in ("Not authenticated\n", "ada@example.com", "expired 10 seconds ago"):
-                    self.assertIn(words, out.replace(" 11 ", " 10 "))
-                exit_code, out, err = self.call("status", "--json")
-                self.assertEqual(exit_code, 4)
-                self.assertFalse(json.loads(out)["authenticated"])
-                self.assertIn("has ended", json.loads(out)["problem"])
+                    self.assertIn(words, result.out.replace(" 11 ", " 10 "))
+                result = self.call("status", "--json")
+                self.assertEqual(result.code, 4)
+                self.assertFalse(json.loads(result.out)["authenticated"])
+                self.assertIn("has ended", json.loads(result.out)["problem"])
         del self.double.faults["refresh"]
         self.sign_in()
         self.assertNotIn("ended", self.stored())
-        self.assertEqual(self.call("token", "--refresh")[0], 0)
+        self.assertEqual(self.call("token", "--refresh").code, 0)
 
     def test_an_end_is_remembered_only_for_the_refused_token(self):
         ended = {"reason": "refresh_token_reused", "refresh_token_sha256": "0" * 64}
         self.store(lifetime=0, ended=ended)
-        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.call("token").code, 0)
         self.assertNotIn("ended", self.stored())
 
     def test_a_failed_refresh_is_a_warning_while_the_token_is_valid(self):
@@ -2840,14 +2854,14 @@ for command in ("status", "token"):
                 self.store(fields)
                 self.double.requests.clear()
                 self.fault("refresh", status, body)
-                code, out, err = self.call("token")
-                self.assertEqual((code, out), (0, fields["access_token"] + "\n"))
-                self.assertIn("warning: ", err)
+                result = self.call("token")
+                self.assertEqual((result.code, result.out), (0, fields["access_token"] + "\n"))
+                self.assertIn("warning: ", result.err)
                 # A refresh isn't retried while the access token is valid.
                 self.assertEqual(self.double.count("refresh"), 1)
                 environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
-                self.assertNotEqual(self.call("token", "--refresh", environ=environ)[0], 0)
-        self.assertEqual(self.call("status", "--json")[0], 0)
+                self.assertNotEqual(self.call("token", "--refresh", environ=environ).code, 0)
+        self.assertEqual(self.call("status", "--json").code, 0)
 
     def test_only_an_unprocessed_refresh_is_retried(self):
         for status, headers, tries in (
@@ -2870,10 +2884,10 @@ for command in ("status", "token"):
                 result = self.call("token")
                 self.assertEqual(self.double.count("refresh"), tries)
                 if tries == 2:
-                    self.assertEqual(result[0], 0)
+                    self.assertEqual(result.code, 0)
                 else:
                     self.assert_fails(result, 5)
-                    self.assertEqual("have to sign in again" in result[2], status in (500, 502))
+                    self.assertEqual("have to sign in again" in result.err, status in (500, 502))
 
     def test_a_retry_after_of_zero_does_not_flood_the_server(self):
         environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.3"}
@@ -2901,7 +2915,7 @@ for command in ("status", "token"):
                 connection.recv(65536)
                 head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
                 connection.sendall(head + body)
-        self.assert_quiet(running.end())
+        self.assert_quiet(running.result())
 
     def test_a_lost_response_is_not_requested_again(self):
         self.store(lifetime=-10)
@@ -2915,12 +2929,12 @@ for command in ("status", "token"):
         environ = {"CHATGPT_OAUTH_ISSUER": other.url}
         self.assert_fails(self.call("token", environ=environ), 4, "another issuer", "auth")
         self.store(lifetime=99999)
-        self.assertEqual(self.call("token", environ=environ)[0], 0)
+        self.assertEqual(self.call("token", environ=environ).code, 0)
         self.assert_fails(self.call("token", "--refresh", environ=environ), 4)
-        code, out, err = self.call("status", "--json", environ=environ)
-        self.assertEqual(code, 0)
-        self.assertIn("another issuer", json.loads(out)["problem"])
-        self.assertEqual(self.call("logout", environ=environ)[0], 0)
+        result = self.call("status", "--json", environ=environ)
+        self.assertEqual(result.code, 0)
+        self.assertIn("another issuer", json.loads(result.out)["problem"])
+        self.assertEqual(self.call("logout", environ=environ).code, 0)
         self.assertEqual(self.double.count("revoke"), 1)
         self.assertEqual(other.requests, [])
 
@@ -2942,15 +2956,17 @@ for command in ("status", "token"):
 
             self.store(lifetime=-10)
             self.double.faults["refresh"] = change
-            code, out, err = self.call("token")
-            self.assertEqual((code, out), (0, newer["access_token"] + "\n"), err)
+            result = self.call("token")
+            self.assertEqual(
+                (result.code, result.out), (0, newer["access_token"] + "\n"), result.err
+            )
             self.assertEqual(self.stored(), newer)
 
     def test_an_access_token_stored_as_the_api_key_is_ignored(self):
         fields = self.store()
         self.store({**fields, "api_key": fields["access_token"]})
         self.assert_fails(self.call("env"), 1, "no API key")
-        self.assertEqual(self.call("token", "--refresh")[0], 0)
+        self.assertEqual(self.call("token", "--refresh").code, 0)
         self.assert_fails(self.call("env"), 1, "no API key")
         # The plugin may also have left an older access token there.
         self.store({**fields, "api_key": self.double.tokens()["access_token"]})
@@ -2967,7 +2983,7 @@ for command in ("status", "token"):
             running.process.send_signal(signal.SIGSTOP)
             time.sleep(1.5 * timeout)
             running.process.send_signal(signal.SIGCONT)
-            self.assertEqual(self.assert_fresh(running.end()), "")
+            self.assertEqual(self.assert_fresh(running.result()).err, "")
 
     @needs_signals
     def test_a_stop_longer_than_the_timeout_loses_no_response(self):
@@ -2993,7 +3009,7 @@ for command in ("status", "token"):
                 running = self.start("token", preexec_fn=prepare)
                 wait_for(lambda: self.double.count("refresh"))
                 running.process.send_signal(getattr(signal, name))
-                self.assertEqual(running.end()[:2], (-getattr(signal, name), ""))
+                self.assertEqual(running.result(), (-getattr(signal, name), "", ""))
                 wait_for(lambda old=old: self.double.refresh_tokens[old] == "used")
                 self.assert_nothing_lost()
 
@@ -3018,7 +3034,7 @@ time.sleep(60)
         running.type_line(b"")
         waited = running.wait_for_line(r"^waited (.+)$")[1]
         running.process.send_signal(signal.SIGINT)
-        running.end()
+        running.result()
         self.assertLess(float(waited), 0.5)
         self.assertEqual(self.double.refresh_tokens[before["refresh_token"]], "used")
         self.assert_nothing_lost()
@@ -3032,7 +3048,7 @@ time.sleep(0.2)
 """
         with self.holding_lock():
             began = time.monotonic()
-            self.start_python(code).end()
+            self.start_python(code).result()
             self.assertLess(time.monotonic() - began, 3)
 
     @needs_windows
@@ -3045,9 +3061,9 @@ time.sleep(0.2)
             "sys.exit(oauth.main(['token']))"
         )
         environ = {"PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
-        code, out, err = self.run_command([sys.executable, "-c", code], environ)
-        self.assertNotEqual(code, 0)
-        self.assertEqual((out, err), ("", ""))
+        result = self.run_command([sys.executable, "-c", code], environ)
+        self.assertNotEqual(result.code, 0)
+        self.assertEqual((result.out, result.err), ("", ""))
         self.assertEqual(self.double.count("refresh"), 1)
         self.assert_fresh(self.call("token"))
         self.assertEqual(self.double.count("refresh"), 1)
@@ -3059,9 +3075,9 @@ time.sleep(0.2)
         running = self.start("token")
         wait_for(lambda: self.double.count("refresh"))
         running.process.send_signal(signal.SIGINT)
-        code, out, err = running.end()
-        self.assertEqual((code, out), (130, ""), err)
-        self.assertEqual(self.call("token")[0], 0)
+        result = running.result()
+        self.assertEqual((result.code, result.out), (130, ""), result.err)
+        self.assertEqual(self.call("token").code, 0)
         self.assertEqual(self.double.count("refresh"), 1)
 
     def interrupt_at(self, moment):
@@ -3105,7 +3121,8 @@ time.sleep(0.2)
             result = self.interrupt_at(moment)
             if result is None:
                 break
-            self.assertEqual(result[::2], (130, "Interrupted.\n"), f"at line {moment}")
+            interrupted = (130, "Interrupted.\n")
+            self.assertEqual((result.code, result.err), interrupted, f"at line {moment}")
             self.assert_nothing_lost()
             after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
             self.assertEqual(after, handlers, f"at line {moment}")
@@ -3121,7 +3138,7 @@ time.sleep(0.2)
         time.sleep(0.2)
         began = time.monotonic()
         running.process.send_signal(signal.SIGINT)
-        self.assertEqual(running.end()[0], 130)
+        self.assertEqual(running.result().code, 130)
         self.assertLess(time.monotonic() - began, 1)
 
     @needs_signals
@@ -3134,14 +3151,14 @@ time.sleep(0.2)
         running.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         running.process.send_signal(signal.SIGINT)
-        self.assertEqual(running.end()[0], 130)
+        self.assertEqual(running.result().code, 130)
         self.assertLess(time.monotonic() - began, 2)
 
     def refresh_at_once(self, processes):
         self.store(lifetime=-10)
         self.double.requests.clear()
         started = [self.start("token") for _ in range(processes)]
-        results = {each.end() for each in started}
+        results = {each.result() for each in started}
         self.assertEqual(results, {(0, self.stored()["access_token"] + "\n", "")})
         self.assertEqual(self.double.count("refresh"), 1)
 
@@ -3159,8 +3176,8 @@ time.sleep(0.2)
             self.double.account = "acct-2"
             refreshing = self.start("token")
             visit(url)
-            self.assertEqual(signing_in.end()[0], 0)
-            refreshing.end()
+            self.assertEqual(signing_in.result().code, 0)
+            refreshing.result()
             self.assertEqual(self.stored()["account_id"], "acct-2")
             self.double.delay = 0
 
@@ -3194,7 +3211,7 @@ class PortTest(Case):
             visit(url)
 
         with mock.patch.object(threading.Thread, "start", fail_once):
-            err = self.assert_done(self.call("auth", "--no-browser", browser=browser))
+            err = self.assert_done(self.call("auth", "--no-browser", browser=browser)).err
         self.assertEqual(len(refused), 1)
         self.assertNotIn("Exception", err)
 
@@ -3225,7 +3242,7 @@ class PortTest(Case):
         self.assertIn(f"%3A{self.ports[1]}%2F", other)
         for running, address in ((second, other), (first, url)):
             visit(address)
-            self.assertEqual(running.end()[0], 0)
+            self.assertEqual(running.result().code, 0)
 
     def test_a_port_taken_on_one_address_family_is_taken(self):
         for address in ("127.0.0.1", "::1"):
@@ -3238,7 +3255,7 @@ class PortTest(Case):
                 running = self.start("auth", "--no-browser")
                 self.assertIn(f"%3A{self.ports[1]}%2F", running.wait_for_url())
                 running.process.kill()
-                running.end()
+                running.result()
 
     @needs_signals
     def test_the_port_is_free_after_ctrl_c(self):
@@ -3246,10 +3263,10 @@ class PortTest(Case):
         running.wait_for_url()
         running.process.send_signal(signal.SIGINT)
         began = time.monotonic()
-        code, out, err = running.end()
-        self.assertEqual((code, out), (130, ""))
+        result = running.result()
+        self.assertEqual((result.code, result.out), (130, ""))
         self.assertLess(time.monotonic() - began, 1)
-        self.assertTrue(err.endswith("Interrupted.\n"))
+        self.assertTrue(result.err.endswith("Interrupted.\n"))
         self.take_ports()
 
 
@@ -3283,7 +3300,7 @@ class CallbackTest(Case):
 
     def finish(self):
         visit(self.url)
-        self.assert_done(self.running.end())
+        self.assert_done(self.running.result())
 
     def test_a_response_from_another_issuer_is_ignored(self):
         right = authorization_response(self.url)
@@ -3292,7 +3309,7 @@ class CallbackTest(Case):
             self.assertEqual(visit(f"{right}&iss={wrong}")[-1][1], 400)
         self.assertEqual(self.double.count("code"), 0)
         self.assertEqual(visit(f"{right}&iss={own}%2F")[-1][1], 200)
-        self.assert_done(self.running.end())
+        self.assert_done(self.running.result())
 
     def test_stray_requests_change_nothing(self):
         good = f"/auth/callback?code=x&state={self.state}"
@@ -3345,7 +3362,7 @@ class CallbackTest(Case):
         cookies = [("Cookie", "x" * 60000)] + [("Cookie", "y" * 4000)] * 50
         self.assertEqual(self.ask(target, extra=cookies)[0], 303)
         self.assertEqual(self.ask("/success", extra=cookies)[0], 200)
-        self.assertEqual(self.running.end()[0], 0)
+        self.assertEqual(self.running.result().code, 0)
 
     def test_it_listens_on_ipv4_and_ipv6(self):
         self.assertEqual(self.ask("/x")[0], 404)
@@ -3364,7 +3381,7 @@ class CallbackTest(Case):
         wait_for(lambda: self.double.count("code"))
         self.assertEqual([page[1] for page in visit(callback_url, follow=False)], [303])
         first.join(WAIT_LIMIT)
-        self.assertEqual(self.running.end()[0], 0)
+        self.assertEqual(self.running.result().code, 0)
         self.assertEqual(self.double.count("code"), 1)
 
     def test_a_repeated_response_shows_the_failed_exchange(self):
@@ -3376,7 +3393,7 @@ class CallbackTest(Case):
         self.assertEqual([page[-1][1] for page in pages], [400] * 3)
         self.assertEqual({page[-1][3] for page in pages}, {pages[0][-1][3]})
         self.assertIn("Sign-in failed", pages[0][-1][3])
-        self.assert_fails(self.running.end(), 1, "(HTTP 400)")
+        self.assert_fails(self.running.result(), 1, "(HTTP 400)")
         self.assertEqual(self.double.count("code"), 1)
 
     def test_a_prefetch_does_not_use_up_the_response(self):
@@ -3394,12 +3411,12 @@ class CallbackTest(Case):
                 self.assertEqual(self.double.count("code"), 0)
         self.assertEqual(self.ask(target, extra=[("Sec-Fetch-Dest", "document")])[0], 303)
         self.assertEqual(self.ask("/success", extra=[("Sec-Fetch-Dest", "document")])[0], 200)
-        self.assert_done(self.running.end())
+        self.assert_done(self.running.result())
 
     def test_an_empty_error_is_absent(self):
         self.assertEqual(self.ask(f"/auth/callback?error=&state={self.state}")[0], 400)
         self.assertIn("/success", visit(authorization_response(self.url) + "&error=")[-1][0])
-        self.assert_done(self.running.end())
+        self.assert_done(self.running.result())
 
     def send_raw(self, data):
         """Send `data` to the listener and return everything that comes back."""
@@ -3485,7 +3502,7 @@ class CallbackTest(Case):
         self.assertLess(cpu_seconds(pid) - before, 0.15)
         subprocess.run(["prlimit", "--pid", pid, "--nofile=4096"], check=True, timeout=WAIT_LIMIT)
         visit(self.url)
-        self.assertNotIn("Exception", self.assert_done(self.running.end()))
+        self.assertNotIn("Exception", self.assert_done(self.running.result()).err)
 
     def test_bad_requests_do_not_delay_the_real_one(self):
         self.bombard(200, 100)
@@ -3527,7 +3544,7 @@ class CallbackTest(Case):
         self.assertEqual(pages[-1][1], 200)
         for each in silent:
             each.close()
-        self.assert_done(self.running.end())
+        self.assert_done(self.running.result())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3542,9 +3559,9 @@ class ModelsTest(Case):
         self.store(api_key="sk-mine")
 
     def names(self, *arguments, **environ):
-        code, out, err = self.call("models", "--dry-run", *arguments, environ=environ)
-        self.assertEqual(code, 0, err)
-        return out.split()
+        result = self.call("models", "--dry-run", *arguments, environ=environ)
+        self.assertEqual(result.code, 0, result.err)
+        return result.out.split()
 
     def test_patterns_filter_the_models(self):
         self.assertEqual(self.names(), ["chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro"])
@@ -3564,7 +3581,7 @@ class ModelsTest(Case):
         self.assertFalse(self.models_file.exists())
 
     def test_patterns_without_a_match_change_nothing(self):
-        self.assertEqual(self.call("models")[0], 0)
+        self.assertEqual(self.call("models").code, 0)
         before = self.models_file.read_text()
         for arguments in (
             ("--include", "GPT-*"),
@@ -3579,29 +3596,29 @@ class ModelsTest(Case):
         self.assertIn("warning: none of the account's 5 models match", err)
         self.assertEqual(self.models_file.read_text(), before)
         environ = {"CHATGPT_OAUTH_MODEL_PATTERNS": "GPT-*"}
-        code, out, err = self.call("models", environ=environ)
-        self.assertEqual((code, out), (0, ""))
-        self.assertIn("warning: none of the account's 5 models match", err)
+        result = self.call("models", environ=environ)
+        self.assertEqual((result.code, result.out), (0, ""))
+        self.assertIn("warning: none of the account's 5 models match", result.err)
         self.assertEqual(json.loads(self.models_file.read_text()), {})
 
     def test_a_changed_order_is_written(self):
-        self.assertEqual(self.call("models", "--source", "codex")[0], 0)
+        self.assertEqual(self.call("models", "--source", "codex").code, 0)
         self.double.codex_models.reverse()
-        self.assertEqual(self.call("models", "--source", "codex")[0], 0)
+        self.assertEqual(self.call("models", "--source", "codex").code, 0)
         names = list(json.loads(self.models_file.read_text()))
         self.assertEqual(names, ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
 
     def test_models_json_lists_the_imported_entries(self):
-        code, out, err = self.call("models", "--json")
+        out = self.call("models", "--json").out
         self.assertEqual(json.loads(out)["model_source"], "api")
         self.assertEqual(json.loads(out)["models"], list(json.loads(self.models_file.read_text())))
         self.assertEqual(
-            json.loads(self.call("status", "--json")[1])["models"], json.loads(out)["models"]
+            json.loads(self.call("status", "--json").out)["models"], json.loads(out)["models"]
         )
 
     def entries(self, *arguments, **environ):
         """Import the models and return the content of the models file."""
-        self.assertEqual(self.call("models", *arguments, environ=environ)[0], 0)
+        self.assertEqual(self.call("models", *arguments, environ=environ).code, 0)
         return json.loads(self.models_file.read_text())
 
     def plan_entry(self, **listed):
@@ -3661,16 +3678,16 @@ class ModelsTest(Case):
 
     def test_invalid_model_ids_are_skipped_with_one_warning(self):
         self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
-        code, out, err = self.call("models", "--all", "--dry-run")
-        self.assertEqual(len(out.split()), 5)
-        self.assertIn("warning: skipped 6 models", err)
-        self.assertNotIn("\x1b", out + err)
+        result = self.call("models", "--all", "--dry-run")
+        self.assertEqual(len(result.out.split()), 5)
+        self.assertIn("warning: skipped 6 models", result.err)
+        self.assertNotIn("\x1b", result.out + result.err)
 
     def test_model_ids_that_are_not_strings_are_skipped(self):
         self.double.api_models += [None, True, 5]
-        code, out, err = self.call("models", "--all", "--dry-run")
-        self.assertEqual(len(out.split()), 5)
-        self.assertIn("warning: skipped 3 models", err)
+        result = self.call("models", "--all", "--dry-run")
+        self.assertEqual(len(result.out.split()), 5)
+        self.assertIn("warning: skipped 3 models", result.err)
 
     def test_a_refused_api_key_has_a_hint(self):
         self.double.api_keys.clear()
@@ -3685,7 +3702,7 @@ class ModelsTest(Case):
         self.assert_fails(self.call(*command), 5, "web page")
         self.assertEqual(counts(), (0, 1))
         self.fault_once("codex", 401)
-        self.assertIn("gpt-5.5", self.assert_quiet(self.call(*command)))
+        self.assertIn("gpt-5.5", self.assert_quiet(self.call(*command)).out)
         self.assertEqual(counts(), (1, 3))
         self.fault("codex", 401)
         self.assert_fails(self.call(*command), 1, "HTTP 401", "auth")
@@ -3721,16 +3738,16 @@ class ModelsTest(Case):
         after = json.loads(self.models_file.read_text())
         self.assertEqual({k: v for k, v in after.items() if k in others}, others)
         self.assertEqual(set(after) - set(others), {"chatgpt-o1-mini", "chatgpt-o3-pro"})
-        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(self.call("logout").code, 0)
         self.assertEqual(json.loads(self.models_file.read_text()), others)
 
     def test_logout_removes_the_tokens_despite_a_broken_models_file(self):
         self.models_file.write_text("[")
-        err = self.call("auth", "--no-browser", browser=visit)[2]
+        err = self.call("auth", "--no-browser", browser=visit).err
         self.assertIn("chatgpt_models.json: not valid JSON", err)
         self.assertIn("To use the API key in this shell: ", err)
         self.assert_fails(self.call("models"), 6, "chatgpt_models.json: not valid JSON")
-        self.assertEqual(self.call("status")[0], 6)
+        self.assertEqual(self.call("status").code, 6)
         self.assert_fails(self.call("logout"), 6, "chatgpt_models.json: not valid JSON")
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
@@ -3777,12 +3794,12 @@ class SignInTest(Case):
         self.assertEqual(sent["fields"]["client_version"], "0.169.0")
         self.assertEqual(sent["headers"]["originator"], "chatgpt_oauth")
         self.assertEqual(sent["headers"]["chatgpt-account-id"], "acct-1")
-        code, out, err = self.run_program("status")
-        self.assertEqual(code, 0)
-        self.assertIn("\nNo API key; to get one, create an organization", out)
+        result = self.run_program("status")
+        self.assertEqual(result.code, 0)
+        self.assertIn("\nNo API key; to get one, create an organization", result.out)
         self.assert_fails(self.run_program("env"), 1, "no API key", "--access-token")
         self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
-        code, out, err = self.run_program("env", "--access-token", "--shell", "json")
+        out = self.run_program("env", "--access-token", "--shell", "json").out
         stored = self.stored()
         expected = {
             "CHATGPT_OAUTH_ACCESS_TOKEN": stored["access_token"],
@@ -3848,7 +3865,7 @@ class SignInTest(Case):
         self.assertTrue(self.token_file.exists())
         self.assertEqual(pages[0][1], 303)
         visit(urllib.parse.urljoin(pages[0][0], "/success"))
-        self.assert_done(running.end())
+        self.assert_done(running.result())
         self.assertEqual(seen, [True])
 
     def test_a_clock_after_the_year_9999_does_not_break_the_page(self):
@@ -3858,7 +3875,7 @@ class SignInTest(Case):
         )
         running = self.start_python(code)
         self.assertEqual([page[1] for page in visit(running.wait_for_url())], [302, 303, 200])
-        self.assert_done(running.end())
+        self.assert_done(running.result())
 
     def test_the_wait_for_the_success_page_is_short(self):
         self.assertEqual(oauth.SUCCESS_PAGE_TIMEOUT, 5)
@@ -3869,7 +3886,7 @@ class SignInTest(Case):
             visit(authorization_response(url), follow=False)
             redirected.append(time.monotonic())
 
-        err = self.assert_done(self.call("auth", "--no-browser", browser=leave))
+        err = self.assert_done(self.call("auth", "--no-browser", browser=leave)).err
         self.assertIn("To use the API key", err)
         self.assertTrue(0.2 < time.monotonic() - redirected[0] < 2.5)
 
@@ -3934,7 +3951,9 @@ class SignInTest(Case):
         page = visit(running.wait_for_url())[-1]
         self.assertEqual(page[1], 400)
         self.assertIn("Sign-in failed", page[3])
-        self.assert_fails(running.end(), 1, "could not exchange the authorization code (HTTP 400)")
+        self.assert_fails(
+            running.result(), 1, "could not exchange the authorization code (HTTP 400)"
+        )
         self.assertEqual(self.stored(), before)
 
     def test_an_invalid_optional_token_does_not_undo_a_sign_in(self):
@@ -3947,7 +3966,7 @@ class SignInTest(Case):
                     self.assertEqual(self.stored()["access_token"], response["access_token"])
                     self.assertNotIn(name, self.stored())
                     self.assertEqual(f"ignored the {name}" in err, invalid != "")
-                    self.assertEqual(self.call("logout", "--local")[0], 0)
+                    self.assertEqual(self.call("logout", "--local").code, 0)
 
     def fill_the_disk(self, running):
         """Make the disk of a running sign-in full as soon as its tokens arrive."""
@@ -3970,7 +3989,7 @@ class SignInTest(Case):
             self.fill_the_disk(running)
             if option == "--no-browser":
                 self.assertEqual(visit(running.wait_for_url())[-1][1], 400)
-            self.assert_fails(running.end(), 6, str(self.token_file))
+            self.assert_fails(running.result(), 6, str(self.token_file))
             self.assertEqual(self.double.count("revoke"), 1)
             self.assertEqual(self.double.refresh_tokens, {})
             self.assertFalse(self.token_file.exists())
@@ -3981,7 +4000,7 @@ class SignInTest(Case):
         running = self.start("auth", "--no-browser")
         self.fill_the_disk(running)
         visit(running.wait_for_url())
-        self.assert_fails(running.end(), 6, str(self.token_file))
+        self.assert_fails(running.result(), 6, str(self.token_file))
         self.assertEqual(self.stored(), before)
         # A revocation could end the whole grant.
         self.assertEqual(self.double.count("revoke"), 0)
@@ -4002,13 +4021,13 @@ class SignInTest(Case):
             threading.Thread(target=visit, args=(running.wait_for_url(),), daemon=True).start()
             wait_for(lambda asked=endpoint: self.double.count(asked))
             running.process.send_signal(signal.SIGINT)
-            code, out, err = running.end()
-            self.assertEqual((code, out), (130, ""))
+            result = running.result()
+            self.assertEqual((result.code, result.out), (130, ""))
             command = " ".join(["logout", *flags])
             self.assertRegex(
-                err, f"(?m)^warning: you are signed in all the same; .*: .* {command}$"
+                result.err, f"(?m)^warning: you are signed in all the same; .*: .* {command}$"
             )
-        self.assertEqual(self.call("token")[0], 0)
+        self.assertEqual(self.call("token").code, 0)
         self.assertTrue(self.plan_file.exists())
 
     def test_only_an_unprocessed_code_exchange_is_retried(self):
@@ -4024,7 +4043,7 @@ class SignInTest(Case):
                 result = self.call("auth", "--no-browser", browser=visit)
                 self.assertEqual(self.double.count("code"), times)
                 if times == 2:
-                    err = self.assert_done(result)
+                    err = self.assert_done(result).err
                     self.assertIn(f"(HTTP {status})", err)
                     self.assertEqual(err.count("; still trying"), 1)
                     self.assert_nothing_lost()
@@ -4055,7 +4074,7 @@ class SignInTest(Case):
             (own, "acct-8", "id@example.com"),
         ):
             self.store(access_token=access, id_token=encode_jwt(id_claims), account_id=None)
-            report = json.loads(self.call("status", "--json")[1])
+            report = json.loads(self.call("status", "--json").out)
             self.assertEqual((report["account_id"], report["email"]), (account, email))
 
     def test_an_unchanged_refresh_token_is_not_revoked(self):
@@ -4085,7 +4104,7 @@ class SignInTest(Case):
             page = visit(fields["redirect_uri"][0] + "?" + urllib.parse.urlencode(response))[-1]
             self.assertIn(words, page[3])
             self.assertNotIn("<b>user", page[3])
-            err = self.assert_fails(running.end(), 1, words)
+            err = self.assert_fails(running.result(), 1, words).err
             self.assertNotIn("\x1b", err + page[3])
 
     def test_auth_ends_after_its_timeout(self):
@@ -4119,7 +4138,7 @@ class PasteTest(Case):
             running.wait_for_line("That URL does not work: .*" + words)
         running.type_line(callback_url.encode() + b"\r")
         running.process.stdin.close()
-        self.assertNotIn(code, self.assert_done(running.end()))
+        self.assertNotIn(code, self.assert_done(running.result()).err)
 
     def test_a_pasted_url_may_be_quoted_or_only_its_query(self):
         for form in ('"{0}"', "'{0}'", "<{0}>", " {0} ", "{1}", '"{1}"', "{0}#", "{2}"):
@@ -4130,7 +4149,7 @@ class PasteTest(Case):
                     callback_url, callback_url.partition("?")[2], callback_url.partition("//")[2]
                 )
                 running.type_line(line.encode())
-                self.assert_done(running.end())
+                self.assert_done(running.result())
 
     def pipe(self):
         """Open a pipe and return its two ends as unbuffered files."""
@@ -4147,7 +4166,7 @@ class PasteTest(Case):
             b"hello\n" + authorization_response(running.wait_for_url()).encode() + b"\nmine\n"
         )
         sink.close()
-        self.assert_done(running.end())
+        self.assert_done(running.result())
         self.assertEqual(source.read(), b"mine\n")
 
     @unittest.skipUnless(POSIX, "Windows cannot wait for a pipe")
@@ -4163,7 +4182,7 @@ class PasteTest(Case):
 
         self.double.faults["key"] = type_ahead
         visit(running.wait_for_url())
-        self.assert_done(running.end())
+        self.assert_done(running.result())
         sink.close()
         self.assertEqual(source.read(), b"mine\n")
 
@@ -4188,7 +4207,7 @@ class PasteTest(Case):
                 began = time.monotonic()
                 self.assertEqual(visit(url)[-1][1], 200)
                 self.assertLess(time.monotonic() - began, 1)
-                self.assertLess(self.assert_done(running.end()).count("does not work"), 21)
+                self.assertLess(self.assert_done(running.result()).err.count("does not work"), 21)
 
     def test_half_a_line_without_a_port_is_an_error(self):
         self.take_ports()
@@ -4197,7 +4216,7 @@ class PasteTest(Case):
         running.process.stdin.write(b"half a line")
         running.process.stdin.close()
         self.assert_fails(
-            running.end(10), 1, "not complete", "standard input is closed", "--device"
+            running.result(10), 1, "not complete", "standard input is closed", "--device"
         )
 
     @needs_terminal
@@ -4209,7 +4228,7 @@ class PasteTest(Case):
         os.close(leader)
         time.sleep(0.2)
         visit(url)
-        self.assertNotIn("Exception", self.assert_done(running.end()))
+        self.assertNotIn("Exception", self.assert_done(running.result()).err)
 
     def test_the_end_of_the_input_does_not_end_the_sign_in(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
@@ -4217,7 +4236,7 @@ class PasteTest(Case):
         running.process.stdin.close()
         time.sleep(0.2)
         visit(url)
-        self.assertEqual(running.end()[0], 0)
+        self.assertEqual(running.result().code, 0)
 
     def test_a_url_can_be_pasted_without_a_port(self):
         self.take_ports()
@@ -4225,7 +4244,7 @@ class PasteTest(Case):
         callback_url = authorization_response(running.wait_for_url())
         self.assertIn(f"localhost:{self.ports[0]}/", callback_url)
         running.type_line(callback_url.encode())
-        err = self.assert_done(running.end())
+        err = self.assert_done(running.result()).err
         port = self.ports[0]
         listing = {
             "win32": f"netstat -ano | findstr :{port}",
@@ -4241,9 +4260,9 @@ class PasteTest(Case):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         running.wait_for_url()
         running.process.stdin.close()
-        code, out, err = running.end()
-        self.assertEqual(code, 1)
-        self.assertIn("--device", err)
+        result = running.result()
+        self.assertEqual(result.code, 1)
+        self.assertIn("--device", result.err)
 
     def start_at_terminal(self, seconds, ahead=b"", environ=None):
         """Start `auth` at a terminal with `ahead` already typed, and return the terminal and it."""
@@ -4261,14 +4280,14 @@ class PasteTest(Case):
         callback_url = authorization_response(running.wait_for_url())
         running.wait_for_line("press Enter")
         os.write(leader, callback_url.encode() + b"\n")
-        self.assertEqual(self.assert_done(running.end()).count("/oauth/authorize?"), 1)
+        self.assertEqual(self.assert_done(running.result()).err.count("/oauth/authorize?"), 1)
         self.assertTrue(self.stored()["access_token"])
 
     @needs_terminal
     def test_a_closed_input_offers_no_retry(self):
         # Ctrl-D ends the input.
         _, running = self.start_at_terminal("0.5", ahead=b"\x04")
-        self.assert_fails(running.end(20), 1, "timed out after 0.5 seconds")
+        self.assert_fails(running.result(20), 1, "timed out after 0.5 seconds")
         self.assertNotIn("press Enter", running.err)
 
     @needs_terminal
@@ -4281,7 +4300,7 @@ class PasteTest(Case):
         second = running.wait_for_url()
         self.assertNotEqual(first, second)
         os.write(leader, authorization_response(second).encode() + b"\n")
-        self.assert_done(running.end())
+        self.assert_done(running.result())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4297,7 +4316,7 @@ class DeviceTest(Case):
     def test_a_device_code_signs_in_without_a_port(self):
         self.take_ports()
         self.double.device_polls = 0
-        err = self.assert_done(self.call("auth", "--device"))
+        err = self.assert_done(self.call("auth", "--device")).err
         self.assertIn(f"\n{self.double.url}/codex/device\n", err)
         self.assertIn("\nABCD-EFGH\n", err)
         self.assertIn("phishing", err)
@@ -4328,11 +4347,11 @@ class DeviceTest(Case):
 
         self.double.faults["device"] = fault
         self.double.device_polls = 1
-        code, out, err = self.call("auth", "--device")
-        self.assertEqual((code, responses), (0, []), err)
+        result = self.call("auth", "--device")
+        self.assertEqual((result.code, responses), (0, []), result.err)
         # Only the failures of the first two responses are reported.
-        self.assertEqual(err.count("still trying"), 2, err)
-        self.assertIn("(HTTP 500): server error; still trying", err)
+        self.assertEqual(result.err.count("still trying"), 2, result.err)
+        self.assertIn("(HTTP 500): server error; still trying", result.err)
 
     def test_authorization_pending_works_with_any_status(self):
         statuses = [200, 400, 401, 403, 404, 428, 500]
@@ -4343,7 +4362,7 @@ class DeviceTest(Case):
 
         self.double.faults["device"] = pending
         self.double.device_polls = 0
-        err = self.assert_done(self.call("auth", "--device"))
+        err = self.assert_done(self.call("auth", "--device")).err
         self.assertEqual(statuses, [])
         self.assertNotIn("warning", err)
 
@@ -4369,14 +4388,16 @@ class DeviceTest(Case):
         self.fault("usercode", 200, json.dumps(response).encode())
         self.fault("device", 403)
         began = time.monotonic()
-        err = self.assert_fails(self.call("auth", "--device"), 1, "valid for less than 2 minutes")
+        err = self.assert_fails(
+            self.call("auth", "--device"), 1, "valid for less than 2 minutes"
+        ).err
         self.assertLess(time.monotonic() - began, 5)
         self.assertNotIn("A" * 100, err)
 
     def test_an_error_code_is_shown_and_a_token_is_not(self):
         code, token = "deviceauth_something_nobody_has_heard_of", "Rt9" + "kq4_x" * 8
         self.fault("device", 400, json.dumps({"error": {"code": code, "message": token}}).encode())
-        err = self.assert_fails(self.call("auth", "--device"), 1, code)
+        err = self.assert_fails(self.call("auth", "--device"), 1, code).err
         self.assertNotIn(token, err)
 
     def test_slow_down_lengthens_the_interval(self):
@@ -4426,7 +4447,7 @@ class DeviceTest(Case):
             return self.double.reply(handler, 400, b'{"error": "expired_token"}')
 
         self.double.faults["device"] = fault
-        err = self.assert_fails(self.call("auth", "--device"), 1)
+        err = self.assert_fails(self.call("auth", "--device"), 1).err
         self.assertIn("\nWXYZ\n", err)
         sent = {"device_auth_id": "d", "user_code": "WXYZ"}
         self.assertEqual(self.double.requests_to("device"), [sent])
@@ -4476,7 +4497,7 @@ class OfficialTest(Case):
     def test_sign_in_sign_out_and_sign_in_again(self):
         running = self.start("auth", "--official", "--no-browser")
         pages = visit(running.wait_for_url())
-        err = self.assert_done(running.end())
+        err = self.assert_done(running.result()).err
         self.assertEqual([page[1] for page in pages], [302, 303, 200])
         for words in (
             "Signed in as ada@example.com",
@@ -4488,7 +4509,7 @@ class OfficialTest(Case):
         ):
             self.assertIn(words, err)
         self.assert_no_secret(err, *(page[3] for page in pages))
-        out = self.assert_quiet(self.call("status"))
+        out = self.assert_quiet(self.call("status")).out
         self.assertIn(f"\nToken file:   {self.plan_file}\nModels file: ", out)
         first = self.stored_plan()
         names = (
@@ -4504,12 +4525,12 @@ class OfficialTest(Case):
         self.assertEqual(hint, "Code Puppy (chatgpt_oauth)")
         self.assertFalse(self.token_file.exists())
 
-        err = self.assert_done(self.run_program("logout"))
+        err = self.assert_done(self.run_program("logout")).err
         self.assertIn("Signed out of ada@example.com (official sign-in)", err)
         self.assertEqual(self.stored_plan(), {name: first[name] for name in self.KEPT})
         self.assertEqual(self.stored_models(), {})
         self.assertNotIn(first["refresh_token"], self.double.plan_tokens)
-        self.assertIn("nothing to do", self.assert_done(self.call("logout")))
+        self.assertIn("nothing to do", self.assert_done(self.call("logout")).err)
 
         # The double checks that this is the registration from before.
         self.assert_done(self.official_sign_in())
@@ -4532,7 +4553,7 @@ class OfficialTest(Case):
             },
         )
         # Without another sign-in, `auto` chooses the official one.
-        out = self.assert_quiet(self.call("models", "--dry-run"))
+        out = self.assert_quiet(self.call("models", "--dry-run")).out
         self.assertEqual(out.split(), list(models))
 
     def test_each_sign_in_keeps_its_own_file_and_entries(self):
@@ -4546,10 +4567,10 @@ class OfficialTest(Case):
         self.sign_in("--include", "gpt-4o")
         self.assertEqual(self.stored_plan(), plan)
         self.assertEqual(list(self.stored_models()), ["chatgpt-plan-gpt-6-astra", "chatgpt-gpt-4o"])
-        facts = json.loads(self.call("status", "--json")[1])
+        facts = json.loads(self.call("status", "--json").out)
         self.assertEqual(sorted(facts["models"]), sorted(self.stored_models()))
         # With an API key, `auto` chooses the key.
-        self.assertEqual(self.call("models", "--json")[1].count("plan-"), 0)
+        self.assertEqual(self.call("models", "--json").out.count("plan-"), 0)
         self.assert_done(self.call("logout", "--official"))
         self.assertEqual(set(self.stored_plan()), set(self.KEPT))
         self.assertEqual(self.double.count("revoke"), 0)
@@ -4567,7 +4588,7 @@ class OfficialTest(Case):
         url = running.wait_for_url()
         self.assertNotIn("--device", running.err)
         running.type_line(authorization_response(url).encode())
-        self.assert_done(running.end())
+        self.assert_done(running.result())
 
     def test_conflicting_options_are_a_usage_error(self):
         for options in (["--device"], ["--source", "api"], ["--workspace", "x"]):
@@ -4585,15 +4606,17 @@ class OfficialTest(Case):
 
     def test_without_plan_permission_auth_fails_but_stays_signed_in(self):
         self.double.plan_allowed = False
-        err = self.assert_fails(self.official_sign_in(), 1, "Security and login", "auth --official")
+        err = self.assert_fails(
+            self.official_sign_in(), 1, "Security and login", "auth --official"
+        ).err
         self.assertIn("Signed in as ada@example.com", err)
         self.assertNotIn("Using ChatGPT plan", err)
         self.assertFalse(self.models_file.exists())
         self.assertNotIn("chatgpt.tokens.use.direct", self.stored_plan()["scopes"])
         self.assert_fails(self.run_refresh(), 1, "not allowed", "Security and login")
-        out = self.assert_quiet(self.call("status"))
+        out = self.assert_quiet(self.call("status")).out
         self.assertIn("ChatGPT plan not allowed", out)
-        official = json.loads(self.call("status", "--json")[1])["official"]
+        official = json.loads(self.call("status", "--json").out)["official"]
         self.assertFalse(official["plan_allowed"])
         self.assertIn("auth --official", official["problem"])
         self.double.plan_allowed = True
@@ -4675,11 +4698,11 @@ class OfficialTest(Case):
                 self.double.requests.clear()
                 self.assert_fails(self.run_refresh(), 4, "auth --official")
                 self.assertEqual(self.double.requests, [])
-                code, out, err = self.call("status")
-                self.assertEqual(code, 4)
-                self.assertIn("Not authenticated\nProblem: your session has ended", out)
-                self.assertIn("auth --official", out)
-                self.assertNotIn("Using ChatGPT plan", out)
+                result = self.call("status")
+                self.assertEqual(result.code, 4)
+                self.assertIn("Not authenticated\nProblem: your session has ended", result.out)
+                self.assertIn("auth --official", result.out)
+                self.assertNotIn("Using ChatGPT plan", result.out)
 
     def test_invalid_client_does_not_end_the_session(self):
         self.assert_done(self.official_sign_in())
@@ -4741,7 +4764,7 @@ class OfficialTest(Case):
         self.assertTrue(self.stored_plan()["access_token"])
         self.store()
         self.assertEqual(
-            self.assert_quiet(self.call("token")), self.stored()["access_token"] + "\n"
+            self.assert_quiet(self.call("token")).out, self.stored()["access_token"] + "\n"
         )
 
     def test_uninstall_removes_the_registration_but_not_a_sign_in(self):
@@ -4749,21 +4772,21 @@ class OfficialTest(Case):
         self.assert_done(self.call("uninstall"))
         self.assertTrue(self.stored_plan()["access_token"])
         self.assert_done(self.call("logout"))
-        self.assertIn(f"Removed {self.plan_file}", self.assert_done(self.call("uninstall")))
+        self.assertIn(f"Removed {self.plan_file}", self.assert_done(self.call("uninstall")).err)
         self.assertFalse(self.plan_file.exists())
-        self.assertIn("nothing to do", self.assert_done(self.call("uninstall")))
+        self.assertIn("nothing to do", self.assert_done(self.call("uninstall")).err)
         self.plan_file.write_text("[")
         self.assert_done(self.call("uninstall"))
         self.assertTrue(self.plan_file.exists())
 
     def test_status_shows_the_official_sign_in(self):
-        self.assertIsNone(json.loads(self.call("status", "--json")[1])["official"])
+        self.assertIsNone(json.loads(self.call("status", "--json").out)["official"])
         self.assert_done(self.official_sign_in())
-        out = self.assert_quiet(self.call("status"))
+        out = self.assert_quiet(self.call("status")).out
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated (official sign-in)\n"), out)
         for words in ("ada@example.com", "Using ChatGPT plan", "expires in", "plan-gpt-5.5"):
             self.assertIn(words, out)
-        facts = json.loads(self.assert_quiet(self.call("status", "--json")))
+        facts = json.loads(self.assert_quiet(self.call("status", "--json")).out)
         self.assertEqual(
             facts["official"],
             {
@@ -4776,54 +4799,54 @@ class OfficialTest(Case):
         self.assertEqual((facts["authenticated"], facts["problem"]), (True, None))
         self.assertEqual(facts["model_source"], "official")
         self.store()
-        out = self.assert_quiet(self.call("status"))
+        out = self.assert_quiet(self.call("status")).out
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nNo API key"), out)
         self.assertIn("Using ChatGPT plan", out)
         self.expire_token()
         self.change_stored_plan(refresh_token=None)
         # The other sign-in is valid, so the exit code is 0.
-        out = self.assert_quiet(self.call("status"))
+        out = self.assert_quiet(self.call("status")).out
         self.assertRegex(out, "Problem: cannot refresh .* auth --official")
         self.assert_no_secret(out)
 
     def test_status_is_authenticated_if_only_the_other_session_ended(self):
         self.assert_done(self.official_sign_in())
         self.store(lifetime=-10, refresh_token=None)
-        facts = json.loads(self.assert_quiet(self.call("status", "--json")))
+        facts = json.loads(self.assert_quiet(self.call("status", "--json")).out)
         self.assertTrue(facts["authenticated"])
         self.assertIn("cannot refresh", facts["problem"])
 
     def test_online_status_checks_the_official_sign_in(self):
         self.assert_done(self.official_sign_in())
-        out = self.assert_quiet(self.call("status", "--online"))
+        out = self.assert_quiet(self.call("status", "--online")).out
         self.assertIn("OpenAI says: accepted, 2 models", out)
         self.assertNotIn("API key:", out)
-        facts = json.loads(self.assert_quiet(self.call("status", "--online", "--json")))
+        facts = json.loads(self.assert_quiet(self.call("status", "--online", "--json")).out)
         self.assertEqual(facts["online"], {"api_key": None, "access_token": None, "usage": []})
         self.fault("api", 401, b'{"detail": "no"}')
-        code, out, err = self.call("status", "--online")
-        self.assertEqual((code, err), (4, ""))
-        self.assertTrue(out.startswith("ChatGPT OAuth: Not authenticated\n"), out)
-        self.assertIn("auth --official", out)
+        result = self.call("status", "--online")
+        self.assertEqual((result.code, result.err), (4, ""))
+        self.assertTrue(result.out.startswith("ChatGPT OAuth: Not authenticated\n"), result.out)
+        self.assertIn("auth --official", result.out)
         self.fault("api", 500, b"")
-        self.assertEqual(self.call("status", "--online")[0], 5)
+        self.assertEqual(self.call("status", "--online").code, 5)
         self.store()
-        code, out, err = self.call("status", "--online")
-        self.assertEqual(code, 0)
-        self.assertIn("ChatGPT plan: accepted", out)
-        self.assertIn("OpenAI says: unreachable", out)
+        result = self.call("status", "--online")
+        self.assertEqual(result.code, 0)
+        self.assertIn("ChatGPT plan: accepted", result.out)
+        self.assertIn("OpenAI says: unreachable", result.out)
 
     def test_the_next_sign_in_keeps_a_broken_file_as_bad(self):
         self.home.mkdir(mode=0o700)
         self.plan_file.write_text("[")
         self.assert_fails(self.run_refresh(), 6, "chatgpt_plan.json", "auth --official")
-        code, out, err = self.call("status")
-        self.assertEqual(code, 6)
+        result = self.call("status")
+        self.assertEqual(result.code, 6)
         # A broken file does not say whether the plan may be used.
-        self.assertNotIn("ChatGPT plan", out)
+        self.assertNotIn("ChatGPT plan", result.out)
         # `token` needs the other sign-in, which does not exist.
-        self.assertEqual(self.call("token")[0], 3)
-        self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official_sign_in()))
+        self.assertEqual(self.call("token").code, 3)
+        self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official_sign_in()).err)
         self.assertTrue(self.stored_plan()["access_token"])
         self.plan_file.write_text("[")
         self.assert_done(self.call("logout"))
@@ -4890,7 +4913,7 @@ class SignOutTest(Case):
     def test_a_broken_models_file_is_reported_once_and_logout_continues(self):
         self.store(api_key="sk-1")
         self.models_file.write_text("[")
-        err = self.assert_fails(self.call("logout"), 6, "not valid JSON")
+        err = self.assert_fails(self.call("logout"), 6, "not valid JSON").err
         self.assertIn("Signed out of ada@example.com\nThe API key stays valid", err)
         self.assertEqual(err.count("not valid JSON"), 1)
         # There was no official sign-in to end.
@@ -4901,7 +4924,7 @@ class SignOutTest(Case):
     def test_without_a_sign_in_logout_does_not_report_one(self):
         self.home.mkdir(mode=0o700)
         self.models_file.write_text("[")
-        err = self.assert_fails(self.call("logout"), 6, "chatgpt_models.json: not valid JSON")
+        err = self.assert_fails(self.call("logout"), 6, "chatgpt_models.json: not valid JSON").err
         self.assertNotIn("Signed out", err)
         self.assertEqual(os.listdir(self.home), ["chatgpt_models.json"])
 
@@ -4909,7 +4932,7 @@ class SignOutTest(Case):
         self.store()
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.2"}
         with self.holding_lock(self.models_file):
-            err = self.assert_fails(self.call("logout", environ=environ), 5, "models.json.lock")
+            err = self.assert_fails(self.call("logout", environ=environ), 5, "models.json.lock").err
         self.assertEqual(self.double.count("revoke"), 1)
         self.assertIn("Signed out of ada@example.com\n", err)
         self.assertFalse(self.token_file.exists())
@@ -4917,16 +4940,16 @@ class SignOutTest(Case):
     def test_a_failed_revocation_is_a_warning(self):
         self.store()
         self.fault("revoke", 500, b"")
-        err = self.assert_done(self.call("logout"))
+        err = self.assert_done(self.call("logout")).err
         self.assertIn("; it may still be valid at OpenAI", err)
         self.assertFalse(self.token_file.exists())
         self.store()
         self.double.requests.clear()
-        self.assertEqual(self.call("logout", "--local")[0], 0)
+        self.assertEqual(self.call("logout", "--local").code, 0)
         self.assertEqual(self.double.requests, [])
         self.store(refresh_token=None)
         del self.double.faults["revoke"]
-        self.assertEqual(self.call("logout")[0], 0)
+        self.assertEqual(self.call("logout").code, 0)
         sent = self.double.requests[-1]["fields"]
         self.assertEqual(sent["token_type_hint"], "access_token")
         self.assertNotIn("client_id", sent)
@@ -4965,8 +4988,8 @@ class ShellTest(Case):
                 results = run_in_parallel(
                     lambda run: self.run_command(*run), (set_command, unset_command)
                 )
-                self.assertEqual(results[0][1].strip(), self.KEY)
-                self.assertNotIn("CHATGPT_OAUTH_API_KEY=", results[1][1])
+                self.assertEqual(results[0].out.strip(), self.KEY)
+                self.assertNotIn("CHATGPT_OAUTH_API_KEY=", results[1].out)
 
     @needs_sh
     def test_an_unquoted_eval_sets_both_variables(self):
@@ -4974,7 +4997,7 @@ class ShellTest(Case):
         code = f"eval $({shell_line(sys.executable, PROGRAM, 'env', '--access-token')}); "
         code += "echo $CHATGPT_OAUTH_ACCESS_TOKEN $CHATGPT_OAUTH_ACCOUNT_ID"
         result = self.run_shell(code)
-        self.assertEqual(result[1].split(), [fields["access_token"], "acct-1"])
+        self.assertEqual(result.out.split(), [fields["access_token"], "acct-1"])
 
     def test_each_shell_gets_its_own_syntax(self):
         self.store(api_key="sk-1")
@@ -5003,13 +5026,17 @@ class ShellTest(Case):
         if POSIX:
             self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
             for shell in ("ash", "yash", "ksh93", "bash-5.2", "mksh", "posh", "/opt/x/zsh-5.9"):
-                code, out, err = self.call("env", environ={"SHELL": shell})
-                self.assertEqual((code, out), (0, "export CHATGPT_OAUTH_API_KEY='sk-1'\n"), err)
+                result = self.call("env", environ={"SHELL": shell})
+                self.assertEqual(
+                    (result.code, result.out),
+                    (0, "export CHATGPT_OAUTH_API_KEY='sk-1'\n"),
+                    result.err,
+                )
         self.assert_fails(self.call("env", "--shell", "nu"), 2, "--shell")
 
     def test_unsupported_shells_get_their_own_profile_line(self):
         self.store(api_key="sk-1")
-        profiles = self.assert_quiet(self.run_program("env", "--help"))
+        profiles = self.assert_quiet(self.run_program("env", "--help")).out
         for shell, line in (
             ("nu", "env --shell json | from json | load-env"),
             ("elvish", "set-env CHATGPT_OAUTH_API_KEY ("),
@@ -5029,7 +5056,9 @@ class ShellTest(Case):
             shutil.copy(PROGRAM, program)
         lines = []
         for program in programs:
-            out = self.assert_quiet(self.run_command([sys.executable, str(program), "env", "-h"]))
+            out = self.assert_quiet(
+                self.run_command([sys.executable, str(program), "env", "-h"])
+            ).out
             lines.append(dict(re.findall(r"(?ms)^  (\w+):\n    (.+?)$(?=\n  \w+:\n|\n?\Z)", out)))
         echo = "echo $CHATGPT_OAUTH_API_KEY"
         for shell, row, show in (
@@ -5049,16 +5078,16 @@ class ShellTest(Case):
                 usable = lines[:2] if shell == "tcsh" else lines
                 commands = [[shell, "-c", f"{each[row]}\n{show}"] for each in usable]
                 for command, result in zip(commands, run_in_parallel(self.run_command, commands)):
-                    self.assertEqual(result[1].strip(), self.KEY, (command, result))
+                    self.assertEqual(result.out.strip(), self.KEY, (command, result))
 
     @needs_sh
     def test_signed_out_env_prints_one_error_line_and_exports_nothing(self):
-        err = self.assert_fails(self.run_program("env"), 3, "not signed in", "auth")
+        err = self.assert_fails(self.run_program("env"), 3, "not signed in", "auth").err
         self.assertEqual(err.count("\n"), 1)
         command = shell_line(sys.executable, PROGRAM, "env")
         result = self.run_shell(f'eval "$({command})"; echo "<$CHATGPT_OAUTH_API_KEY>"')
-        self.assertEqual(result[1], "<>\n")
-        self.assertEqual(self.run_program("env", "--unset")[0], 0)
+        self.assertEqual(result.out, "<>\n")
+        self.assertEqual(self.run_program("env", "--unset").code, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5085,12 +5114,12 @@ class TerminalTest(Case):
             ({"WSL_DISTRO_NAME": "x", "PATH": str(self.folder)}, ["rundll32.exe"], ""),
         ):
             with self.subTest(environ), mock.patch.object(subprocess, "Popen") as popen:
-                err = self.assert_done(self.call("auth", environ=environ, browser=visit))
+                err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
                 commands = [each[0][0][: len(opened)] for each in popen.call_args_list]
                 self.assertEqual(commands, [opened] if opened else [])
                 self.assertIn(words, err)
         if sys.platform.startswith("linux"):
-            err = self.assert_done(self.call("auth", browser=visit))
+            err = self.assert_done(self.call("auth", browser=visit)).err
             self.assertRegex(err, "display|container")
 
     def test_the_browser_process_receives_no_secret(self):
@@ -5109,7 +5138,7 @@ class TerminalTest(Case):
             "OPENAI_API_KEY": "sk-before",
             "CHATGPT_OAUTH_API_KEY": "sk-other",
         }
-        err = self.assert_done(self.run_program("auth", environ=environ))
+        err = self.assert_done(self.run_program("auth", environ=environ)).err
         self.assertNotIn("noise", err)
         arguments, inherited = json.loads(seen.read_text())
         self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
@@ -5119,8 +5148,8 @@ class TerminalTest(Case):
         trap = self.folder / "webbrowser.py"
         trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
         environ = {"BROWSER": BROWSER}
-        code, out, err = self.run_program("auth", environ=environ, cwd=str(self.folder))
-        self.assertEqual(code, 0, err)
+        result = self.run_program("auth", environ=environ, cwd=str(self.folder))
+        self.assertEqual(result.code, 0, result.err)
         self.assertFalse((self.folder / "sprung").exists())
 
     @needs_terminal
@@ -5169,15 +5198,15 @@ class TerminalTest(Case):
             environ = {"PYTHONIOENCODING": encoding}
             running = self.start("auth", "--no-browser", environ=environ)
             visit(running.wait_for_url())
-            self.assertEqual(running.end()[0], 0)
-            out = self.assert_quiet(self.run_program("status", environ=environ))
+            self.assertEqual(running.result().code, 0)
+            out = self.assert_quiet(self.run_program("status", environ=environ)).out
             self.assertNotIn("\u202e", out)
 
     def test_a_program_path_with_a_space_keeps_json_valid(self):
         program = self.folder / "my folder" / "c.py"
         program.parent.mkdir()
         shutil.copy(PROGRAM, program)
-        code, out, err = self.run_command([sys.executable, str(program), "status", "--json"])
+        out = self.run_command([sys.executable, str(program), "status", "--json"]).out
         self.assertIn(f"{PYTHON} {quoted_path(program)} auth", json.loads(out)["problem"])
 
 
@@ -5192,23 +5221,23 @@ class CommandsTest(Case):
         result = self.call("auth", "--no-browser", environ=environ, browser=visit)
         if POSIX:
             self.assertRegex(
-                self.assert_done(result), "To use the API key in a shell, see: .* env -"
+                self.assert_done(result).err, "To use the API key in a shell, see: .* env -"
             )
         self.assert_quiet(self.call("status"))
 
     def test_signed_out_commands_exit_with_3(self):
         for command in ("token", "models", "env"):
             self.assert_fails(self.call(command), 3, "not signed in", "auth")
-        code, out, err = self.call("status")
-        self.assertEqual(code, 3)
-        self.assertTrue(out.startswith("ChatGPT OAuth: Not authenticated\n"))
-        facts = json.loads(self.call("status", "--json")[1])
+        result = self.call("status")
+        self.assertEqual(result.code, 3)
+        self.assertTrue(result.out.startswith("ChatGPT OAuth: Not authenticated\n"))
+        facts = json.loads(self.call("status", "--json").out)
         self.assertEqual(facts["authenticated"], False)
         self.assertEqual(facts["email"], None)
 
     def test_json_status_has_exactly_the_documented_keys(self):
         self.sign_in()
-        code, out, err = self.call("status", "--json")
+        out = self.call("status", "--json").out
         facts = json.loads(out)
         keys = (
             "authenticated email plan account_id organization_id has_api_key has_refresh_token "
@@ -5224,26 +5253,26 @@ class CommandsTest(Case):
     def test_a_broken_models_file_does_not_affect_the_token_status(self):
         self.store()
         self.models_file.write_text("[")
-        out = self.call("status")[1]
+        out = self.call("status").out
         self.assertIn("models.json: not valid JSON", out)
         self.assertIn(", auto-refreshed\n", out)
 
     def test_a_minimal_file_is_a_sign_in(self):
         self.store({"access_token": "opaque"})
-        code, out, err = self.call("status", "--json")
-        facts = json.loads(out)
-        self.assertEqual((code, facts["authenticated"], facts["email"]), (0, True, None))
+        result = self.call("status", "--json")
+        facts = json.loads(result.out)
+        self.assertEqual((result.code, facts["authenticated"], facts["email"]), (0, True, None))
         self.assertIn(
             "no refresh token", facts["problem"].replace("another issuer", "no refresh token")
         )
-        self.assertEqual(self.call("token")[1], "opaque\n")
-        self.assertIn("unknown", self.call("status")[1])
+        self.assertEqual(self.call("token").out, "opaque\n")
+        self.assertIn("unknown", self.call("status").out)
 
 
 class TokenTest(Case):
     def test_json_is_one_line(self):
         fields = self.store(lifetime=9000)
-        out = self.assert_quiet(self.call("token", "--json"))
+        out = self.assert_quiet(self.call("token", "--json")).out
         self.assertEqual(out.count("\n"), 1)
         expiry = time.time() + 9000
         facts = json.loads(out)
@@ -5255,12 +5284,12 @@ class TokenTest(Case):
             [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(expiry - back)) for back in range(9)],
         )
         self.store({"access_token": "opaque"})
-        facts = json.loads(self.call("token", "--json")[1])
+        facts = json.loads(self.call("token", "--json").out)
         self.assertEqual(facts, {"access_token": "opaque", "account_id": None, "expires_at": None})
 
     def test_json_refreshes_an_expired_token(self):
         self.store(lifetime=-10)
-        facts = json.loads(self.assert_quiet(self.call("token", "--json")))
+        facts = json.loads(self.assert_quiet(self.call("token", "--json")).out)
         self.assertEqual(facts["access_token"], self.stored()["access_token"])
         self.assertEqual(self.double.count("refresh"), 1)
 
@@ -5276,7 +5305,7 @@ class ExecTest(Case):
 
     def run_and_inspect(self, *arguments, environ=None):
         """Return the arguments and the environment that `exec` passed to the command."""
-        return json.loads(self.assert_quiet(self.run_program(*arguments, environ=environ)))
+        return json.loads(self.assert_quiet(self.run_program(*arguments, environ=environ)).out)
 
     def test_only_the_command_receives_the_key(self):
         self.store(api_key="sk-1")
@@ -5300,7 +5329,7 @@ class ExecTest(Case):
         self.assertNotIn("CHATGPT_OAUTH_API_KEY", received)
         self.store({"access_token": "opaque"})
         environ = {"CHATGPT_OAUTH_ACCOUNT_ID": "another"}
-        out = self.run_program("exec", "--access-token", "--", *self.inspect, environ=environ)[1]
+        out = self.run_program("exec", "--access-token", "--", *self.inspect, environ=environ).out
         self.assertNotIn("CHATGPT_OAUTH_ACCOUNT_ID", json.loads(out)[1])
 
     def test_the_exit_code_and_streams_come_from_the_command(self):
@@ -5310,7 +5339,7 @@ class ExecTest(Case):
             stdin.write(b"in")
             stdin.seek(0)
             result = self.run_program("exec", "--", sys.executable, "-c", code, stdin=stdin)
-        self.assertEqual((result[0], result[1].split(), result[2]), (77, ["out"], "in"))
+        self.assertEqual((result.code, result.out.split(), result.err), (77, ["out"], "in"))
 
     def test_without_a_key_nothing_runs(self):
         marker = self.folder / "ran"
@@ -5345,7 +5374,7 @@ class ExecTest(Case):
         )
         processes = [(self.start("exec", *arguments), words) for arguments, words in cases]
         for running, words in processes:
-            self.assert_fails(running.end(), 2, *words)
+            self.assert_fails(running.result(), 2, *words)
 
     @needs_signals
     def test_the_command_replaces_the_process(self):
@@ -5353,7 +5382,7 @@ class ExecTest(Case):
         code = "import os, signal; print(os.getpid(), signal.getsignal(signal.SIGINT) is not None)"
         running = self.start("exec", "--", sys.executable, "-c", code)
         pid = running.process.pid
-        self.assertEqual(running.end()[1].split()[0], str(pid))
+        self.assertEqual(running.result().out.split()[0], str(pid))
 
     @needs_sh
     @needs_signals
@@ -5371,10 +5400,10 @@ class OnlineStatusTest(Case):
 
     def online_status(self, exit_code=0, **options):
         """Return the members `online` and `problem` from `status --online --json`."""
-        code, out, err = self.call("status", "--online", "--json", **options)
-        self.assertEqual((code, err), (exit_code, ""))
-        self.assert_no_secret(out)
-        facts = json.loads(out)
+        result = self.call("status", "--online", "--json", **options)
+        self.assertEqual((result.code, result.err), (exit_code, ""))
+        self.assert_no_secret(result.out)
+        facts = json.loads(result.out)
         return facts["online"], facts["problem"]
 
     def test_everything_is_accepted(self):
@@ -5386,7 +5415,7 @@ class OnlineStatusTest(Case):
         self.assertEqual((long["window_seconds"], long["used_percent"]), (604800, 32))
         for window in online["usage"]:
             self.assertRegex(window["resets_at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
-        out = self.assert_quiet(self.call("status", "--online"))
+        out = self.assert_quiet(self.call("status", "--online")).out
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nAPI key available\n"))
         self.assertIn("API key:      accepted, 5 models\n", out)
         self.assertIn("ChatGPT plan: accepted, 2 models\n", out)
@@ -5395,7 +5424,7 @@ class OnlineStatusTest(Case):
         self.assert_no_secret(out)
 
     def test_without_online_nothing_is_sent(self):
-        self.assertNotIn("online", json.loads(self.assert_quiet(self.call("status", "--json"))))
+        self.assertNotIn("online", json.loads(self.assert_quiet(self.call("status", "--json")).out))
         self.assertEqual(self.double.requests, [])
 
     def test_an_expired_token_is_refreshed_first(self):
@@ -5408,7 +5437,7 @@ class OnlineStatusTest(Case):
         online, problem = self.online_status()
         self.assertEqual((online["api_key"], online["access_token"]), (None, "accepted"))
         self.assertEqual(self.double.count("api"), 0)
-        self.assertIn("API key:      there is none\n", self.call("status", "--online")[1])
+        self.assertIn("API key:      there is none\n", self.call("status", "--online").out)
 
     def test_signed_out_nothing_is_sent(self):
         self.token_file.unlink()
@@ -5423,7 +5452,7 @@ class OnlineStatusTest(Case):
         online, problem = self.online_status()
         self.assertEqual((online["api_key"], online["access_token"]), ("refused", "accepted"))
         self.assertEqual(len(online["usage"]), 2)
-        out = self.call("status", "--online")[1]
+        out = self.call("status", "--online").out
         self.assertIn("API key:      refused: could not list the models (HTTP 401)", out)
 
     def test_a_withdrawn_token_is_refreshed(self):
@@ -5440,10 +5469,10 @@ class OnlineStatusTest(Case):
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "refused"))
         self.assertEqual(online["usage"], [])
         self.assertIn("to sign in again, run: ", problem)
-        code, out, err = self.call("status", "--online")
-        self.assertEqual((code, err), (4, ""))
-        self.assertIn("ChatGPT OAuth: Not authenticated\n", out)
-        self.assertIn("\nProblem: ", out)
+        result = self.call("status", "--online")
+        self.assertEqual((result.code, result.err), (4, ""))
+        self.assertIn("ChatGPT OAuth: Not authenticated\n", result.out)
+        self.assertIn("\nProblem: ", result.out)
 
     def test_a_broken_models_file_does_not_hide_a_refused_sign_in(self):
         self.models_file.write_text("[")
@@ -5465,15 +5494,17 @@ class OnlineStatusTest(Case):
         expected = {"api_key": "unreachable", "access_token": "unreachable", "usage": []}
         self.assertEqual(online, expected)
         self.assertIn("got a web page instead of JSON", problem)
-        code, out, err = self.call("status", "--online")
-        self.assertEqual((code, err), (5, ""))
-        self.assertIn("ChatGPT OAuth: Authenticated\n", out)
-        self.assertIn("Usage:        unknown: could not get the plan's usage (HTTP 403)", out)
+        result = self.call("status", "--online")
+        self.assertEqual((result.code, result.err), (5, ""))
+        self.assertIn("ChatGPT OAuth: Authenticated\n", result.out)
+        self.assertIn(
+            "Usage:        unknown: could not get the plan's usage (HTTP 403)", result.out
+        )
 
     def test_a_missing_usage_endpoint_is_one_line(self):
         self.fault("usage", 404, b"{}")
         self.assertEqual(self.online_status()[0]["usage"], [])
-        out = self.assert_quiet(self.call("status", "--online"))
+        out = self.assert_quiet(self.call("status", "--online")).out
         self.assertIn("Usage:        unknown: could not get the plan's usage (HTTP 404)\n", out)
         for answer in (b"[]", b"{}", b'{"rate_limit": null}', b'{"rate_limit": {}}'):
             self.fault("usage", 200, answer)
@@ -5486,7 +5517,7 @@ class OnlineStatusTest(Case):
         }
         window = {"window_seconds": 90, "used_percent": 101, "resets_at": None}
         self.assertEqual(self.online_status()[0]["usage"], [window])
-        self.assertIn("Usage:        1 minute: 101% used\n", self.call("status", "--online")[1])
+        self.assertIn("Usage:        1 minute: 101% used\n", self.call("status", "--online").out)
 
     def test_one_unreachable_service_is_not_an_error(self):
         self.fault("codex", 500)
@@ -5506,7 +5537,7 @@ class OnlineStatusTest(Case):
         self.assertIn("7 days: ###....... 32%, resets in ", output)
         lines = [line for line in output.splitlines() if str(self.folder) not in line]
         self.assertLessEqual(max(map(len, lines)), 80)
-        self.assertNotIn("##", self.run_program("status", "--online")[1])
+        self.assertNotIn("##", self.run_program("status", "--online").out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5538,11 +5569,11 @@ sys.exit(oauth.main(["token"]))
         for limit in range(3, 9):
             with self.subTest(limit):
                 self.store(lifetime=-10)
-                status, out, err = self.start_python(code, str(limit)).end()
-                self.assertNotIn("Traceback", err)
-                self.assertNotIn("standard output", err)
-                self.assertNotIn("internal error", err)
-                self.assertEqual(bool(out), status == 0, err)
+                result = self.start_python(code, str(limit)).result()
+                self.assertNotIn("Traceback", result.err)
+                self.assertNotIn("standard output", result.err)
+                self.assertNotIn("internal error", result.err)
+                self.assertEqual(bool(result.out), result.code == 0, result.err)
 
     def test_importing_has_no_effect(self):
         code = (
@@ -5552,7 +5583,7 @@ sys.exit(oauth.main(["token"]))
         )
         environ = {"PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
         result = self.run_command([sys.executable, "-c", code], environ)
-        self.assertEqual(self.assert_quiet(result).split("\n")[0].rstrip(), "[] 1")
+        self.assertEqual(self.assert_quiet(result).out.split("\n")[0].rstrip(), "[] 1")
         self.assertFalse(self.home.exists())
 
     def test_public_functions(self):
@@ -5622,10 +5653,10 @@ class InstallTest(Case):
 
     def install(self, *arguments, **options):
         """Run `install` and return its messages."""
-        return self.assert_done(self.run_program("install", *arguments, **options))
+        return self.assert_done(self.run_program("install", *arguments, **options)).err
 
     def run_installed(self, *arguments, **options):
-        """Run the installed command and return its exit code, stdout and stderr."""
+        """Run the installed command and return its Result."""
         return self.run_command([str(self.launcher), *arguments], **options)
 
     def read_files(self):
@@ -5644,7 +5675,7 @@ class InstallTest(Case):
         self.assertIn(f"{quoted_path(self.launcher)} env --shell ", messages)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
-        out = self.assert_quiet(self.run_installed("env", "--shell", "sh"))
+        out = self.assert_quiet(self.run_installed("env", "--shell", "sh")).out
         self.assertEqual(out, "export CHATGPT_OAUTH_API_KEY='sk-1'\n")
         self.assertFalse(self.plugin.exists())
 
@@ -5652,7 +5683,7 @@ class InstallTest(Case):
         self.install()
         hint = "hint: to sign in, run: chatgpt-oauth auth\n"
         self.assert_fails(self.run_installed("token"), 3, hint)
-        self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h")[1])
+        self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h").out)
         environ = {"PATH": PATH}
         hint = f"hint: to sign in, run: {self.launcher} auth\n"
         self.assert_fails(self.run_installed("token", environ=environ), 3, hint)
@@ -5666,7 +5697,7 @@ class InstallTest(Case):
             (trap / f"{name}.py").write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
         environ = {"PYTHONPATH": str(trap), "PYTHONHOME": str(trap), "PYTHONSTARTUP": str(trap)}
         result = self.run_installed("env", environ=environ, cwd=str(trap))
-        self.assertIn("sk-1", self.assert_quiet(result))
+        self.assertIn("sk-1", self.assert_quiet(result).out)
         self.assertFalse((self.folder / "sprung").exists())
 
     @needs_sh
@@ -5682,7 +5713,7 @@ class InstallTest(Case):
             with self.subTest(name):
                 self.use_home(self.folder / name)
                 self.install("--code-puppy")
-                self.assertEqual(self.run_installed("status")[0], 3)
+                self.assertEqual(self.run_installed("status").code, 3)
                 self.assertEqual(self.run_installed("--version")[::2], (0, ""))
                 self.assertTrue(self.plugin.exists())
                 self.assert_done(self.run_installed("uninstall"))
@@ -5705,16 +5736,16 @@ class InstallTest(Case):
             "PYTHONPATH": "/x",
         }
         environ = {"CHATGPT_OAUTH_API_KEY": "sk-1", **variables}
-        out = self.assert_quiet(self.run_installed("exec", "--", *show, environ=environ))
-        self.assertEqual(out, self.run_command(show, environ)[1])
+        out = self.assert_quiet(self.run_installed("exec", "--", *show, environ=environ)).out
+        self.assertEqual(out, self.run_command(show, environ).out)
 
     def test_the_command_outlives_the_virtual_environment(self):
         venv = self.folder / "venv"
         command = [sys.executable, "-m", "venv", "--without-pip", str(venv)]
-        code, out, err = self.run_command(command)
-        if code and not POSIX:
+        result = self.run_command(command)
+        if result.code and not POSIX:
             self.skipTest("the embeddable Python for Windows makes no virtual environments")
-        self.assertEqual(code, 0, err)
+        self.assertEqual(result.code, 0, result.err)
         python = venv / ("bin/python" if POSIX else "Scripts/python.exe")
         self.assert_done(self.run_command([str(python), PROGRAM, "install"]))
         shutil.rmtree(venv)
@@ -5725,9 +5756,9 @@ class InstallTest(Case):
         python = self.folder / "a python"
         python.symlink_to(sys.executable)
         self.assert_done(self.run_command([str(python), PROGRAM, "install"]))
-        self.assertEqual(self.run_installed("--version")[0], 0)
+        self.assertEqual(self.run_installed("--version").code, 0)
         python.unlink()
-        err = self.assert_fails(self.run_installed("token"), 6, f"error: {python} is gone\n")
+        err = self.assert_fails(self.run_installed("token"), 6, f"error: {python} is gone\n").err
         self.assertIn("hint: to install it again, run: python3 chatgpt_oauth.py install\n", err)
         self.install()
         shutil.rmtree(self.program.parent)
@@ -5767,11 +5798,11 @@ class InstallTest(Case):
         old.parent.mkdir()
         old.write_bytes(older)
         self.assert_done(self.run_command([sys.executable, str(old), "install", "--code-puppy"]))
-        self.assertEqual(self.run_installed("-V")[1], "chatgpt_oauth 0.0.1\n")
+        self.assertEqual(self.run_installed("-V").out, "chatgpt_oauth 0.0.1\n")
         self.assert_done(self.run_installed("install", "--code-puppy"))
-        self.assertEqual(self.run_installed("-V")[1], "chatgpt_oauth 0.0.1\n")
+        self.assertEqual(self.run_installed("-V").out, "chatgpt_oauth 0.0.1\n")
         self.install()
-        self.assertEqual(self.run_installed("-V")[1], f"chatgpt_oauth {oauth.__version__}\n")
+        self.assertEqual(self.run_installed("-V").out, f"chatgpt_oauth {oauth.__version__}\n")
         self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
 
     @needs_modes
@@ -5798,7 +5829,7 @@ class InstallTest(Case):
         patches.enter_context(mock.patch.object(oauth, "__file__", str(source)))
         # This first run imports every module. The other user may not be able to read them.
         with mock.patch.object(sys, "argv", list(sys.argv)):
-            self.assertEqual(self.call("install", "--code-puppy")[0], 0)
+            self.assertEqual(self.call("install", "--code-puppy").code, 0)
         for unwritable in (self.bin, self.data, self.plugin.parent):
             shutil.rmtree(self.folder / ".local", ignore_errors=True)
             shutil.rmtree(self.home, ignore_errors=True)
@@ -5827,7 +5858,7 @@ class InstallTest(Case):
             running = self.start("install")
             time.sleep(duration * tenth / 10)
             running.process.kill()
-            running.end()
+            running.result()
             if self.launcher.exists():
                 worked += 1
                 self.assertEqual(self.run_installed("--version")[::2], (0, ""))
@@ -5838,7 +5869,7 @@ class InstallTest(Case):
     def test_parallel_installs_succeed(self):
         running = [self.start("install", "--code-puppy") for _ in range(6)]
         for each in running:
-            self.assert_done(each.end())
+            self.assert_done(each.result())
         self.assertEqual(self.run_installed("--version")[::2], (0, ""))
         self.assertEqual([p for p in self.read_files() if p.endswith(".tmp")], [])
 
@@ -5873,7 +5904,7 @@ class InstallTest(Case):
         bin_folder = self.folder / "x y"
         self.install("--bin", "x y", environ={name: str(data)}, cwd=str(self.folder))
         self.assertTrue((data / "chatgpt_oauth" / "chatgpt_oauth.py").exists())
-        self.assertEqual(self.run_command([str(bin_folder / self.launcher.name), "-V"])[0], 0)
+        self.assertEqual(self.run_command([str(bin_folder / self.launcher.name), "-V"]).code, 0)
         self.assertFalse(self.program.exists())
         if POSIX:
             self.install(environ={name: "data"}, cwd=str(self.folder))
@@ -5885,14 +5916,14 @@ class InstallTest(Case):
         self.run_installed("status", environ={"PYTHONDONTWRITEBYTECODE": None})
         (self.plugin.parent / "__pycache__").mkdir()
         (self.plugin.parent / "__pycache__" / "register_callbacks.cpython-312.pyc").touch()
-        messages = self.assert_done(self.run_installed("uninstall"))
+        messages = self.assert_done(self.run_installed("uninstall")).err
         self.assertIn(f"Removed {self.launcher}\n", messages)
         self.assertIn(f"Your sign-in stays in {self.token_file}\n", messages)
         self.assertEqual(list(self.read_files()), [str(self.token_file)])
         self.assertEqual(self.stored(), before)
         self.assertFalse(self.plugin.parent.exists())
         self.assertFalse(self.program.parent.exists())
-        messages = self.assert_done(self.run_program("uninstall"))
+        messages = self.assert_done(self.run_program("uninstall")).err
         self.assertEqual(messages, "Not installed; nothing to do.\n")
 
     def test_uninstall_finds_its_own_launcher(self):
@@ -5902,7 +5933,7 @@ class InstallTest(Case):
         if POSIX:
             started = self.folder / "link"
             started.symlink_to(launcher)
-        messages = self.assert_done(self.run_command([str(started), "uninstall"]))
+        messages = self.assert_done(self.run_command([str(started), "uninstall"])).err
         self.assertIn(f"Removed {launcher}\n", messages)
         self.assertFalse(launcher.exists() or self.program.exists())
 
@@ -5969,17 +6000,19 @@ class InstallTest(Case):
                 lines = re.findall(r"(?m)^    (.+)$", messages)
                 lines += [show.get(name, "echo $CHATGPT_OAUTH_API_KEY"), "chatgpt-oauth --version"]
                 command = [shell, "-c", "\n".join(lines)]
-                out = self.assert_quiet(self.run_command(command, environ))
+                out = self.assert_quiet(self.run_command(command, environ)).out
                 self.assertEqual(out.split(), ["sk-1", "chatgpt_oauth", oauth.__version__])
                 environ["CHATGPT_OAUTH_HOME"] = str(self.folder / "none")
                 # In tcsh an unset variable would be an error.
                 if name == "tcsh":
                     environ["CHATGPT_OAUTH_API_KEY"] = ""
-                code, out, err = self.run_command(command, environ)
-                self.assertEqual((code, out.split()), (0, ["chatgpt_oauth", oauth.__version__]))
+                result = self.run_command(command, environ)
+                self.assertEqual(
+                    (result.code, result.out.split()), (0, ["chatgpt_oauth", oauth.__version__])
+                )
                 # The `!()` of xonsh captures standard error.
                 if name != "xonsh":
-                    self.assertIn("error: not signed in", err)
+                    self.assertIn("error: not signed in", result.err)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6747,7 +6780,7 @@ class PuppyModelTest(PuppyCase):
         return self.puppy.model_handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {}), client
 
     def test_official_models_have_a_valid_token_at_each_request(self):
-        err = self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
+        err = self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit)).err
         self.assertIn("Using ChatGPT plan", err)
         plan_file = self.home / "chatgpt_plan.json"
         model, _ = self.build_official_model("gpt-6-astra")
@@ -6848,7 +6881,7 @@ class PuppyModelTest(PuppyCase):
 
     def test_without_plan_permission_nothing_is_sent(self):
         self.double.plan_allowed = False
-        err = self.call("auth", "--official", "--no-browser", browser=visit)[2]
+        err = self.call("auth", "--official", "--no-browser", browser=visit).err
         self.assertIn("Signed in as ada@example.com", err)
         model, _ = self.build_official_model("gpt-6-astra")
         self.assert_request_stops(model, "was not allowed", "/chatgpt-auth --official")
@@ -6882,10 +6915,10 @@ class PuppyModelTest(PuppyCase):
 
 class MainTest(Case):
     def test_help_of_every_command(self):
-        code, out, err = self.run_program()
-        self.assertEqual((code, out), (2, ""))
-        self.assertIn("examples:", err)
-        text = self.assert_quiet(self.run_program("-h"))
+        result = self.run_program()
+        self.assertEqual((result.code, result.out), (2, ""))
+        self.assertIn("examples:", result.err)
+        text = self.assert_quiet(self.run_program("-h")).out
         name = "chatgpt_oauth.py"
         # This path needs no quotes in a shell.
         shutil.copy(PROGRAM, self.folder / name)
@@ -6896,17 +6929,17 @@ class MainTest(Case):
             self.addCleanup(helps[command].close)
         for command, running in helps.items():
             self.assertIn(f"  {command}", text)
-            output = self.assert_quiet(running.end())
+            output = self.assert_quiet(running.result()).out
             self.assertRegex(output, "examples:|profile")
             lines = [line for line in output.splitlines() if str(self.folder) not in line]
             self.assertLessEqual(max(map(len, lines)), 80)
-        self.assertEqual(self.run_program("--version")[1], f"chatgpt_oauth {oauth.__version__}\n")
+        self.assertEqual(self.run_program("--version").out, f"chatgpt_oauth {oauth.__version__}\n")
 
     def test_bad_settings_do_not_stop_the_help(self):
         self.environ.update(CHATGPT_OAUTH_ISSUER="nonsense", CHATGPT_OAUTH_API_KEY_ENV_VAR="1 2")
         for arguments in (["-h"], ["help", "env"], *([command, "-h"] for command in COMMANDS)):
             with self.subTest(arguments):
-                self.assertIn("usage: ", self.assert_quiet(self.call(*arguments)))
+                self.assertIn("usage: ", self.assert_quiet(self.call(*arguments)).out)
         self.assert_fails(self.call("env"), 2, "CHATGPT_OAUTH_ISSUER")
 
     def test_help_works_in_a_folder_with_a_percent_sign(self):
@@ -6916,7 +6949,7 @@ class MainTest(Case):
         start = [sys.executable, str(program)]
         results = run_in_parallel(lambda each: self.run_command([*start, each, "-h"]), COMMANDS)
         for command, result in zip(COMMANDS, results):
-            output = self.assert_quiet(result)
+            output = self.assert_quiet(result).out
             usage = f"usage: {PYTHON} {quoted_path(program)} {command} [options]"
             self.assertEqual(output[: len(usage)], usage)
 
@@ -6935,9 +6968,9 @@ runpy.run_path({1!r}, run_name="__main__")
         ):
             with self.subTest(module):
                 running = self.start_python(code.format(module, PROGRAM), "x", command)
-                exit_code, out, err = running.end()
-                self.assertEqual((exit_code, out), (1, ""), err)
-                error, hint = err.splitlines()[-2:]
+                result = running.result()
+                self.assertEqual((result.code, result.out), (1, ""), result.err)
+                error, hint = result.err.splitlines()[-2:]
                 self.assertEqual(error, f"error: this Python has no module {module}")
                 self.assertIn("hint: install a complete Python", hint)
 
@@ -6951,7 +6984,7 @@ sys.meta_path.insert(0, NoModules())
 sys.argv[0] = "a folder/c.py"
 chatgpt_oauth.run_program()
 """
-        result = self.start_python(code, "token").end()
+        result = self.start_python(code, "token").result()
         self.assert_fails(
             result, 3, f"to sign in, run: {PYTHON} {quoted_path('a folder/c.py')} auth\n"
         )
@@ -6965,9 +6998,9 @@ chatgpt_oauth.run_program()
         if not found:
             self.skipTest("there is no older Python here")
         for python in found:
-            code, out, err = self.run_command([str(python), PROGRAM, "status"])
-            self.assertEqual((code, out), (1, ""))
-            self.assertIn("PYTHON_3_8_OR_LATER_IS_NEEDED", err)
+            result = self.run_command([str(python), PROGRAM, "status"])
+            self.assertEqual((result.code, result.out), (1, ""))
+            self.assertIn("PYTHON_3_8_OR_LATER_IS_NEEDED", result.err)
 
     def test_usage_errors_name_the_mistake(self):
         self.assert_fails(self.call("stauts"), 2, "stauts", "status")
@@ -6988,9 +7021,9 @@ chatgpt_oauth.run_program()
 
     def test_aliases_work(self):
         self.assertEqual(self.call("whoami"), self.call("status"))
-        self.assertEqual(self.call("login", "--no-browser", browser=visit)[0], 0)
-        self.assertEqual(self.call("signin", "--no-browser", browser=visit)[0], 0)
-        self.assertEqual(self.call("signout")[0], 0)
+        self.assertEqual(self.call("login", "--no-browser", browser=visit).code, 0)
+        self.assertEqual(self.call("signin", "--no-browser", browser=visit).code, 0)
+        self.assertEqual(self.call("signout").code, 0)
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.call("-V"), self.call("--version"))
         for arguments in (["help"], ["help", "help"], ["--help"]):
@@ -7001,7 +7034,7 @@ chatgpt_oauth.run_program()
     def test_an_option_can_have_an_equals_sign(self):
         self.store(api_key="sk-1")
         self.assertEqual(self.call("env", "--shell=fish"), self.call("env", "--shell", "fish"))
-        self.assertIn("set -gx", self.call("env", "--shell=fish")[1])
+        self.assertIn("set -gx", self.call("env", "--shell=fish").out)
 
     @needs_sh
     def test_a_closed_or_full_output_does_not_crash(self):
@@ -7019,20 +7052,20 @@ chatgpt_oauth.run_program()
         for code, result in zip(
             lines, run_in_parallel(lambda c: self.run_shell(c + "; echo $?"), lines)
         ):
-            self.assertEqual(result[1], cases[code], code)
+            self.assertEqual(result.out, cases[code], code)
         if os.path.exists("/dev/full"):
             with open("/dev/full", "w") as full:
-                code, out, err = self.run_program("env", stdout=full)
-            self.assertEqual(code, 6)
-            self.assertNotIn("Traceback", err)
-        self.assertNotIn("Traceback", self.run_shell(f"{line} status | true")[2])
+                result = self.run_program("env", stdout=full)
+            self.assertEqual(result.code, 6)
+            self.assertNotIn("Traceback", result.err)
+        self.assertNotIn("Traceback", self.run_shell(f"{line} status | true").err)
 
     @unittest.skipUnless(hasattr(sys, "orig_argv"), "before 3.10 Python knows not how it started")
     @unittest.skipUnless(POSIX, "Windows starts no link like a program")
     def test_a_hint_names_the_python_that_was_started(self):
         (self.folder / "python3.99").symlink_to(sys.executable)
         environ = {"PATH": str(self.folder) + os.pathsep + PATH}
-        err = self.run_command(["python3.99", PROGRAM, "token"], environ)[2]
+        err = self.run_command(["python3.99", PROGRAM, "token"], environ).err
         self.assertIn(f"run: python3.99 {quoted_path(PROGRAM)} auth", err)
 
     def test_it_runs_as_a_module_a_zip_a_copy_and_from_a_pipe(self):
@@ -7052,10 +7085,10 @@ chatgpt_oauth.run_program()
             (["-"], PROGRAM, f"{PYTHON} chatgpt_oauth.py"),
         ):
             with self.subTest(name), open(stdin or os.devnull) as source:
-                out = self.run_command([sys.executable, *command, "env"], stdin=source)[1]
+                out = self.run_command([sys.executable, *command, "env"], stdin=source).out
                 self.assertIn("sk-1", out)
                 source.seek(0)
-                err = self.run_command([sys.executable, *command], stdin=source)[2]
+                err = self.run_command([sys.executable, *command], stdin=source).err
                 self.assertIn(f"{name} auth", err)
 
 
