@@ -445,6 +445,9 @@ PUBLIC_FIELDS = (
 # A string of this form and length in a server's error message may be a token, or a part of a URL
 # that contains one.
 LONG_WORD = r"[A-Za-z0-9._~+/=%-]{32,}"
+# The limit of what counts as a number of seconds, in an interval or since 1970 (the year 5138). It
+# keeps later arithmetic with times from overflowing.
+NUMBER_LIMIT = 1e11
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
 # The TLS contexts made so far, by the path of their CA certificates ("" for the system's).
@@ -531,10 +534,16 @@ def text_or_none(value: object) -> Optional[str]:
 
 
 def number_or_none(value: object) -> Optional[float]:
-    """Return `value`, a number or a string of digits, as a number. Anything else gives None."""
+    """Return `value`, a number or a string of digits, as a number.
+
+    Return None for anything else, and for a number that is negative or too large.
+    """
     if isinstance(value, str) and re.fullmatch(_DECIMAL, value, re.ASCII):
         return float(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e11:
+    # In Python, True and False are integers, too.
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)) and 0 <= value < NUMBER_LIMIT:
         return value
     return None
 
@@ -635,7 +644,7 @@ def tls_context(settings: Settings) -> Any:
     Loading it takes time, so a command can call this before the first request. Raises RequestError,
     naming the variable at fault.
     """
-    # This import takes time as well.
+    # Every request needs this module, and importing it takes time as well.
     import urllib.request  # noqa: F401
 
     # This is "" if none of the variables is set, and then the path is "", too.
@@ -1148,7 +1157,9 @@ class OfficialClient(Client):
         """
         import uuid
 
-        self.host_id = self.host_id or uuid.uuid4().urn
+        # The token file stores this ID when the sign-in is complete: see sign_in_fields.
+        if not self.host_id:
+            self.host_id = uuid.uuid4().urn
         parameters = {
             **self.token_parameters,
             "nonce": nonce,
@@ -1417,7 +1428,7 @@ class DeviceCode:
             self.interval = min(self.interval * 2, POLL_CEILING)
             self.pause = self.interval
             raise
-        # OpenAI puts this before RFC 8628's codes.
+        # OpenAI puts this prefix before some of RFC 8628's codes.
         code = re.sub("^deviceauth_", "", response.code)
         is_pending = code in ("authorization_pending", "slow_down")
         if response.is_html or (response.is_success and not is_pending):
