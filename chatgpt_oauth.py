@@ -2230,6 +2230,20 @@ class Session:
                 self.notify("hint", error.hint or "", error.command)
             return stored
 
+    def refresh_after_401(self, rejected: str) -> Tokens:
+        """Return other tokens than the access token `rejected`, which a server answered with 401.
+
+        A 401 means that a token is invalid, whatever its expiry says. If another process has stored
+        a newer token meanwhile, return that one and spend nothing. Otherwise refresh. Many
+        processes at once refresh once, because `_refreshed` looks again under the lock.
+
+        Raises OAuthError.
+        """
+        stored = self.tokens()
+        if stored.access_token != rejected:
+            return self.valid_tokens()
+        return self._refreshed(stored, retry=True)
+
     def _refreshed(self, old: Tokens, retry: bool, timeout: Optional[float] = None) -> Tokens:
         """Return newer tokens than `old`, from another process's refresh or from our own."""
         with self.token_file.lock(timeout):
@@ -3042,10 +3056,11 @@ def _models_response(session: Session, source: str) -> Response:
         if not tokens.api_key:
             raise no_api_key()
         return request_models(session.settings, source, tokens)
-    response = request_models(session.settings, source, session.valid_tokens())
+    tokens = session.valid_tokens()
+    response = request_models(session.settings, source, tokens)
     # OpenAI may have withdrawn an access token that hasn't expired yet.
     if response.is_unauthorized:
-        tokens = session.valid_tokens(refresh=True)
+        tokens = session.refresh_after_401(tokens.access_token)
         response = request_models(session.settings, source, tokens)
     return response
 

@@ -3693,6 +3693,17 @@ class ModelsTest(Case):
         self.double.api_keys.clear()
         self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to sign in again, run: ")
 
+    def test_a_newer_stored_token_is_tried_after_a_401_before_a_refresh(self):
+        del self.double.access_tokens[self.store()["access_token"]]
+
+        def store_newer(*_):
+            del self.double.faults["codex"]
+            self.store()
+
+        self.double.faults["codex"] = store_newer
+        self.assertEqual(self.call("models", "--source", "codex", "--dry-run")[0], 0)
+        self.assertEqual((self.double.count("codex"), self.double.count("refresh")), (2, 0))
+
     def test_a_rejected_access_token_is_refreshed_once(self):
         def counts():
             return self.double.count("refresh"), self.double.count("codex")
