@@ -2922,6 +2922,22 @@ def base_url(settings: Settings, source: str) -> str:
     return str(url)
 
 
+def account_headers(tokens: Tokens) -> Dict[str, str]:
+    """Return the headers with which the Codex backend is told whose request it is.
+
+    A workspace whose data must stay in one region has a residency in its access token. Without the
+    header, OpenAI answers 401 ("Workspace is not authorized in this region"). The Codex CLI sends
+    the same header.
+    """
+    headers = {}
+    if tokens.account_id:
+        headers["ChatGPT-Account-Id"] = tokens.account_id
+    residency = auth_claims(tokens.access_token).get("chatgpt_compute_residency")
+    if is_b64token(residency) and residency != "no_constraint":
+        headers["x-openai-internal-codex-residency"] = str(residency)
+    return headers
+
+
 def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     """Request the list of models from `source`: "api", "codex" or "official".
 
@@ -2935,9 +2951,7 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     url += f"?client_version={settings.codex_client_version}"
     headers = {}
     if source == "codex":
-        headers["originator"] = settings.originator
-        if tokens.account_id:
-            headers["chatgpt-account-id"] = tokens.account_id
+        headers = {**account_headers(tokens), "originator": settings.originator}
     return request_json(
         settings,
         url,
@@ -2955,9 +2969,12 @@ def list_usage(session: Session) -> List[Fields]:
     """
     settings, what = session.settings, "get the plan's usage"
     tokens = session.valid_tokens()
-    headers = {"ChatGPT-Account-Id": tokens.account_id} if tokens.account_id else {}
     response = request_json(
-        settings, settings.usage_url, what, bearer=tokens.access_token, headers=headers
+        settings,
+        settings.usage_url,
+        what,
+        bearer=tokens.access_token,
+        headers=account_headers(tokens),
     )
     limits = response.json_object(what).get("rate_limit")
     if not isinstance(limits, dict):

@@ -519,6 +519,8 @@ class Double(OfficialEndpoints):
         self.client_id = "app_EMoamEEZ73f0CkXaXp7hrann"
         self.account, self.email, self.plan = "acct-1", "ada@example.com", "plus"
         self.organization, self.title = "org-1", None
+        # The region in which a workspace's data must stay, or None.
+        self.residency = None
         self.lifetime, self.delay = 864000, 0.0
         self.device_polls, self.device_interval = 1, "0"
         self.rate_limit = {
@@ -577,6 +579,8 @@ class Double(OfficialEndpoints):
         """Issue the tokens of a new sign-in and return the token endpoint's response."""
         account = account or self.account
         claims = {"chatgpt_account_id": account, "chatgpt_plan_type": self.plan}
+        if self.residency:
+            claims["chatgpt_compute_residency"] = self.residency
         if self.organization:
             organization = {"id": self.organization, "is_default": True, "title": self.title}
             claims["organizations"] = [organization]
@@ -731,16 +735,27 @@ class Double(OfficialEndpoints):
                 model["created"] = self.created[model["id"]]
         return 200, {"object": "list", "data": models}
 
-    def _codex(self, fields, headers):
+    def refuse_on_codex_backend(self, headers):
+        """Return the refusal of a request with a rejected token or for another region, or None."""
         if headers.get("authorization", "")[7:] not in self.access_tokens:
             return 401, {"detail": "Unauthorized"}
+        region = None if self.residency == "no_constraint" else self.residency
+        if headers.get("x-openai-internal-codex-residency") != region:
+            return 401, {"detail": "Workspace is not authorized in this region"}
+        return None
+
+    def _codex(self, fields, headers):
+        refusal = self.refuse_on_codex_backend(headers)
+        if refusal:
+            return refusal
         if not fields.get("client_version") or not headers.get("chatgpt-account-id"):
             return 400, {"detail": "client_version or account missing"}
         return 200, {"models": self.codex_models}
 
     def _usage(self, fields, headers):
-        if headers.get("authorization", "")[7:] not in self.access_tokens:
-            return 401, {"detail": "Unauthorized"}
+        refusal = self.refuse_on_codex_backend(headers)
+        if refusal:
+            return refusal
         if headers.get("chatgpt-account-id") != self.account:
             return 403, {"detail": "wrong account"}
         return 200, {"plan_type": self.plan, "rate_limit": self.rate_limit}
@@ -5465,6 +5480,14 @@ class OnlineStatusTest(Case):
         self.assertEqual(len(online["usage"]), 2)
         out = self.call("status", "--online").out
         self.assertIn("API key:      refused: could not list the models (HTTP 401)", out)
+
+    def test_requests_name_the_residency_of_the_workspace(self):
+        for residency in ("eu", "no_constraint"):
+            self.double.residency = residency
+            self.store(api_key=None)
+            online, problem = self.online_status()
+            self.assertEqual((online["access_token"], len(online["usage"])), ("accepted", 2))
+        self.assertEqual(self.double.count("refresh"), 0)
 
     def test_a_withdrawn_token_is_refreshed(self):
         self.double.access_tokens.clear()
