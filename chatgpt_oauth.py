@@ -1483,8 +1483,9 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # ---------------------------------------------------------------------------------------------
 # Reading needs no lock. Everyone who changes a file holds its lock, and replaces the file as a
 # whole, so a reader sees the old or the new contents. The order for tokens is: lock, reserve disk
-# space, send the request, save the response. A response that has been written beside the file
-# survives a killed process: the next process that takes the lock stores it.
+# space and replace the file by itself (which proves that this works), send the request, write the
+# response to the reserved space beside the file, rename it. If the process is killed or the rename
+# fails, the next process that reads the file or takes the lock renames it.
 # A symbolic link is kept, and root never follows or changes another user's link.
 
 # How long to retry on Windows while another program, such as a virus scanner, has a file open.
@@ -1499,6 +1500,8 @@ REREAD_SECONDS = 0.5
 RESERVE = 16384  # bytes
 # The mode of a file that only its owner can read.
 PRIVATE = 0o600
+# New contents are written to a temporary file beside the file. A killed process leaves it there.
+TEMPORARY_SUFFIX = ".tmp"
 # Symbolic links are not followed.
 READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
@@ -1628,118 +1631,60 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
         "write": "check the free space and the permissions, then try again",
         "remove": "remove it yourself, then try again",
     }[verb]
+    # A mount of a single file, as in a container, can't be replaced.
+    if verb == "write" and error.errno == errno.EBUSY:
+        hint = "mount the directory instead of the file, then try again"
     return StorageError(f"cannot {verb} {path}: {error.strerror}", hint)
 
 
+class NotReplacedError(StorageError):
+    """New contents are on disk beside the file, but couldn't be renamed into place."""
+
+
 class Replacement:
-    """A new version of the file at `path`, which replaces the old one durably or not at all.
+    """A new version of the file at `path`, written beside it and then renamed into place.
 
-    It is written to a temporary file beside the old one, created with `mode` (minus the umask), and
-    then renamed. If renaming fails, it is written into the old file. Creating a Replacement
-    therefore fails if the old file can't be written. The caller must hold the lock. Every method
-    may raise OSError.
-
-    `unplaced` is true while the temporary file may be the only one that holds a complete content.
+    The temporary file has its `mode` (minus the umask) from its first byte. The caller must hold
+    the lock. Every method may raise OSError.
     """
 
     def __init__(self, path: str, mode: int = PRIVATE) -> None:
         # A symbolic link is kept. The file it points to is replaced.
         self.path = os.path.realpath(path)
-        self.temporary = self.path + ".tmp"
-        self.unplaced = mode == PRIVATE and _is_leftover(self.temporary, self.path)
-        current = self._open_current()
-        if current:
-            # This only tests whether it can be written. Windows can't replace an open file.
-            current.close()
-        self.file = _patiently(self._open_temporary, mode)
+        self.temporary = self.path + TEMPORARY_SUFFIX
+        with contextlib.suppress(FileNotFoundError):
+            _retry_on_windows(os.unlink, self.temporary)
+        descriptor = _retry_on_windows(_create, self.temporary, self.path, mode)
+        self.file = os.fdopen(descriptor, "r+b", buffering=0)
 
     def write(self, data: bytes) -> None:
-        """Write `data` to the temporary file and sync it to the disk."""
-        _overwrite(self.file, data)
+        """Make `data` the contents of the temporary file."""
+        try:
+            _overwrite(self.file, data)
+        except OSError:
+            # A copy-on-write file system needs free space even to overwrite the blocks of a file.
+            # Truncating the file frees the blocks that were reserved.
+            self.file.truncate(0)
+            _overwrite(self.file, data)
+
+    def sync(self) -> None:
+        """Wait until the temporary file is on the disk."""
         os.fsync(self.file.fileno())
 
-    def commit(self, data: bytes) -> None:
-        """Replace the file by one that contains `data`."""
-        try:
-            self.write(data)
-            self.file.close()
-            self.unplaced = True
-            self._rename()
-        except OSError:
-            current = self._open_current()
-            if not current:
-                raise
-            with current:
-                self._write_in_place(current, data)
-        self.unplaced = False
+    def commit(self) -> None:
+        """Rename the temporary file into place."""
+        # Windows can't rename an open file.
+        self.file.close()
+        _rename(self.temporary, self.path)
 
-    def close(self) -> None:
-        """Remove the temporary file, except if it may be the only complete copy.
-
-        The next process that takes the lock then recovers it.
-        """
+    def discard(self) -> None:
+        """Remove the temporary file, if it hasn't been renamed."""
         self.file.close()
         with contextlib.suppress(OSError):
-            if self.unplaced:
-                # Restoring the old content gave the file a newer time than the temporary file,
-                # and recovery ignores a temporary file that is older than the file.
-                os.utime(self.temporary)
-            else:
-                os.unlink(self.temporary)
-
-    def _open_current(self) -> Any:
-        """Open the file for writing, unbuffered. Return None if a rename must do without that."""
-        try:
-            return os.fdopen(_patiently(os.open, self.path, READ_WRITE), "r+b", buffering=0)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            # On POSIX, a file can be replaced even if its mode doesn't allow writing. A directory
-            # makes the rename fail later, or has been moved away by then.
-            by_mode = sys.platform != "win32" and error.errno == errno.EACCES
-            if by_mode or os.path.isdir(self.path):
-                return None
-            raise
-
-    def _open_temporary(self, mode: int) -> Any:
-        """Create the temporary file, or reopen one that a killed process left. Unbuffered."""
-        if self.unplaced:
-            descriptor = os.open(self.temporary, READ_WRITE)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.temporary)
-            descriptor = _create(self.temporary, self.path, mode)
-        return os.fdopen(descriptor, "r+b", buffering=0)
-
-    def _rename(self) -> None:
-        """Rename the temporary file to the file, and sync the directory."""
-        _patiently(os.replace, self.temporary, self.path)
-        if sys.platform != "win32":
-            # Some network file systems can't sync a directory. The rename itself is done.
-            with contextlib.suppress(OSError):
-                directory = os.open(os.path.dirname(self.path), os.O_RDONLY)
-                try:
-                    os.fsync(directory)
-                finally:
-                    os.close(directory)
-
-    def _write_in_place(self, current: Any, data: bytes) -> None:
-        """Write `data` into the open file, because it can't be replaced.
-
-        This happens with a mount of the single file and in an append-only directory.
-        """
-        before = current.read()
-        try:
-            _overwrite(current, data)
-        except OSError:
-            _overwrite(current, before)
-            raise
-        # If syncing fails, the disk is failing, and there is no better place for the data.
-        with contextlib.suppress(OSError):
-            os.fsync(current.fileno())
+            os.unlink(self.temporary)
 
 
-def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
+def _retry_on_windows(call: Callable[..., Any], *arguments: Any) -> Any:
     """Make a system call. On Windows, retry while another program has the file open."""
     deadline = time.monotonic() + SHARING_SECONDS
     while sys.platform == "win32" and time.monotonic() < deadline:
@@ -1749,17 +1694,17 @@ def _patiently(call: Callable[..., Any], *arguments: Any) -> Any:
     return call(*arguments)
 
 
-def _is_leftover(path: str, model: str) -> bool:
-    """Whether `path` is a temporary file that a killed process of this user left for `model`."""
-    try:
-        facts = os.lstat(path)
-    except FileNotFoundError:
-        return False
-    plain = stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
-    if sys.platform == "win32":
-        return plain
-    owner = os.geteuid() or _owner(model).st_uid
-    return plain and facts.st_uid == owner and not facts.st_mode & 0o077
+def _rename(source: str, target: str) -> None:
+    """Rename a file, replacing `target`, and sync the directory."""
+    _retry_on_windows(os.replace, source, target)
+    if sys.platform != "win32":
+        # Some network file systems can't sync a directory. The rename itself is done.
+        with contextlib.suppress(OSError):
+            directory = os.open(os.path.dirname(target), os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 def _create(path: str, model: str, mode: int) -> int:
@@ -1771,8 +1716,8 @@ def _create(path: str, model: str, mode: int) -> int:
 
 def _overwrite(file: Any, data: bytes) -> None:
     """Replace the contents of an open file by `data`."""
-    # The file is cut to its new length last. If the process is killed before that, only blanks
-    # follow the data, and JSON with trailing blanks is valid.
+    # The file is cut to its new length last. If the process is killed before that, only the blanks
+    # that `reserve` wrote follow the data, and JSON with trailing blanks is valid.
     file.seek(0)
     rest = memoryview(data)
     while rest:
@@ -1783,6 +1728,20 @@ def _overwrite(file: Any, data: bytes) -> None:
 def _owner(path: str) -> os.stat_result:
     """Return the status of `path`, or of its directory if `path` doesn't exist."""
     return os.stat(path if os.path.exists(path) else os.path.dirname(path))
+
+
+def _is_own_file(path: str, model: str) -> bool:
+    """Whether `path` is a regular file of this user. If we are root: of the owner of `model`."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(facts.st_mode):
+        return False
+    if sys.platform == "win32":
+        return True
+    user = os.geteuid()
+    return facts.st_uid == (_owner(model).st_uid if user == 0 else user)
 
 
 def _chown_like(descriptor: int, path: str) -> None:
@@ -1851,7 +1810,7 @@ def _acquire(path: str, deadline: float) -> int:
                 return descriptor
 
 
-def _acquire_made(path: str, deadline: float) -> int:
+def _acquire_lock_file(path: str, deadline: float) -> int:
     """Lock the lock file at `path` and return its descriptor. Create it if it doesn't exist.
 
     Raises UnavailableError if another process still holds the lock at `deadline`
@@ -1890,22 +1849,25 @@ class JsonFile:
         self.settings, self.notify = settings, notify
         self.path = os.path.join(settings.home, name)
         self.reserved: Optional[Replacement] = None
+        # The locks that are released together, while this object holds them.
+        self._held: Optional[contextlib.ExitStack] = None
 
     @property
     def real_path(self) -> str:
         """The path of the file itself, after symbolic links. Lock and temporary files are there."""
         return os.path.realpath(self.path)
 
+    @property
+    def temporary(self) -> str:
+        """The path of the temporary file that replaces the file."""
+        return self.real_path + TEMPORARY_SUFFIX
+
     def read(self) -> Fields:
         """Return the JSON object, or {} if the file doesn't exist."""
         deadline = time.monotonic() + REREAD_SECONDS
-        # Opening a FIFO would otherwise block until another process writes to it.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
         while True:
             try:
-                with os.fdopen(os.open(self.path, flags), "rb") as file:
-                    self._check(file.fileno())
-                    value = json.loads(file.read(self.limit))
+                value = json.loads(self._read_bytes())
                 if isinstance(value, dict):
                     return value
                 raise self.broken("not a JSON object")
@@ -1920,6 +1882,14 @@ class JsonFile:
             if lasting or time.monotonic() > deadline:
                 raise self.broken(fault)
             time.sleep(0.02)
+
+    def _read_bytes(self) -> bytes:
+        """Return the contents of the file. May raise OSError."""
+        # Opening a FIFO would otherwise block until another process writes to it.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        with os.fdopen(os.open(self.path, flags), "rb") as file:
+            self._check(file.fileno())
+            return file.read(self.limit)
 
     def broken(self, fault: str) -> StorageError:
         """Return the error for a file whose contents or type aren't acceptable."""
@@ -1959,18 +1929,21 @@ class JsonFile:
                 self._take_locks(held, deadline)
             except OSError as error:
                 raise storage_error("lock", self.real_path + ".lock", error) from None
+            self._held = held
             try:
                 yield
             finally:
+                self._held = None
                 if self.reserved:
-                    self.reserved.close()
+                    self.reserved.discard()
                     self.reserved = None
 
     def _take_locks(self, held: contextlib.ExitStack, deadline: float) -> None:
-        """Lock the lock file beside the file, then the file itself.
+        """Lock the lock file beside the file, then the file itself, then its temporary file.
 
-        The second lock is needed if somebody deletes the lock file, or if the file is mounted into
-        a container, where the lock file beside it is a different one.
+        The last two are needed if somebody deletes the lock file, or if the file is mounted into a
+        container, where the lock file beside it is a different one. A process holds the lock of
+        every temporary file that it creates, and so keeps the lock when it replaces the file.
         """
         for path in (self.settings.home, self.path):
             if os.path.exists(path):
@@ -1980,40 +1953,104 @@ class JsonFile:
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         _make_directory(self.settings.home)
-        held.callback(_release, _acquire_made(self.real_path + ".lock", deadline))
-        # On Windows, a lock on the file itself would keep others from reading it.
+        held.callback(_release, _acquire_lock_file(self.real_path + ".lock", deadline))
+        # On Windows, a lock on a file would keep others from reading it.
         if sys.platform != "win32":
-            # The file may not exist yet. If it can't be opened, `reserve` raises an error.
-            with contextlib.suppress(OSError):
-                held.callback(_release, _acquire(self.real_path, deadline))
+            for path in (self.real_path, self.temporary):
+                # The file may not exist. If it can't be opened, `reserve` raises an error.
+                with contextlib.suppress(OSError):
+                    held.callback(_release, _acquire(path, deadline))
+
+    def _replacement(self) -> Replacement:
+        """Create the temporary file and lock it. The caller must hold the lock."""
+        replacement = Replacement(self.path)
+        if sys.platform != "win32" and self._held:
+            # A duplicate keeps the lock after the file has been closed and renamed.
+            descriptor = os.dup(replacement.file.fileno())
+            self._held.callback(_release, descriptor)
+            _try_lock(descriptor)
+        return replacement
 
     def reserve(self, present: Fields) -> None:
-        """Reserve the disk space to store `present` and RESERVE more bytes.
+        """Make sure that `present`, with RESERVE more bytes, can be stored by the next `save`.
 
-        A full disk or a file that can't be written is thus an error before a refresh token is
-        spent. The next `save` uses the reserved space. The caller must hold the lock.
+        Call this before a request whose response must not be lost: a full disk, or a file that
+        can't be replaced, then raises StorageError before a refresh token is spent. The caller must
+        hold the lock.
         """
+        size = len(encode(present)) + RESERVE
         try:
-            self.reserved = Replacement(self.path)
-            self.reserved.write(b" " * (len(encode(present)) + RESERVE))
-            gone = os.path.exists(self.path) and os.stat(self.path).st_nlink == 0
+            self._replace_by_itself()
+            self.reserved = self._replacement()
+            self.reserved.write(b" " * size)
+            self.reserved.sync()
         except OSError as error:
-            raise storage_error("write", self.path, error) from None
-        if gone and sys.platform != "win32":
-            raise StorageError(
-                f"{self.path} is a mount of a file that has been replaced since",
-                "mount the directory, not the file",
-            )
+            raise self._write_error(error) from None
+
+    def _replace_by_itself(self) -> None:
+        """Prove that the file can be replaced, by replacing it by a copy. May raise OSError.
+
+        Renaming fails if only this file is mounted (a container), if it is immutable, or if the
+        directory is append-only.
+        """
+        version = self._version()
+        try:
+            contents = _retry_on_windows(self._read_bytes) if version else b"{}\n"
+        except (StorageError, IsADirectoryError, PermissionError):
+            # A sign-in moves a broken file out of the way before it spends anything.
+            return
+        copy = self._replacement()
+        try:
+            copy.write(contents)
+            copy.sync()
+            # Code Puppy's own plugin doesn't take the lock. Don't undo what it has just written.
+            if self._version() != version:
+                raise UnavailableError(f"another program is changing {self.path}", "try again")
+            copy.commit()
+            # An empty object means the same as no file, if we are killed between these two steps.
+            if not version:
+                os.unlink(self.real_path)
+        finally:
+            copy.discard()
+
+    def _version(self) -> Optional[Tuple[int, ...]]:
+        """Return numbers that change when another program writes the file. None without a file."""
+        try:
+            facts = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def save(self, value: Fields) -> None:
-        """Replace the contents of the file by `value`. The caller must hold the lock."""
+        """Replace the contents of the file by `value`. The caller must hold the lock.
+
+        Raises NotReplacedError if `value` is on disk beside the file, and StorageError if it isn't.
+        """
         data = encode(value)
         try:
-            with contextlib.closing(self.reserved or Replacement(self.path)) as replacement:
-                self.reserved = None
-                replacement.commit(data)
+            replacement = self.reserved or self._replacement()
+            self.reserved = None
+            try:
+                replacement.write(data)
+            except OSError:
+                replacement.discard()
+                raise
         except OSError as error:
-            raise storage_error("write", self.path, error) from None
+            raise self._write_error(error) from None
+        # If this fails, the disk is failing. `value` may still reach it, and the old contents may
+        # be of no use any more.
+        with contextlib.suppress(OSError):
+            replacement.sync()
+        try:
+            replacement.commit()
+        except OSError as error:
+            failure = self._write_error(error)
+            raise NotReplacedError(str(failure), failure.hint or "") from None
+
+    def _write_error(self, error: OSError) -> StorageError:
+        """Return the StorageError for a system call that failed to replace the file."""
+        # For a failed rename, `filename2` is the file, and `filename` the temporary file.
+        return storage_error("write", error.filename2 or error.filename or self.path, error)
 
 
 class TokenFile(JsonFile):
@@ -2041,48 +2078,79 @@ class TokenFile(JsonFile):
             return self.load() is not None
         return False
 
+    def read(self) -> Fields:
+        """Return the JSON object, or {} if the file doesn't exist.
+
+        First, recover tokens that a killed process received, unless another process is at work.
+        """
+        failure: Optional[StorageError] = None
+        if not self._held and os.path.lexists(self.temporary):
+            try:
+                with self.lock(timeout=0):
+                    pass
+            except UnavailableError:
+                # The temporary file belongs to the process that holds the lock.
+                pass
+            except StorageError as error:
+                failure = error
+        fields = super().read()
+        if failure and not fields.get("access_token"):
+            raise failure
+        return fields
+
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
         """Hold the lock. First, recover tokens that a killed process received."""
         with super().lock(timeout):
-            self._recover()
+            try:
+                self._recover()
+            except OSError as error:
+                raise self._write_error(error) from None
             yield
 
-    def exists(self) -> bool:
-        """Whether there are any traces of a sign-in, even broken ones. Raises StorageError."""
-        kept = set(self.client.kept_after_sign_out)
-        ended = bool(kept) and set(self.read()) <= kept
-        left = os.path.lexists(self.path) and not ended
-        return left or os.path.lexists(self.real_path + ".tmp")
-
     def _recover(self) -> None:
-        """Store the tokens that a killed process received but didn't rename into place.
+        """Rename a temporary file that holds newer tokens into place. May raise OSError.
 
-        Only their refresh token is good, because the one in the file has been spent.
+        A process was killed before it could do that. Only these tokens are good, because the
+        refresh token in the file has been spent.
         """
-        successor = self._successor()
-        if successor:
-            self.save(successor)
-        # A temporary file that can't be removed does no harm.
-        with contextlib.suppress(OSError):
-            os.unlink(self.real_path + ".tmp")
+        if self._holds_newer_tokens(self.temporary):
+            _rename(self.temporary, self.real_path)
+        else:
+            # A temporary file that can't be removed does no harm.
+            with contextlib.suppress(OSError):
+                os.unlink(self.temporary)
 
-    def _successor(self) -> Fields:
-        """Return the sign-in in the temporary file if it is complete and newer, otherwise {}."""
-        temporary = self.real_path + ".tmp"
-        try:
-            if not _is_leftover(temporary, self.real_path):
-                return {}
-            with os.fdopen(os.open(temporary, os.O_RDONLY), "rb") as file:
+    def _holds_newer_tokens(self, path: str) -> bool:
+        """Whether the file at `path` is ours, complete and newer than the token file."""
+        if not _is_own_file(path, self.real_path):
+            return False
+        with os.fdopen(os.open(path, READ_WRITE), "rb") as file:
+            try:
                 fields = json.loads(file.read(self.limit))
-            whole = isinstance(fields, dict) and Tokens(fields).access_token
-            # Code Puppy's own plugin writes the file in place and without a lock. If the file is
-            # newer than the temporary file, that plugin wrote it.
-            stored = self.holds_sign_in()
-            newer = stored and os.path.getmtime(self.path) > os.path.getmtime(temporary)
-            return fields if whole and not newer else {}
-        except (OSError, ValueError, RecursionError):
-            return {}
+                if not isinstance(fields, dict) or not Tokens(fields).access_token:
+                    return False
+            except (ValueError, RecursionError):
+                return False
+            # The process may have been killed before it synced the file.
+            with contextlib.suppress(OSError):
+                os.fsync(file.fileno())
+        # Code Puppy's own plugin writes the token file in place and without a lock. If that file is
+        # newer, the plugin wrote it.
+        if not self.holds_sign_in():
+            return True
+        return os.path.getmtime(self.path) <= os.path.getmtime(path)
+
+    def needs_removal(self) -> bool:
+        """Whether a sign-out must remove something: a sign-in or a broken file.
+
+        Raises StorageError if the file is broken.
+        """
+        fields = self.read()
+        registration = self.client.kept_after_sign_out
+        if registration and all(name in registration for name in fields):
+            return False
+        return os.path.lexists(self.path)
 
     def _check(self, descriptor: int) -> None:
         """Also raise StorageError for another user's file, and remove other users' access."""
@@ -2104,7 +2172,7 @@ class TokenFile(JsonFile):
         """Rename a broken file to `….bad` and return that path. The caller must hold the lock."""
         path = self.real_path
         try:
-            _patiently(os.replace, path, path + ".bad")
+            _retry_on_windows(os.replace, path, path + ".bad")
         except OSError as error:
             raise storage_error("remove", path, error) from None
         return path + ".bad"
@@ -2119,15 +2187,15 @@ class TokenFile(JsonFile):
         # A broken file has no members that could be kept.
         with contextlib.suppress(StorageError):
             left = {name: value for name, value in self.read().items() if name in kept}
-        gone = [path + ".tmp", path + ".bad"]
+        unneeded = [self.temporary, path + ".bad"]
         if left:
             self.save(left)
         else:
-            gone += [self.path, path]
+            unneeded += [self.path, path]
         try:
-            for name in gone:
+            for name in unneeded:
                 with contextlib.suppress(FileNotFoundError):
-                    _patiently(os.unlink, name)
+                    _retry_on_windows(os.unlink, name)
         except OSError as error:
             raise storage_error("remove", path, error) from None
 
@@ -3364,6 +3432,9 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
                 kept["api_key"] = old.api_key
             fields = {**kept, **fields}
         session.token_file.save(fields)
+    except NotReplacedError:
+        # The tokens are on disk. The next process puts them into place.
+        raise
     except OAuthError:
         # Revoking a token of the same account could also end the sign-in that is still stored.
         if not (old and tokens.same_account(old)):
@@ -3840,7 +3911,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     token_file, there = session.token_file, True
     # A broken file exists, too.
     with contextlib.suppress(StorageError):
-        there = token_file.exists()
+        there = token_file.needs_removal()
     if not there and not registered_entries(session):
         return False
     with token_file.lock():
@@ -4966,16 +5037,17 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, timeout: floa
         _make_directory(os.path.dirname(path), 0o755)
     replacements = []
     with contextlib.ExitStack() as stack:
-        lock = _acquire_made(paths.lock, time.monotonic() + timeout)
+        lock = _acquire_lock_file(paths.lock, time.monotonic() + timeout)
         stack.callback(_release, lock)
         for path, content in contents.items():
             mode = 0o755 if path == paths.launcher else 0o644
             replacement = Replacement(path, mode)
-            stack.callback(replacement.close)
+            stack.callback(replacement.discard)
             replacement.write(content)
-            replacements.append((replacement, content))
-        for replacement, content in replacements:
-            replacement.commit(content)
+            replacement.sync()
+            replacements.append(replacement)
+        for replacement in replacements:
+            replacement.commit()
         stamped = py_compile.PycInvalidationMode.TIMESTAMP
         py_compile.compile(paths.program, doraise=True, invalidation_mode=stamped)
 
@@ -5049,11 +5121,11 @@ def remove_registration(official: Session) -> bool:
     token_file = official.token_file
     # A broken file may hold a sign-in, so it stays.
     with contextlib.suppress(StorageError):
-        if not os.path.lexists(token_file.path) or token_file.exists():
+        if not os.path.lexists(token_file.path) or token_file.needs_removal():
             return False
         with token_file.lock():
             # Somebody may have signed in while we waited for the lock.
-            if not token_file.exists():
+            if not token_file.needs_removal():
                 token_file.remove(kept=())
                 official.notify("done", f"Removed {token_file.path}")
                 return True
