@@ -4318,132 +4318,142 @@ SHOWN_MODELS = 10
 
 
 class OnlineCheck:
-    """A server's answer to the question whether it accepts a key or token.
+    """The result of asking a server whether it accepts a token or key.
 
-    `result` is accepted, refused, unreachable or None (not asked). `said` is the result in words,
-    with the reason. `error` is the reason, or None.
+    `result` is accepted, refused or unreachable. `text` is the result in words, and `error` is the
+    reason if it isn't accepted.
     """
 
-    def __init__(self, session: Session, source: str, ask: bool) -> None:
-        self.result: Optional[str] = None
-        self.said = "there is none"
-        self.error: Optional[OAuthError] = None
-        if not ask:
-            return
-        try:
-            count = len(list_models(session, source))
-            self.result = "accepted"
-            self.said = f"accepted, {count} model{'' if count == 1 else 's'}"
-        except OAuthError as error:
-            refused = isinstance(error, (RefusedError, SignInEndedError))
-            self.result = "refused" if refused else "unreachable"
-            self.said = f"{self.result}: {error}"
-            self.error = error
+    def __init__(self, result: str, text: str, error: Optional[OAuthError] = None) -> None:
+        self.result, self.text, self.error = result, text, error
+
+
+def check_online(session: Session, source: str) -> OnlineCheck:
+    """Ask whether a token or key is accepted, by listing the models of `source`."""
+    try:
+        count = len(list_models(session, source))
+    except OAuthError as error:
+        is_refusal = isinstance(error, (RefusedError, SignInEndedError))
+        result = "refused" if is_refusal else "unreachable"
+        return OnlineCheck(result, f"{result}: {error}", error)
+    models = "1 model" if count == 1 else f"{count} models"
+    return OnlineCheck("accepted", f"accepted, {models}")
 
 
 class SignInStatus:
-    """The state of one sign-in, and the server's answer about it (`check`).
+    """The state of one sign-in.
 
-    `tokens` is None if nobody is signed in, and `problem` is None if all is well. `usable` says
-    whether requests can be made with the tokens, perhaps after a refresh.
+    `tokens` is None if nobody is signed in or the file is broken. `problem` is None if all is well.
+    `check` says whether OpenAI accepts the access token, or is None if it wasn't asked. `usable`
+    says whether requests can be made with the tokens, perhaps after a refresh.
     """
 
     def __init__(self, session: Session, online: bool) -> None:
+        self.path = session.token_file.path
         self.tokens: Optional[Tokens] = None
         self.problem: Optional[OAuthError] = None
-        ask = False
-        # Reading the tokens again below reports this error.
-        with contextlib.suppress(OAuthError):
-            ask = online and session.client.plan_allowed(session.tokens().fields)
-        self.check = OnlineCheck(session, session.client.model_source or "codex", ask)
+        # The check comes first, because it may refresh the tokens or end the sign-in. Without
+        # tokens or without the plan, it fails before it sends anything, and it doesn't count.
+        check = check_online(session, session.client.model_source or "codex") if online else None
         try:
             self.tokens = session.tokens()
             session.require_refreshable(self.tokens)
         except OAuthError as error:
             self.problem = error
-        # A broken file counts as a sign-in that exists. In a directory that nobody may read, the
-        # sign-in doesn't exist.
-        self.path = session.token_file.path
-        there = os.path.lexists(self.path)
-        self.exists = there and not isinstance(self.problem, NotSignedInError)
-        valid = bool(self.tokens and (not self.problem or self.tokens.valid_for(0)))
-        self.usable = valid and self.check.result != "refused"
         self.fields = self.tokens.fields if self.tokens else {}
-        self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
         self.plan_allowed = session.client.plan_allowed(self.fields)
+        self.check = check if self.tokens and self.plan_allowed else None
+        self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
+        # A broken file counts as a sign-in that exists.
+        not_signed_in = isinstance(self.problem, NotSignedInError)
+        self.exists = os.path.lexists(self.path) and not not_signed_in
+        self.usable = self._is_usable()
         if not self.problem and not self.plan_allowed:
             self.problem = plan_not_allowed()
+
+    def is_refused(self) -> bool:
+        """Whether OpenAI was asked and didn't accept the tokens."""
+        return self.check is not None and self.check.result == "refused"
+
+    def _is_usable(self) -> bool:
+        if not self.tokens or self.is_refused():
+            return False
+        # Even if the tokens can't be refreshed, the access token works until it expires.
+        return not self.problem or self.tokens.valid_for(0)
 
 
 class Status:
     """What is known about both sign-ins and, if `online`, OpenAI's answers about them.
 
-    `facts` is the object that `status --json` prints. It holds no secret. `exit_code` is the exit
-    code of `status`. `typed` turns a command into the text that a person types.
+    `problem` is the main problem, or None. `exit_code` is the exit code of `status`. `typed` turns
+    a command into the text that a person types.
     """
 
     def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
-        self.typed, self.online = typed, online
+        self.session, self.typed, self.online = session, typed, online
         self.stored = SignInStatus(session, online)
         self.official = SignInStatus(session.official(), online)
-        main = self.stored if self.stored.exists or not self.official.exists else self.official
-        self.problem, self.exit_code = main.problem, 0
-        if main.problem and not main.usable:
-            self.exit_code = main.problem.exit_code
-        if self.official.usable and isinstance(main.problem, SignInEndedError):
-            # The official sign-in can still be used.
-            self.exit_code = 0
-        self._ask(session)
-        self.models: Optional[List[str]] = None
-        try:
-            self.models = list(registered_entries(*session.sign_ins()))
-        except StorageError as error:
-            self._add_problem(error, error.exit_code)
-        self.facts = self._facts(session)
-
-    def _ask(self, session: Session) -> None:
-        """Ask about the API key and the plan's usage, and take a problem from the answers."""
-        api_key = self.stored.tokens and self.stored.tokens.api_key
-        self.api_key = OnlineCheck(session, "api", self.online and bool(api_key))
+        self.api_key_check: Optional[OnlineCheck] = None
+        if online and self.stored.tokens and self.stored.tokens.api_key:
+            self.api_key_check = check_online(session, "api")
         self.usage: List[Fields] = []
-        self.no_usage = "OpenAI tells none"
-        if self.stored.check.result:
+        self.usage_error: Optional[OAuthError] = None
+        if self.stored.check:
             try:
                 self.usage = list_usage(session)
             except OAuthError as error:
-                self.no_usage = f"unknown: {error}"
-        checks = (self.stored.check, self.official.check, self.api_key)
-        asked = [check for check in checks if check.result]
-        results = [check.result for check in asked]
-        if results[:1] == ["refused"]:
-            self._add_problem(asked[0].error, SignInEndedError.exit_code)
-        elif set(results) == {"unreachable"}:
-            self._add_problem(asked[0].error, UnavailableError.exit_code)
+                self.usage_error = error
+        # The names of our entries in the models file, or None if it can't be read.
+        self.models: Optional[List[str]] = None
+        self.models_error: Optional[StorageError] = None
+        try:
+            self.models = list(registered_entries(*session.sign_ins()))
+        except StorageError as error:
+            self.models_error = error
+        self.problem, self.exit_code = self._verdict()
 
-    def _add_problem(self, problem: Optional[OAuthError], exit_code: int) -> None:
-        """Record a problem and its exit code, unless one is already recorded."""
-        self.problem, self.exit_code = self.problem or problem, self.exit_code or exit_code
+    def _verdict(self) -> Tuple[Optional[OAuthError], int]:
+        """Return the main problem and the exit code.
 
-    def _facts(self, session: Session) -> Fields:
-        settings, stored, official = session.settings, self.stored, self.official
-        who = stored.tokens or Tokens({"issuer": settings.issuer, "client_id": settings.client_id})
-        source = settings.model_source
-        if source == "auto" and (stored.tokens or official.exists):
-            source = "api" if who.api_key else "codex" if stored.tokens else "official"
+        The sign-in decides first, then OpenAI's answers, then the models file. A problem of a
+        sign-in that can still be used is shown, but the exit code is 0.
+        """
+        stored, official = self.stored, self.official
+        main = official if official.exists and not stored.exists else stored
+        problem = main.problem
+        if problem and not main.usable:
+            replaced = official.usable and isinstance(problem, SignInEndedError)
+            if not replaced:
+                return problem, problem.exit_code
+        if main.check and main.is_refused():
+            return problem or main.check.error, SignInEndedError.exit_code
+        checks = [each for each in (stored.check, official.check, self.api_key_check) if each]
+        if checks and all(each.result == "unreachable" for each in checks):
+            return problem or checks[0].error, UnavailableError.exit_code
+        if self.models_error:
+            return problem or self.models_error, self.models_error.exit_code
+        return problem, 0
+
+    @property
+    def facts(self) -> Fields:
+        """The object that `status --json` prints. It holds no secret."""
+        stored, official, settings = self.stored, self.official, self.session.settings
+        signed_out = {"issuer": settings.issuer, "client_id": settings.client_id}
+        tokens = stored.tokens or Tokens(signed_out)
         facts: Fields = {
             "authenticated": stored.usable or official.usable,
-            **identity(who),
-            "account_id": who.account_id,
-            "has_api_key": bool(who.api_key),
-            "has_refresh_token": bool(who.refresh_token),
+            **identity(tokens),
+            "account_id": tokens.account_id,
+            "has_api_key": bool(tokens.api_key),
+            "has_refresh_token": bool(tokens.refresh_token),
             "access_token_expires_at": stored.expires_at,
             "last_refresh": timestamp_or_none(parse_timestamp(stored.fields.get("last_refresh"))),
             "models": self.models,
-            "token_file": session.token_file.path,
-            "models_file": session.models_file.path,
-            "model_source": source,
-            "issuer": who.issuer,
-            "client_id": who.client_id,
+            "token_file": stored.path,
+            "models_file": self.session.models_file.path,
+            "model_source": self._model_source(),
+            "issuer": tokens.issuer,
+            "client_id": tokens.client_id,
             "problem": self._sentence(self.problem),
             "official": None,
         }
@@ -4456,76 +4466,117 @@ class Status:
             }
         if self.online:
             facts["online"] = {
-                "api_key": self.api_key.result,
-                "access_token": stored.check.result,
+                "api_key": self.api_key_check and self.api_key_check.result,
+                "access_token": stored.check and stored.check.result,
                 "usage": self.usage,
             }
         return facts
+
+    def _model_source(self) -> str:
+        """Return the source of the models. "auto" is resolved if somebody is signed in."""
+        source: str = self.session.settings.model_source
+        if source != "auto":
+            return source
+        if self.stored.tokens:
+            return "api" if self.stored.tokens.api_key else "codex"
+        return "official" if self.official.exists else "auto"
 
     def _sentence(self, error: Optional[OAuthError]) -> Optional[str]:
         """Return the text of `error` with its hint, or None without an error."""
         if not error:
             return None
-        step = f"; {error.hint}" if error.hint else ""
-        return f"{error}{step}: {self.typed(error.command)}" if error.command else f"{error}{step}"
+        text = str(error)
+        if error.hint:
+            text += f"; {error.hint}"
+        if error.command:
+            text += f": {self.typed(error.command)}"
+        return text
 
     def text(self, as_json: bool, live: bool = False) -> str:
         """Return the text that `status` prints. `live` means that it goes to a terminal."""
         if as_json:
             return json.dumps(self.facts, indent=2)
         lines = [*self._headlines(), ""]
-        for label, texts in self._rows(live).items():
-            labels = [f"{label}:"] + [""] * len(texts)
-            lines += [f"{name:14}{text}" for name, text in zip(labels, texts)]
+        for label, text in self._rows(live):
+            column = f"{label}:" if label else ""
+            lines.append(f"{column:14}{text}")
         return "\n".join(map(printable, lines))
 
     def _headlines(self) -> List[str]:
         """Return the first lines, in the setup guide's words, and then the problem."""
-        facts, problem = self.facts, self.problem
-        state = "Authenticated" if facts["authenticated"] else "Not authenticated"
-        lines = [f"ChatGPT OAuth: {state}"]
-        if self.stored.tokens:
-            missing = f"No API key; {ORGANIZATION_HINT}"
-            lines.append("API key available" if facts["has_api_key"] else missing)
-        elif facts["authenticated"]:
-            lines[0] += OfficialClient.label
-        if isinstance(problem, NotSignedInError):
-            lines.append(f"To sign in, run: {self.typed(problem.command)}")
-        elif problem:
-            lines.append(f"Problem: {facts['problem']}")
+        tokens = self.stored.tokens
+        lines = ["ChatGPT OAuth: Not authenticated"]
+        if self.stored.usable or self.official.usable:
+            lines = ["ChatGPT OAuth: Authenticated"]
+            if not tokens:
+                lines[0] += OfficialClient.label
+        if tokens and tokens.api_key:
+            lines.append("API key available")
+        elif tokens:
+            lines.append(f"No API key; {ORGANIZATION_HINT}")
+        if isinstance(self.problem, NotSignedInError):
+            lines.append(f"To sign in, run: {self.typed(self.problem.command)}")
+        elif self.problem:
+            lines.append(f"Problem: {self._sentence(self.problem)}")
         return lines
 
-    def _rows(self, live: bool) -> Dict[str, List[str]]:
-        """Return the other lines as a mapping from a label to its texts."""
-        facts, stored, official = self.facts, self.stored, self.official
-        rows: Dict[str, List[str]] = {}
+    def _rows(self, live: bool) -> List[Tuple[str, str]]:
+        """Return the other lines as pairs of a label and a text.
+
+        A pair without a label continues the one before.
+        """
+        stored, official = self.stored, self.official
+        rows: List[Tuple[str, str]] = []
         if stored.tokens:
-            rows["Account"] = [facts["email"] or "unknown"]
-            rows["Plan"] = [facts["plan"] or "unknown"]
+            who = identity(stored.tokens)
             refreshable = stored.usable and not stored.problem
-            rows["Access token"] = [format_expiry(stored.expires_at, refreshable)]
-        if stored.check.result:
-            rows["API key"] = [self.api_key.said]
-            rows["ChatGPT plan"] = [stored.check.said]
-            rows["Usage"] = [usage_line(each, live) for each in self.usage] or [self.no_usage]
+            rows.append(("Account", who["email"] or "unknown"))
+            rows.append(("Plan", who["plan"] or "unknown"))
+            rows.append(("Access token", format_expiry(stored.expires_at, refreshable)))
+        if stored.check:
+            key = self.api_key_check.text if self.api_key_check else "there is none"
+            rows.append(("API key", key))
+            rows.append(("ChatGPT plan", stored.check.text))
+            rows += labelled("Usage", self._usage_texts(live))
         if official.exists:
-            rows["Official"] = [facts["official"]["email"] or "unknown"]
-            if official.usable:
-                plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
-                rows["Official"].append(f"{plan}; {USAGE_PAGE}")
-            rows["Plan token"] = [format_expiry(official.expires_at, not official.problem)]
-            if official.problem and official.problem is not self.problem:
-                rows["Plan token"].append(f"Problem: {facts['official']['problem']}")
-            if official.check.result:
-                rows["Plan token"].append(f"OpenAI says: {official.check.said}")
-        names = self.models or []
-        shown = names[:SHOWN_MODELS] or ["unknown" if self.models is None else "none imported"]
-        more = len(names) - SHOWN_MODELS
-        rows["Models"] = [*shown, f"and {more} more"] if more > 0 else shown
+            rows += self._official_rows()
+        rows += labelled("Models", self._model_texts())
         files = [each.path for each in (stored, official) if each.exists]
-        rows["Token file"] = files or [stored.path]
-        rows["Models file"] = [facts["models_file"]]
+        rows += labelled("Token file", files or [stored.path])
+        rows.append(("Models file", self.session.models_file.path))
         return rows
+
+    def _usage_texts(self, live: bool) -> List[str]:
+        if self.usage_error:
+            return [f"unknown: {self.usage_error}"]
+        return [usage_line(each, live) for each in self.usage] or ["OpenAI tells none"]
+
+    def _official_rows(self) -> List[Tuple[str, str]]:
+        official = self.official
+        rows = [("Official", text_or_none(official.fields.get("email")) or "unknown")]
+        if official.usable:
+            plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
+            rows.append(("", f"{plan}; {USAGE_PAGE}"))
+        rows.append(("Plan token", format_expiry(official.expires_at, not official.problem)))
+        # The main problem already stands in the first lines.
+        if official.problem and official.problem is not self.problem:
+            rows.append(("", f"Problem: {self._sentence(official.problem)}"))
+        if official.check:
+            rows.append(("", f"OpenAI says: {official.check.text}"))
+        return rows
+
+    def _model_texts(self) -> List[str]:
+        if self.models is None:
+            return ["unknown"]
+        texts = self.models[:SHOWN_MODELS]
+        if len(self.models) > SHOWN_MODELS:
+            texts.append(f"and {len(self.models) - SHOWN_MODELS} more")
+        return texts or ["none imported"]
+
+
+def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
+    """Return rows for the `texts`, of which only the first has the label."""
+    return [("" if i else label, text) for i, text in enumerate(texts)]
 
 
 def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
@@ -4535,36 +4586,46 @@ def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
 
 def usage_line(window: Fields, live: bool) -> str:
     """Describe a usage window of the plan: `5 hours: 32% used, resets in 2 hours (...)`."""
-    percent, resets = window["used_percent"], window["resets_at"]
-    tenths = min(10, max(0, round(percent / 10)))
-    bar = "#" * tenths + "." * (10 - tenths)
-    used = f"{bar} {percent:g}%" if live else f"{percent:g}% used"
-    # The first 16 characters of a timestamp end with its minutes.
-    when = f", resets {format_distance(resets[:16] + 'Z')}" if resets else ""
-    return f"{duration(window['window_seconds'])}: {used}{when}"
+    percent, resets_at = window["used_percent"], window["resets_at"]
+    line = f"{duration(window['window_seconds'])}: "
+    if live:
+        tenths = min(10, max(0, round(percent / 10)))
+        line += "#" * tenths + "." * (10 - tenths) + f" {percent:g}%"
+    else:
+        line += f"{percent:g}% used"
+    if resets_at:
+        # The first 16 characters of a timestamp end with its minutes.
+        line += f", resets {format_distance(resets_at[:16] + 'Z')}"
+    return line
 
 
 def duration(seconds: float) -> str:
     """Return a duration in words, in the largest unit that fits: `2 hours`."""
-    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    unit, size = next((u, s) for u, s in units if abs(seconds) >= s or s == 1)
-    count = int(abs(seconds)) // size
-    return f"{count} {unit}{'' if count == 1 else 's'}"
+    count, unit = int(abs(seconds)), "second"
+    for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if count >= size:
+            count, unit = count // size, name
+            break
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
 def format_distance(when: str) -> str:
     """Return the distance from now to a timestamp, and the timestamp: `in 9 days (...)`."""
     seconds = int((parse_timestamp(when) or 0.0) - time.time())
-    return f"{'in ' * (seconds >= 0)}{duration(seconds)}{' ago' * (seconds < 0)} ({when})"
+    if seconds < 0:
+        return f"{duration(seconds)} ago ({when})"
+    return f"in {duration(seconds)} ({when})"
 
 
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
     """Describe when a token expires. `when` is a timestamp, or None if that is unknown."""
     if when is None:
-        return "expiry unknown" + (", auto-refreshed" if refreshable else "")
-    if (parse_timestamp(when) or 0.0) >= time.time():
-        return f"expires {format_distance(when)}" + (", auto-refreshed" if refreshable else "")
-    return f"expired {format_distance(when)}" + (", refreshed on next use" if refreshable else "")
+        text, note = "expiry unknown", ", auto-refreshed"
+    elif (parse_timestamp(when) or 0.0) >= time.time():
+        text, note = f"expires {format_distance(when)}", ", auto-refreshed"
+    else:
+        text, note = f"expired {format_distance(when)}", ", refreshed on next use"
+    return text + note if refreshable else text
 
 
 # ---------------------------------------------------------------------------------------------
