@@ -1154,7 +1154,8 @@ class Case(unittest.TestCase):
         with contextlib.ExitStack() as stack:
             environ = self.environ_with(environ)
             stack.enter_context(mock.patch.dict(os.environ, environ, clear=True))
-            stack.enter_context(mock.patch.multiple(oauth, **self.waits))
+            for name, seconds in self.waits.items():
+                stack.enter_context(mock.patch.object(oauth, name, seconds))
             stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO()))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
@@ -7246,6 +7247,611 @@ chatgpt_oauth.run_program()
                 source.seek(0)
                 err = self.run_command([sys.executable, *command], stdin=source).err
                 self.assertIn(f"{name} auth", err)
+
+
+# ---------------------------------------------------------------------------------------------
+# The numbers: every limit, time and default of the program
+# ---------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """A `time` module whose clock stands still and only moves when the program waits.
+
+    Waiting takes no real time. `elapsed` is how long the program has waited, in seconds, and
+    `pauses` are its calls of sleep(). Waiting for a future moves the clock while `silence` holds a
+    request, or always if `skips_waits`: then `speed` times as far as was asked for.
+    """
+
+    def __init__(self, skips_waits=False, speed=1):
+        self.start, self.elapsed, self.pauses = int(time.time()), 0.0, []
+        self.skips_waits, self.speed, self.is_silent = skips_waits, speed, False
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def time(self):
+        return self.start + self.elapsed
+
+    def monotonic(self):
+        return 1000.0 + self.elapsed
+
+    def sleep(self, seconds):
+        self.pauses.append(seconds)
+        self.elapsed += seconds
+        # A request that is over must not make the next one time out.
+        wait_for(lambda: not self.is_silent)
+
+    def wait(self, futures, timeout=None, return_when=concurrent.futures.ALL_COMPLETED):
+        """Wait for futures, in place of concurrent.futures.wait()."""
+        skips = self.skips_waits or self.is_silent
+        # Half a millisecond is long enough for a response that is on its way.
+        real_timeout = 0.0005 if skips else timeout
+        done = WAIT_FOR_FUTURES(futures, real_timeout, return_when)
+        if done.not_done and skips:
+            self.elapsed += timeout * self.speed
+        return done
+
+    def silence(self, handler, _):
+        """Keep a client waiting until it hangs up, as a fault of the double."""
+        self.is_silent = True
+        handler.connection.recv(1)
+        self.is_silent = False
+        return True
+
+    @contextlib.contextmanager
+    def installed(self):
+        """Make the program in this process use this clock."""
+        waiting = mock.patch.object(concurrent.futures, "wait", self.wait)
+        with mock.patch.object(oauth, "time", self), waiting:
+            yield
+
+
+WAIT_FOR_FUTURES = concurrent.futures.wait
+
+
+class SpecificationTest(Case):
+    """The numbers that users, servers and other programs can observe, with their shipped values."""
+
+    # The contract's table of settings. `home` and `account` have no fixed default.
+    DEFAULTS = {
+        "issuer": "https://auth.openai.com",
+        "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
+        "scope": "openid profile email offline_access",
+        "redirect_host": "http://localhost",
+        "redirect_path": "auth/callback",
+        "required_port": 1455,
+        "fallback_port": 1457,
+        "callback_timeout": 120,
+        "api_base_url": "https://api.openai.com",
+        "codex_base_url": "https://chatgpt.com/backend-api/codex",
+        "usage_url": "https://chatgpt.com/backend-api/wham/usage",
+        "codex_client_version": "0.169.0",
+        "home": None,
+        "prefix": "chatgpt-",
+        "default_context_length": 128000,
+        "model_patterns": "gpt-*,o1-*,o3-*",
+        "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
+        "responses_patterns": "*-codex*,*-pro,*-pro-*",
+        "model_source": "auto",
+        "workspace": "",
+        "agent_name": "Code Puppy (chatgpt_oauth)",
+        "originator": "chatgpt_oauth",
+        "request_timeout": 30,
+        "retry_window": 20,
+        "lock_timeout": 60,
+        "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
+    }
+
+    # The shipped values of what no command shows within the time of a test.
+    CONSTANTS = {
+        # A spare connection of a browser or a slow one may stay this long.
+        "HEAD_TIMEOUT": 10.0,
+        # The end of the process waits this much longer than a request may take.
+        "EXIT_GRACE": 5.0,
+        # Only Windows denies access to a file that another program has open.
+        "SHARING_SECONDS": 5.0,
+        # Only on Windows does Ctrl-C wait for the end of such a slice.
+        "WAIT_SLICE": 0.05,
+    }
+
+    def setUp(self):
+        super().setUp()
+        # The shipped pauses apply, because the fake clock makes them short.
+        self.waits = {}
+        del self.environ["CHATGPT_OAUTH_RETRY_WINDOW"]
+
+    def call_at(self, clock, *arguments, **options):
+        """Run the program in this process with `clock` and return its result."""
+        with clock.installed():
+            return self.call(*arguments, **options)
+
+    def store_expiring(self, clock, left, life=864000, **changes):
+        """Store an access token that lives `life` seconds, of which `left` are left."""
+        access = encode_jwt({"exp": clock.start + left, "jti": secrets.token_hex(4)})
+        refreshed = timestamp(clock.start + left - life)
+        return self.store(access_token=access, last_refresh=refreshed, **changes)
+
+    def refreshes(self, clock):
+        """Run `token` and return how many refresh requests it made."""
+        before = self.double.count("refresh")
+        self.assert_quiet(self.call_at(clock, "token"))
+        return self.double.count("refresh") - before
+
+    # Settings -----------------------------------------------------------------------------
+
+    def test_the_default_of_every_setting(self):
+        code = "import json, chatgpt_oauth; print(json.dumps(chatgpt_oauth.CHATGPT_OAUTH_CONFIG))"
+        out = self.assert_quiet(self.start_python(code).result()).out
+        self.assertEqual(json.loads(out), self.DEFAULTS)
+
+    def test_shipped_constants(self):
+        code = (
+            "import json, chatgpt_oauth as oauth; "
+            "print(json.dumps([getattr(oauth, name) for name in sys.argv[1:]]))"
+        )
+        out = self.assert_quiet(self.start_python(code, *self.CONSTANTS).result()).out
+        self.assertEqual(json.loads(out), list(self.CONSTANTS.values()))
+
+    def test_the_bounds_of_every_setting(self):
+        seconds = ("0.001", "86400", "0.123456789"), ("0.0009", "0", "86400.1", "0.1234567890")
+        port = ("1", "65535"), ("0", "65536")
+        for key, (accepted, refused) in {
+            "callback_timeout": seconds,
+            "request_timeout": seconds,
+            "retry_window": seconds,
+            "lock_timeout": seconds,
+            "required_port": port,
+            "fallback_port": port,
+            "issuer": (("https://a:65535",), ("https://a:65536",)),
+            "prefix": (("p" * 128,), ("", "p" * 129)),
+            "codex_client_version": (("1", "1" * 64), ("", "1" * 65)),
+            "default_context_length": (("1", "1000000000"), ("0", "1000000001")),
+            "workspace": (("", "w" * 128), ("w" * 129,)),
+            "agent_name": (("a", "a" * 100), ("", "a" * 101)),
+        }.items():
+            name = "CHATGPT_OAUTH_" + key.upper()
+            for value, exit_code in (*((v, 3) for v in accepted), *((v, 2) for v in refused)):
+                with self.subTest(key, value=value):
+                    result = self.call("status", environ={name: value})
+                    self.assertEqual(result.code, exit_code, result.err)
+                    refusal = f"error: {name} must be"
+                    self.assertEqual(refusal in result.err, exit_code == 2, result.err)
+
+    # Tokens -------------------------------------------------------------------------------
+
+    def test_a_refresh_is_due_300_seconds_before_the_end_or_at_half_the_life(self):
+        for life, left, due in (
+            (864000, 301, 0),
+            (864000, 300, 1),
+            (600, 301, 0),
+            (600, 300, 1),
+            (598, 300, 0),
+            (598, 299, 1),
+            (400, 201, 0),
+            (400, 200, 1),
+            (10, 6, 0),
+            (10, 5, 1),
+        ):
+            with self.subTest(life=life, left=left):
+                clock = FakeClock()
+                self.store_expiring(clock, left, life)
+                self.assertEqual(self.refreshes(clock), due)
+
+    def test_a_token_without_a_date_expires_eight_days_after_the_last_refresh(self):
+        for age, due in ((8 * 86400 - 301, 0), (8 * 86400 - 300, 1)):
+            with self.subTest(age):
+                clock = FakeClock()
+                self.store(access_token="opaque", last_refresh=timestamp(clock.start - age))
+                self.assertEqual(self.refreshes(clock), due)
+
+    def test_a_token_is_valid_until_the_second_it_expires(self):
+        self.fault("refresh", 500)
+        for left, exit_code in ((1, 0), (0, 5)):
+            with self.subTest(left):
+                clock = FakeClock()
+                self.store_expiring(clock, left)
+                self.assertEqual(self.call_at(clock, "token").code, exit_code)
+
+    def test_dates_end_with_the_year_3000(self):
+        self.store(access_token=encode_jwt({"exp": 99999999999}))
+        report = json.loads(self.call("status", "--json").out)
+        self.assertEqual(report["access_token_expires_at"], "3000-12-31T23:59:59Z")
+
+    def test_the_largest_time_in_a_token_is_eleven_digits(self):
+        # An expiry that isn't plausible is unknown, and the token is refreshed.
+        for expiry, due in ((99999999999, 0), (100000000000, 1)):
+            with self.subTest(expiry):
+                clock = FakeClock()
+                access = encode_jwt({"exp": expiry, "jti": str(expiry)})
+                self.store(access_token=access, last_refresh=None)
+                self.assertEqual(self.refreshes(clock), due)
+
+    def test_an_id_token_may_have_expired_300_seconds_ago(self):
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
+        for ago, exit_code in ((300, 0), (301, 1)):
+            with self.subTest(ago):
+                clock = FakeClock()
+                self.double.id_token_changes = {"exp": clock.start - ago}
+                result = self.call_at(clock, "auth", "--official", "--no-browser", browser=visit)
+                self.assertEqual(result.code, exit_code, result.err)
+                self.assertEqual("is this computer's clock right?" in result.err, exit_code == 1)
+
+    # Requests -----------------------------------------------------------------------------
+
+    def test_a_request_takes_30_seconds_and_a_revocation_10(self):
+        clock = FakeClock()
+        self.store_expiring(clock, 0)
+        self.double.faults["refresh"] = self.double.faults["revoke"] = clock.silence
+        result = self.call_at(clock, "token")
+        self.assert_fails(result, 5, "within 30 seconds")
+        # After the deadline, a response may still arrive within one slice.
+        self.assertAlmostEqual(clock.elapsed, 30 + oauth.WAIT_SLICE, 3)
+        self.assertIn("within 10 seconds", self.call_at(clock, "logout").err)
+
+    def test_the_pauses_between_two_tries(self):
+        for header, code, pauses in (
+            ({}, 5, [0.5, 1, 2, 4, 4, 4, 4]),
+            ({"Retry_After": 3}, 5, [3, 3, 3, 4, 4]),
+            ({"Retry_After": 20}, 5, [20]),
+            ({"Retry_After": 21}, 5, []),
+            ({"Retry_After": 999999999}, 5, []),
+        ):
+            with self.subTest(header):
+                clock = FakeClock()
+                self.store_expiring(clock, 0)
+                self.fault("refresh", 503, **header)
+                self.double.requests.clear()
+                self.assert_fails(self.call_at(clock, "token"), code)
+                self.assertEqual(clock.pauses, pauses)
+                self.assertEqual(self.double.count("refresh"), len(pauses) + 1)
+
+    def test_the_sizes_of_responses_are_limited(self):
+        mebibyte = 1048576
+        tokens = json.dumps({"access_token": "opaque"}).encode()
+        for limit, endpoint, body, command in (
+            (mebibyte, "refresh", tokens, ("token", "--refresh")),
+            (8 * mebibyte, "api", b'{"data": []}', ("models", "--source", "api", "--all")),
+        ):
+            for size in (limit, limit + 1):
+                with self.subTest(endpoint, size=size):
+                    self.store(api_key="sk-mine")
+                    self.fault(endpoint, 200, body.ljust(size))
+                    err = self.call(*command).err
+                    self.assertEqual("the response is too large" in err, size > limit, err)
+
+    def test_the_length_of_a_servers_text_is_limited(self):
+        for sent, shown in (
+            ("word " * 40, "word " * 40),
+            ("word " * 40 + "x", "word " * 40 + "..."),
+            ("Ab1" * 10 + "x", "Ab1" * 10 + "x"),
+            # It may be a secret.
+            ("Ab1" * 10 + "xy", "[...]"),
+        ):
+            with self.subTest(sent):
+                self.store(lifetime=-10)
+                self.fault("refresh", 400, json.dumps({"error_description": sent}).encode())
+                err = self.assert_fails(self.call("token"), 1).err
+                self.assertIn(f"(HTTP 400): {shown}\n", err)
+
+    # Files --------------------------------------------------------------------------------
+
+    def test_the_lock_is_waited_for_60_seconds_or_2_while_the_token_is_valid(self):
+        for left, seconds in ((-10, 60), (60, 60), (61, 2), (200, 2)):
+            with self.subTest(left):
+                clock = FakeClock()
+                self.store_expiring(clock, left)
+                with self.holding_lock():
+                    self.call_at(clock, "token")
+                self.assertAlmostEqual(clock.elapsed, seconds, delta=0.05)
+
+    def test_a_broken_file_is_read_again_for_half_a_second(self):
+        self.store()
+        self.token_file.write_text("{")
+        clock = FakeClock()
+        self.assert_fails(self.call_at(clock, "token"), 6, "not valid JSON")
+        self.assertAlmostEqual(clock.elapsed, 0.5, delta=0.05)
+
+    def test_the_sizes_of_files_are_limited(self):
+        mebibyte = 1048576
+        self.sign_in()
+        for path, limit, command in (
+            (self.token_file, mebibyte, "token"),
+            (self.models_file, 8 * mebibyte, "models"),
+        ):
+            content = path.read_bytes()
+            for size, exit_code in ((limit, 0), (limit + 1, 6)):
+                with self.subTest(path.name, size=size):
+                    path.write_bytes(content.ljust(size))
+                    self.assertEqual(self.call(command).code, exit_code)
+            path.write_bytes(content)
+
+    @unittest.skipUnless(POSIX, "Windows limits no file's size")
+    def test_16_kib_more_than_the_token_file_are_reserved(self):
+        import resource
+
+        for missing in (0, 1):
+            with self.subTest(missing):
+                self.store(lifetime=-10)
+                # A stored file has the size that the program reserves for its contents.
+                self.token_file.write_text(json.dumps(self.stored(), indent=2) + "\n")
+                size = self.token_file.stat().st_size + 16384 - missing
+
+                def limit(size=size):
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+                code = self.run_program("token", preexec_fn=limit).code
+                self.assertEqual(code, 6 if missing else 0)
+
+    # The callback -------------------------------------------------------------------------
+
+    def test_the_page_has_this_content_security_policy(self):
+        running = self.start("auth", "--no-browser")
+        url = running.wait_for_url()
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports[0], timeout=10)
+        connection.request("GET", "/", headers={"Host": f"localhost:{self.ports[0]}"})
+        response = connection.getresponse()
+        page = response.read().decode()
+        style = re.search("<style>(.*)</style>", page)[1].encode()
+        digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+        self.assertEqual(
+            response.headers["Content-Security-Policy"],
+            f"default-src 'none'; style-src 'sha256-{digest}'; frame-ancestors 'none'",
+        )
+        connection.close()
+        visit(url)
+        self.assert_done(running.result())
+
+    def ask_listener(self, head):
+        """Send the bytes of a request head to the listener and return the status."""
+        with socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT) as connection:
+            connection.sendall(head)
+            response = b"".join(iter(lambda: connection.recv(65536), b""))
+        return int(response.split(b" ")[1])
+
+    def test_64_kib_of_a_request_head_are_read(self):
+        running = self.start("auth", "--no-browser")
+        url = running.wait_for_url()
+        host = f"Host: localhost:{self.ports[0]}".encode()
+        # The Host line is the last one. Without its last digit, it names another port.
+        before = b"GET / HTTP/1.1\r\n" + b"X: " + b"x" * 40000 + b"\r\nY: "
+        for size, status in ((65537, 404), (65538, 400)):
+            filler = b"y" * (size - len(before) - len(b"\r\n") - len(host))
+            head = before + filler + b"\r\n" + host + b"\r\n\r\n"
+            with self.subTest(size):
+                self.assertEqual(self.ask_listener(head), status)
+        visit(url)
+        self.assert_done(running.result())
+
+    def test_the_authorization_response_is_limited(self):
+        running = self.start("auth", "--no-browser")
+        url = running.wait_for_url()
+        callback_url = authorization_response(url)
+        state = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)["state"][0]
+        start = callback_url.partition("?")[0]
+        # The double's response has three fields.
+        self.assertEqual(visit(callback_url + "&x=1" * 48)[-1][1], 400)
+        self.assertEqual(visit(f"{start}?state={state}&code={'x' * 4097}")[-1][1], 400)
+        self.assertIsNone(running.process.poll())
+        self.assertEqual(visit(callback_url + "&x=1" * 47)[-1][1], 200)
+        self.assert_done(running.result())
+
+    def test_an_authorization_code_may_have_4096_characters(self):
+        running = self.start("auth", "--no-browser")
+        url = running.wait_for_url()
+        state = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)["state"][0]
+        start = authorization_response(url).partition("?")[0]
+        self.assertIn("Sign-in failed", visit(f"{start}?state={state}&code={'x' * 4096}")[-1][3])
+        self.assert_fails(running.result(), 1)
+
+    def test_the_secrets_of_a_sign_in_are_long(self):
+        self.sign_in()
+        fields = self.double.requests_to("authorize")[0]
+        self.assertEqual(len(fields["state"]), 43)
+        # RFC 7636 §4.1 allows 43 to 128 characters.
+        self.assertEqual(len(self.double.requests_to("code")[0]["code_verifier"]), 86)
+        self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
+        self.assertEqual(len(self.double.requests_to("plan_authorize")[0]["nonce"]), 43)
+
+    def test_the_browser_has_5_seconds_for_the_last_page_and_2_for_an_error(self):
+        join, waits = threading.Thread.join, []
+
+        def recorded(thread, timeout=None):
+            waits.append(timeout)
+            return join(thread, 0.01 if timeout else timeout)
+
+        for status, seconds in ((200, 5.0), (400, 2.0)):
+            with self.subTest(status):
+                clock = FakeClock()
+                body = json.dumps(self.double.tokens()).encode() if status == 200 else b"{}"
+                self.fault("code", status, body)
+                with mock.patch.object(threading.Thread, "join", recorded):
+                    self.call_at(clock, "auth", "--no-browser", browser=leave_at_once)
+                self.assertIn(seconds, waits)
+                waits.clear()
+
+    # Signing in ---------------------------------------------------------------------------
+
+    def test_more_time_is_suggested(self):
+        for timeout, suggested in (
+            ("0.3", "240"),
+            ("120", "240"),
+            ("121", "242"),
+            ("86000", "86400"),
+        ):
+            with self.subTest(timeout):
+                clock = FakeClock(skips_waits=True, speed=1000)
+                result = self.call_at(clock, "auth", "--no-browser", "--timeout", timeout)
+                self.assert_fails(result, 1, f"--timeout {suggested}\n")
+
+    def test_a_browser_sign_in_takes_120_seconds(self):
+        clock = FakeClock(skips_waits=True)
+        result = self.call_at(clock, "auth", "--no-browser")
+        self.assert_fails(result, 1, "timed out after 120 seconds")
+        self.assertAlmostEqual(clock.elapsed, 120, delta=0.1)
+
+    def poll_times(self, clock, fault, **usercode):
+        """Sign in with a device code and return when each poll came, in seconds, and the output.
+
+        `fault` is called as the double's fault for each poll.
+        """
+        times = []
+        members = {"device_auth_id": "dev_0", "user_code": "ABCD", **usercode}
+        self.fault("usercode", 200, json.dumps(members).encode())
+
+        def poll(handler, fields):
+            times.append(clock.elapsed)
+            return fault(handler, fields)
+
+        self.double.faults["device"] = poll
+        err = self.assert_fails(self.call_at(clock, "auth", "--device"), 1).err
+        return times, err
+
+    def polls(self, count, status, error, **headers):
+        """Return a fault that answers `count` polls like this and ends the sign-in then."""
+        answers = [(status, error, headers)] * count + [(400, "expired_token", {})]
+
+        def fault(handler, _):
+            status, error, headers = answers.pop(0)
+            body = json.dumps({"error": error}).encode()
+            return self.double.reply(handler, status, body, **headers)
+
+        return fault
+
+    def test_the_interval_of_the_polls(self):
+        pending = "authorization_pending"
+        for interval, wanted in ((None, 5), (0, 1), (0.9, 1), (7, 7), ("8", 8), (60, 60), (61, 60)):
+            with self.subTest(interval):
+                fault = self.polls(1, 403, pending)
+                times, _ = self.poll_times(FakeClock(), fault, interval=interval)
+                self.assertEqual(times, [wanted, 2 * wanted])
+
+    def test_slow_down_adds_5_seconds_for_good(self):
+        fault = self.polls(2, 400, "slow_down")
+        self.assertEqual(self.poll_times(FakeClock(), fault)[0], [5, 15, 30])
+
+    def test_a_poll_respects_retry_after_up_to_60_seconds(self):
+        for header, pause in ((3, 5), (59, 59), (61, 60)):
+            with self.subTest(header):
+                fault = self.polls(1, 429, "authorization_pending", Retry_After=header)
+                self.assertEqual(self.poll_times(FakeClock(), fault)[0], [5, 5 + pause])
+
+    def test_a_poll_without_a_response_doubles_the_interval_up_to_60_seconds(self):
+        clock, ended = FakeClock(), self.polls(0, 400, "")
+        faults = [clock.silence] * 5 + [ended]
+        times, _ = self.poll_times(clock, lambda *request: faults.pop(0)(*request))
+        pauses = [later - earlier for earlier, later in zip(times, times[1:])]
+        self.assertEqual(len(pauses), 5)
+        for pause, interval in zip(pauses, (10, 20, 40, 60, 60)):
+            # Each poll takes the request timeout of 30 seconds.
+            self.assertAlmostEqual(pause, interval + 30, delta=0.1)
+
+    def test_a_device_code_lives_15_minutes_at_most(self):
+        self.double.device_polls = 10**9
+        for lifetime, seconds, shown in (
+            (None, 900, "15 minutes"),
+            (901, 900, "15 minutes"),
+            (899, 899, "14 minutes"),
+            (120, 120, "2 minutes"),
+            (119, 119, "less than 2 minutes"),
+        ):
+            with self.subTest(lifetime):
+                clock = FakeClock()
+                fault = respond_with(403, b"{}")
+                _, err = self.poll_times(clock, fault, expires_in=lifetime, interval=60)
+                self.assertIn(f"valid for {shown})", err)
+                self.assertIn("timed out waiting for the code", err)
+                self.assertAlmostEqual(clock.elapsed, seconds, 3)
+
+    def test_64_characters_of_a_user_code_are_shown(self):
+        for length, shown in ((64, "A" * 64), (65, "A" * 64 + "...")):
+            fault = self.polls(0, 400, "")
+            _, err = self.poll_times(FakeClock(), fault, user_code="A" * length)
+            self.assertIn(f"\n{shown}\n", err)
+
+    def test_20_pasted_lines_of_8192_bytes_are_read(self):
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        url = running.wait_for_url()
+        callback_url = authorization_response(url)
+        # One more byte cuts off the last character of the URL.
+        long = " " * (8192 - len(callback_url)) + callback_url
+        running.type_line(b" " + long.encode())
+        running.wait_for_line("a different sign-in")
+        running.type_line(long.encode())
+        self.assert_done(running.result())
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        url = running.wait_for_url()
+        running.process.stdin.write(b"hello\n" * 25)
+        running.process.stdin.close()
+        time.sleep(0.5)
+        visit(url)
+        self.assertEqual(self.assert_done(running.result()).err.count("does not work"), 20)
+
+    # Models -------------------------------------------------------------------------------
+
+    def context_length(self, **listed):
+        self.store()
+        self.double.codex_models = [{"slug": "gpt-6", "visibility": "list", **listed}]
+        self.assertEqual(self.call("models", "--source", "codex").code, 0)
+        return json.loads(self.models_file.read_text())["chatgpt-gpt-6"]["context_length"]
+
+    def test_context_lengths(self):
+        for listed, length in (
+            ({}, 258400),
+            ({"context_window": 100000}, 95000),
+            ({"context_window": 16000, "effective_context_window_percent": 100}, 16000),
+            ({"context_window": 15999, "effective_context_window_percent": 100}, 258400),
+            ({"context_window": 100000, "effective_context_window_percent": 1}, 258400),
+            ({"context_window": 100000, "effective_context_window_percent": 101}, 95000),
+            ({"context_window": 9999999999, "effective_context_window_percent": 100}, 9999999999),
+            ({"context_window": 10**10, "effective_context_window_percent": 100}, 258400),
+        ):
+            with self.subTest(listed):
+                self.assertEqual(self.context_length(**listed), length)
+
+    def test_a_model_id_has_128_characters_at_most(self):
+        self.double.api_keys.add("sk-mine")
+        self.store(api_key="sk-mine")
+        self.double.api_models = ["y" * 128, "z" * 129]
+        out = self.call("models", "--all", "--dry-run").out
+        self.assertEqual(out, "chatgpt-" + "y" * 128 + "\n")
+
+    def test_status_shows_ten_models(self):
+        self.double.api_keys.add("sk-mine")
+        self.store(api_key="sk-mine")
+        for count, more in ((10, ""), (11, "1 more")):
+            self.double.api_models = [f"gpt-{number}" for number in range(count)]
+            self.assertEqual(self.call("models").code, 0)
+            out = self.call("status").out
+            self.assertEqual(out.count("chatgpt-gpt-"), 10)
+            self.assertIn(more, out)
+
+    # Permissions --------------------------------------------------------------------------
+
+    @needs_modes
+    def test_the_modes_of_files_and_directories(self):
+        self.double.device_polls = 0
+        for umask in (0o000, 0o022, 0o077):
+            with self.subTest(oct(umask)):
+                shutil.rmtree(self.home, ignore_errors=True)
+                previous = os.umask(umask)
+                try:
+                    self.assert_done(self.call_at(FakeClock(), "auth", "--device"))
+                finally:
+                    os.umask(previous)
+                modes = {path.name: path.stat().st_mode & 0o777 for path in self.home.iterdir()}
+                for name in ("chatgpt_oauth.json", "chatgpt_oauth.json.lock"):
+                    self.assertEqual(oct(modes[name]), oct(0o600), name)
+                self.assertEqual(oct(self.home.stat().st_mode & 0o777), oct(0o700))
+
+
+def leave_at_once(url):
+    """Bring the response as a browser does, and hang up before the page arrives."""
+    target = authorization_response(url).partition("//")[2]
+    host, _, path = target.partition("/")
+    with socket.create_connection(
+        ("127.0.0.1", int(host.rpartition(":")[2])), WAIT_LIMIT
+    ) as browser:
+        browser.sendall(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
 
 
 # ---------------------------------------------------------------------------------------------
