@@ -1490,8 +1490,12 @@ def request_device_code(settings: Settings) -> DeviceCode:
 
 # How long to retry on Windows while another program, such as a virus scanner, has a file open.
 SHARING_SECONDS = 5.0
-# An access token with less time left than this is refreshed before it is returned.
+# An access token with less time left than this is refreshed before it is returned, so that the
+# caller has time to use it.
 REFRESH_MARGIN = 300  # seconds
+# The Codex CLI refreshes its tokens eight days after the last refresh (TOKEN_REFRESH_INTERVAL in
+# its sources). A token whose expiry is unknown is assumed to live that long.
+ASSUMED_LIFETIME = 8 * 86400  # seconds
 # 3000-12-31T23:59:59Z in seconds since 1970, the latest time that Windows can convert.
 LAST_MOMENT = 32535215999
 # Code Puppy's own plugin writes in place, so an incomplete file may be complete a moment later.
@@ -1502,11 +1506,13 @@ RESERVE = 16384  # bytes
 PRIVATE = 0o600
 # New contents are written to a temporary file beside the file. A killed process leaves it there.
 TEMPORARY_SUFFIX = ".tmp"
+# The permissions of the group and of all other users.
+OTHERS = 0o077
 # Symbolic links are not followed.
 READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
 SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
 # These members describe the stored tokens and are dropped when new tokens replace them.
-FACTS_OF_TOKENS = ("expires_at", "ended")
+TOKEN_DETAILS = ("expires_at", "ended")
 
 
 def timestamp(moment: float) -> str:
@@ -1563,9 +1569,12 @@ class Tokens:
         # `account` identifies the account, or is None if nothing in the file does. The official
         # sign-in has `sub` for this, combined with the client ID, because one person may register
         # several workspaces.
+        self.account: Optional[Tuple[str, ...]] = None
         sub = text_or_none(fields.get("sub"))
-        own = (self.client_id, sub) if sub else self.account_id
-        self.account = (self.issuer, own) if own else None
+        if sub:
+            self.account = (self.issuer, self.client_id, sub)
+        elif self.account_id:
+            self.account = (self.issuer, self.account_id)
 
     def same_account(self, other: Tokens) -> bool:
         """Whether both belong to one account. If either doesn't say, compare the access tokens."""
@@ -1585,8 +1594,7 @@ class Tokens:
         stored = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
         if stored is None and refreshed is not None:
-            # The Codex CLI refreshes tokens eight days after the last refresh.
-            return refreshed + 8 * 86400
+            return refreshed + ASSUMED_LIFETIME
         return stored
 
     def valid_for(self, seconds: float) -> bool:
@@ -1596,15 +1604,19 @@ class Tokens:
         refreshed, and if that fails, it is still used.
         """
         expiry = self.expires_at()
-        return seconds <= 0 if expiry is None else expiry - time.time() > seconds
+        if expiry is None:
+            return seconds <= 0
+        return expiry > time.time() + seconds
 
     def is_fresh(self) -> bool:
         """Whether the access token doesn't need a refresh yet."""
-        # A token that lives less than 600 seconds is refreshed after half its life.
-        expiry, refreshed = self.expires_at(), parse_timestamp(self.fields.get("last_refresh"))
         margin = float(REFRESH_MARGIN)
+        expiry = self.expires_at()
+        refreshed = parse_timestamp(self.fields.get("last_refresh"))
+        # A token that lives less than twice the margin is refreshed after half its life.
         if expiry and refreshed and expiry > refreshed:
-            margin = min(margin, (expiry - refreshed) / 2)
+            lifetime = expiry - refreshed
+            margin = min(margin, lifetime / 2)
         return self.valid_for(margin)
 
     def fingerprint(self) -> str:
@@ -1687,11 +1699,13 @@ class Replacement:
 def _retry_on_windows(call: Callable[..., Any], *arguments: Any) -> Any:
     """Make a system call. On Windows, retry while another program has the file open."""
     deadline = time.monotonic() + SHARING_SECONDS
-    while sys.platform == "win32" and time.monotonic() < deadline:
-        with contextlib.suppress(PermissionError):
+    while True:
+        try:
             return call(*arguments)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > deadline:
+                raise
         time.sleep(0.05)
-    return call(*arguments)
 
 
 def _rename(source: str, target: str) -> None:
@@ -1741,7 +1755,9 @@ def _is_own_file(path: str, model: str) -> bool:
     if sys.platform == "win32":
         return True
     user = os.geteuid()
-    return facts.st_uid == (_owner(model).st_uid if user == 0 else user)
+    if user == 0:
+        user = _owner(model).st_uid
+    return facts.st_uid == user
 
 
 def _chown_like(descriptor: int, path: str) -> None:
@@ -1773,7 +1789,7 @@ def _make_directory(path: str, mode: int = 0o700) -> None:
 
 def _try_lock(descriptor: int) -> bool:
     """Take an exclusive lock on an open file and return True, or return False if it is taken."""
-    with contextlib.suppress(BlockingIOError, PermissionError):
+    try:
         if sys.platform == "win32":
             import msvcrt
 
@@ -1782,8 +1798,9 @@ def _try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _acquire(path: str, deadline: float) -> int:
@@ -1794,20 +1811,26 @@ def _acquire(path: str, deadline: float) -> int:
     """
     while True:
         descriptor = os.open(path, READ_WRITE)
-        with contextlib.ExitStack() as opened:
-            opened.callback(os.close, descriptor)
-            while not _try_lock(descriptor):
-                if time.monotonic() >= deadline:
-                    raise UnavailableError(
-                        f"timed out waiting for another process to release {path}",
-                        "try again; if it keeps happening, stop the process that has this file "
-                        "open",
-                    )
-                time.sleep(0.01)
+        try:
+            _wait_for_lock(descriptor, path, deadline)
             # The previous holder of the lock may have replaced or removed the file.
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                opened.pop_all()
-                return descriptor
+            is_current = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if is_current:
+            return descriptor
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, path: str, deadline: float) -> None:
+    while not _try_lock(descriptor):
+        if time.monotonic() >= deadline:
+            raise UnavailableError(
+                f"timed out waiting for another process to release {path}",
+                "try again; if it keeps happening, stop the process that has this file open",
+            )
+        time.sleep(0.01)
 
 
 def _acquire_lock_file(path: str, deadline: float) -> int:
@@ -1843,7 +1866,7 @@ class JsonFile:
     """
 
     limit = MODELS_LIMIT  # bytes
-    broken_hint = ("fix or delete the file, then try again", "")
+    broken_hint = Hint("fix or delete the file, then try again")
 
     def __init__(self, settings: Settings, notify: Notify, name: str) -> None:
         self.settings, self.notify = settings, notify
@@ -1868,19 +1891,22 @@ class JsonFile:
         while True:
             try:
                 value = json.loads(self._read_bytes())
-                if isinstance(value, dict):
-                    return value
-                raise self.broken("not a JSON object")
             except FileNotFoundError:
                 return {}
             except OSError as error:
                 fault = f"cannot read: {error.strerror}"
                 # Windows denies access to a file at the moment when it is being replaced.
-                lasting = sys.platform != "win32" or not isinstance(error, PermissionError)
+                may_pass = sys.platform == "win32" and isinstance(error, PermissionError)
             except (ValueError, RecursionError):
-                fault, lasting = "not valid JSON", False
-            if lasting or time.monotonic() > deadline:
-                raise self.broken(fault)
+                fault = "not valid JSON"
+                # Another program may be writing the file.
+                may_pass = True
+            else:
+                if isinstance(value, dict):
+                    return value
+                raise self.broken_error("not a JSON object")
+            if not may_pass or time.monotonic() > deadline:
+                raise self.broken_error(fault)
             time.sleep(0.02)
 
     def _read_bytes(self) -> bytes:
@@ -1891,17 +1917,18 @@ class JsonFile:
             self._check(file.fileno())
             return file.read(self.limit)
 
-    def broken(self, fault: str) -> StorageError:
+    def broken_error(self, fault: str) -> StorageError:
         """Return the error for a file whose contents or type aren't acceptable."""
-        return StorageError(f"{self.path}: {fault}", *self.broken_hint)
+        hint = self.broken_hint
+        return StorageError(f"{self.path}: {fault}", hint.text, hint.command)
 
     def _check(self, descriptor: int) -> None:
         """Raise StorageError unless the open file is a regular file within the size limit."""
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            raise self.broken("not a regular file")
+            raise self.broken_error("not a regular file")
         if facts.st_size > self.limit:
-            raise self.broken(f"larger than {self.limit // MEBIBYTE} MiB")
+            raise self.broken_error(f"larger than {self.limit // MEBIBYTE} MiB")
         self._check_link(self.path, facts)
 
     def _check_link(self, path: str, facts: os.stat_result) -> None:
@@ -2062,7 +2089,7 @@ class TokenFile(JsonFile):
         super().__init__(client.settings, notify, client.file_name)
         self.client = client
         hint = "to start over (the file is kept beside it as .bad), run"
-        self.broken_hint = (hint, client.sign_in_command)
+        self.broken_hint = Hint(hint, client.sign_in_command)
 
     def load(self) -> Optional[Tokens]:
         """Return the stored tokens, or None if nobody is signed in."""
@@ -2070,7 +2097,7 @@ class TokenFile(JsonFile):
         try:
             return Tokens(fields) if fields.get("access_token") else None
         except ValueError as error:
-            raise self.broken(str(error)) from None
+            raise self.broken_error(str(error)) from None
 
     def holds_sign_in(self) -> bool:
         """Whether the file holds a sign-in. A broken file doesn't."""
@@ -2159,12 +2186,12 @@ class TokenFile(JsonFile):
             return
         facts = os.fstat(descriptor)
         if os.geteuid() not in (0, facts.st_uid):
-            raise self.broken(f"owned by another user (uid {facts.st_uid})")
-        if facts.st_mode & 0o077:
+            raise self.broken_error(f"owned by another user (uid {facts.st_uid})")
+        if facts.st_mode & OTHERS:
             # On some mounts, chmod fails or changes nothing. There is nothing to report then.
             with contextlib.suppress(OSError):
-                os.fchmod(descriptor, 0o600)
-                if not os.fstat(descriptor).st_mode & 0o077:
+                os.fchmod(descriptor, PRIVATE)
+                if not os.fstat(descriptor).st_mode & OTHERS:
                     text = f"{self.path} was readable by other users; changed to 0600"
                     self.notify("warning", text)
 
@@ -2337,13 +2364,16 @@ class Session:
         mark = tokens.fields.get("ended")
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
             raise InvalidGrantError(str(mark.get("reason")), self.client.sign_in_command)
-        fault = ""
         if tokens.issuer != self.settings.issuer:
-            fault = f"the stored tokens come from another issuer, {tokens.issuer}"
-        elif not tokens.refresh_token:
-            fault = "cannot refresh the access token: there is no refresh token"
-        if fault:
-            raise SignInEndedError(fault, self.client.sign_in_command)
+            raise SignInEndedError(
+                f"the stored tokens come from another issuer, {tokens.issuer}",
+                self.client.sign_in_command,
+            )
+        if not tokens.refresh_token:
+            raise SignInEndedError(
+                "cannot refresh the access token: there is no refresh token",
+                self.client.sign_in_command,
+            )
 
     def _refresh_with_retry(self, old: Tokens, retry: bool) -> Tokens:
         """Refresh. If `retry` is true, try again as long as the refresh token can't be spent."""
@@ -2366,11 +2396,12 @@ class Session:
 
         If another program has stored other tokens in the meantime, return those.
         """
-        ended: Optional[InvalidGrantError] = None
+        response: Fields = {}
+        refusal: Optional[InvalidGrantError] = None
         try:
             response = refresh_grant(self.client, old)
         except InvalidGrantError as error:
-            ended, response = error, {}
+            refusal = error
         current = old
         # Another program may be writing the file in place at this moment.
         with contextlib.suppress(StorageError):
@@ -2378,11 +2409,13 @@ class Session:
         if current.refresh_token != old.refresh_token:
             if current.valid_for(0):
                 return current
-            raise ended or OAuthError("another process changed the stored tokens", "try again")
-        if ended:
-            mark = {"reason": ended.reason, "refresh_token_sha256": old.fingerprint()}
+            if refusal:
+                raise refusal
+            raise OAuthError("another process changed the stored tokens", "try again")
+        if refusal:
+            mark = {"reason": refusal.reason, "refresh_token_sha256": old.fingerprint()}
             self.token_file.save({**current.fields, "ended": mark})
-            raise ended
+            raise refusal
         fields = merged(current.fields, response, self.notify)
         fields.update(self.client.refresh_fields(response, old))
         if fields.get("api_key") == current.access_token:
@@ -2397,7 +2430,7 @@ def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
 
     A token that is missing or invalid keeps its old value. An invalid one is reported as a warning.
     """
-    kept = {k: value for k, value in fields.items() if k not in FACTS_OF_TOKENS}
+    kept = {k: value for k, value in fields.items() if k not in TOKEN_DETAILS}
     new = {"access_token": response["access_token"]}
     for name in ("refresh_token", "id_token"):
         value = response.get(name)
@@ -2421,8 +2454,10 @@ def uninterrupted(settings: Settings) -> Iterator[None]:
     import atexit
     import threading
 
-    process, done = os.getpid(), threading.Event()
+    process = os.getpid()
+    done = threading.Event()
 
+    # If the block runs in a thread, the interpreter calls this when the main thread has ended.
     def wait() -> None:
         # In a forked child process, the thread that runs the block doesn't exist.
         if os.getpid() == process:
@@ -2442,32 +2477,37 @@ def signals_deferred() -> Iterator[None]:
     """Delay signals that would end the process until the block is done, except a second one."""
     import signal
 
-    before: Dict[int, Any] = {}
-    held: List[int] = []
+    handlers: Dict[int, Any] = {}
+    delayed: List[int] = []
 
     # A signal can arrive during `restore` and make `hold` call it again, so it must be safe to
     # repeat. An ExitStack, which empties itself, isn't.
     def restore() -> None:
-        for number, handler in reversed(list(before.items())):
+        for number, handler in reversed(list(handlers.items())):
             signal.signal(number, handler)
 
     def hold(number: int, _: object) -> None:
         restore()
-        held.append(number)
+        delayed.append(number)
+
+    def must_wait(name: str, handler: object) -> bool:
+        if name in ENDING_SIGNALS and callable(handler):
+            return True
+        return handler == signal.SIG_DFL
 
     # ValueError: signal handlers can only be set in the main thread.
     with contextlib.suppress(ValueError):
         for name in ENDING_SIGNALS + OTHER_SIGNALS:
             number = getattr(signal, name, 0)
             handler = signal.getsignal(number) if number else None
-            if handler == signal.SIG_DFL or (name in ENDING_SIGNALS and callable(handler)):
-                before[number] = signal.signal(number, hold)
+            if must_wait(name, handler):
+                handlers[number] = signal.signal(number, hold)
     try:
         yield
     finally:
         restore()
-        if held:
-            signal.raise_signal(held[0])
+        if delayed:
+            signal.raise_signal(delayed[0])
 
 
 @module_function()
@@ -3426,7 +3466,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         if tokens.account_id:
             fields["account_id"] = tokens.account_id
         if old and tokens.same_account(old):
-            replaced = (*SECRET_KEYS, *FACTS_OF_TOKENS)
+            replaced = (*SECRET_KEYS, *TOKEN_DETAILS)
             kept = {k: value for k, value in old.fields.items() if k not in replaced}
             if old.api_key:
                 kept["api_key"] = old.api_key
