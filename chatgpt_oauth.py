@@ -6006,48 +6006,80 @@ def is_plugin() -> bool:
 # tables. Errors become messages and exit codes only here, after everything else has finished.
 
 
-FLAG: Fields = {"action": "store_true", "default": False}
-REPEATABLE: Fields = {"action": "append", "metavar": "GLOB"}
-OPTIONS: Dict[str, Tuple[str, Fields]] = {
-    "--device": ("sign in with a one-time code, in a browser on any machine", FLAG),
-    "--no-browser": ("print the URL instead of opening a browser", FLAG),
-    "--timeout": (
+# The kinds of options: present or absent, with a value, with a value and repeatable.
+FLAG, VALUE, REPEATABLE = "flag", "value", "repeatable"
+
+
+class Option:
+    """An option of the command line, as both option readers use it.
+
+    `summary` is for the help, as is `metavar`, the word that stands for the value. `read` turns the
+    text into the value and raises UsageError if that isn't possible.
+    """
+
+    def __init__(
+        self,
+        summary: str,
+        kind: str = FLAG,
+        metavar: str = "",
+        default: Optional[str] = None,
+        read: Callable[[str], Any] = str,
+    ) -> None:
+        self.summary, self.kind, self.metavar = summary, kind, metavar
+        self.default, self.read = default, read
+
+
+OPTIONS = {
+    "--device": Option("sign in with a one-time code, in a browser on any machine"),
+    "--no-browser": Option("print the URL instead of opening a browser"),
+    "--timeout": Option(
         "how long to wait (default: 120; with --device: 900)",
-        {"metavar": "SECONDS", "type": lambda text: _SECONDS.check("--timeout", text)},
+        VALUE,
+        "SECONDS",
+        read=lambda text: _SECONDS.check("--timeout", text),
     ),
-    "--include": ("import models that match, instead of the defaults (repeatable)", REPEATABLE),
-    "--exclude": ("skip models that match (repeatable)", REPEATABLE),
-    "--source": (
+    "--include": Option(
+        "import models that match, instead of the defaults (repeatable)", REPEATABLE, "GLOB"
+    ),
+    "--exclude": Option("skip models that match (repeatable)", REPEATABLE, "GLOB"),
+    "--source": Option(
         "api (billed to the API account), codex or official (covered by the plan), or auto",
-        {"metavar": "SOURCE", "type": lambda text: RULES["model_source"].check("--source", text)},
+        VALUE,
+        "SOURCE",
+        read=lambda text: RULES["model_source"].check("--source", text),
     ),
-    "--workspace": (
+    "--workspace": Option(
         "sign in to this ChatGPT workspace only (its ID)",
-        {"metavar": "ID", "type": lambda text: _WORKSPACE.check("--workspace", text)},
+        VALUE,
+        "ID",
+        read=lambda text: _WORKSPACE.check("--workspace", text),
     ),
-    "--all": ("import every model", FLAG),
-    "--dry-run": ("print the models without importing them", FLAG),
-    "--json": ("output as JSON", FLAG),
-    "--online": ("ask OpenAI, too: are key and token accepted, how much of the plan is used", FLAG),
-    "--shell": (
+    "--all": Option("import every model"),
+    "--dry-run": Option("print the models without importing them"),
+    "--json": Option("output as JSON"),
+    "--online": Option("ask OpenAI, too: are key and token accepted, how much of the plan is used"),
+    "--shell": Option(
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
         "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
-        {"metavar": "NAME", "default": "auto"},
+        VALUE,
+        "NAME",
+        default="auto",
     ),
-    "--name": ("variable to set (default: CHATGPT_OAUTH_API_KEY)", {"metavar": "VAR"}),
-    "--access-token": ("export the access token and account ID instead", FLAG),
-    "--unset": ("print code that unsets the variables", FLAG),
-    "--refresh": ("refresh it first, even if it is still valid", FLAG),
-    "--api-key": ("print the API key instead", FLAG),
-    "--local": ("do not revoke the tokens at OpenAI", FLAG),
-    "--official": ("OpenAI's official sign-in (for Code Puppy alone), not the usual one", FLAG),
-    "--bin": (
+    "--name": Option("variable to set (default: CHATGPT_OAUTH_API_KEY)", VALUE, "VAR"),
+    "--access-token": Option("export the access token and account ID instead"),
+    "--unset": Option("print code that unsets the variables"),
+    "--refresh": Option("refresh it first, even if it is still valid"),
+    "--api-key": Option("print the API key instead"),
+    "--local": Option("do not revoke the tokens at OpenAI"),
+    "--official": Option("OpenAI's official sign-in (for Code Puppy alone), not the usual one"),
+    "--bin": Option(
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
-        {"metavar": "DIR"},
+        VALUE,
+        "DIR",
     ),
-    "--code-puppy": ("with the Code Puppy plugin, even where there is no ~/.code_puppy", FLAG),
-    "--no-code-puppy": ("without the Code Puppy plugin", FLAG),
+    "--code-puppy": Option("with the Code Puppy plugin, even where there is no ~/.code_puppy"),
+    "--no-code-puppy": Option("without the Code Puppy plugin"),
 }
 EXCLUSIVE = (
     ("--official", "--device"),
@@ -6152,44 +6184,47 @@ def parse(name: str, arguments: List[str], prog: str = "") -> Any:
     Raises UsageError, and SystemExit after it has printed the help for -h.
     """
     command = COMMANDS[name]
-    end = arguments.index("--") if command.tail and "--" in arguments else len(arguments)
-    options = parse_plain(command, arguments[:end])
+    end = len(arguments)
+    if command.tail and "--" in arguments:
+        end = arguments.index("--")
+    options = read_plain_options(command, arguments[:end])
     if options is None:
-        options = parse_any(name, arguments[:end], prog or f"{program_name()} {name}")
+        options = read_options(name, arguments[:end], prog or f"{program_name()} {name}")
     options.command = arguments[end + 1 :]
     for pair in EXCLUSIVE:
         if all(vars(options).get(attribute_name(flag)) for flag in pair):
-            raise UsageError(
-                " and ".join(pair) + " cannot be used together", "leave one of them out"
-            )
+            message = " and ".join(pair) + " cannot be used together"
+            raise UsageError(message, "leave one of them out")
     return options
 
 
-def parse_plain(command: Command, arguments: List[str]) -> Any:
-    """Return the options if they are written in the plainest way, otherwise None.
+def read_plain_options(command: Command, arguments: List[str]) -> Any:
+    """Return the options without importing argparse, or None if only argparse can read them.
 
-    This exists because `env`, `token` and `status` run at every start of a shell, and importing
-    argparse takes about as long as the rest of `env`. It reads what scripts and profiles write, and
-    leaves everything else (-h, `--name=VALUE`, mistakes) to parse_any.
+    `env`, `token` and `status` run at every start of a shell, and importing argparse would take
+    about a quarter of their time. Scripts and profiles write options in the plainest way, which is
+    easy to read. Everything else (-h, `--name=VALUE`, every mistake) is left to read_options, which
+    understands the plainest way as well, with the same result.
     """
     import types
 
     options = types.SimpleNamespace()
-    for flag, (_, details) in command.options.items():
-        setattr(options, attribute_name(flag), details.get("default"))
+    for flag, option in command.options.items():
+        default = False if option.kind == FLAG else option.default
+        setattr(options, attribute_name(flag), default)
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if flag not in command.options:
             return None
-        details = command.options[flag][1]
-        name = attribute_name(flag)
-        value: Any = True
-        if details is not FLAG:
-            if not rest or rest[0].startswith("-"):
-                return None
-            value = details.get("type", str)(rest.pop(0))
-        if details is REPEATABLE:
+        name, option = attribute_name(flag), command.options[flag]
+        if option.kind == FLAG:
+            setattr(options, name, True)
+            continue
+        if not rest or rest[0].startswith("-"):
+            return None
+        value = option.read(rest.pop(0))
+        if option.kind == REPEATABLE:
             value = [*(getattr(options, name) or []), value]
         setattr(options, name, value)
     return options
@@ -6200,7 +6235,7 @@ def attribute_name(flag: str) -> str:
     return flag[2:].replace("-", "_")
 
 
-def parse_any(name: str, arguments: List[str], prog: str) -> Any:
+def read_options(name: str, arguments: List[str], prog: str) -> Any:
     """Return the options as argparse reads them.
 
     Raises UsageError, and SystemExit after it has printed the help for -h.
@@ -6212,20 +6247,30 @@ def parse_any(name: str, arguments: List[str], prog: str) -> Any:
             raise UsageError(message, "to see the options, run", f"{name} --help")
 
     command = COMMANDS[name]
-    summary = command.summary
+    ending = profile_help() if name == "env" else example_help(command, prog)
     parser = Parser(
         prog=prog,
         # argparse formats `usage` with %, so a % in `prog` would break it here.
         usage=f"%(prog)s [options]{command.tail}",
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="\n".join(profile_help() if name == "env" else example_help(command, prog)),
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog="\n".join(ending),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     # Before Python 3.10, this title is "optional arguments".
     parser._optionals.title = "options"
-    for flag, (explained, details) in command.options.items():
-        parser.add_argument(flag, help=explained, **details)
+    for flag, option in command.options.items():
+        if option.kind == FLAG:
+            parser.add_argument(flag, help=option.summary, action="store_true")
+            continue
+        parser.add_argument(
+            flag,
+            help=option.summary,
+            action="append" if option.kind == REPEATABLE else "store",
+            metavar=option.metavar,
+            default=option.default,
+            type=option.read,
+        )
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise unknown_argument(name, unknown)
