@@ -4241,10 +4241,14 @@ class Terminal:
     """Prints messages for a person on standard error."""
 
     def __init__(self, environ: Dict[str, str]) -> None:
-        # Without TERM, it is unknown whether the terminal understands escape sequences. On Windows
-        # the console itself is asked.
-        known = environ.get("TERM", "console" if sys.platform == "win32" else "dumb") != "dumb"
-        self.live = known and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
+        # Without TERM, it is unknown whether the terminal understands escape sequences. A Windows
+        # console has no TERM, but is_terminal asks it.
+        default = "console" if sys.platform == "win32" else "dumb"
+        is_dumb = environ.get("TERM", default) == "dumb"
+        # Whether standard error is a terminal that understands escape sequences.
+        self.live = (
+            not is_dumb and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
+        )
         self.colour = self.live and not environ.get("NO_COLOR")
         self.counting = False
         # This is b"" if the encoding has no check mark.
@@ -6356,7 +6360,9 @@ def unknown_command(name: str) -> UsageError:
 def run(arguments: List[str], notify: Notify) -> int:
     """Run the command line and return its exit code. Raises OAuthError."""
     if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:2], "--help"] if arguments[1:] != ["help"] else ["--help"]
+        # `help COMMAND` means `COMMAND --help`. `help help` means `help`.
+        command = [each for each in arguments[1:2] if each != "help"]
+        arguments = [*command, "--help"]
     if not arguments:
         print(usage(), file=sys.stderr)
         return UsageError.exit_code
@@ -6379,15 +6385,7 @@ def run(arguments: List[str], notify: Notify) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code."""
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        # The parent process may have closed the stream.
-        if stream is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        elif hasattr(stream, "reconfigure"):
-            # Lines end in a bare newline on all systems, because bash on Windows would make a
-            # carriage return part of the API key.
-            stream.reconfigure(errors="backslashreplace", newline="\n")
+    set_up_output()
     terminal = Terminal(dict(os.environ))
     try:
         with nothing_but_oauth_errors():
@@ -6409,10 +6407,23 @@ def main(argv: Optional[List[str]] = None) -> int:
         import traceback
 
         # The error's text might contain a secret, so only its type and line are printed.
-        *_, (_, line) = traceback.walk_tb(error.__traceback__)
+        lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
         name = type(error).__name__
-        terminal.notify("error", f"internal error: {name} at line {line}; this is a bug")
+        terminal.notify("error", f"internal error: {name} at line {lines[-1]}; this is a bug")
         return OAuthError.exit_code
+
+
+def set_up_output() -> None:
+    """Make standard output and standard error accept all text."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        # The parent process may have closed the stream.
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif hasattr(stream, "reconfigure"):
+            # Lines end in a bare newline on all systems, because bash on Windows would make a
+            # carriage return part of the API key.
+            stream.reconfigure(errors="backslashreplace", newline="\n")
 
 
 def run_program() -> NoReturn:
