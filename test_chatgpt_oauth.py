@@ -22,6 +22,7 @@ import html
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -83,6 +84,10 @@ COMMANDS = (
     "install",
     "uninstall",
 )
+# Every error with one of these exit codes tells what to do next.
+EXIT_CODES_WITH_HINT = (1, 3, 4, 5)
+# The beginnings of the messages that a sign-in shows first.
+SIGN_IN_MESSAGES = ("To sign in, open ", "You are signed in as ")
 # The error codes of OpenAI and of RFC 6749 §5.2 for a refresh token that is no longer valid.
 INVALID_GRANT_CODES = (
     "refresh_token_reused",
@@ -1281,14 +1286,31 @@ class Case(unittest.TestCase):
         self.assertEqual((result.code, result.out), (0, ""), result.err)
         return result
 
-    def assert_fails(self, result, exit_code, *words):
-        """Check that the command failed with an error that has all `words`."""
+    def assert_fails(
+        self, result, exit_code, *words, after_messages=False, one_line=False, hint_missing=False
+    ):
+        """Check that the command failed with nothing but an error that has all `words`.
+
+        Standard output must be empty. Standard error must be the lines "error: …" and "hint: …",
+        and only errors with exit code 2 or 6 can do without a hint. A sign-in shows instructions
+        first. `after_messages` allows other messages before the error. `one_line` requires a hint
+        within the error line, as `env` prints it. `hint_missing` marks errors that should have a
+        hint but don't have one yet.
+        """
         self.assertEqual(result.code, exit_code, result.err)
         self.assertEqual(result.out, "")
-        self.assertNotIn("Traceback", result.err)
-        self.assertRegex(result.err, r"(?m)^error: ")
         for word in words:
             self.assertIn(word, result.err)
+        lines = result.err.splitlines()
+        if after_messages or result.err.startswith(SIGN_IN_MESSAGES):
+            messages = list(itertools.takewhile(lambda line: not line.startswith("error: "), lines))
+            lines = lines[len(messages) :]
+        hint = r"\nhint: .+"
+        if one_line:
+            hint = ""
+        elif hint_missing or exit_code not in EXIT_CODES_WITH_HINT:
+            hint = f"({hint})?"
+        self.assertRegex("\n".join(lines), rf"\Aerror: .+{hint}\Z", result.err)
         return result
 
 
@@ -1516,15 +1538,14 @@ class ErrorsTest(Case):
         ):
             with self.subTest(exit_code):
                 prepare()
-                err = self.assert_fails(self.call(*command.split()), exit_code).err
-                self.assertRegex(err, r"\Aerror: .+\n(hint: .+\n)?\Z")
+                self.assert_fails(self.call(*command.split()), exit_code)
 
     def test_short_secrets_are_removed_from_server_messages(self):
         self.store(lifetime=-10, refresh_token="rt_1")
         self.fault(
             "refresh", 400, b'{"error": "rt_1 is bad", "error_description": "rt_1 was sent"}'
         )
-        err = self.assert_fails(self.call("token"), 1).err
+        err = self.assert_fails(self.call("token"), 1, hint_missing=True).err
         self.assertIn("(HTTP 400): [...] is bad: [...] was sent\n", err)
 
     def test_no_repr_shows_a_secret(self):
@@ -2096,7 +2117,9 @@ class StoreTest(Case):
                 fault(path)
                 environ = {"CHATGPT_OAUTH_HOME": folder}
                 for command in (["token"], ["env"], ["models"], ["env", "--access-token"]):
-                    err = self.assert_fails(self.call(*command, environ=environ), 6, str(path)).err
+                    err = self.assert_fails(
+                        self.call(*command, environ=environ), 6, str(path), after_messages=True
+                    ).err
                     self.assertNotIn("rm -rf", err)
                 result = self.call("status", "--json", environ=environ)
                 self.assertEqual(result.code, 6)
@@ -2207,7 +2230,7 @@ class StoreTest(Case):
         self.link_as_other_user(self.home, other)
         content = (other / "chatgpt_oauth.json").read_text()
         for command in (["token", "--refresh"], ["logout", "--local"], ["auth", "--device"]):
-            self.assert_fails(self.call(*command), 6, str(self.home))
+            self.assert_fails(self.call(*command), 6, str(self.home), after_messages=True)
             self.assertEqual((other / "chatgpt_oauth.json").read_text(), content)
         self.assertEqual(self.double.requests, [])
 
@@ -3897,7 +3920,9 @@ class ModelsTest(Case):
         self.assertIn("To use the API key in this shell: ", err)
         self.assert_fails(self.call("models"), 6, "chatgpt_models.json: not valid JSON")
         self.assertEqual(self.call("status").code, 6)
-        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json: not valid JSON")
+        self.assert_fails(
+            self.call("logout"), 6, "chatgpt_models.json: not valid JSON", after_messages=True
+        )
         self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
 
@@ -4365,7 +4390,12 @@ class PasteTest(Case):
         running.process.stdin.write(b"half a line")
         running.process.stdin.close()
         self.assert_fails(
-            running.result(10), 1, "not complete", "standard input is closed", "--device"
+            running.result(10),
+            1,
+            "not complete",
+            "standard input is closed",
+            "--device",
+            after_messages=True,
         )
 
     @needs_terminal
@@ -4546,7 +4576,7 @@ class DeviceTest(Case):
     def test_an_error_code_is_shown_and_a_token_is_not(self):
         code, token = "deviceauth_something_nobody_has_heard_of", "Rt9" + "kq4_x" * 8
         self.fault("device", 400, json.dumps({"error": {"code": code, "message": token}}).encode())
-        err = self.assert_fails(self.call("auth", "--device"), 1, code).err
+        err = self.assert_fails(self.call("auth", "--device"), 1, code, hint_missing=True).err
         self.assertNotIn(token, err)
 
     def test_slow_down_lengthens_the_interval(self):
@@ -4572,7 +4602,7 @@ class DeviceTest(Case):
         ):
             body = json.dumps({"error": {"code": error}}).encode()
             self.fault("device", status, body)
-            self.assert_fails(self.call("auth", "--device"), 1, words)
+            self.assert_fails(self.call("auth", "--device"), 1, words, hint_missing=True)
         self.fault("device", 403, b"{}")
         result = self.call("auth", "--device", "--timeout", "0.1")
         self.assert_fails(result, 1, "timed out waiting for the code")
@@ -4596,7 +4626,7 @@ class DeviceTest(Case):
             return self.double.reply(handler, 400, b'{"error": "expired_token"}')
 
         self.double.faults["device"] = fault
-        err = self.assert_fails(self.call("auth", "--device"), 1).err
+        err = self.assert_fails(self.call("auth", "--device"), 1, hint_missing=True).err
         self.assertIn("\nWXYZ\n", err)
         sent = {"device_auth_id": "d", "user_code": "WXYZ"}
         self.assertEqual(self.double.requests_to("device"), [sent])
@@ -4857,7 +4887,7 @@ class OfficialTest(Case):
         self.assert_done(self.official_sign_in())
         self.expire_token()
         self.fault_once("plan_refresh", 401, b'{"error": "invalid_client"}')
-        self.assert_fails(self.run_refresh(), 1, "invalid_client")
+        self.assert_fails(self.run_refresh(), 1, "invalid_client", hint_missing=True)
         self.assert_quiet(self.run_refresh())
 
     def test_a_failed_refresh_is_not_retried_in_the_same_run(self):
@@ -4902,7 +4932,13 @@ class OfficialTest(Case):
             "exec -- true",
         ):
             with self.subTest(command=command):
-                self.assert_fails(self.call(*command.split()), 1, "Code Puppy alone", "auth")
+                self.assert_fails(
+                    self.call(*command.split()),
+                    1,
+                    "Code Puppy alone",
+                    "auth",
+                    one_line=command.startswith("env"),
+                )
         with mock.patch.dict(os.environ, self.environ, clear=True):
             for function in (oauth.get_access_token, oauth.get_api_key, oauth.get_account_id):
                 with self.assertRaises(oauth.OAuthError) as raised:
@@ -4988,7 +5024,9 @@ class OfficialTest(Case):
     def test_the_next_sign_in_keeps_a_broken_file_as_bad(self):
         self.home.mkdir(mode=0o700)
         self.plan_file.write_text("[")
-        self.assert_fails(self.run_refresh(), 6, "chatgpt_plan.json", "auth --official")
+        self.assert_fails(
+            self.run_refresh(), 6, "chatgpt_plan.json", "auth --official", after_messages=True
+        )
         result = self.call("status")
         self.assertEqual(result.code, 6)
         # A broken file does not say whether the plan may be used.
@@ -5005,7 +5043,7 @@ class OfficialTest(Case):
         self.sign_in()
         self.assert_done(self.official_sign_in())
         self.models_file.write_text("[")
-        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json")
+        self.assert_fails(self.call("logout"), 6, "chatgpt_models.json", after_messages=True)
         self.assertFalse(self.token_file.exists())
         self.assertEqual(set(self.stored_plan()), set(self.KEPT))
 
@@ -5056,13 +5094,13 @@ class SignOutTest(Case):
         self.sign_in()
         self.token_file.unlink()
         self.token_file.mkdir()
-        self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself")
+        self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself", after_messages=True)
         self.assertEqual(json.loads(self.models_file.read_text()), {})
 
     def test_a_broken_models_file_is_reported_once_and_logout_continues(self):
         self.store(api_key="sk-1")
         self.models_file.write_text("[")
-        err = self.assert_fails(self.call("logout"), 6, "not valid JSON").err
+        err = self.assert_fails(self.call("logout"), 6, "not valid JSON", after_messages=True).err
         self.assertIn("Signed out of ada@example.com\nThe API key stays valid", err)
         self.assertEqual(err.count("not valid JSON"), 1)
         # There was no official sign-in to end.
@@ -5081,7 +5119,9 @@ class SignOutTest(Case):
         self.store()
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.2"}
         with self.holding_lock(self.models_file):
-            err = self.assert_fails(self.call("logout", environ=environ), 5, "models.json.lock").err
+            err = self.assert_fails(
+                self.call("logout", environ=environ), 5, "models.json.lock", after_messages=True
+            ).err
         self.assertEqual(self.double.count("revoke"), 1)
         self.assertIn("Signed out of ada@example.com\n", err)
         self.assertFalse(self.token_file.exists())
@@ -5231,7 +5271,9 @@ class ShellTest(Case):
 
     @needs_sh
     def test_signed_out_env_prints_one_error_line_and_exports_nothing(self):
-        err = self.assert_fails(self.run_program("env"), 3, "not signed in", "auth").err
+        err = self.assert_fails(
+            self.run_program("env"), 3, "not signed in", "auth", one_line=True
+        ).err
         self.assertEqual(err.count("\n"), 1)
         command = shell_line(sys.executable, PROGRAM, "env")
         result = self.run_shell(f'eval "$({command})"; echo "<$CHATGPT_OAUTH_API_KEY>"')
@@ -5376,7 +5418,9 @@ class CommandsTest(Case):
 
     def test_signed_out_commands_exit_with_3(self):
         for command in ("token", "models", "env"):
-            self.assert_fails(self.call(command), 3, "not signed in", "auth")
+            self.assert_fails(
+                self.call(command), 3, "not signed in", "auth", one_line=command == "env"
+            )
         result = self.call("status")
         self.assertEqual(result.code, 3)
         self.assertTrue(result.out.startswith("ChatGPT OAuth: Not authenticated\n"))
@@ -7530,7 +7574,7 @@ class SpecificationTest(Case):
             with self.subTest(sent):
                 self.store(lifetime=-10)
                 self.fault("refresh", 400, json.dumps({"error_description": sent}).encode())
-                err = self.assert_fails(self.call("token"), 1).err
+                err = self.assert_fails(self.call("token"), 1, hint_missing=True).err
                 self.assertIn(f"(HTTP 400): {shown}\n", err)
 
     # Files --------------------------------------------------------------------------------
