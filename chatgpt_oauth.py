@@ -3981,6 +3981,76 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     return True
 
 
+# These browsers run in the terminal, which `auth` needs, and can't show OpenAI's page.
+TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
+
+
+def open_browser(session: Session, url: str) -> Optional[str]:
+    """Open `url` in the person's browser. Return the reason if that failed, otherwise None."""
+    import subprocess
+    import threading
+
+    command, obstacle = browser_command(session.settings.environ)
+    if not command:
+        return obstacle
+    try:
+        process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
+            [*command, url],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=browser_environ(session),
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"it could not be started ({error.strerror})"
+    threading.Thread(target=process.wait, daemon=True).start()
+    return None
+
+
+def browser_environ(session: Session) -> Dict[str, str]:
+    """Return the environment for a browser. It holds no token or key, under any name."""
+    stored: Set[Optional[str]] = set()
+    for each in session.sign_ins():
+        with contextlib.suppress(OAuthError):
+            tokens = each.tokens()
+            stored.update(getattr(tokens, key) for key in SECRET_KEYS)
+    # Without TERM, `webbrowser` doesn't start a text browser.
+    left_out = ("TERM", session.settings.api_key_env_var)
+    return {
+        name: value
+        for name, value in session.settings.environ.items()
+        if name not in left_out and not name.startswith("CHATGPT_OAUTH_") and value not in stored
+    }
+
+
+def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
+    """Return a command that opens a URL here, or an empty one and the reason for that."""
+    browsers = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
+    names = {os.path.basename(browser.split()[0]) for browser in browsers}
+    if names & TEXT_BROWSERS:
+        return [], "BROWSER is a text browser, which cannot show OpenAI's page"
+    if not browsers and ("WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ):
+        import shutil
+
+        for command in (["wslview"], ["rundll32.exe", "url.dll,FileProtocolHandler"]):
+            if shutil.which(command[0], path=environ.get("PATH")):
+                return command, ""
+        return [], "WSL without wslview or rundll32.exe in PATH"
+    if not browsers and ("SSH_CONNECTION" in environ or "SSH_TTY" in environ):
+        return [], "this is an SSH session"
+    has_display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
+    needs_display = sys.platform not in ("win32", "darwin", "cygwin")
+    if not browsers and needs_display and not has_display:
+        if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
+            return [], "this is a container"
+        return [], "there is no display"
+    if not sys.executable:
+        return [], "Python cannot find its own executable"
+    # With -I, Python doesn't import modules from the current directory.
+    return [sys.executable, "-I", "-m", "webbrowser"], ""
+
+
 # ---------------------------------------------------------------------------------------------
 # Shells: the statements that set and unset variables in each shell
 # ---------------------------------------------------------------------------------------------
@@ -4162,7 +4232,7 @@ def profile_line(key: str, program: str, variable: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Terminal: messages for a person, and the person's browser
+# Terminal: messages for a person
 # ---------------------------------------------------------------------------------------------
 # Messages go to standard error, because standard output holds nothing except a command's result.
 # All text from servers and files passes through `printable`, so none of it can steer the terminal.
@@ -4177,8 +4247,6 @@ LAUNCHERS = (COMMAND, COMMAND + ".cmd")
 ESCAPES = 4
 # SGR parameters (ECMA-48 §8.3.117): green, yellow and red.
 COLOURS = {"done": 32, "warning": 33, "error": 31}
-# These browsers run in the terminal, which `auth` needs, and can't show OpenAI's page.
-TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
 def program_name(absolute: bool = False, shell: str = "") -> str:
@@ -4287,67 +4355,6 @@ class Terminal:
         # If standard error is closed, nobody can read the message.
         with contextlib.suppress(OSError):
             print(clear + text, end=end, file=sys.stderr, flush=True)
-
-
-def open_browser(session: Session, url: str) -> Optional[str]:
-    """Open `url` in the person's browser. Return the reason if that failed, otherwise None."""
-    import subprocess
-    import threading
-
-    settings = session.settings
-    secrets: Set[Optional[str]] = set()
-    command, obstacle = browser_command(settings.environ)
-    if not command:
-        return obstacle
-    # The browser's environment holds none of our tokens and keys, under any variable's name.
-    # Without TERM, `webbrowser` doesn't start a text browser.
-    for each in session.sign_ins():
-        with contextlib.suppress(OAuthError):
-            secrets |= {getattr(each.tokens(), key) for key in SECRET_KEYS}
-    environ = {
-        name: value
-        for name, value in settings.environ.items()
-        if name not in ("TERM", settings.api_key_env_var)
-        and not name.startswith("CHATGPT_OAUTH_")
-        and value not in secrets
-    }
-    try:
-        process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
-            [*command, url],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environ,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return f"it could not be started ({error.strerror})"
-    threading.Thread(target=process.wait, daemon=True).start()
-    return None
-
-
-def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
-    """Return a command that opens a URL here, or an empty one and the reason for that."""
-    named = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
-    if {os.path.basename(part.split()[0]) for part in named} & TEXT_BROWSERS:
-        return [], "BROWSER is a text browser, which cannot show OpenAI's page"
-    if not named and ("WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ):
-        import shutil
-
-        for command in (["wslview"], ["rundll32.exe", "url.dll,FileProtocolHandler"]):
-            if shutil.which(command[0], path=environ.get("PATH")):
-                return command, ""
-        return [], "WSL without wslview or rundll32.exe in PATH"
-    if not named and ("SSH_CONNECTION" in environ or "SSH_TTY" in environ):
-        return [], "this is an SSH session"
-    display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
-    if not (named or display or sys.platform in ("win32", "darwin", "cygwin")):
-        inside = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
-        return [], "this is a container" if inside else "there is no display"
-    if not sys.executable:
-        return [], "Python cannot find its own executable"
-    # With -I, Python doesn't import modules from the current directory.
-    return [sys.executable, "-I", "-m", "webbrowser"], ""
 
 
 # ---------------------------------------------------------------------------------------------
