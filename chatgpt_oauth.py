@@ -5688,10 +5688,13 @@ def other_help(theirs: Callable[..., Any]) -> List[Any]:
 
 
 class CodePuppyPlugin:
-    """The plugin: runs our commands inside the host and shows their output as its messages."""
+    """The plugin: runs our commands inside the host and shows their output as its messages.
 
-    def __init__(self) -> None:
-        self.host = CodePuppy()
+    `parse` is main's reader for the options of a command.
+    """
+
+    def __init__(self, parse: Callable[..., Any]) -> None:
+        self.host, self.parse = CodePuppy(), parse
         self.exported: Optional[str] = None
 
     def register(self) -> None:
@@ -5910,7 +5913,7 @@ class CodePuppyPlugin:
         urls = [word for word in words if "://" in word or "state=" in word]
         try:
             with contextlib.redirect_stdout(io.StringIO()) as said:
-                options = parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
+                options = self.parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
         except SystemExit:
             # The options included --help.
             self.notify("info", said.getvalue())
@@ -6446,4 +6449,4 @@ def run_program() -> NoReturn:
 if __name__ == "__main__":
     run_program()
 if is_plugin():
-    CodePuppyPlugin().register()
+    CodePuppyPlugin(parse).register()
