@@ -4247,6 +4247,8 @@ LAUNCHERS = (COMMAND, COMMAND + ".cmd")
 ESCAPES = 4
 # SGR parameters (ECMA-48 §8.3.117): green, yellow and red.
 COLOURS = {"done": 32, "warning": 33, "error": 31}
+# In characters. An authorization URL, the longest text that isn't cut before, has about 800.
+MESSAGE_LIMIT = 5000
 
 
 def program_name(absolute: bool = False, shell: str = "") -> str:
@@ -4334,16 +4336,20 @@ class Terminal:
                 self._print(f"{int(text) // 60}:{int(text) % 60:02} left ", end="")
                 self.counting = True
             return
-        leads = {"done": self.tick, "warning": "warning: ", "error": "error: ", "hint": "hint: "}
-        lead = leads.get(kind, "")
-        if self.colour and lead and kind in COLOURS:
-            lead = f"\033[{COLOURS[kind]}m{lead}\033[0m"
         if kind == "command":
             text = f"    {program_name()} {text}"
         elif command:
             text = f"{text}: {program_name()} {command}"
-        text = lead + printable(text, 5000)
+        text = self._lead(kind) + printable(text, MESSAGE_LIMIT)
         self._print(f"\n{text}\n" if kind == "verbatim" else text)
+
+    def _lead(self, kind: str) -> str:
+        """Return the beginning of a message, in color if the terminal shows colors."""
+        leads = {"done": self.tick, "warning": "warning: ", "error": "error: ", "hint": "hint: "}
+        lead = leads.get(kind, "")
+        if lead and self.colour and kind in COLOURS:
+            return f"\033[{COLOURS[kind]}m{lead}\033[0m"
+        return lead
 
     def interrupted(self) -> None:
         """Report that Ctrl-C was pressed, on a new line because the terminal shows ^C."""
@@ -4716,12 +4722,14 @@ def sign_out(*, revoke: bool = True) -> None:
 
 
 def sign_in_with_options(
-    session: Session, options: Namespace, reading: bool, way: Type[BrowserSignIn] = BrowserSignIn
+    session: Session,
+    options: Namespace,
+    reading: bool,
+    browser_sign_in: Type[BrowserSignIn] = BrowserSignIn,
 ) -> None:
     """Sign in as the options of `auth` say.
 
-    `reading` says whether a URL may be pasted into standard input. `way` is the class of the
-    browser sign-in.
+    `reading` says whether a URL may be pasted into standard input.
     """
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     prepare_sign_in(session)
@@ -4729,15 +4737,17 @@ def sign_in_with_options(
         sign_in_with_device(session, models, options.timeout)
     else:
         browser = not options.no_browser
-        way(session, models, options.timeout, browser, reading).run()
+        browser_sign_in(session, models, options.timeout, browser, reading).run()
 
 
 def open_session(notify: Notify, options: Namespace) -> Session:
     """Return a session for the sign-in that the options select. Raises UsageError."""
-    settings, wanted = Settings(), vars(options)
-    settings.workspace = wanted.get("workspace") or settings.workspace
-    client = OfficialClient if wanted.get("official") else Client
-    return Session(settings, notify, client(settings))
+    settings = Settings()
+    # Not every command has these options.
+    settings.workspace = getattr(options, "workspace", None) or settings.workspace
+    if getattr(options, "official", False):
+        return Session(settings, notify, OfficialClient(settings))
+    return Session(settings, notify)
 
 
 def printing_shell(settings: Settings, name: str) -> str:
@@ -4764,13 +4774,11 @@ def command_auth(session: Session, options: Namespace) -> None:
         step = session.client.next_step
         session.notify("info", step.text, step.command)
         return
-    try:
-        shell = printing_shell(session.settings, "auto")
-    except UsageError:
-        # `env` has no code for the person's shell.
+    key = known_shell(shell_name(session.settings, "auto"))
+    if key is None or not SHELLS[key].prints:
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
-    line = SHELLS[shell].profile.format(command=f"{program_name(shell=shell)} env")
+    line = SHELLS[key].profile.format(command=f"{program_name(shell=key)} env")
     session.notify("info", f"To use the API key in this shell: {line}")
 
 
@@ -4793,7 +4801,7 @@ def command_models(session: Session, options: Namespace) -> None:
 
 
 def command_env(session: Session, options: Namespace) -> int:
-    """Print shell code that exports the API key, or the access token and the account id."""
+    """Print shell code that exports the API key, or the access token and the account ID."""
     shell = printing_shell(session.settings, options.shell)
     try:
         variables = exported_variables(session, options, "env --access-token", options.unset)
@@ -4814,18 +4822,20 @@ def exported_variables(
     `unset`, all values are None. `keyless` is the command that works without an API key, for the
     hint. Raises OAuthError.
     """
-    token, account = "CHATGPT_OAUTH_ACCESS_TOKEN", "CHATGPT_OAUTH_ACCOUNT_ID"
+    token_name, account_name = "CHATGPT_OAUTH_ACCESS_TOKEN", "CHATGPT_OAUTH_ACCOUNT_ID"
     name = options.name
     if name is None:
-        name = token if options.access_token else session.settings.api_key_env_var
+        name = token_name if options.access_token else session.settings.api_key_env_var
     name = RULES["api_key_env_var"].check("--name", name)
-    if name == account:
-        raise UsageError(f"--name cannot be {account}", "choose another name")
-    if unset:
-        return dict.fromkeys([name, account] if options.access_token else [name])
+    if name == account_name:
+        raise UsageError(f"--name cannot be {account_name}", "choose another name")
     if options.access_token:
+        if unset:
+            return {name: None, account_name: None}
         tokens = session.valid_tokens()
-        return {name: tokens.access_token, account: tokens.account_id}
+        return {name: tokens.access_token, account_name: tokens.account_id}
+    if unset:
+        return {name: None}
     api_key = session.tokens().api_key
     if not api_key:
         hint = f"{ORGANIZATION_HINT} and sign in again; to do without, run"
@@ -4839,8 +4849,12 @@ def command_exec(session: Session, options: Namespace) -> int:
     if not any(options.command[:1]):
         raise UsageError("no command to run was given", "to run one, type", "exec -- COMMAND")
     variables = exported_variables(session, options, "exec --access-token -- COMMAND")
-    wanted = {**session.settings.environ, **variables}
-    environ = {name: value for name, value in wanted.items() if value is not None}
+    environ = dict(session.settings.environ)
+    for name, value in variables.items():
+        if value is None:
+            environ.pop(name, None)
+        else:
+            environ[name] = value
     try:
         return run_instead(options.command, environ)
     except OSError as error:
@@ -4874,8 +4888,9 @@ def run_instead(command: List[str], environ: Dict[str, str]) -> int:
         # Windows sends Ctrl-C to the command as well, and the command decides what to do.
         with contextlib.suppress(KeyboardInterrupt):
             code = process.wait()
-            # os._exit takes a signed number of 32 bits.
-            return code - (1 << 32) if code >= 1 << 31 else code
+            break
+    # os._exit takes a signed number of 32 bits.
+    return code - (1 << 32) if code >= 1 << 31 else code
 
 
 def command_token(session: Session, options: Namespace) -> None:
@@ -4904,7 +4919,8 @@ def command_logout(session: Session, options: Namespace) -> None:
     ended, failures = False, []
     for each in sessions:
         try:
-            ended = end_sign_in(each, not options.local) or ended
+            if end_sign_in(each, not options.local):
+                ended = True
         except OAuthError as error:
             failures.append(error)
     for failure in failures[1:]:
