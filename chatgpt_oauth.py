@@ -418,6 +418,8 @@ def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
 # redirect, and reads a limited number of bytes. A failure is an OAuthError whose text contains
 # nothing secret. A RequestError tells whether the server may have processed the request, because a
 # refresh token or an authorization code must not be sent twice unless it certainly wasn't used.
+# Nothing is sent without time for its answer: connecting may use half of the timeout, and
+# `exchange` sends nothing after that.
 # Nothing here reads or writes a file of ours.
 
 MEBIBYTE = 1 << 20
@@ -429,6 +431,8 @@ RETRY_PAUSE = 0.5
 RETRY_PAUSE_LIMIT = 4.0
 # Seconds. Windows can't interrupt a wait, so Ctrl-C takes up to this long there.
 WAIT_SLICE = 0.05
+# Seconds after which another address of the same host is tried as well (RFC 8305 §8).
+ATTEMPT_DELAY = 0.25
 # The `retry_after` of an error that trying again can't fix.
 NEVER = float("inf")
 # The fields of a request that aren't secret. The values of all other fields are removed from the
@@ -740,20 +744,58 @@ def wait_for(future: AnyFuture, seconds: float) -> bool:
     return future.done()
 
 
-def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
-    """Return an opener of urllib.request for one request to `url`, using a proxy if one is set.
-
-    When the connection to the server is ready, including the proxy and TLS, and before the request
-    is sent, `reached` gets the socket.
-    """
-    import http.client
+def find_proxy(settings: Settings, url: str) -> Tuple[str, str]:
+    """Return the proxy for a request to `url` and where it is set, or two empty strings."""
+    import urllib.parse
     import urllib.request
 
-    base: Any = http.client.HTTPConnection
-    options = {}
-    if url.startswith("https:"):
-        options["context"] = tls_context(settings)
-        base = http.client.HTTPSConnection
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get("https", "")
+    host = urllib.parse.urlsplit(url).netloc
+    if not proxy or is_loopback(url) or urllib.request.proxy_bypass(host):
+        return "", ""
+    for variable in ("https_proxy", "HTTPS_PROXY"):
+        if settings.environ.get(variable) == proxy:
+            return proxy, variable
+    return proxy, "the system's settings"
+
+
+def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
+    """Return an HTTP proxy's host, its port, and the headers that authenticate us to it.
+
+    `place` is where the proxy is set. Raises RequestError, naming the place.
+    """
+    import urllib.parse
+    from binascii import b2a_base64
+
+    # The scheme is often left out. The connection to the proxy itself uses no TLS.
+    url = proxy if "://" in proxy else "http://" + proxy
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:
+        host, port = None, 80
+    if not host:
+        text = f"cannot use the proxy in {place}: it is not the URL of an HTTP proxy"
+        hint = "set HTTPS_PROXY to the URL of an HTTP proxy"
+        raise RequestError(text, hint, unprocessed=True, retry_after=NEVER)
+    headers = {}
+    if parts.username:
+        name = urllib.parse.unquote(parts.username)
+        password = urllib.parse.unquote(parts.password or "")
+        basic = b2a_base64(f"{name}:{password}".encode(), newline=False).decode()
+        headers["Proxy-Authorization"] = "Basic " + basic
+    return host, port, headers
+
+
+def new_connection(settings: Settings, url: str, timeout: float) -> Any:
+    """Return an http.client connection for one request to `url`, through the proxy if one is set.
+
+    It isn't connected yet. `timeout` is the limit for each step of connecting, in seconds. Raises
+    RequestError, naming the setting at fault, if the proxy or TLS can't be used.
+    """
+    import http.client
+    import urllib.parse
 
     class FinalResponse(http.client.HTTPResponse):
         def begin(self) -> None:
@@ -765,50 +807,143 @@ def build_opener(settings: Settings, url: str, reached: AnyFuture) -> Any:
                 self.headers = None  # type: ignore[assignment]
                 super().begin()
 
-    class Connection(base):  # type: ignore[misc]
-        response_class = FinalResponse
+    server = urllib.parse.urlsplit(url)
+    host, port = server.hostname or "", server.port
+    proxy, place = find_proxy(settings, url)
+    if proxy:
+        host, port, proxy_headers = parse_proxy(proxy, place)
+    connection: Any
+    if server.scheme == "https":
+        context = tls_context(settings)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    if proxy:
+        connection.set_tunnel(server.hostname, server.port, proxy_headers)
+    connection.response_class = FinalResponse
+    # By default, http.client tries a host's addresses one after the other and gives each of them
+    # the whole timeout. It keeps that function in this attribute so that it can be replaced.
+    connection._create_connection = connect_to_first
+    return connection
 
-        def connect(self) -> None:
-            super().connect()
-            # If the caller's time is up, it has cancelled `reached`. The request must not be sent
-            # then, because it could use up a token for nothing.
-            if not reached.set_running_or_notify_cancel():
+
+def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -> Socket:
+    """Connect to a host and port, and return the first connection that is established.
+
+    If an address doesn't answer within ATTEMPT_DELAY, the next one is tried as well (RFC 8305 §5).
+    The name lookup comes first and isn't limited by `timeout`. Raises OSError.
+    """
+    import selectors
+    import socket
+
+    waiting = in_turns(socket.getaddrinfo(*place, type=socket.SOCK_STREAM))
+    deadline = time.monotonic() + timeout
+    failure: OSError = TimeoutError()
+    attempts = selectors.DefaultSelector()
+    try:
+        while waiting or attempts.get_map():
+            if waiting:
+                try:
+                    attempt = begin_connection(*waiting.pop(0))
+                except OSError as error:
+                    failure = error
+                    continue
+                attempts.register(attempt, selectors.EVENT_WRITE)
+            seconds = max(0.0, deadline - time.monotonic())
+            ended = attempts.select(min(seconds, ATTEMPT_DELAY) if waiting else seconds)
+            for key, _ in ended:
+                attempt = key.fileobj  # type: ignore[assignment]
+                attempts.unregister(attempt)
+                code = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    attempt.settimeout(max(seconds, WAIT_SLICE))
+                    return attempt
+                attempt.close()
+                failure = OSError(code, socket_error_text(code))
+            if not ended and not seconds:
                 raise TimeoutError
-            # From here on, the caller enforces the deadline by closing the connection.
-            self.sock.settimeout(None)
-            reached.set_result(self.sock)
-
-    class Handler(urllib.request.HTTPHandler):
-        def http_open(self, request: Any) -> Any:
-            return self.do_open(Connection, request, **options)
-
-        def https_open(self, request: Any) -> Any:
-            return self.http_open(request)
-
-        def https_request(self, request: Any) -> Any:
-            return self.http_request(request)
-
-    # With only these two handlers, no status raises an exception and no redirect is followed. A 307
-    # could send the code and its verifier, or the refresh token, to any other server.
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(url) else None))
-    opener.add_handler(Handler())
-    return opener
+        raise failure
+    finally:
+        for key in list(attempts.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        attempts.close()
 
 
-def send(opener: Any, request: Any, timeout: float, limit: int, answered: AnyFuture) -> None:
+def in_turns(addresses: List[Any]) -> List[Any]:
+    """Return the results of getaddrinfo with IPv6 and IPv4 taking turns (RFC 8305 §4).
+
+    The family of the first address, which the system prefers, stays first.
+    """
+    from itertools import zip_longest
+
+    preferred = [each for each in addresses if each[0] == addresses[0][0]]
+    others = [each for each in addresses if each[0] != addresses[0][0]]
+    return [each for pair in zip_longest(preferred, others) for each in pair if each]
+
+
+def begin_connection(family: int, kind: int, protocol: int, _: str, address: Any) -> Socket:
+    """Return a socket that is connecting to an address from getaddrinfo. Raises OSError."""
+    import socket
+
+    connection = socket.socket(family, kind, protocol)
+    try:
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            connection.connect(address)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def socket_error_text(code: int) -> str:
+    """Return the system's text for the error `code` of a socket."""
+    import socket
+
+    if sys.platform == "win32":
+        return socket.errorTab.get(code, os.strerror(code))
+    return os.strerror(code)
+
+
+def exchange(
+    connection: Any,
+    request: Tuple[str, str, Optional[bytes], Dict[str, str]],
+    limit: int,
+    connected: AnyFuture,
+    answered: AnyFuture,
+) -> None:
     """Send the request, and put the status, the body and Retry-After into `answered`.
 
-    At most `limit` + 1 bytes of the body are read, which shows whether it is larger than `limit`.
+    When the connection to the server is ready, including the proxy and TLS, and before the request
+    is sent, `connected` gets the socket. If there is no connection, it is cancelled. At most
+    `limit` + 1 bytes of the body are read, which shows whether it is larger than `limit`.
     """
+    import http.client
+
     try:
-        with opener.open(request, timeout=timeout) as response:
-            body = response.read(limit + 1)
-            answered.set_result((response.status, body, response.headers.get("Retry-After", "")))
+        connection.connect()
+        # If connecting took too long, the caller has cancelled `connected`. The request must not be
+        # sent then, because it could use up a token for nothing.
+        if not connected.set_running_or_notify_cancel():
+            return
+        # From here on, the caller enforces the deadline by closing the connection.
+        connection.sock.settimeout(None)
+        connected.set_result(connection.sock)
+        connection.request(*request)
+        with connection.getresponse() as response:
+            try:
+                body = response.read(limit + 1)
+            # The end of a chunked body is missing. What arrived may be the whole JSON anyway.
+            except http.client.IncompleteRead as error:
+                body = error.partial
+            answered.set_result((response.status, body, response.getheader("Retry-After", "")))
     except Exception as error:
-        # urllib wraps an error from before the response in a URLError, as its `reason`.
-        wrapped = getattr(error, "reason", None)
-        answered.set_exception(wrapped if isinstance(wrapped, Exception) else error)
+        answered.set_exception(error)
+        # This does nothing once there was a connection. Otherwise the caller still waits for it.
+        if connected.cancel():
+            connected.set_running_or_notify_cancel()
+    finally:
+        connection.close()
 
 
 def request_json(
@@ -827,8 +962,9 @@ def request_json(
 
     `what` is the purpose as error messages name it: "could not <what>". The whole request, from the
     name lookup to the last byte, may take `timeout` seconds, but never more than the setting
-    request_timeout. `limit` is the largest body in bytes. The response may have any status. Raises
-    RequestError if there was no response, and OAuthError if it was too large.
+    request_timeout. Connecting may take half of that, and later than that nothing is sent, so that
+    the answer always has as much time. `limit` is the largest body in bytes. The response may have
+    any status. Raises RequestError if there was no response, and OAuthError if it was too large.
     """
     import threading
     from concurrent.futures import Future
@@ -838,53 +974,72 @@ def request_json(
     request = build_request(url, fields, as_json, bearer, headers or {})
     # A name lookup can't be interrupted, and a socket's timeout starts again with each byte. So the
     # request runs in a thread, and the time is measured here.
-    reached: AnyFuture = Future()
+    connected: AnyFuture = Future()
     answered: AnyFuture = Future()
-    arguments = (build_opener(settings, url, reached), request, timeout, limit, answered)
+    arguments = (new_connection(settings, url, timeout / 2), request, limit, connected, answered)
+    began = time.monotonic()
     try:
-        threading.Thread(target=send, args=arguments, daemon=True).start()
+        threading.Thread(target=exchange, args=arguments, daemon=True).start()
     # No more threads are allowed, or Python 3.12 is shutting down.
     except RuntimeError as limit_reached:
         text = f"could not {what}: {limit_reached}"
         raise RequestError(text, "try again later", unprocessed=True, retry_after=NEVER) from None
     try:
-        wait_for(answered, timeout)
+        wait_for(connected, timeout / 2)
+        # This succeeds only if there is no connection. The thread then sends nothing.
+        if not connected.cancel():
+            wait_for(answered, max(timeout / 2, timeout - (time.monotonic() - began)))
     finally:
         in_time = answered.done()
-        # This succeeds only if there is no connection yet. The thread then sends nothing.
-        unsent = reached.cancel()
+        unsent = connected.cancel()
         if not in_time and not unsent:
-            hang_up(reached.result())
-    error = answered.exception() if in_time else TimeoutError()
+            hang_up(connected.result())
+    # Because we hung up, the thread returns the part of the body that has arrived. That can be the
+    # whole body, if only the sign of its end is missing.
+    has_body = in_time or (not unsent and wait_for(answered, 0) and not answered.exception())
+    error = answered.exception() if has_body else TimeoutError()
+    if isinstance(error, MemoryError):
+        raise error
     if error:
         raise connection_error(settings, url, what, timeout, error, unsent)
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
     private = {value for name, value in fields.items() if name not in PUBLIC_FIELDS}
-    return Response(status, content, retry_after, private | {bearer})
+    response = Response(status, content, retry_after, private | {bearer})
+    if not in_time and response.data is None:
+        raise connection_error(settings, url, what, timeout, TimeoutError(), unsent)
+    return response
 
 
 def build_request(
     url: str, fields: Dict[str, str], as_json: bool, bearer: str, headers: Dict[str, str]
-) -> Any:
-    """Return a request for urllib.request: a POST of `fields`, or a GET if there are no fields."""
-    import urllib.parse
-    import urllib.request
+) -> Tuple[str, str, Optional[bytes], Dict[str, str]]:
+    """Return the method, target, body and headers of a request.
 
-    head = {"User-Agent": f"chatgpt_oauth/{__version__}", "Accept": "application/json", **headers}
+    It is a POST of `fields`, or a GET if there are no fields.
+    """
+    import urllib.parse
+
+    head = {
+        "User-Agent": f"chatgpt_oauth/{__version__}",
+        "Accept": "application/json",
+        # No connection is used for a second request.
+        "Connection": "close",
+        **headers,
+    }
     # RFC 6750 §2.1
     if bearer:
         head["Authorization"] = "Bearer " + bearer
-    data = None
+    parts = urllib.parse.urlsplit(url)
+    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
     if as_json:
         head["Content-Type"] = "application/json"
-        data = json.dumps(fields).encode()
-    # For a form, urllib.request adds the media type itself.
-    elif fields:
-        data = urllib.parse.urlencode(fields).encode()
-    # Settings has checked that the scheme is http or https.
-    return urllib.request.Request(url, data, head)  # noqa: S310
+        return "POST", target, json.dumps(fields).encode(), head
+    if fields:
+        head["Content-Type"] = "application/x-www-form-urlencoded"
+        return "POST", target, urllib.parse.urlencode(fields).encode(), head
+    return "GET", target, None, head
 
 
 def hang_up(connection: Socket) -> None:
@@ -901,15 +1056,17 @@ def connection_error(
     """Return the error for a request that got no response because of `error`."""
     import socket
     import urllib.parse
-    import urllib.request
 
     host = urllib.parse.urlsplit(url).netloc
     hint = "check your network connection, then try again"
-    has_proxy = "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
-    if has_proxy and not is_loopback(url):
-        hint = "check HTTPS_PROXY and your network connection, then try again"
+    place = find_proxy(settings, url)[1]
+    if place:
+        hint = f"check {place} and your network connection, then try again"
     retry_after = 0.0
-    if isinstance(error, (TimeoutError, socket.timeout)):
+    # In Python 3.8 and 3.9, socket.timeout is another class.
+    if isinstance(error, (TimeoutError, socket.timeout)) and unsent:
+        fault = f"no connection to {host} within {timeout / 2:g} seconds"
+    elif isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
     elif is_tls_fault(error):
         # Only an SSLCertVerificationError has this attribute.

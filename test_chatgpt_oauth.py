@@ -1749,20 +1749,134 @@ class WireTest(Case):
         self.environ.update(HTTPS_PROXY=proxy.url, NO_PROXY="", CHATGPT_OAUTH_RETRY_WINDOW="0.01")
         return proxy, certificate
 
-    def test_a_request_is_never_sent_after_its_deadline(self):
-        self.store(lifetime=-10)
-        look_up = socket.getaddrinfo
+    @contextlib.contextmanager
+    def look_up(self, addresses=(), pause=0.0):
+        """Make name lookups in this process take `pause` seconds and return `addresses`, too.
+
+        Each of `addresses` is a family and an address of a socket, and comes before the real ones.
+        """
+        real = socket.getaddrinfo
+        found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
 
         def slow(*arguments, **options):
-            time.sleep(0.3)
-            return look_up(*arguments, **options)
+            time.sleep(pause)
+            return found + real(*arguments, **options)
 
-        environ = {"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.2", "CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
         with mock.patch.object(socket, "getaddrinfo", slow):
-            self.assert_fails(self.call("token", environ=environ), 5, "no complete response")
+            yield
+
+    def dead_address(self, host):
+        """Return the family and the address of a socket that doesn't answer."""
+        listener = bind(host)
+        self.addCleanup(listener.close)
+        listener.listen(0)
+        # Once its queue is full, Linux ignores further connections. Other systems may refuse them.
+        for _ in range(2):
+            filler = socket.socket(listener.family)
+            self.addCleanup(filler.close)
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        return listener.family, listener.getsockname()
+
+    def seconds_for_refresh(self):
+        """Refresh the token in this process and return how many seconds it took."""
+        self.store(lifetime=-10)
+        began = time.monotonic()
+        self.assert_fresh(self.call("token"))
+        return time.monotonic() - began
+
+    def test_dead_addresses_cost_a_quarter_of_a_second_each(self):
+        dead = [self.dead_address("127.0.0.1") for _ in range(2)]
+        with self.look_up(dead):
+            seconds = self.seconds_for_refresh()
+        if sys.platform == "linux":
+            self.assertGreater(seconds, 0.5)
+        self.assertLess(seconds, 1)
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_ipv6_and_ipv4_addresses_take_turns(self):
+        try:
+            dead = [self.dead_address("::1") for _ in range(4)]
+        except OSError:
+            self.skipTest("no IPv6 here")
+        with self.look_up(dead):
+            self.assertLess(self.seconds_for_refresh(), 0.75)
+
+    def test_an_address_that_refuses_is_skipped_at_once(self):
+        with bind("127.0.0.1") as unused:
+            refusing = [(unused.family, unused.getsockname())] * 20
+            with self.look_up(refusing):
+                self.assertLess(self.seconds_for_refresh(), 1)
+
+    def test_dead_addresses_of_a_proxy_are_skipped_too(self):
+        proxy = Server(lambda handler: send_bytes(b"HTTP/1.1 407 No\r\n\r\n")(handler, None))
+        self.addCleanup(proxy.close)
+        dead = [self.dead_address("127.0.0.1") for _ in range(2)]
+        self.environ["HTTPS_PROXY"] = f"http://127.0.0.1:{proxy.server_port}"
+        self.environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
+        began = time.monotonic()
+        with self.look_up(dead):
+            self.assert_fails(self.call("auth", "--device"), 5, "the proxy answered HTTP 407")
+        self.assertLess(time.monotonic() - began, 1)
+
+    def test_connecting_may_take_half_of_the_time(self):
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.8"
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        words = "no connection to 127.0.0.1", "within 0.4 seconds"
+        self.store(lifetime=-10)
+        # The connection would be ready when less than half of the time is left for the answer.
+        with self.look_up(pause=0.5):
+            self.assert_fails(self.call("token"), 5, *words)
             time.sleep(0.3)
+        if sys.platform == "linux":
+            dead = self.dead_address("127.0.0.1")
+            with mock.patch.object(socket, "getaddrinfo") as look_up:
+                look_up.return_value = [(dead[0], socket.SOCK_STREAM, 6, "", dead[1])]
+                self.assert_fails(self.call("token"), 5, *words)
         self.assertEqual(self.double.requests, [])
-        self.assertEqual(self.call("token").code, 0)
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "30"
+        self.assert_fresh(self.call("token"))
+
+    def test_a_slow_proxy_spends_no_token(self):
+        def serve(handler):
+            handler.close_connection = True
+            time.sleep(0.5)
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+        proxy = Server(serve)
+        self.addCleanup(proxy.close)
+        self.environ["HTTPS_PROXY"] = f"http://127.0.0.1:{proxy.server_port}"
+        self.environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.8"
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        before = self.store(lifetime=-10, issuer="https://issuer.example.com")
+        words = "no connection to issuer.example.com", "check HTTPS_PROXY"
+        err = self.assert_fails(self.call("token"), 5, *words).err
+        self.assertNotIn("sign in again", err)
+        self.assertEqual(self.stored(), before)
+
+    def test_an_answer_has_the_time_that_connecting_did_not_use(self):
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
+        self.double.delay = 1.2
+        self.store(lifetime=-10)
+        with self.look_up(pause=0.1):
+            self.assert_fresh(self.call("token"))
+
+    def test_a_body_without_its_end_counts_if_it_is_complete(self):
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.4"
+        for head, start, end in (
+            (b"", b"", b""),
+            (b"Transfer-Encoding: chunked\r\n", b"%x\r\n", b"\r\n"),
+        ):
+            for pause in (0, 1):
+                self.store(lifetime=-10)
+                body = json.dumps(self.double.tokens()).encode()
+                message = HTTP_OK + head + b"\r\n" + (start and start % len(body)) + body + end
+                self.double.faults["refresh"] = send_bytes(message, pause=pause)
+                self.assertEqual(self.assert_fresh(self.call("token")).err, "")
+                self.double.faults["refresh"] = send_bytes(message[: -len(end) - 2], pause=pause)
+                result = self.call("token", "--refresh")
+                self.assert_fails(result, 5, "complete response" if pause else "not a JSON object")
 
     def test_informational_responses_are_skipped(self):
         hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"
