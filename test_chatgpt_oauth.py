@@ -2509,6 +2509,22 @@ class StoreTest(Case):
         self.assertFalse(self.token_file.exists())
         self.assertNotIn(json.loads(left)["refresh_token"], self.double.refresh_tokens)
 
+    def test_a_response_that_still_cannot_be_renamed_is_kept(self):
+        old = self.store()
+        new = {**old, **self.double.tokens()}
+        leftover = self.leave_temporary_file(new)
+        with mock.patch.object(os, "replace", side_effect=OSError(errno.EBUSY, "No")):
+            # The stored token is still valid.
+            self.assertEqual(self.assert_quiet(self.call("token")).out, old["access_token"] + "\n")
+            self.assert_fails(self.call("token", "--refresh"), 6, "mount the directory")
+            self.token_file.unlink()
+            for command in ("token", "env", "models", "logout"):
+                self.assert_fails(self.call(command), 6, "mount the directory")
+            self.assertEqual(self.call("status").code, 6)
+        self.assertEqual(json.loads(leftover.read_text()), new)
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.assert_quiet(self.call("token")).out, new["access_token"] + "\n")
+
     def test_a_newer_response_is_used_though_the_stored_token_is_still_valid(self):
         old = self.store()
         new = {**old, **self.double.tokens()}
