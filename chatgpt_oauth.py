@@ -3588,47 +3588,42 @@ def exchange_and_store(
         except StorageError as error:
             session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
         session.token_file.reserve(old.fields if old else {})
-        tries, stored = Retry(session.settings.retry_window, session.notify), False
+        retry = Retry(session.settings.retry_window, session.notify)
+        is_stored = False
         while True:
             try:
+                # Between the response and the disk nothing may interrupt: the code is spent.
                 with uninterrupted(session.settings):
                     response = exchange_code(session.client, code, verifier, redirect_uri)
                     _store_sign_in(session, response, old, nonce)
-                    stored = True
+                    is_stored = True
                 return old
             except RequestError as error:
-                tries.wait(error)
+                retry.wait(error)
             except KeyboardInterrupt:
-                if stored:
-                    text, command = "to sign out, run", session.client.sign_out_command
-                    session.notify("warning", f"you are signed in all the same; {text}", command)
+                if is_stored:
+                    session.notify(
+                        "warning",
+                        "you are signed in all the same; to sign out, run",
+                        session.client.sign_out_command,
+                    )
                 raise
 
 
 def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], nonce: str) -> None:
     """Store the tokens in `response`. If they can't be stored, revoke them and raise OAuthError."""
     client = session.client
-    fields = {"issuer": session.settings.issuer, "client_id": client.client_id}
-    fields = merged(fields, response, session.notify)
-    tokens = Tokens(fields)
+    origin = {"issuer": session.settings.issuer, "client_id": client.client_id}
+    tokens = Tokens(merged(origin, response, session.notify))
     try:
-        fields.update(client.sign_in_fields(response, nonce))
-        tokens = Tokens(fields)
+        tokens = Tokens({**tokens.fields, **client.sign_in_fields(response, nonce)})
         if client.workspace and tokens.account_id != client.workspace:
             raise OAuthError(
                 f"signed in to workspace {tokens.account_id or 'unknown'} instead of "
                 f"{client.workspace}; nothing was stored",
                 "try again, and choose that workspace in the browser",
             )
-        if tokens.account_id:
-            fields["account_id"] = tokens.account_id
-        if old and tokens.same_account(old):
-            replaced = (*SECRET_KEYS, *TOKEN_DETAILS)
-            kept = {k: value for k, value in old.fields.items() if k not in replaced}
-            if old.api_key:
-                kept["api_key"] = old.api_key
-            fields = {**kept, **fields}
-        session.token_file.save(fields)
+        session.token_file.save(_fields_to_store(tokens, old))
     except NotReplacedError:
         # The tokens are on disk. The next process puts them into place.
         raise
@@ -3639,6 +3634,20 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         raise
 
 
+def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:
+    """Return the members of a new sign-in, plus the `old` ones of the same account that remain."""
+    fields = dict(tokens.fields)
+    if tokens.account_id:
+        fields["account_id"] = tokens.account_id
+    if not (old and tokens.same_account(old)):
+        return fields
+    replaced = (*SECRET_KEYS, *TOKEN_DETAILS)
+    kept = {name: value for name, value in old.fields.items() if name not in replaced}
+    if old.api_key:
+        kept["api_key"] = old.api_key
+    return {**kept, **fields}
+
+
 def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens]) -> None:
     """Finish a sign-in whose tokens are stored: get the API key and import the models.
 
@@ -3646,34 +3655,50 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
     client, tokens = session.client, session.tokens()
-    email, workspace = identity(tokens)["email"], workspace_label(tokens)
-    session.notify("done", f"Signed in{f' as {email}' if email else ''}{workspace}")
-    allowed = client.plan_allowed(tokens.fields)
-    try:
-        if client.shares_tokens:
+    email = identity(tokens)["email"]
+    name = f" as {email}" if email else ""
+    session.notify("done", f"Signed in{name}{workspace_label(tokens)}")
+    plan_allowed = client.plan_allowed(tokens.fields)
+    if client.shares_tokens:
+        with errors_as_warnings(session):
             obtain_api_key(session)
-    except OAuthError as error:
-        tell_error(session.notify, error, "warning")
-    try:
-        if allowed:
+    with errors_as_warnings(session):
+        if plan_allowed:
             import_models(session, models)
         else:
             # Entries of an earlier sign-in can no longer be used.
             register_models(session, {})
-    except OAuthError as error:
-        tell_error(session.notify, error, "warning")
-    other_account = old and old.account and tokens.account not in (None, old.account)
-    if old and old.refresh_token not in (None, tokens.refresh_token) and other_account:
-        # The old token of the same account isn't revoked: both tokens may belong to one grant,
-        # and RFC 7009 §2.1 allows the server to end all of it.
+    if old and can_revoke_previous(old, tokens):
         who = identity(old)["email"] or "the previous account"
         session.notify("info", f"Signed out of {who}")
         revoke_or_warn(session, old)
     session.notify("info", f"Tokens saved in {session.token_file.path}")
-    if not allowed:
+    if not plan_allowed:
         raise plan_not_allowed()
     if client.payment_notice:
         session.notify("info", client.payment_notice)
+
+
+@contextlib.contextmanager
+def errors_as_warnings(session: Session) -> Iterator[None]:
+    """Report an OAuthError in the block as a warning and go on after the block."""
+    try:
+        yield
+    except OAuthError as error:
+        tell_error(session.notify, error, "warning")
+
+
+def can_revoke_previous(old: Tokens, new: Tokens) -> bool:
+    """Whether the `old` refresh token can be revoked without ending the `new` sign-in.
+
+    Two tokens of one account may belong to one grant, and RFC 7009 §2.1 allows the server to end
+    all of it. So the accounts must be known to differ.
+    """
+    if not old.refresh_token or old.refresh_token == new.refresh_token:
+        return False
+    if not old.account or not new.account:
+        return False
+    return old.account != new.account
 
 
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
@@ -3690,32 +3715,35 @@ def obtain_api_key(session: Session) -> None:
     A refused key is removed. Raises OAuthError if no new key is available.
     """
     tokens = session.tokens()
-    if tokens.api_key and not api_key_refused(session.settings, tokens):
+    if tokens.api_key and not is_api_key_refused(session.settings, tokens):
         session.notify("done", "API key available (unchanged)")
         return
-    new: Fields = {}
-    missing: Optional[OAuthError] = None
+    api_key = ""
+    failure: Optional[OAuthError] = None
     try:
-        new = {"api_key": exchange_id_token(session.settings, tokens.id_token or "")}
+        api_key = exchange_id_token(session.settings, tokens.id_token or "")
     # A network fault doesn't mean that the account can't have a key.
     except UnavailableError as error:
-        missing = OAuthError(f"no API key: {error}", "to try again, run", "auth")
+        failure = OAuthError(f"no API key: {error}", "to try again, run", "auth")
     except OAuthError as error:
         reason = str(error)
         if "missing organization_id" in reason:
             reason = "this account has no organization (missing organization_id)"
-        missing = no_api_key(f"no API key: {reason}")
+        failure = no_api_key(f"no API key: {reason}")
     with session.token_file.lock():
         current = session.token_file.load()
+        # Another process may have signed in to another account in the meantime.
         if current and tokens.same_account(current):
-            kept = {k: value for k, value in current.fields.items() if k != "api_key"}
-            session.token_file.save({**kept, **new})
-    if missing:
-        raise missing
+            fields = {k: value for k, value in current.fields.items() if k != "api_key"}
+            if api_key:
+                fields["api_key"] = api_key
+            session.token_file.save(fields)
+    if failure:
+        raise failure
     session.notify("done", "API key available")
 
 
-def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
+def is_api_key_refused(settings: Settings, tokens: Tokens) -> bool:
     """Whether the API refuses the stored key. If the API can't be reached, it doesn't."""
     try:
         return request_models(settings, "api", tokens).is_unauthorized
@@ -3726,13 +3754,15 @@ def api_key_refused(settings: Settings, tokens: Tokens) -> bool:
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     """Return `email`, `plan` and `organization_id` from the tokens' claims, None if unknown."""
     auth = tokens.auth_claims()
-    emails = [decode_claims(tokens.id_token), auth_claims(tokens.access_token, "profile")]
+    # OpenAI's access tokens have the email address in a claim of their own.
+    email = text_or_none(decode_claims(tokens.id_token).get("email"))
+    if not email:
+        email = text_or_none(auth_claims(tokens.access_token, "profile").get("email"))
+    organization = auth.get("organization_id") or _organization(auth).get("id")
     return {
-        "email": next(filter(None, (text_or_none(each.get("email")) for each in emails)), None),
+        "email": email,
         "plan": text_or_none(auth.get("chatgpt_plan_type")),
-        "organization_id": text_or_none(
-            auth.get("organization_id") or _organization(auth).get("id")
-        ),
+        "organization_id": text_or_none(organization),
     }
 
 
@@ -3742,8 +3772,10 @@ def _organization(auth: Fields) -> Fields:
     if not isinstance(listed, list):
         return {}
     known: List[Fields] = [entry for entry in listed if isinstance(entry, dict)]
-    default = [entry for entry in known if entry.get("is_default") is True]
-    return next(iter(default + known), {})
+    for organization in known:
+        if organization.get("is_default") is True:
+            return organization
+    return known[0] if known else {}
 
 
 def workspace_label(tokens: Tokens) -> str:
@@ -3753,7 +3785,8 @@ def workspace_label(tokens: Tokens) -> str:
     if not tokens.account_id or not any(word in plan for word in WORKSPACE_PLANS):
         return ""
     title = text_or_none(_organization(auth).get("title"))
-    return f" (workspace {f'{title}, ' if title else ''}{tokens.account_id})"
+    name = f"{title}, {tokens.account_id}" if title else tokens.account_id
+    return f" (workspace {name})"
 
 
 def is_terminal(descriptor: int, mode: int = 0) -> bool:
@@ -3762,15 +3795,17 @@ def is_terminal(descriptor: int, mode: int = 0) -> bool:
     On Windows, `mode` bits are added to the console's mode, and the result is False if the console
     doesn't support them. Windows' isatty is also true for NUL, which isn't a console.
     """
-    if sys.platform == "win32" and os.isatty(descriptor):
-        import ctypes
-        import msvcrt
+    if sys.platform != "win32" or not os.isatty(descriptor):
+        return os.isatty(descriptor)
+    import ctypes
+    import msvcrt
 
-        kernel, before = ctypes.WinDLL("kernel32"), ctypes.c_ulong()
-        handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
-        known = kernel.GetConsoleMode(handle, ctypes.byref(before))
-        return bool(known and (not mode or kernel.SetConsoleMode(handle, before.value | mode)))
-    return os.isatty(descriptor)
+    kernel = ctypes.WinDLL("kernel32")
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+    before = ctypes.c_ulong()
+    if not kernel.GetConsoleMode(handle, ctypes.byref(before)):
+        return False
+    return not mode or bool(kernel.SetConsoleMode(handle, before.value | mode))
 
 
 class StandardInput:
@@ -3785,17 +3820,30 @@ class StandardInput:
 
     def __init__(self, reading: bool) -> None:
         self.usable = self.is_terminal = False
+        # Standard input may be closed, or an object without a descriptor.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
-            self.is_terminal = reading and is_terminal(self.descriptor)
-            # A character device that isn't a terminal, such as /dev/null, has no lines to read.
-            device = stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
-            self.usable = self.is_terminal or (reading and not device)
-            if self.is_terminal and sys.platform != "win32":
-                # The system stops a background job that reads from its terminal.
-                foreground = os.tcgetpgrp(self.descriptor) == os.getpgrp()
-                self.usable = self.is_terminal = foreground
+            if reading:
+                self._examine()
         self.ask()
+
+    def _examine(self) -> None:
+        """Set `usable` and `is_terminal`."""
+        if is_terminal(self.descriptor):
+            # The system stops a background job that reads from its terminal.
+            self.usable = self.is_terminal = self._is_in_foreground()
+            return
+        # A character device that isn't a terminal, such as /dev/null, has no lines to read.
+        self.usable = not stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
+
+    def _is_in_foreground(self) -> bool:
+        if sys.platform == "win32":
+            return True
+        try:
+            return os.tcgetpgrp(self.descriptor) == os.getpgrp()
+        except OSError:
+            # A terminal that doesn't control this process can't stop it.
+            return True
 
     def ask(self) -> None:
         """Start to read the next `line`, a future whose result is "" at the end of the input."""
@@ -3812,16 +3860,14 @@ class StandardInput:
         self.line.cancel()
 
     def _read(self, line: AnyFuture) -> None:
-        import select
-
         text = bytearray()
         # A terminal that has disappeared counts as the end of the input.
         with contextlib.suppress(OSError):
             while len(text) < LINE_LIMIT and not text.endswith(b"\n"):
-                ready = sys.platform == "win32" or select.select([self.descriptor], [], [], 0.1)[0]
+                is_ready = self._wait_for_input()
                 if line.cancelled():
                     return
-                if not ready:
+                if not is_ready:
                     continue
                 byte = os.read(self.descriptor, 1)
                 if not byte:
@@ -3829,6 +3875,15 @@ class StandardInput:
                 text += byte
         if line.set_running_or_notify_cancel():
             line.set_result(text.decode("utf-8", "replace"))
+
+    def _wait_for_input(self) -> bool:
+        """Wait up to 0.1 seconds for input. True at once on Windows, where select needs sockets."""
+        import select
+
+        if sys.platform == "win32":
+            return True
+        ready, _, _ = select.select([self.descriptor], [], [], 0.1)
+        return bool(ready)
 
 
 class BrowserSignIn:
@@ -3903,15 +3958,20 @@ class BrowserSignIn:
 
     def _attempt(self) -> bool:
         """Whether the person signed in before the timeout. Raises OAuthError."""
-        port, servers, fault = open_port(self.session.client)
-        if fault and not self.stdin.usable:
-            hint = self.session.client.without_port
-            raise OAuthError(fault, hint.text, hint.command)
-        self.request = BrowserSignIn.latest = AuthorizationRequest(self.session.client, port)
+        client, notify = self.session.client, self.session.notify
+        servers: List[Any] = []
+        try:
+            port, servers = open_port(client)
+        except OAuthError as error:
+            # Without a listener, the URL that the browser ends on can still be pasted.
+            if not self.stdin.usable:
+                raise
+            notify("warning", str(error))
+            # The redirect URI must have a port. Port 0 means any, so there it can be this one.
+            port = client.ports[0] or client.settings.required_port
+        self.request = BrowserSignIn.latest = AuthorizationRequest(client, port)
         callback = Callback(self.request, servers)
         try:
-            if fault:
-                self.session.notify("warning", fault)
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)
             if not self._await_response(callback, deadline):
@@ -4009,9 +4069,11 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     except OAuthError as error:
         error.suggest(session.client.sign_in_command)
         callback.outcome.set_exception(error)
+        # The page is sent at once, because there is no further request for it.
         callback.wait_until_shown(2.0)
         raise
     callback.outcome.set_result(None)
+    # The browser fetches the success page while the rest is being done.
     deadline = time.monotonic() + SUCCESS_PAGE_TIMEOUT
     try:
         complete_sign_in(session, models, old)
@@ -4021,34 +4083,34 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
 
 def authorization_error(response: Dict[str, str]) -> OAuthError:
     """Return the error that an error response (RFC 6749 §4.1.2.1) stands for."""
-    description = response.get("error_description", "")
+    code, description = response["error"], response.get("error_description", "")
     if "missing_codex_entitlement" in description:
         return OAuthError(
             "Codex is not enabled for this workspace",
             "ask your workspace administrator to enable Codex, or choose another workspace",
         )
-    said = printable(": ".join(filter(None, (response["error"], description))), 200)
-    return OAuthError(f"authorization failed ({said})")
+    reason = f"{code}: {description}" if description else code
+    return OAuthError(f"authorization failed ({printable(reason, 200)})")
 
 
-def open_port(client: Client) -> Tuple[int, List[Any], str]:
-    """Return a registered port, its servers, and "".
-
-    If no port can be opened: the first port, no servers, and the reason.
-    """
-    first, reason = client.ports[0] or client.settings.required_port, ""
+def open_port(client: Client) -> Tuple[int, List[Any]]:
+    """Return a port of the client's and its servers. Raises OAuthError if all ports are taken."""
+    hint, reason = client.without_port, ""
     for port in client.ports:
         try:
             servers = loopback_servers(client.addresses, port)
-            return servers[0].socket.getsockname()[1], servers, ""
         except OSError as error:
             reason = reason or error.strerror or "error"
+        else:
+            # Port 0 is replaced by the one that the system has chosen.
+            return servers[0].socket.getsockname()[1], servers
     if client.ports == (0,):
-        return first, [], f"cannot listen on {client.addresses[0]} ({reason})"
-    ports = " or ".join(map(str, client.ports))
-    owner = PORT_OWNERS.get(sys.platform, PORT_OWNERS["linux"]).format(first)
+        fault = f"cannot listen on {client.addresses[0]} ({reason})"
+        raise OAuthError(fault, hint.text, hint.command)
+    ports = " or ".join(str(port) for port in client.ports)
+    owner = PORT_OWNERS.get(sys.platform, PORT_OWNERS["linux"]).format(client.ports[0])
     fault = f"cannot listen on port {ports} ({reason}); to see what uses them, run: {owner}"
-    return first, [], fault
+    raise OAuthError(fault, hint.text, hint.command)
 
 
 def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional[float]) -> None:
@@ -4080,22 +4142,23 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
 
     Raises OAuthError if the code is refused or time.monotonic() reaches `deadline`.
     """
-    told = ""
+    last_fault = ""
     while True:
-        until = min(time.monotonic() + device.pause, deadline)
-        while time.monotonic() < until:
+        next_poll = min(time.monotonic() + device.pause, deadline)
+        while time.monotonic() < next_poll:
             session.notify("countdown", str(int(deadline - time.monotonic() + 0.999)))
-            time.sleep(max(0.0, min(1.0, until - time.monotonic())))
-        if until == deadline:
+            time.sleep(max(0.0, min(1.0, next_poll - time.monotonic())))
+        if next_poll == deadline:
             raise device_code_error()
         try:
             authorization = device.poll()
             if authorization:
                 return authorization
         except RequestError as error:
-            if str(error) != told:
-                told = str(error)
-                session.notify("warning", f"{told}; still trying")
+            # A fault that lasts is reported only once.
+            if str(error) != last_fault:
+                last_fault = str(error)
+                session.notify("warning", f"{last_fault}; still trying")
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
@@ -4104,13 +4167,14 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     A failed revocation is a warning. A broken token file is removed, too. Raises OAuthError after
     everything else is done if the model entries can't be removed.
     """
-    failure: Optional[OAuthError] = None
-    token_file, there = session.token_file, True
-    # A broken file exists, too.
+    token_file = session.token_file
+    # A broken file must be removed, too.
+    has_file = True
     with contextlib.suppress(StorageError):
-        there = token_file.needs_removal()
-    if not there and not registered_entries(session):
+        has_file = token_file.needs_removal()
+    if not has_file and not registered_entries(session):
         return False
+    failure: Optional[OAuthError] = None
     with token_file.lock():
         tokens = None
         try:
@@ -4126,10 +4190,10 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
                 register_models(session, {})
             except OAuthError as error:
                 failure = error
-    who = identity(tokens)["email"] if tokens else None
-    name = f"{f' of {who}' if who else ''}{session.client.label}"
+    email = identity(tokens)["email"] if tokens else None
+    owner = f" of {email}" if email else ""
     removed = "" if failure else "; imported models removed"
-    session.notify("done", f"Signed out{name}{removed}")
+    session.notify("done", f"Signed out{owner}{session.client.label}{removed}")
     if tokens and tokens.api_key:
         url = "https://platform.openai.com/api-keys"
         session.notify("info", f"The API key stays valid; delete it at {url}")
