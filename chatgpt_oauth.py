@@ -3536,8 +3536,9 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 
 # A real user code has about nine characters. This keeps a broken one from flooding the screen.
 USER_CODE_LIMIT = 64  # characters
-# The time to press Enter for a new URL after the sign-in has timed out.
-NEW_URL_TIMEOUT = 60.0  # seconds
+# The remaining time is shown when it reaches one of these. Screen readers read every change aloud,
+# so it isn't shown every second.
+TIME_LEFT_MARKS = (90, 60, 30, 10)  # seconds
 # After this many lines that aren't the URL, nobody is pasting. It could be `yes | auth`.
 PASTE_LIMIT = 20
 # The longest pasted line. An authorization response is shorter.
@@ -3886,6 +3887,29 @@ class StandardInput:
         return bool(ready)
 
 
+class Countdown:
+    """A report of the time that is left until time.monotonic() reaches `deadline`."""
+
+    def __init__(self, notify: Notify, deadline: float) -> None:
+        self.notify, self.deadline = notify, deadline
+        self.seconds = self._seconds_left()
+
+    def _seconds_left(self) -> int:
+        import math
+
+        return math.ceil(self.deadline - time.monotonic())
+
+    def update(self) -> float:
+        """Report the time if it has reached a mark, and return the seconds until the next update.
+
+        The result is 0 after the deadline.
+        """
+        before, self.seconds = self.seconds, self._seconds_left()
+        if any(self.seconds <= mark < before for mark in TIME_LEFT_MARKS) and self.seconds > 0:
+            self.notify("info", f"{self.seconds} seconds left")
+        return max(0.0, min(1.0, self.deadline - time.monotonic()))
+
+
 class BrowserSignIn:
     """The authorization code flow through the loopback redirect or a pasted URL (RFC 8252 §7.3).
 
@@ -3895,8 +3919,6 @@ class BrowserSignIn:
 
     # The request of this process's last attempt. In Code Puppy its URL may be pasted later.
     latest: Optional[AuthorizationRequest] = None
-    # The remaining time is printed when it reaches one of these.
-    countdown_marks: Tuple[int, ...] = (90, 60, 30, 10)  # seconds
     # A subclass adds here how pasting works in its place.
     paste_note = ""
 
@@ -3917,47 +3939,13 @@ class BrowserSignIn:
         self.pastes_left = PASTE_LIMIT
 
     def run(self) -> None:
-        """Sign in. Raises OAuthError."""
+        """Sign in. Raises OAuthError, also when the time is up."""
         try:
-            while not self._attempt() and not self._late_paste():
-                pass
+            self._sign_in()
         finally:
             self.stdin.close()
 
-    def _late_paste(self) -> bool:
-        """Whether a URL that was pasted after the timeout completed the sign-in.
-
-        False means that the person asked for a new URL. Raises OAuthError if nothing is typed.
-        """
-        line = self._line_after_timeout()
-        if not line:
-            longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
-            raise OAuthError(
-                f"timed out after {self.timeout:g} seconds waiting for you to sign in",
-                "to try again with more time, run",
-                f"{self.session.client.sign_in_command} --timeout {longer:g}",
-            )
-        callback = Callback(self.request, [])
-        try:
-            callback.paste(line)
-        except ValueError:
-            # The line isn't a URL: the person just pressed Enter.
-            self.stdin.ask()
-            return False
-        redeem(self.session, self.models, callback)
-        return True
-
-    def _line_after_timeout(self) -> str:
-        """Return the line that is typed within NEW_URL_TIMEOUT after the timeout, or ""."""
-        if not self.stdin.is_terminal:
-            return ""
-        text = f"timed out; press Enter within {NEW_URL_TIMEOUT:g} seconds to get a new URL"
-        self.session.notify("warning", text)
-        in_time = wait_for(self.stdin.line, NEW_URL_TIMEOUT)
-        return str(self.stdin.line.result()) if in_time else ""
-
-    def _attempt(self) -> bool:
-        """Whether the person signed in before the timeout. Raises OAuthError."""
+    def _sign_in(self) -> None:
         client, notify = self.session.client, self.session.notify
         servers: List[Any] = []
         try:
@@ -3969,17 +3957,15 @@ class BrowserSignIn:
             notify("warning", str(error))
             # The redirect URI must have a port. Port 0 means any, so there it can be this one.
             port = client.ports[0] or client.settings.required_port
-        self.request = BrowserSignIn.latest = AuthorizationRequest(client, port)
-        callback = Callback(self.request, servers)
+        request = BrowserSignIn.latest = AuthorizationRequest(client, port)
+        callback = Callback(request, servers)
         try:
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)
-            if not self._await_response(callback, deadline):
-                return False
+            self._await_response(callback, deadline)
             # Everything that is typed from now on is for the next program.
             self.stdin.close()
             redeem(self.session, self.models, callback)
-            return True
         finally:
             callback.close()
 
@@ -4012,24 +3998,30 @@ class BrowserSignIn:
             notify("info", "- To sign in with a code instead, press Ctrl-C and run:")
             notify("command", self.session.client.device_command)
 
-    def _await_response(self, callback: Callback, deadline: float) -> bool:
-        """Whether a browser or a paste brings the response before time.monotonic() `deadline`."""
+    def _await_response(self, callback: Callback, deadline: float) -> None:
+        """Wait until a browser or a paste brings the response.
+
+        Raises OAuthError when time.monotonic() reaches `deadline`.
+        """
         from concurrent.futures import FIRST_COMPLETED, wait
 
-        seconds = 0
-        while not callback.response.done() and time.monotonic() < deadline:
-            before, seconds = seconds, int(deadline - time.monotonic() + 0.999)
-            # A line that repaints itself would overwrite a URL that is being pasted.
-            if not self.stdin.is_terminal:
-                self.session.notify("countdown", str(seconds))
-            elif any(seconds <= mark < before for mark in self.countdown_marks):
-                self.session.notify("info", f"{seconds} seconds left")
-            tick = max(0.0, min(1.0, deadline - time.monotonic()))
-            either: List[AnyFuture] = [callback.response, self.stdin.line]
-            wait(either, tick, FIRST_COMPLETED)
+        countdown = Countdown(self.session.notify, deadline)
+        while not callback.response.done():
+            seconds = countdown.update()
+            if not seconds:
+                raise self._timeout_error()
+            awaited: List[AnyFuture] = [callback.response, self.stdin.line]
+            wait(awaited, seconds, FIRST_COMPLETED)
             if self.stdin.line.done():
                 self._paste(callback, self.stdin.line.result())
-        return callback.response.done()
+
+    def _timeout_error(self) -> OAuthError:
+        longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
+        return OAuthError(
+            f"timed out after {self.timeout:g} seconds waiting for you to sign in",
+            "to try again with more time, run",
+            f"{self.session.client.sign_in_command} --timeout {longer:g}",
+        )
 
     def _paste(self, callback: Callback, line: str) -> None:
         """Accept the response in a `line` of the input ("" at its end), or read another line."""
@@ -4142,14 +4134,15 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
 
     Raises OAuthError if the code is refused or time.monotonic() reaches `deadline`.
     """
+    countdown = Countdown(session.notify, deadline)
     last_fault = ""
     while True:
-        next_poll = min(time.monotonic() + device.pause, deadline)
+        next_poll = time.monotonic() + device.pause
         while time.monotonic() < next_poll:
-            session.notify("countdown", str(int(deadline - time.monotonic() + 0.999)))
-            time.sleep(max(0.0, min(1.0, next_poll - time.monotonic())))
-        if next_poll == deadline:
-            raise device_code_error()
+            seconds = countdown.update()
+            if not seconds:
+                raise device_code_error()
+            time.sleep(max(0.0, min(seconds, next_poll - time.monotonic())))
         try:
             authorization = device.poll()
             if authorization:
@@ -4541,7 +4534,6 @@ class Terminal:
             not is_dumb and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
         )
         self.colour = self.live and not environ.get("NO_COLOR")
-        self.counting = False
         # This is b"" if the encoding has no check mark.
         tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")
         self.tick = "\u2713 " if self.live and tick else ""
@@ -4549,14 +4541,9 @@ class Terminal:
     def notify(self, kind: str, text: str, command: str = "") -> None:
         """Print a message, followed by `command` as the person would type it here.
 
-        `kind` is info, done, warning, error, hint, verbatim (printed between empty lines), command
-        (`text` is a command to type) or countdown (`text` is the number of seconds left).
+        `kind` is info, done, warning, error, hint, verbatim (printed between empty lines) or
+        command (`text` is a command to type).
         """
-        if kind == "countdown":
-            if self.live:
-                self._print(f"{int(text) // 60}:{int(text) % 60:02} left ", end="")
-                self.counting = True
-            return
         if kind == "command":
             text = f"    {program_name()} {text}"
         elif command:
@@ -4576,12 +4563,10 @@ class Terminal:
         """Report that Ctrl-C was pressed, on a new line because the terminal shows ^C."""
         self._print(("\n" if self.live else "") + "Interrupted.")
 
-    def _print(self, text: str, end: str = "\n") -> None:
-        clear = "\r\033[K" if self.counting else ""
-        self.counting = False
+    def _print(self, text: str) -> None:
         # If standard error is closed, nobody can read the message.
         with contextlib.suppress(OSError):
-            print(clear + text, end=end, file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5868,17 +5853,12 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
 class PromptSignIn(BrowserSignIn):
     """A sign-in at the host's prompt, where people may keep typing commands."""
 
-    countdown_marks = (60, 30)
     paste_note = " and press Enter (it does not show while you paste)"
 
-    def _line_after_timeout(self) -> str:
-        # The host's prompt follows, so no line is needed.
-        return ""
-
-    def _await_response(self, callback: Callback, deadline: float) -> bool:
+    def _await_response(self, callback: Callback, deadline: float) -> None:
         try:
             with self._echo_off():
-                return super()._await_response(callback, deadline)
+                super()._await_response(callback, deadline)
         finally:
             if not callback.response.done():
                 text = "To finish this sign-in with the URL that the browser ends on, run"
@@ -6105,9 +6085,6 @@ class CodePuppyPlugin:
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
         """Show `text` as a message of the host (kinds as in Terminal.notify)."""
-        # The countdown would be a new message every second.
-        if kind == "countdown":
-            return
         if kind == "command":
             text = "    " + self.typed(text)
         elif command:
