@@ -108,8 +108,9 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # Puppy chooses its directory the same way.
     "home": None,
     "prefix": "chatgpt-",
-    # Tokens. If this value isn't edited, the plan's models get 258400 instead.
-    "default_context_length": 128000,
+    # Tokens, for models whose context length is unknown. None means API_CONTEXT_LENGTH for models
+    # of the API and PLAN_CONTEXT_LENGTH for those of the ChatGPT plan.
+    "default_context_length": None,
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
     # API models that are available only at /v1/responses.
@@ -137,17 +138,26 @@ class Rule:
     """The format of a setting: a regular expression, and a description of it for error messages.
 
     If the pattern has a group 1, that group is the value. The value is converted to the type
-    `kind`. A group named `number` must be between `low` and `high`.
+    `kind`. A group named `number` must be between `low` and `high`. If the setting is `optional`,
+    None is valid, too, and stays None.
     """
 
     def __init__(
-        self, pattern: str, meaning: str, kind: Any = str, low: float = 0, high: float = 0
+        self,
+        pattern: str,
+        meaning: str,
+        kind: Any = str,
+        low: float = 0,
+        high: float = 0,
+        optional: bool = False,
     ) -> None:
         self.pattern, self.meaning, self.kind = pattern, meaning, kind
-        self.low, self.high = low, high
+        self.low, self.high, self.optional = low, high, optional
 
     def check(self, name: str, value: object) -> Any:
         """Return `value` in its normal form. Raises UsageError, naming `name`, if it is invalid."""
+        if value is None and self.optional:
+            return None
         found = re.fullmatch(self.pattern, str(value), re.ASCII)
         if not found or not self._is_in_range(found.groupdict().get("number")):
             raise UsageError(f"{name} must be {self.meaning}")
@@ -191,7 +201,9 @@ RULES = {
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.169.0"),
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
-    "default_context_length": Rule(_INTEGER, "a number from 1 to 1000000000", int, 1, 10**9),
+    "default_context_length": Rule(
+        _INTEGER, "a number from 1 to 1000000000", int, 1, 10**9, optional=True
+    ),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
     "responses_patterns": Rule(r"[!-~]*", _GLOBS),
@@ -227,7 +239,7 @@ class Settings:
     codex_client_version: str
     home: str
     prefix: str
-    default_context_length: int
+    default_context_length: Optional[int]
     model_patterns: str
     model_excludes: str
     responses_patterns: str
@@ -3419,7 +3431,7 @@ def _api_entry(settings: Settings, model: str) -> Fields:
             "url": base_url(settings, "api"),
             "api_key": "$" + settings.api_key_env_var,
         },
-        "context_length": settings.default_context_length,
+        "context_length": settings.default_context_length or API_CONTEXT_LENGTH,
         "oauth_source": OAUTH_SOURCE,
     }
 
@@ -3466,8 +3478,7 @@ def _context_length(settings: Settings, listed: Fields) -> int:
         length = int((number_or_none(listed.get(name)) or 0) * percent / 100)
         if MIN_CONTEXT_LENGTH <= length <= MAX_CONTEXT_LENGTH:
             return length
-    default: int = settings.default_context_length
-    return PLAN_CONTEXT_LENGTH if default == API_CONTEXT_LENGTH else default
+    return settings.default_context_length or PLAN_CONTEXT_LENGTH
 
 
 def import_models(

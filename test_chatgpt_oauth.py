@@ -1428,7 +1428,7 @@ class SettingsTest(Case):
             "home": ("", "~nobody-of-this-name/x"),
             "prefix": ("", "-x", "a b"),
             "workspace": ("a b", "a/b", "x" * 129),
-            "default_context_length": ("0", "x"),
+            "default_context_length": ("0", "x", "", "None", "1000000001"),
             "model_patterns": ("", "a b"),
             "model_excludes": ("a b",),
             "responses_patterns": ("a b",),
@@ -3964,8 +3964,22 @@ class ModelsTest(Case):
         self.assertEqual(length(context_window=2, max_context_window=100000), 95000)
         for window in (None, "x", 2, 15999, 10**11, True, -5):
             self.assertEqual(length(context_window=window), 258400)
-        entries = self.entries("--source", "codex", CHATGPT_OAUTH_DEFAULT_CONTEXT_LENGTH="64000")
-        self.assertEqual(entries["chatgpt-gpt-6"]["context_length"], 64000)
+
+    def test_a_default_context_length_applies_to_both_kinds_of_models(self):
+        self.double.codex_models = [{"slug": "gpt-6"}, {"slug": "gpt-7", "context_window": 100000}]
+
+        def lengths(source, **environ):
+            entries = self.entries("--source", source, **environ)
+            return [entry["context_length"] for entry in entries.values()]
+
+        self.assertEqual(set(lengths("api")), {128000})
+        self.assertEqual(lengths("codex"), [258400, 95000])
+        for length in (64000, 128000, 258400):
+            environ = {"CHATGPT_OAUTH_DEFAULT_CONTEXT_LENGTH": str(length)}
+            self.assertEqual(set(lengths("api", **environ)), {length})
+            self.assertEqual(lengths("codex", **environ), [length, 95000])
+            with mock.patch.dict(oauth.CHATGPT_OAUTH_CONFIG, {"default_context_length": length}):
+                self.assertEqual(lengths("codex"), [length, 95000])
 
     def test_invalid_model_ids_are_skipped_with_one_warning(self):
         self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
@@ -7498,7 +7512,7 @@ class SpecificationTest(Case):
         "codex_client_version": "0.169.0",
         "home": None,
         "prefix": "chatgpt-",
-        "default_context_length": 128000,
+        "default_context_length": None,
         "model_patterns": "gpt-*,o1-*,o3-*",
         "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
         "responses_patterns": "*-codex*,*-pro,*-pro-*",
