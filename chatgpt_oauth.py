@@ -3928,8 +3928,6 @@ class BrowserSignIn:
     and `reading` whether a URL can be pasted into standard input.
     """
 
-    # The request of this process's last attempt. In Code Puppy its URL may be pasted later.
-    latest: Optional[AuthorizationRequest] = None
     # A subclass adds here how pasting works in its place.
     paste_note = ""
 
@@ -3968,8 +3966,7 @@ class BrowserSignIn:
             notify("warning", str(error))
             # The redirect URI must have a port. Port 0 means any, so there it can be this one.
             port = client.ports[0] or client.settings.required_port
-        request = BrowserSignIn.latest = AuthorizationRequest(client, port)
-        callback = Callback(request, servers)
+        callback = Callback(AuthorizationRequest(client, port), servers)
         try:
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)
@@ -5865,13 +5862,18 @@ class PromptSignIn(BrowserSignIn):
     """A sign-in at the host's prompt, where people may keep typing commands."""
 
     paste_note = " and press Enter (it does not show while you paste)"
+    # The request of the last sign-in in this process if it was interrupted or timed out. The URL
+    # that its browser ends on can still be passed to /chatgpt-auth.
+    unfinished: Optional[AuthorizationRequest] = None
 
     def _await_response(self, callback: Callback, deadline: float) -> None:
+        PromptSignIn.unfinished = None
         try:
             with self._echo_off():
                 super()._await_response(callback, deadline)
         finally:
             if not callback.response.done():
+                PromptSignIn.unfinished = callback.request
                 text = "To finish this sign-in with the URL that the browser ends on, run"
                 self.session.notify("info", text, "auth URL")
 
@@ -6209,15 +6211,16 @@ class CodePuppyPlugin:
 
     def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
         """Finish an interrupted sign-in with the URL that its browser ended on."""
-        request = BrowserSignIn.latest
+        request = PromptSignIn.unfinished
         if not request:
             raise UsageError("no sign-in is in progress", "to start one, run", "auth")
+        # There is no listener, because the URL is already here.
         callback = Callback(request, [])
         try:
             callback.paste(url)
         except ValueError as error:
             raise UsageError(f"that URL does not work: {error}") from None
-        BrowserSignIn.latest = None
+        PromptSignIn.unfinished = None
         models = ModelFilter(session.settings, options.include, options.exclude, options.source)
         begun = Session(session.settings, session.notify, request.client)
         redeem(begun, models, callback)
