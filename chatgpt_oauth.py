@@ -102,8 +102,10 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "api_base_url": "https://api.openai.com",
     "codex_base_url": "https://chatgpt.com/backend-api/codex",
     "usage_url": "https://chatgpt.com/backend-api/wham/usage",
-    # The Codex backend lists only the models that this version of the Codex CLI supports.
-    "codex_client_version": "0.169.0",
+    # The Codex backend lists only the models that this version of the Codex CLI supports. The
+    # current one is the last release on https://github.com/openai/codex/releases, or what
+    # `npm view @openai/codex version` prints.
+    "codex_client_version": "0.171.0",
     # None means $XDG_DATA_HOME/code_puppy if that variable is set, otherwise ~/.code_puppy. Code
     # Puppy chooses its directory the same way.
     "home": None,
@@ -198,7 +200,7 @@ RULES = {
     "api_base_url": _URL,
     "codex_base_url": _URL,
     "usage_url": _URL,
-    "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.169.0"),
+    "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.171.0"),
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
     "default_context_length": Rule(

@@ -4109,7 +4109,7 @@ class SignInTest(Case):
         self.assertEqual(models["chatgpt-gpt-5.4"]["context_length"], 90000)
         self.assertNotIn("chatgpt-gpt-5.4-secret", models)
         sent = [e for e in self.double.requests if e["endpoint"] == "codex"][0]
-        self.assertEqual(sent["fields"]["client_version"], "0.169.0")
+        self.assertEqual(sent["fields"]["client_version"], "0.171.0")
         self.assertEqual(sent["headers"]["originator"], "chatgpt_oauth")
         self.assertEqual(sent["headers"]["chatgpt-account-id"], "acct-1")
         result = self.run_program("status")
@@ -7093,7 +7093,7 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(self.puppy.usage_requests[-1][1], "acct-2")
         sent = model.provider["openai_client"]["http_client"]["headers"]
         self.assertEqual(sent["originator"], "codex_cli_rs")
-        self.assertEqual(sent["User-Agent"], "codex_cli_rs/0.169.0")
+        self.assertEqual(sent["User-Agent"], "codex_cli_rs/0.171.0")
 
     def assert_request_stops(self, model, *words):
         """Check that a request shows one error and makes the host stop without a retry."""
@@ -7509,7 +7509,7 @@ class SpecificationTest(Case):
         "api_base_url": "https://api.openai.com",
         "codex_base_url": "https://chatgpt.com/backend-api/codex",
         "usage_url": "https://chatgpt.com/backend-api/wham/usage",
-        "codex_client_version": "0.169.0",
+        "codex_client_version": "0.171.0",
         "home": None,
         "prefix": "chatgpt-",
         "default_context_length": None,
