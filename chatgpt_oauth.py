@@ -1606,7 +1606,8 @@ class DeviceCode:
             return self._authorization(response.json_object(what))
         if code == "access_denied":
             raise device_code_error("the sign-in was denied in the browser")
-        if code == "expired_token":
+        # RFC 8628's code is expired_token. Any other code that says so means the same.
+        if "expired" in code.lower():
             raise device_code_error()
         # RFC 8628 §3.5: the longer interval applies to this poll and all later ones.
         if code == "slow_down":

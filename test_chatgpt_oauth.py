@@ -4731,6 +4731,8 @@ class DeviceTest(Case):
             (403, "deviceauth_access_denied", "denied in the browser"),
             (400, "expired_token", "timed out waiting for the code"),
             (400, "deviceauth_expired_token", "timed out waiting for the code"),
+            (403, "device_code_expired", "timed out waiting for the code"),
+            (404, "DEVICE_AUTH_EXPIRED", "timed out waiting for the code"),
             (400, "something", "something"),
         ):
             body = json.dumps({"error": {"code": error}}).encode()
