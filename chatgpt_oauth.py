@@ -764,11 +764,12 @@ def find_proxy(settings: Settings, url: str) -> Tuple[str, str]:
     import urllib.request
 
     proxies = urllib.request.getproxies()
-    proxy = proxies.get("https", "")
+    # An empty HTTPS_PROXY also means that ALL_PROXY applies, as for curl.
+    proxy = proxies.get("https") or proxies.get("all") or ""
     host = urllib.parse.urlsplit(url).netloc
     if not proxy or is_loopback(url) or urllib.request.proxy_bypass(host):
         return "", ""
-    for variable in ("https_proxy", "HTTPS_PROXY"):
+    for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         if settings.environ.get(variable) == proxy:
             return proxy, variable
     return proxy, "the system's settings"
@@ -786,11 +787,16 @@ def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
     url = proxy if "://" in proxy else "http://" + proxy
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port or 80
+        host, port = parts.hostname or "", parts.port or 80
     except ValueError:
-        host, port = None, 80
-    if not host:
-        text = f"cannot use the proxy in {place}: it is not the URL of an HTTP proxy"
+        host = ""
+    fault = ""
+    if url.lower().startswith("socks"):
+        fault = "SOCKS is not supported"
+    elif not host or parts.scheme not in ("http", "https"):
+        fault = "it is not the URL of an HTTP proxy"
+    if fault:
+        text = f"cannot use the proxy in {place}: {fault}"
         hint = "set HTTPS_PROXY to the URL of an HTTP proxy"
         raise RequestError(text, hint, unprocessed=True, retry_after=NEVER)
     headers = {}
@@ -3947,6 +3953,8 @@ class BrowserSignIn:
         # This imports ssl before any thread starts. In Python 3.8, two threads that import from a
         # zip file at the same time break each other's import.
         tls_context(session.settings)
+        # A proxy that can't be used must be reported before the person signs in.
+        new_connection(session.settings, session.settings.issuer, session.settings.request_timeout)
         self.stdin = StandardInput(reading)
         self.pastes_left = PASTE_LIMIT
 

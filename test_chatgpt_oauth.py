@@ -2055,6 +2055,58 @@ threading.Thread.start = limited
             self.assert_fails(self.call("token"), 5, words)
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_an_http_proxy_in_all_proxy_is_used(self):
+        proxy, certificate = self.use_untrusted_issuer()
+        environ = {"HTTPS_PROXY": None, "SSL_CERT_FILE": certificate}
+        socks = "socks5://127.0.0.1:9"
+        for changes in (
+            {"ALL_PROXY": proxy.url},
+            {"all_proxy": proxy.url.replace("http://", "")},
+            {"HTTPS_PROXY": proxy.url, "ALL_PROXY": socks, "all_proxy": socks},
+        ):
+            self.assert_quiet(
+                self.run_program("token", "--refresh", environ={**environ, **changes})
+            )
+        basic = "Basic " + base64.b64encode(b"user:word").decode()
+        self.assertEqual(proxy.seen, [("issuer.example.com:443", basic)] * 3)
+
+    def test_a_proxy_of_another_kind_is_an_error_at_once(self):
+        socks, other = "SOCKS is not supported", "it is not the URL of an HTTP proxy"
+        self.environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
+        before = self.store(lifetime=-10, issuer="https://issuer.example.com")
+        for proxy, fault in (
+            ("socks5://u:hunter2@127.0.0.1:9", socks),
+            ("SOCKS5h://127.0.0.1:9", socks),
+            ("socks4://127.0.0.1:9", socks),
+            ("socks://127.0.0.1:9", socks),
+            ("ftp://u:hunter2@127.0.0.1:9", other),
+            ("http://u:hunter2@127.0.0.1:port", other),
+            ("http://[::1", other),
+            ("http://", other),
+        ):
+            for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+                began = time.monotonic()
+                result = self.call("token", environ={variable: proxy})
+                # Windows has only upper-case variables.
+                variable = variable if POSIX else variable.upper()
+                # The program must not try again, which would take 2 seconds.
+                self.assertLess(time.monotonic() - began, 1.5)
+                words = f"cannot use the proxy in {variable}: {fault}", "hint: set HTTPS_PROXY to"
+                err = self.assert_fails(result, 5, *words).err
+                self.assertNotIn("hunter2", err)
+                self.assertLessEqual(max(map(len, err.split("\n"))), 80)
+        self.assertEqual(self.stored(), before)
+        # The browser must not be opened for a sign-in that can't be completed.
+        environ = {"ALL_PROXY": "socks5://127.0.0.1:9"}
+        err = self.assert_fails(self.call("auth", "--no-browser", environ=environ), 5, socks).err
+        self.assertNotIn("authorize", err)
+        # This proxy isn't used for loopback or for an exempt host.
+        environ["NO_PROXY"] = "issuer.example.com"
+        with mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror):
+            environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+            self.assert_fails(self.call("token", environ=environ), 5, "could not resolve host")
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_a_company_ca_without_key_usage_is_accepted(self):
         self.use_untrusted_issuer()
         ca, ca_key = make_certificate(self.folder, "ca.example.com")
