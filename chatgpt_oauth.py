@@ -689,7 +689,7 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
         # PyPy raises this without a file name if the system has no CA certificates.
         if not path and not error.filename:
             text = f"cannot set up TLS: CA certificates: {os_reason(error)}"
-            raise tls_error(text, certificate_hint(settings)) from None
+            raise tls_error(text, untrusted_ca_hint(settings)) from None
         fault = f"SSLKEYLOGFILE={settings.environ.get('SSLKEYLOGFILE')}"
         text = f"cannot set up TLS: {fault}: {os_reason(error)}"
         raise tls_error(text, "unset SSLKEYLOGFILE, or make the file writable") from None
@@ -702,7 +702,7 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
             if isinstance(error, ssl.SSLError):
                 reason = "it holds no certificate in PEM form"
             text = f"cannot set up TLS: {variable}={path}: {reason}"
-            hint = f"let {variable} name a file of certificates, or unset it"
+            hint = f"set {variable} to a PEM file of CA certificates, or unset it"
             raise tls_error(text, hint) from None
     # Python 3.10 made this the default.
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -722,22 +722,43 @@ def os_reason(error: OSError) -> str:
     return error.strerror or os.strerror(error.errno or 0)
 
 
-def certificate_hint(settings: Settings) -> str:
-    """Return what to do if a server's certificate was not accepted."""
+def certificate_hint(settings: Settings, code: int, place: str) -> str:
+    """Return what to do if a server's certificate was refused.
+
+    `code` is OpenSSL's reason (X509_V_ERR_…), which Python has no names for. `place` is where the
+    proxy is set, or "".
+    """
+    # The certificate isn't valid yet, or it has expired.
+    if code in (9, 10):
+        return f"check this computer's clock: its date is {time.strftime('%Y-%m-%d')}"
+    # The certificate is for another host name or another IP address.
+    if code in (62, 64):
+        if place:
+            return f"check {place}: the proxy may have answered for the server"
+        return "open a web page in a browser: this network may ask you to sign in first"
+    return untrusted_ca_hint(settings)
+
+
+def untrusted_ca_hint(settings: Settings) -> str:
+    """Return what to do if a server's certificate comes from a CA that isn't trusted here."""
     import ssl
 
     for name in (*CA_VARIABLES, "SSL_CERT_DIR"):
         if settings.environ.get(name):
-            return f"the CA certificates that {name} names do not vouch for it; add the right one"
+            return f"{name} does not include the CA of this server; add it"
     paths = ssl.get_default_verify_paths()
     has_certificates = bool(paths.cafile)
     if not has_certificates and paths.capath:
         with contextlib.suppress(OSError):
             has_certificates = bool(os.listdir(paths.capath))
     # On Windows the certificates are in the system's store, not in files.
-    if not has_certificates and sys.platform != "win32":
-        return "there are no CA certificates here (Debian and Ubuntu: apt install ca-certificates)"
-    return "if your network inspects TLS, set SSL_CERT_FILE to its CA certificate file"
+    if has_certificates or sys.platform == "win32":
+        return "if your network inspects TLS, set SSL_CERT_FILE to its CA certificates"
+    # The installer from python.org leaves this step to the person.
+    if paths.openssl_cafile.startswith("/Library/Frameworks/Python.framework/"):
+        folder = f"/Applications/Python {sys.version_info.major}.{sys.version_info.minor}"
+        return f'run "{folder}/Install Certificates.command"'
+    return "there are no CA certificates here (Debian: apt install ca-certificates)"
 
 
 def wait_for(future: AnyFuture, seconds: float) -> bool:
@@ -1095,7 +1116,7 @@ def connection_error(
         fault = f"cannot set up a trusted TLS connection to {host} ({why})"
         retry_after = NEVER
         if unverified:
-            hint = certificate_hint(settings)
+            hint = certificate_hint(settings, getattr(error, "verify_code", 0), place)
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):

@@ -2047,12 +2047,49 @@ threading.Thread.start = limited
         other = make_certificate(self.folder, "other.example.com")[0]
         for name, path in (("SSL_CERT_FILE", other), ("SSL_CERT_DIR", str(self.folder))):
             result = self.run_program("token", environ={name: path})
-            self.assert_fails(result, 5, f"that {name} names do not vouch for it")
-        nowhere = types.SimpleNamespace(cafile=None, capath=str(self.folder / "none"))
-        os.mkdir(nowhere.capath)
-        with mock.patch.object(ssl, "get_default_verify_paths", return_value=nowhere):
-            words = "if your network" if sys.platform == "win32" else "apt install ca-certificates"
-            self.assert_fails(self.call("token"), 5, words)
+            self.assert_fails(result, 5, f"{name} does not include the CA")
+        folder = self.folder / "none"
+        folder.mkdir()
+        python_org = "/Library/Frameworks/Python.framework/Versions/3.13/etc/openssl/cert.pem"
+        for path, words in (
+            ("/etc/ssl/cert.pem", "apt install ca-certificates"),
+            (python_org, "/Install Certificates.command"),
+        ):
+            paths = types.SimpleNamespace(cafile=None, capath=str(folder), openssl_cafile=path)
+            with mock.patch.object(ssl, "get_default_verify_paths", return_value=paths):
+                words = "if your network" if sys.platform == "win32" else words
+                self.assert_fails(self.call("token"), 5, words)
+
+    def test_a_refused_certificate_has_a_hint_for_its_reason(self):
+        clock = "check this computer's clock: its date is " + time.strftime("%Y-")
+        network = "open a web page in a browser: this network may ask you to sign in first"
+        self.store(lifetime=-10, issuer="https://issuer.example.com")
+        before = self.stored()
+        for code, message, proxy, hint in (
+            (9, "certificate is not yet valid", "", clock),
+            (10, "certificate has expired", "", clock),
+            (62, "Hostname mismatch", "", network),
+            (62, "Hostname mismatch", "http://127.0.0.1:9", "check HTTPS_PROXY: the proxy may"),
+            (64, "IP address mismatch", "", network),
+        ):
+            refusal = ssl.SSLCertVerificationError(1, message)
+            refusal.verify_code, refusal.verify_message = code, message
+            environ = {"CHATGPT_OAUTH_ISSUER": "https://issuer.example.com", "HTTPS_PROXY": proxy}
+            with mock.patch.object(http.client.HTTPSConnection, "connect", side_effect=refusal):
+                self.assert_fails(self.call("token", environ=environ), 5, f"({message})", hint)
+        self.assertEqual(self.stored(), before)
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
+    def test_a_certificate_for_another_name_is_reported(self):
+        self.use_untrusted_issuer()
+        environ = {
+            "CHATGPT_OAUTH_ISSUER": "https://other.example.com",
+            "SSL_CERT_FILE": str(self.folder / "certificate.pem"),
+        }
+        self.store(lifetime=-10, issuer="https://other.example.com")
+        result = self.run_program("token", environ=environ)
+        self.assert_fails(result, 5, "ismatch", "check HTTPS_PROXY: the proxy may")
+        self.assertEqual(self.double.requests, [])
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_an_http_proxy_in_all_proxy_is_used(self):
