@@ -7558,11 +7558,14 @@ class FakeClock:
 
     def wait(self, futures, timeout=None, return_when=concurrent.futures.ALL_COMPLETED):
         """Wait for futures, in place of concurrent.futures.wait()."""
-        skips = self.skips_waits or self.is_silent
-        # Half a millisecond is long enough for a response that is on its way.
-        real_timeout = 0.0005 if skips else timeout
+        real_timeout = timeout
+        if self.is_silent:
+            real_timeout = 0
+        if self.skips_waits:
+            # This is long enough for a response that is on its way.
+            real_timeout = 0.0005
         done = WAIT_FOR_FUTURES(futures, real_timeout, return_when)
-        if done.not_done and skips:
+        if done.not_done and (self.skips_waits or self.is_silent):
             self.elapsed += timeout * self.speed
         return done
 
@@ -7841,6 +7844,22 @@ class SpecificationTest(Case):
                 self.assertEqual(result.code, exit_code, result.err)
                 self.assertIn(text, result.err)
 
+    def test_status_online_reports_what_a_status_means(self):
+        for status, answer in (
+            (200, "accepted"),
+            (401, "refused"),
+            (402, "unreachable"),
+            (403, "refused"),
+            (404, "unreachable"),
+            (429, "unreachable"),
+            (500, "unreachable"),
+        ):
+            with self.subTest(status):
+                self.store(api_key="sk-mine")
+                self.fault("api", status, b'{"data": []}')
+                result = self.call_at(FakeClock(), "status", "--online", "--json")
+                self.assertEqual(json.loads(result.out)["online"]["api_key"], answer)
+
     def test_the_meaning_of_a_polls_status(self):
         for status, is_pending in (
             (400, False),
@@ -8015,6 +8034,7 @@ class SpecificationTest(Case):
         clock = FakeClock(skips_waits=True)
         result = self.call_at(clock, "auth", "--no-browser")
         self.assert_fails(result, 1, "timed out after 120 seconds")
+        self.assertEqual(re.findall(r"(\d+) seconds left", result.err), ["90", "60", "30", "10"])
         self.assertAlmostEqual(clock.elapsed, 120, delta=0.1)
 
     def poll_times(self, clock, fault, hint_missing=False, **usercode):
@@ -8089,6 +8109,9 @@ class SpecificationTest(Case):
                 self.assertIn(f"valid for {shown})", err)
                 self.assertIn("timed out waiting for the code", err)
                 self.assertAlmostEqual(clock.elapsed, seconds, 3)
+                self.assertEqual(re.findall(r"(\d+) seconds left", err), ["90", "60", "30", "10"])
+                # The time that is left is checked every second.
+                self.assertEqual(max(clock.pauses), 1)
 
     def test_64_characters_of_a_user_code_are_shown(self):
         for length, shown in ((64, "A" * 64), (65, "A" * 64 + "...")):
