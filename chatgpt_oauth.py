@@ -394,15 +394,17 @@ class StorageError(OAuthError):
 @contextlib.contextmanager
 def nothing_but_oauth_errors() -> Iterator[None]:
     """Raise OAuthError if this Python lacks a module or the system is out of resources."""
+    hint = "close some programs, then try again"
     try:
         yield
     # Some distributions split Python into packages and install only a part (python3-minimal).
     except ImportError as error:
         raise OAuthError(f"this Python has no module {error.name}", COMPLETE_PYTHON) from None
+    except MemoryError:
+        raise UnavailableError("this program cannot get enough memory", hint) from None
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
             raise
-        hint = "close some programs, then try again"
         raise UnavailableError(f"this system is at its limits ({error.strerror})", hint) from None
 
 

@@ -1878,6 +1878,11 @@ class WireTest(Case):
                 result = self.call("token", "--refresh")
                 self.assert_fails(result, 5, "complete response" if pause else "not a JSON object")
 
+    def test_a_response_that_exceeds_the_memory_is_an_error(self):
+        self.store(lifetime=-10)
+        with mock.patch.object(http.client.HTTPResponse, "read", side_effect=MemoryError):
+            self.assert_fails(self.call("token"), 5, "memory")
+
     def test_informational_responses_are_skipped(self):
         hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"
         for informational in (
