@@ -465,6 +465,8 @@ PUBLIC_FIELDS = (
 # A string of this form and length in a server's error message may be a token, or a part of a URL
 # that contains one.
 LONG_WORD = r"[A-Za-z0-9._~+/=%-]{32,}"
+# How deeply the arrays and objects of a response may be nested if Python can't parse all of it.
+DEPTH_LIMIT = 20
 # The limit of what counts as a number of seconds, in an interval or since 1970 (the year 5138). It
 # keeps later arithmetic with times from overflowing.
 NUMBER_LIMIT = 1e11
@@ -525,6 +527,35 @@ def is_loopback(url: str) -> bool:
     return re.match(rf"https?://{LOOPBACK}(?:[:/]|$)", url) is not None
 
 
+def parse_json(content: bytes) -> Any:
+    """Return the value of a JSON text from a server, or None if the text isn't valid.
+
+    Arrays and objects that are nested too deeply for Python's parser are taken as empty, so that a
+    useless member of a response doesn't cost the tokens beside it.
+    """
+    try:
+        try:
+            return json.loads(content)
+        except RecursionError:
+            return json.loads(without_deep_parts(content.decode("utf-8", "replace")))
+    except ValueError:
+        return None
+
+
+def without_deep_parts(text: str) -> str:
+    """Return a JSON text without what is nested more than DEPTH_LIMIT levels deep."""
+    kept, depth = [], 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[^"\[\]{}]+|.', text, re.DOTALL):
+        part = found[0]
+        if part in ("]", "}"):
+            depth -= 1
+        if depth < DEPTH_LIMIT:
+            kept.append(part)
+        if part in ("[", "{"):
+            depth += 1
+    return "".join(kept)
+
+
 def decode_claims(jwt: Optional[str]) -> Fields:
     """Return the claims of a JWT (RFC 7519 §3), or {} if `jwt` isn't one.
 
@@ -536,8 +567,8 @@ def decode_claims(jwt: Optional[str]) -> Fields:
 
     try:
         _, payload, _ = (jwt or "").split(".")
-        claims = json.loads(a2b_base64(payload.replace("-", "+").replace("_", "/") + "=="))
-    except (ValueError, RecursionError):
+        claims = parse_json(a2b_base64(payload.replace("-", "+").replace("_", "/") + "=="))
+    except ValueError:
         claims = {}
     return claims if isinstance(claims, dict) else {}
 
@@ -599,10 +630,7 @@ class Response:
         # A 401 with a web page comes from a proxy, not from OpenAI.
         self.is_unauthorized = status == 401 and not self.is_html
         self.retry_after = parse_retry_after(retry_after)
-        try:
-            self.data = json.loads(body)
-        except (ValueError, RecursionError):
-            self.data = None
+        self.data = parse_json(body)
         # There are three forms of errors: OpenAI's {"error": {"code", "message"}}, RFC 6749's
         # {"error", "error_description"}, and the Codex backend's {"detail"}.
         outer = self.data if isinstance(self.data, dict) else {}

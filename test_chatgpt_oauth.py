@@ -1878,6 +1878,16 @@ class WireTest(Case):
                 result = self.call("token", "--refresh")
                 self.assert_fails(result, 5, "complete response" if pause else "not a JSON object")
 
+    def test_deeply_nested_members_do_not_cost_the_tokens(self):
+        for depth in (500, 1000, 50000):
+            for opening, closing in ((b"[", b"]"), (b'{"]": ', b"}")):
+                self.store(lifetime=-10)
+                tokens = json.dumps({**self.double.tokens(), "note": '\\"[['}).encode()
+                deep = opening * depth + b"1" + closing * depth
+                body = b'{"first": ' + deep + b"," + tokens[1:-1] + b', "last": ' + deep + b"}"
+                self.fault("refresh", 200, body)
+                self.assert_fresh(self.call("token"))
+
     def test_a_response_that_exceeds_the_memory_is_an_error(self):
         self.store(lifetime=-10)
         with mock.patch.object(http.client.HTTPResponse, "read", side_effect=MemoryError):
