@@ -4530,7 +4530,7 @@ LAUNCHERS = (COMMAND, COMMAND + ".cmd")
 # https://learn.microsoft.com/en-us/windows/console/setconsolemode
 ESCAPES = 4
 # SGR parameters (ECMA-48 §8.3.117): green, yellow and red.
-COLOURS = {"done": 32, "warning": 33, "error": 31}
+COLORS = {"done": 32, "warning": 33, "error": 31}
 # In characters. An authorization URL, the longest text that isn't cut before, has about 800.
 MESSAGE_LIMIT = 5000
 
@@ -4603,7 +4603,7 @@ class Terminal:
         self.live = (
             not is_dumb and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
         )
-        self.colour = self.live and not environ.get("NO_COLOR")
+        self.color = self.live and not environ.get("NO_COLOR")
         # This is b"" if the encoding has no check mark.
         tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")
         self.tick = "\u2713 " if self.live and tick else ""
@@ -4625,8 +4625,8 @@ class Terminal:
         """Return the beginning of a message, in color if the terminal shows colors."""
         leads = {"done": self.tick, "warning": "warning: ", "error": "error: ", "hint": "hint: "}
         lead = leads.get(kind, "")
-        if lead and self.colour and kind in COLOURS:
-            return f"\033[{COLOURS[kind]}m{lead}\033[0m"
+        if lead and self.color and kind in COLORS:
+            return f"\033[{COLORS[kind]}m{lead}\033[0m"
         return lead
 
     def interrupted(self) -> None:
@@ -6385,6 +6385,7 @@ OPTIONS = {
     "--code-puppy": Option("with the Code Puppy plugin, even where there is no ~/.code_puppy"),
     "--no-code-puppy": Option("without the Code Puppy plugin"),
 }
+# Options that can't be used together.
 EXCLUSIVE = (
     ("--official", "--device"),
     ("--official", "--source"),
@@ -6616,21 +6617,21 @@ def profile_help() -> List[str]:
 
 
 USAGE = """\
-usage: {0} COMMAND [options]
+usage: {program} COMMAND [options]
 
 Sign in with ChatGPT and use it from the command line.
 
 commands:
-{1}
+{commands}
 
 options:
   -h, --help     show help (after a command: for that command)
   -V, --version  show the version
 
 examples:
-  {0} auth
-  eval "$({0} env)"
-  {0} auth --device"""
+  {program} auth
+  eval "$({program} env)"
+  {program} auth --device"""
 USAGE_ENVIRONMENT = """
 
 environment:
@@ -6643,7 +6644,7 @@ environment:
 def usage() -> str:
     """Return the help that is printed if no command is given."""
     commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
-    return USAGE.format(program_name(), commands)
+    return USAGE.format(program=program_name(), commands=commands)
 
 
 def unknown_command(name: str) -> UsageError:
@@ -6697,6 +6698,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         terminal.interrupted()
+        # Shells report a command that SIGINT (2) has ended as 128 + 2.
         return 130
     except OSError as error:
         # If the error names no file, standard output is closed or full.
