@@ -1233,6 +1233,17 @@ class Case(unittest.TestCase):
 
         self.double.faults[endpoint] = once
 
+    def hold_response(self, endpoint):
+        """Make the double hold its responses at `endpoint` until the returned event is set."""
+        released = threading.Event()
+
+        def hold(handler, _):
+            released.wait(WAIT_LIMIT)
+
+        self.double.faults[endpoint] = hold
+        self.addCleanup(released.set)
+        return released
+
     def sign_in(self, *arguments):
         """Sign in, visiting the URL as the browser would, and return standard error."""
         return self.assert_done(self.call("auth", "--no-browser", *arguments, browser=visit)).err
@@ -1824,10 +1835,18 @@ class WireTest(Case):
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         words = "no connection to 127.0.0.1", "within 0.4 seconds"
         self.store(lifetime=-10)
-        # The connection would be ready when less than half of the time is left for the answer.
-        with self.look_up(pause=0.5):
+        look_up, given_up = socket.getaddrinfo, threading.Event()
+
+        def look_up_late(*arguments, **options):
+            given_up.wait(WAIT_LIMIT)
+            return look_up(*arguments, **options)
+
+        threads = set(threading.enumerate())
+        with mock.patch.object(socket, "getaddrinfo", look_up_late):
             self.assert_fails(self.call("token"), 5, *words)
-            time.sleep(0.3)
+        # Wait until the lookup has ended, and the connection that it leads to.
+        given_up.set()
+        wait_for(lambda: set(threading.enumerate()) <= threads)
         if sys.platform == "linux":
             dead = self.dead_address("127.0.0.1")
             with mock.patch.object(socket, "getaddrinfo") as look_up:
@@ -3369,13 +3388,14 @@ for command in ("status", "token"):
 
     def stop_and_go(self, rounds, timeout):
         """Suspend a refresh for longer than the request timeout while its response arrives."""
-        self.double.delay = 0.1
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = str(timeout)
         for number in range(rounds):
             self.store(lifetime=-10)
+            released = self.hold_response("refresh")
             running = self.start("token")
             wait_for(lambda count=number + 1: self.double.count("refresh") == count)
             running.process.send_signal(signal.SIGSTOP)
+            released.set()
             time.sleep(1.5 * timeout)
             running.process.send_signal(signal.SIGCONT)
             self.assertEqual(self.assert_fresh(running.result()).err, "")
@@ -3396,14 +3416,15 @@ for command in ("status", "token"):
             for name in names:
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
 
-        self.double.delay = 0.1
         for name in names:
             with self.subTest(name):
                 self.double.requests.clear()
                 old = self.store(lifetime=-10)["refresh_token"]
+                released = self.hold_response("refresh")
                 running = self.start("token", preexec_fn=prepare)
                 wait_for(lambda: self.double.count("refresh"))
                 running.process.send_signal(getattr(signal, name))
+                released.set()
                 self.assertEqual(running.result(), (-getattr(signal, name), "", ""))
                 wait_for(lambda old=old: self.double.refresh_tokens[old] == "used")
                 self.assert_nothing_lost()
@@ -3466,10 +3487,11 @@ time.sleep(0.2)
     @needs_signals
     def test_ctrl_c_does_not_lose_the_response(self):
         self.store(lifetime=-10)
-        self.double.delay = 0.2
+        released = self.hold_response("refresh")
         running = self.start("token")
         wait_for(lambda: self.double.count("refresh"))
         running.process.send_signal(signal.SIGINT)
+        released.set()
         result = running.result()
         self.assertEqual((result.code, result.out), (130, ""), result.err)
         self.assertEqual(self.call("token").code, 0)
