@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
 import urllib.parse
@@ -1062,6 +1063,13 @@ class Case(unittest.TestCase):
     def setUp(self):
         faulthandler.dump_traceback_later(TEST_LIMIT, exit=True, file=sys.__stderr__)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
+        # Python would print these tracebacks, and the test would succeed.
+        self.tracebacks = []
+        self.addCleanup(self.assert_no_traceback)
+        for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
+            hook = mock.patch.object(module, name, self.keep_traceback)
+            hook.start()
+            self.addCleanup(hook.stop)
         # The ports stay reserved while the double starts, so that it can't get one of them.
         with free_ports(2) as self.ports:
             self.double = Double(self.ports)
@@ -1083,8 +1091,16 @@ class Case(unittest.TestCase):
             **self.double.environment(),
         }
 
+    def keep_traceback(self, error):
+        """Keep the traceback of an exception in a thread or a finalizer."""
+        kinds = error.exc_type, error.exc_value, error.exc_traceback
+        self.tracebacks.append("".join(traceback.format_exception(*kinds)))
+
+    def assert_no_traceback(self):
+        self.assertEqual("".join(self.tracebacks), "")
+
     def require(self, condition, reason):
-        """Skip the rest of the test, or of the subtest, with `reason` unless `condition` is true."""
+        """Skip the rest of the test or subtest with `reason` unless `condition` is true."""
         if not condition:
             self.skipTest(reason)
 
