@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     # Python 3.8 cannot subscript Future, but it never runs this block. "novm" tells that to vermin,
     # the tool that checks which Python versions this file supports.
     AnyFuture = Future[Any]  # novm
+    # A callback of any kind.
+    AnyCallable = Callable[..., Any]
     # A JSON object.
     Fields = Dict[str, Any]
     # Receives a kind of message, a text, and optionally a command: see Terminal.notify.
@@ -3596,6 +3598,142 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     return list(list_models(payer, source))
 
 
+# Prompts that a plan pays for. Code Puppy sends them, and this is what OpenAI expects and answers.
+
+# The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
+PLAN_REFUSED_FIELDS = (
+    *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
+    *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
+    *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
+    *("truncation", "user"),
+)
+# Web search is the only tool hosted by OpenAI that a plan pays for.
+PLAN_TOOLS = ("function", "web_search")
+# These models, up to gpt-5.5, take function tools in `tools`. gpt-5.6 and later ones take them in
+# an input item of type `additional_tools`.
+FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"
+
+
+def plan_request(body: Fields) -> Fields:
+    """Return `body` (POST /v1/responses) in the form that the API accepts when a plan pays."""
+    kept = {name: value for name, value in body.items() if name not in PLAN_REFUSED_FIELDS}
+    items = [
+        {**item, "role": "developer"} if item.get("role") == "system" else item
+        for item in kept.get("input", [])
+    ]
+    tools = [tool for tool in kept.pop("tools", None) or [] if tool.get("type") in PLAN_TOOLS]
+    if not re.match(FLAT_TOOLS_MODELS, str(kept.get("model"))):
+        functions = [tool for tool in tools if tool["type"] == "function"]
+        tools = [tool for tool in tools if tool["type"] != "function"]
+        if functions:
+            item = {"type": "additional_tools", "role": "developer", "tools": functions}
+            items.insert(0, item)
+    if tools:
+        kept["tools"] = tools
+    # The API refuses a tool_choice that names a function.
+    if isinstance(kept.get("tool_choice"), dict):
+        kept["tool_choice"] = "auto"
+    return {**kept, "input": items, "store": False, "stream": True}
+
+
+def completes_response(line: bytes) -> bool:
+    """Whether a line of the event stream completes the response. A failure raises ResponseError."""
+    if not line.startswith(b"data:"):
+        return False
+    data = line[len(b"data:") :].strip()
+    if data == b"[DONE]":
+        raise ResponseError({}, "the answer ended early")
+    # Most events are parts of the answer, and parsing each one would cost time.
+    if b'"error"' not in data and b'"response.' not in data:
+        return False
+    try:
+        event = json.loads(data)
+    except ValueError:
+        return False
+    kind = event.get("type") if isinstance(event, dict) else None
+    response = event.get("response") if kind else None
+    response = response if isinstance(response, dict) else {}
+    if kind == "error":
+        nested = event.get("error")
+        raise ResponseError(nested if isinstance(nested, dict) else event)
+    if kind == "response.failed":
+        raise ResponseError(response.get("error"))
+    if kind == "response.incomplete":
+        details = response.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, dict) else None
+        raise ResponseError({"code": reason}, is_final=True)
+    return kind == "response.completed"
+
+
+class ResponseError(Exception):
+    """The failure of a response that had begun well. `fields` are the server's error object."""
+
+    def __init__(self, fields: object, text: str = "", is_final: bool = False) -> None:
+        self.fields = fields if isinstance(fields, dict) else {}
+        reason = text or self.fields.get("message") or self.fields.get("code") or "no reason given"
+        self.reason = printable(str(reason))
+        self.is_final = is_final
+        super().__init__(self.reason)
+
+
+# Parts of the codes with which OpenAI refuses a prompt for good, each with a message and a hint.
+# A prompt that fails in any other way after its answer has begun is repeated by the host.
+PLAN_REFUSALS = {
+    "workplace_individual_usage_limit": (
+        "your workspace's usage limit for you is reached",
+        "ask your workspace administrator",
+    ),
+    "usage_limit": ("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}"),
+    "usage_not_included": ("your ChatGPT plan does not include this model", "choose another model"),
+    "credits_depleted": ("your account has no credits left", f"see {USAGE_PAGE}"),
+    "insufficient_quota": ("your account has no credits left", f"see {USAGE_PAGE}"),
+    "context_length": (
+        "the conversation is too long for this model",
+        "to shorten it, type /compact; to start a new one, type /clear",
+    ),
+    "user_not_eligible": ("OpenAI does not let this ChatGPT plan pay for requests here", ""),
+    "route_not_supported": ("OpenAI does not let a plan pay for this request", ""),
+    "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
+    "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
+    "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
+    "invalid_prompt": ("OpenAI refused this prompt", "word it in another way"),
+    "policy": ("OpenAI refused this prompt", "word it in another way"),
+    "content_filter": ("the answer is incomplete: OpenAI's content filter ended it", ""),
+    "max_output_tokens": (
+        "the answer is incomplete: it has reached the greatest length",
+        "ask for the rest, or for less at a time",
+    ),
+}
+
+
+def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
+    """Return the error for a refusal that is final, or None if the host should repeat the request.
+
+    `status` is the response's, 0 if the failure came after the answer had begun.
+    """
+    fields = fault if isinstance(fault, dict) else {"message": fault}
+    code = str(fields.get("code") or fields.get("type") or "").lower()
+    reason = text_or_none(fields.get("message")) or text_or_none(fields.get("detail")) or ""
+    if "exceeds the context window" in reason:
+        code = "context_length"
+    for part, (text, hint) in PLAN_REFUSALS.items():
+        if part in code:
+            return OAuthError(text + reset_note(fields), hint)
+    if "invalid_user" in code or (status == 401 and "<" not in reason):
+        text = "OpenAI does not accept this sign-in any more"
+        return SignInEndedError(text, Client.sign_in_command)
+    # 408, 409, 425 and 429 ask for another try.
+    if 400 <= status < 500 and status not in (408, 409, 425, 429):
+        # A web page isn't a reason.
+        shown = f" ({reason})" if reason and "<" not in reason else f" (HTTP {status})"
+        error = OAuthError(f"OpenAI refused this request{shown}")
+        if status == 403:
+            error.hint = "to see what it says about this sign-in, run"
+            error.command = "status --online"
+        return error
+    return None
+
+
 # ---------------------------------------------------------------------------------------------
 # Sign-in: browser, paste and device code
 # ---------------------------------------------------------------------------------------------
@@ -4333,6 +4471,72 @@ def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
         return [], "Python cannot find its own executable"
     # With -I, Python doesn't import modules from the current directory.
     return [sys.executable, "-I", "-m", "webbrowser"], ""
+
+
+def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
+    """Finish an interrupted sign-in at the host's prompt with the URL that its browser ended on.
+
+    Raises OAuthError.
+    """
+    request = PromptSignIn.unfinished
+    if not request:
+        raise UsageError("no sign-in is in progress", "to start one, run", "auth")
+    # There is no listener, because the URL is already here.
+    callback = Callback(request, [])
+    try:
+        callback.paste(url)
+    except ValueError as error:
+        raise UsageError(f"that URL does not work: {error}") from None
+    PromptSignIn.unfinished = None
+    begun = Session(session.settings, session.notify, request.client)
+    redeem(begun, models, callback)
+    session.imported = begun.imported
+
+
+class PromptSignIn(BrowserSignIn):
+    """A sign-in at the host's prompt, where people may keep typing commands."""
+
+    paste_note = " and press Enter (it does not show while you paste)"
+    # The request of the last sign-in in this process if it was interrupted or timed out. The URL
+    # that its browser ends on can still be passed to /chatgpt-auth.
+    unfinished: Optional[AuthorizationRequest] = None
+
+    def _await_response(self, callback: Callback, deadline: float) -> None:
+        PromptSignIn.unfinished = None
+        try:
+            with self._echo_off():
+                super()._await_response(callback, deadline)
+        finally:
+            if not callback.response.done():
+                PromptSignIn.unfinished = callback.request
+                text = "To finish this sign-in with the URL that the browser ends on, run"
+                self.session.notify("info", text, "auth URL")
+
+    @contextlib.contextmanager
+    def _echo_off(self) -> Iterator[None]:
+        """Turn off the terminal's echo, because what is typed would mix with our messages."""
+        if sys.platform == "win32" or not self.stdin.is_terminal:
+            yield
+            return
+        import termios
+
+        before = termios.tcgetattr(self.stdin.descriptor)
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, before)
+
+    def _refuse_line(self, line: str, fault: str) -> None:
+        text = f"That URL does not work: {fault}"
+        if line.startswith("/"):
+            text = "Still waiting for the sign-in; press Ctrl-C first to use another command."
+        elif "=" not in line:
+            text = (
+                "Still waiting for the sign-in; only the URL that the browser ends on helps here."
+            )
+        self.session.notify("info", text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5559,13 +5763,23 @@ def remove_program(path: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # Code Puppy: the commands and the plan's models inside Code Puppy (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
-# Code Puppy is "the host" in this room. `CodePuppy` holds everything that reads or changes the
-# host, and `CodePuppyPlugin` holds what we do there. Tested with the releases 0.0.229 and 0.0.946
-# (with the core plugins 0.0.100).
+# Code Puppy is "the host" in this room, and its own ChatGPT plugin is "the built-in one". The room
+# works through the host's public callbacks: it registers ours, then unregisters the built-in's and
+# keeps them for what we don't do, such as /codex-imagegen. `CodePuppy` holds everything that
+# touches the host. Its last methods use names that aren't public. Each says in which release it was
+# seen, why we need it, and what is lost without it. `CodePuppyPlugin` holds what we do there.
+#
+# Nothing of ours raises into the host except a request to a plan model. Building a plan model never
+# fails, because the host would silently use another model, which somebody else pays for.
 
 # Two threads of the host display its messages. The pause lets one finish before the next begins.
 MESSAGE_PAUSE = 0.05  # seconds
-BUILTIN = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
+# After this time, a prompt that waits for a refresh says so.
+SILENT_WAIT = 2.0  # seconds
+# The built-in plugin, by its name (the owner of its callbacks) and by its modules' names. It moved
+# to a package of its own between 0.0.700 and 0.0.800.
+BUILTIN_OWNER = "chatgpt_oauth"
+BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 # The types of model entries that a ChatGPT plan pays for.
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
 NO_PLAN_MODELS = (
@@ -5573,7 +5787,7 @@ NO_PLAN_MODELS = (
     "to use them, update it: pip install --upgrade code-puppy",
 )
 PLUGIN_COMMANDS = {
-    "chatgpt-auth": "Sign in with ChatGPT and import its models (options: --device, a pasted URL)",
+    "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, --official, or a URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
     "codex-auth": "The same as /chatgpt-auth",
@@ -5598,15 +5812,17 @@ def has_module(name: str) -> bool:
 
 
 class CodePuppy:
-    """The host: everything that reads or changes it, each with its release and reason."""
+    """The host: everything that reads or changes it."""
 
     def __init__(self) -> None:
         self.callbacks = host_module("code_puppy.callbacks")
         self.config = host_module("code_puppy.config")
-        # The plan models that the host has built, for the usage line.
-        self.plan_models: Set[str] = set()
-        # The plugin that is being loaded is this one. 0.0.229 has no loading context.
-        self.plugin = getattr(self.callbacks, "get_loading_context", lambda: None)()
+        arguments = sys.argv[1:]
+        # An editor started the host and reads JSON-RPC from its standard output.
+        self.in_editor = "--acp" in arguments
+        # With these options, nobody can type a command at a prompt.
+        without_prompt = re.compile(r"-p.*|--prompt(=.*)?|--setup")
+        self.has_prompt = not any(map(without_prompt.fullmatch, arguments))
         # 0.0.229 has no models that a plan can pay for. If a model has a type that it doesn't
         # know, it silently sends the prompt to another provider.
         self.has_plan_models = has_module("code_puppy.chatgpt_codex_client")
@@ -5620,20 +5836,47 @@ class CodePuppy:
         getattr(messaging, "emit_" + name)(plain)
         time.sleep(MESSAGE_PAUSE)
 
-    def enabled(self) -> bool:
-        """Whether this plugin is enabled now (0.0.946: `disabled_plugins` and /plugins)."""
-        ask = getattr(self.callbacks, "is_callback_owner_enabled", lambda _: True)
-        return bool(ask(self.plugin))
+    def take_over(self, ours: Dict[str, AnyCallable]) -> Optional[Dict[str, List[AnyCallable]]]:
+        """Register `ours` (by phase) and unregister the built-in plugin's callbacks for the phases.
 
-    def adapt(self) -> None:
-        """Adjust our configuration to this release of Code Puppy."""
-        # 0.0.229 has no DATA_DIR and ignores XDG_DATA_HOME.
-        home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
-        CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
-        factory = host_module("code_puppy.model_factory")
-        if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
-            # 0.0.229 doesn't have that type.
-            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
+        Returns the built-in's callbacks by phase, without those that are disabled. Returns None if
+        our plugin is disabled. If anything fails, every step is undone, so that the built-in plugin
+        works as if ours were not there.
+        """
+        theirs: Dict[str, List[AnyCallable]] = {phase: [] for phase in ours}
+        with contextlib.ExitStack() as undo:
+            for phase, callback in ours.items():
+                self.callbacks.register_callback(phase, callback)
+                undo.callback(self._unregister, phase, callback)
+            for phase, callback in ours.items():
+                enabled = self.callbacks.get_callbacks(phase)
+                if callback not in enabled:
+                    return None
+                for each in self._all_callbacks(phase):
+                    if each == callback or not self._is_builtin(each):
+                        continue
+                    self._unregister(phase, each)
+                    undo.callback(self.callbacks.register_callback, phase, each)
+                    if each in enabled:
+                        theirs[phase].append(each)
+            undo.pop_all()
+        return theirs
+
+    def _unregister(self, phase: str, callback: AnyCallable) -> None:
+        self.callbacks.unregister_callback(phase, callback)
+
+    def _all_callbacks(self, phase: str) -> List[AnyCallable]:
+        try:
+            return list(self.callbacks.get_callbacks(phase, include_disabled=True))
+        except TypeError:
+            # Releases up to 0.0.500 can't disable plugins.
+            return list(self.callbacks.get_callbacks(phase))
+
+    def _is_builtin(self, callback: AnyCallable) -> bool:
+        # Releases up to 0.0.500 don't know the owners.
+        owner_of = getattr(self.callbacks, "get_callback_owner", lambda _: None)
+        module = str(getattr(callback, "__module__", ""))
+        return owner_of(callback) == BUILTIN_OWNER or module.startswith(BUILTIN_MODULES)
 
     def overriding_setting(self, name: str, value: Optional[str]) -> str:
         """Return how to remove the host's setting `name`, or "" if it doesn't override `value`.
@@ -5663,320 +5906,324 @@ class CodePuppy:
         """Return the name of the model that the next prompt will use."""
         return text_or_none(self.config.get_global_model_name())
 
-    def forget_model(self) -> None:
-        """Make the next prompt build its model again, with the current API key.
-
-        Otherwise the current agent keeps the model that it started with, and the host keeps what
-        it has read from the models file. 0.0.946 resets the agent in model_switching.py, too.
-        """
-        # Some releases cache neither.
-        with contextlib.suppress(ImportError, AttributeError):
+    def reload_model(self) -> None:
+        """Make the current agent build its model again, with the current API key."""
+        # If the model is gone, the host chooses another one and shows which. A failure shows at the
+        # next prompt.
+        with contextlib.suppress(Exception):
             self.config.clear_model_cache()
-            host_module("code_puppy.agents").get_current_agent()._code_generation_agent = None
+            host_module("code_puppy.agents").get_current_agent().reload_code_generation_agent()
 
-    def unless_disabled(
-        self, ours: Callable[..., Any], theirs: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """Return a function that calls `ours`, or `theirs` while this plugin is disabled."""
-        return lambda *args, **options: (ours if self.enabled() else theirs)(*args, **options)
-
-    def take_over(
-        self, phase: str, ours: Callable[..., Any], remainder: Callable[..., Any]
-    ) -> None:
-        """Register `ours`, and replace the built-in plugin's callback with `remainder`.
-
-        `remainder` receives the built-in's callback, followed by the arguments of the call. It is
-        registered in the name of the built-in plugin, so that the host removes it when that plugin
-        is disabled (0.0.946).
-        """
-        import functools
-
-        callbacks = self.callbacks
-        try:
-            registered = callbacks.get_callbacks(phase, include_disabled=True)
-        except TypeError:
-            # This release can't disable plugins.
-            registered = callbacks.get_callbacks(phase)
-        for theirs in list(registered):
-            if not str(getattr(theirs, "__module__", "")).startswith(BUILTIN):
-                continue
-            owner = getattr(callbacks, "get_callback_owner", lambda _: None)(theirs)
-            callbacks.unregister_callback(phase, theirs)
-            context = callbacks.set_loading_context(owner) if owner else None
-            rest = self.unless_disabled(functools.partial(remainder, theirs), theirs)
-            callbacks.register_callback(phase, rest)
-            if owner:
-                callbacks.clear_loading_context(context)
-        callbacks.register_callback(phase, ours)
-
-    def replace_builtin(self, **ours: Callable[..., Any]) -> None:
-        """Replace the functions of these names in the built-in plugin's modules with `ours`.
-
-        The built-in plugin uses our files, and it writes them in place and without a lock.
-        """
-        for module_name, module in list(sys.modules.items()):
-            if module_name.startswith(BUILTIN) and module_name != __name__:
-                for name in set(ours) & set(vars(module)):
-                    chosen = self.unless_disabled(ours[name], getattr(module, name))
-                    setattr(module, name, chosen)
-
-    def show_usage(self) -> None:
-        """Show the usage line for our plan models, too.
-
-        0.0.946 shows it only for models whose names begin with codex-.
-        """
-        spinner = host_module("code_puppy.messaging.spinner")
-        theirs = spinner._codex_usage_suffix
-
-        def suffix() -> str:
-            if not self.enabled() or self.model_in_use() not in self.plan_models:
-                return str(theirs())
-            usage = self.callbacks.get_usage_status()
-            return f" · Codex {usage}" if usage else ""
-
-        spinner._codex_usage_suffix = suffix
-
-    def refresh_usage(self, url: str, tokens: Tokens) -> None:
-        """Make the built-in plugin request the plan's usage in the background, once a minute."""
-        # 0.0.229 doesn't have this module.
-        usage: Any = sys.modules.get(BUILTIN[0] + ".usage")
-        if usage:
-            usage._USAGE_URL = url
-            usage.refresh_usage_in_background(tokens.access_token, tokens.account_id or "")
-
-    def plan_model(self, model_class: Any, entry: Fields, agent: Dict[str, str]) -> Any:
-        """Build a model of this class for an entry that the plan pays for.
-
-        `agent` are the headers that identify the program. They belong to the client, because the
-        host's client overwrites the User-Agent of a single request.
-        """
+    def plan_model(self, name: str, entry: Fields, access: PlanAccess) -> Any:
+        """Build the model for the entry `name`, which the plan pays for."""
         endpoint = entry["custom_endpoint"]
-        # This client changes each request into a form that the Codex backend understands.
+        hooks: Dict[str, List[AnyCallable]] = {"request": [], "response": [check_response]}
+        if access.official:
+            hooks["request"] = [shape_request]
+        # This client changes each request into a form that the Codex backend understands. It
+        # overwrites the User-Agent of a request, so the headers that name the program belong here.
         http_client = host_module("code_puppy.chatgpt_codex_client").create_codex_async_client(
-            headers={**agent, **endpoint.get("headers", {})},
+            headers={**access.program_headers(), **endpoint.get("headers", {})},
             verify=host_module("code_puppy.http_utils").get_cert_bundle_path(),
+            event_hooks=hooks,
         )
-        if entry["type"] == OfficialClient.model_type:
-            self._shape_requests(http_client)
         client = host_module("openai").AsyncOpenAI(
-            api_key="replaced-by-credentials",
+            api_key="replaced-by-PlanAccess",
             base_url=endpoint["url"],
             # The host repeats failed requests itself.
             max_retries=0,
             http_client=http_client,
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
-        return model_class(entry["name"], provider=provider)
+        options = {"provider": provider, **self._profile(name, entry)}
+        return plan_model_class(access)(entry["name"], **options)
 
-    def _shape_requests(self, http_client: Any) -> None:
-        """Make the host's client also change requests into what the API accepts (0.0.946)."""
-        theirs = http_client._inject_codex_fields
+    # Names of the host that aren't public ---------------------------------------------------
 
-        def inject(body: bytes) -> Tuple[bytes, bool]:
-            changed, forced_stream = theirs(body)
-            return json.dumps(plan_request(json.loads(changed or body))).encode(), forced_stream
+    def adapt(self) -> None:
+        """Adjust our configuration to this release of Code Puppy."""
+        # 0.0.229 has no DATA_DIR and ignores XDG_DATA_HOME.
+        home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
+        CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
+        # 0.0.700 to 0.0.946: the set of types for custom endpoints, in which 0.0.598 and older
+        # releases lack one that our entries may have. Without the name, our entries use only the
+        # older type, as in those releases.
+        factory = host_module("code_puppy.model_factory")
+        if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
+            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
 
-        http_client._inject_codex_fields = inject
+    def _profile(self, name: str, entry: Fields) -> Fields:
+        """Return the argument for a model's profile, which says what the model can do.
 
+        0.0.598 to 0.0.946: _thinking_tags_profile. pydantic-ai doesn't know the newest models, and
+        without the host's profile it throws away their encrypted reasoning after each turn. Without
+        the name, pydantic-ai's own profile is used, and a line says so.
+        """
+        factory = host_module("code_puppy.model_factory")
+        try:
+            return {"profile": factory._thinking_tags_profile(name, entry)}
+        except Exception as error:
+            to_log("info", f"Code Puppy: no model profile: {type(error).__name__}: {error}")
+            self.emit("info", f"{name} may forget its reasoning after each answer in this release")
+            return {}
 
-# The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
-PLAN_REFUSED_FIELDS = (
-    *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
-    *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
-    *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
-    *("truncation", "user"),
-)
-# Web search is the only tool hosted by OpenAI that a plan pays for.
-PLAN_TOOLS = ("function", "web_search")
-# These models, up to gpt-5.5, take function tools in `tools`. gpt-5.6 and later ones take them in
-# an input item of type `additional_tools`.
-FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"
+    def is_answering(self) -> bool:
+        """Whether a prompt is being answered while a command runs.
 
-
-def plan_request(body: Fields) -> Fields:
-    """Return `body` (POST /v1/responses) in the form that the API accepts when a plan pays."""
-    kept = {name: value for name, value in body.items() if name not in PLAN_REFUSED_FIELDS}
-    items = [
-        {**item, "role": "developer"} if item.get("role") == "system" else item
-        for item in kept.get("input", [])
-    ]
-    tools = [tool for tool in kept.pop("tools", None) or [] if tool.get("type") in PLAN_TOOLS]
-    flat = re.match(FLAT_TOOLS_MODELS, str(kept.get("model")))
-    moved = [tool for tool in tools if tool["type"] == "function" and not flat]
-    tools = [tool for tool in tools if tool not in moved]
-    if moved:
-        items.insert(0, {"type": "additional_tools", "role": "developer", "tools": moved})
-    if tools:
-        kept["tools"] = tools
-    # The API refuses a tool_choice that names a function.
-    if isinstance(kept.get("tool_choice"), dict):
-        kept["tool_choice"] = "auto"
-    return {**kept, "input": items, "store": False, "stream": True}
+        0.0.700 to 0.0.946: the host pauses the answer for the command. Without the name, a sign-in
+        that is started during an answer holds up the answer until it has ended.
+        """
+        with contextlib.suppress(Exception):
+            pausing = host_module("code_puppy.messaging.pause_controller").get_pause_controller()
+            return bool(pausing.is_paused())
+        return False
 
 
-def plan_model_class(
-    credentials: Callable[[], Dict[str, str]], stopped: Callable[[OAuthError], Exception]
-) -> Any:
-    """Return a class of models for the Responses API that call `credentials` for every request.
+async def shape_request(request: Any) -> None:
+    """Change a request of the host's HTTP client (an event hook) into what a plan pays for."""
+    if request.method == "POST":
+        body = json.dumps(plan_request(json.loads(request.content))).encode()
+        request.stream = http_library(request).ByteStream(body)
+        request.headers["Content-Length"] = str(len(body))
 
-    The built-in plugin's model gets one access token when it is built, and every request is
-    refused once that has expired (0.0.946). `credentials` returns headers. It may block, so it
-    runs in a thread. `stopped` converts an error into the exception that the host gets.
+
+async def check_response(response: Any) -> None:
+    """Make the stream of a response (an event hook) raise ResponseError unless it ends well."""
+    is_encoded = "content-encoding" in response.headers
+    if response.status_code == 200 and response.request.method == "POST" and not is_encoded:
+        response.stream = checked_stream(response.stream, http_library(response))
+
+
+def http_library(message: Any) -> Any:
+    """Return the library of the host's HTTP client: httpx, since 0.0.800 httpx2."""
+    return sys.modules[type(message).__module__.partition(".")[0]]
+
+
+def checked_stream(source: Any, library: Any) -> Any:
+    """Return a stream with the bytes of `source` that raises ResponseError unless it ends well.
+
+    The bytes are server-sent events. Only `response.completed` is a whole answer. openai's client
+    raises its own error for some failures, and pydantic-ai 2.51 silently ignores others. So they
+    are looked for here, before either sees them.
     """
-    import asyncio
 
+    class CheckedStream(library.AsyncByteStream):  # type: ignore[misc]
+        async def __aiter__(self) -> Any:
+            unfinished, is_complete = b"", False
+            async for chunk in source:
+                *lines, unfinished = (unfinished + chunk).split(b"\n")
+                for line in lines:
+                    is_complete = is_complete or completes_response(line)
+                yield chunk
+            if not is_complete and not completes_response(unfinished):
+                raise ResponseError({}, "the connection ended early")
+
+        async def aclose(self) -> None:
+            await source.aclose()
+
+    return CheckedStream()
+
+
+def reset_note(fields: Fields) -> str:
+    """Return when a usage limit resets, as the end of a message, or "" if that is unknown."""
+    when = number_or_none(fields.get("resets_at"))
+    after = number_or_none(fields.get("resets_in_seconds"))
+    if when is None and after is not None:
+        when = time.time() + after
+    return "" if when is None else f"; it resets {format_distance(timestamp(when))}"
+
+
+class PlanAccess:
+    """What the requests of one plan model need: a sign-in, and what to do about a refusal."""
+
+    def __init__(self, plugin: CodePuppyPlugin, name: str, official: bool) -> None:
+        self.plugin, self.name, self.official = plugin, name, official
+
+    def program_headers(self) -> Dict[str, str]:
+        """Return the headers that name the program."""
+        # A compressed answer can't be checked while it arrives.
+        headers = {"Accept-Encoding": "identity", "User-Agent": f"chatgpt_oauth/{__version__}"}
+        if not self.official:
+            version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
+            # If a setting is invalid, the first request reports it.
+            with contextlib.suppress(UsageError):
+                version = Settings().codex_client_version
+            # The Codex backend serves newer models only to the Codex CLI, which sends these two.
+            headers.update({"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"})
+        return headers
+
+    def model_settings(self, settings: Optional[Fields]) -> Fields:
+        """Return the settings of a request with what the host leaves out for our own type."""
+        settings = dict(settings or {})
+        # /model_settings offers these two for both types. 0.0.946 sends them only for its own.
+        if self.official:
+            settings.setdefault("openai_reasoning_summary", settings.get("summary", "auto"))
+            settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
+        return settings
+
+    async def headers(self, rejected: str) -> Dict[str, str]:
+        """Return the headers with which the plan pays for a request. Raises OAuthError.
+
+        `rejected` is an access token that was answered with 401, or "".
+        """
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        waiting = loop.run_in_executor(None, self._headers, rejected)
+        await asyncio.wait({waiting}, timeout=SILENT_WAIT)
+        if not waiting.done():
+            self.plugin.notify("info", "Waiting for OpenAI to refresh the sign-in...")
+        return await waiting
+
+    def _headers(self, rejected: str) -> Dict[str, str]:
+        messages: List[Tuple[str, ...]] = []
+        session = Session(notify=lambda *message: messages.append(message))
+        if self.official:
+            session = session.official()
+        tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
+        self.plugin.report_refresh(messages)
+        if not session.client.plan_allowed(tokens.fields):
+            raise plan_not_allowed()
+        headers = {"Authorization": f"Bearer {tokens.access_token}"}
+        if not self.official:
+            headers.update(account_headers(tokens))
+        return headers
+
+    def may_refresh(self, error: Any, token: str, rejected: str) -> bool:
+        """Whether `error`, which answered a request with `token`, is worth a refresh.
+
+        `rejected` is the token that was tried before, or "". If the token after a refresh is
+        refused, too, no refresh would help, now or at the next prompt.
+        """
+        # A web page comes from a proxy, not from OpenAI.
+        is_html = isinstance(error.body, str) and error.body.lstrip().startswith("<")
+        if error.status_code != 401 or is_html or token in self.plugin.rejected_tokens:
+            return False
+        if rejected:
+            self.plugin.rejected_tokens.add(token)
+        return not rejected
+
+    def outcome(self, error: Any, http_error: Any) -> Exception:
+        """Return what to raise in the host for `error`, which ended a request."""
+        if isinstance(error, OAuthError):
+            return self.stopped(error)
+        if isinstance(error, ResponseError):
+            refusal = plan_refusal(0, error.fields)
+            if error.is_final and not refusal:
+                refusal = OAuthError(f"the answer is incomplete: {error.reason}")
+            if refusal:
+                return self.stopped(refusal)
+            self.plugin.notify("warning", f"the answer is incomplete: {error.reason}")
+            # The host repeats a request after this status, as often as its settings say.
+            again: Exception = http_error(503, self.name, {"message": error.reason})
+            return again
+        refusal = plan_refusal(error.status_code, error.body)
+        return self.stopped(refusal) if refusal else error
+
+    def stopped(self, error: OAuthError) -> Exception:
+        """Show `error` and return an exception that ends the prompt."""
+        # The hint must name the command for the sign-in that has ended.
+        if isinstance(error, SignInEndedError):
+            client = OfficialClient if self.official else Client
+            error.command = client.sign_in_command
+        return self.plugin.stopped(error)
+
+
+def plan_model_class(access: PlanAccess) -> Any:
+    """Return a class of models for the Responses API whose requests a plan pays for.
+
+    The built-in plugin's model gets one access token when it is built, and every request is refused
+    once that has expired (0.0.946). This one asks for a valid token before each request, and after
+    a 401 it tries once more with another token.
+    """
     http_error = host_module("pydantic_ai.exceptions").ModelHTTPError
     base: Any = host_module("pydantic_ai.models.openai").OpenAIResponsesModel
 
     class PlanModel(base):  # type: ignore[misc]
-        async def request(self, *arguments: Any, **more: Any) -> Any:
-            async with self.request_stream(*arguments, **more) as stream:
+        async def request(self, *arguments: Any, **options: Any) -> Any:
+            async with self.request_stream(*arguments, **options) as stream:
                 async for _ in stream:
                     pass
                 return stream.get()
 
         @contextlib.asynccontextmanager
         async def request_stream(
-            self, messages: Any, model_settings: Any, *rest: Any, **more: Any
+            self, messages: Any, model_settings: Any, *rest: Any, **options: Any
         ) -> Any:
-            loop = asyncio.get_running_loop()
+            settings = access.model_settings(model_settings)
+            outcome = None
             try:
-                headers = await loop.run_in_executor(None, credentials)
-            except OAuthError as error:
-                raise stopped(error) from None
-            wanted = {**(model_settings or {}), "extra_headers": headers}
-            refusal = None
-            try:
-                async with super().request_stream(messages, wanted, *rest, **more) as stream:
-                    yield stream
-            except http_error as error:
-                refusal = plan_refusal(error.status_code, error.body)
-                if not refusal:
+                async with contextlib.AsyncExitStack() as stack:
+                    yield await self._open_stream(stack, messages, settings, *rest, **options)
+            except (OAuthError, ResponseError, http_error) as error:
+                outcome = access.outcome(error, http_error)
+                if outcome is error:
                     raise
             # Raised outside of the `except`, because the host repeats a request if an exception
             # in the chain of causes is a 429.
-            if refusal:
-                raise stopped(refusal)
+            if outcome:
+                raise outcome
 
-        async def _process_streamed_response(self, response: Any, *rest: Any, **more: Any) -> Any:
-            events = PlanEvents(response, stopped)
-            return await super()._process_streamed_response(events, *rest, **more)
+        async def _open_stream(
+            self, stack: Any, messages: Any, settings: Fields, *rest: Any, **options: Any
+        ) -> Any:
+            rejected = ""
+            while True:
+                headers = await access.headers(rejected)
+                token = headers["Authorization"].partition(" ")[2]
+                wanted = {**settings, "extra_headers": headers}
+                opening = super().request_stream(messages, wanted, *rest, **options)
+                try:
+                    return await stack.enter_async_context(opening)
+                except http_error as error:
+                    if not access.may_refresh(error, token, rejected):
+                        raise
+                    rejected = token
 
     return PlanModel
 
 
-class PlanEvents:
-    """The events of one response, as pydantic-ai reads them. Raises an error for a failure.
+def refusing_model(name: str, refusal: Callable[[], Exception]) -> Any:
+    """Return a model that raises `refusal()` at each request."""
+    base: Any = host_module("pydantic_ai.models").Model
 
-    pydantic-ai 2.51 silently ignores `response.failed`.
-    """
+    class RefusingModel(base):  # type: ignore[misc]
+        model_name, system = name, "openai"
 
-    def __init__(self, stream: Any, stopped: Callable[[OAuthError], Exception]) -> None:
-        self.stream, self.stopped, self.close = stream, stopped, stream.close
+        async def request(self, *_: Any, **__: Any) -> Any:
+            raise refusal()
 
-    async def __aiter__(self) -> Any:
-        async for event in self.stream:
-            if event.type == "response.failed":
-                fault = event.response.error
-                code, text = getattr(fault, "code", None), getattr(fault, "message", None)
-                said = f"OpenAI could not finish the response ({text or code or 'no reason given'})"
-                refusal = plan_refusal(0, {"code": code})
-                raise self.stopped(refusal or OAuthError(said, "try again"))
-            yield event
-
-
-# Parts of the codes that OpenAI sends when the plan can't pay, each with a message and a hint.
-PLAN_REFUSALS = {
-    "workplace_individual_usage_limit": (
-        "your workspace's usage limit for you is reached",
-        "ask your workspace administrator",
-    ),
-    "usage_limit": ("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}"),
-    "user_not_eligible": (
-        "this ChatGPT plan cannot pay for requests here",
-        "OpenAI asks for ChatGPT Plus or Pro",
-    ),
-    "route_not_supported": ("OpenAI does not let a plan pay for this request", ""),
-    "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
-    "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
-    "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
-}
-
-
-def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
-    """Return the error for a refused request, or None if the host should handle it."""
-    fields = fault if isinstance(fault, dict) else {}
-    code = str(fields.get("code") or fields.get("type") or "")
-    for part, (text, hint) in PLAN_REFUSALS.items():
-        if part in code:
-            return OAuthError(text, hint)
-    if status == 401 or "invalid_user" in code:
-        text = "OpenAI does not accept this sign-in any more"
-        return SignInEndedError(text, Client.sign_in_command)
-    if status == 403:
-        reason = text_or_none(fields.get("detail"))
-        text = f"OpenAI refused this request{f' ({reason})' if reason else ''}"
-        return OAuthError(text, "to see what it says of this sign-in, run", "status --online")
-    return None
-
-
-class PromptSignIn(BrowserSignIn):
-    """A sign-in at the host's prompt, where people may keep typing commands."""
-
-    paste_note = " and press Enter (it does not show while you paste)"
-    # The request of the last sign-in in this process if it was interrupted or timed out. The URL
-    # that its browser ends on can still be passed to /chatgpt-auth.
-    unfinished: Optional[AuthorizationRequest] = None
-
-    def _await_response(self, callback: Callback, deadline: float) -> None:
-        PromptSignIn.unfinished = None
-        try:
-            with self._echo_off():
-                super()._await_response(callback, deadline)
-        finally:
-            if not callback.response.done():
-                PromptSignIn.unfinished = callback.request
-                text = "To finish this sign-in with the URL that the browser ends on, run"
-                self.session.notify("info", text, "auth URL")
-
-    @contextlib.contextmanager
-    def _echo_off(self) -> Iterator[None]:
-        """Turn off the terminal's echo, because what is typed would mix with our messages."""
-        if sys.platform == "win32" or not self.stdin.is_terminal:
+        @contextlib.asynccontextmanager
+        async def request_stream(self, *_: Any, **__: Any) -> Any:
+            raise refusal()
             yield
-            return
-        import termios
 
-        before = termios.tcgetattr(self.stdin.descriptor)
-        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-        termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, silent)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, before)
-
-    def _refuse_line(self, line: str, fault: str) -> None:
-        text = f"That URL does not work: {fault}"
-        if line.startswith("/"):
-            text = "Still waiting for the sign-in; press Ctrl-C first to use another command."
-        elif "=" not in line:
-            text = (
-                "Still waiting for the sign-in; only the URL that the browser ends on helps here."
-            )
-        self.session.notify("info", text)
+    return RefusingModel()
 
 
-def other_command(theirs: Callable[..., Any], command: str, name: str) -> Any:
-    """Call the built-in's `custom_command`, except for our commands.
+def prompt_ended(text: str) -> Exception:
+    """Return an exception that ends a prompt without another try and without a traceback.
 
-    The host calls every plugin, even after one has handled the command.
+    The host does so only after InterruptedError. It shows it as a group of exceptions (0.0.229 to
+    0.0.946, `except* InterruptedError`), which would read "(1 sub-exception)". A group that comes
+    with its own text isn't shown that way.
     """
-    return None if name in PLUGIN_COMMANDS else theirs(command=command, name=name)
+    import builtins
 
+    # Python has groups since 3.11, as the host does.
+    group: Any = getattr(builtins, "ExceptionGroup", None)
+    if group is None:
+        return InterruptedError(text)
 
-def other_help(theirs: Callable[..., Any]) -> List[Any]:
-    """Return the built-in's `custom_command_help` without our commands."""
-    return [entry for entry in theirs() or [] if entry[0] not in PLUGIN_COMMANDS]
+    class PromptEnded(group):  # type: ignore[misc]
+        def __str__(self) -> str:
+            return str(self.message)
+
+        def derive(self, members: Any) -> Any:
+            return PromptEnded("see the error above", members)
+
+    ended: Exception = PromptEnded(text, [InterruptedError(text)])
+    return ended
 
 
 class CodePuppyPlugin:
@@ -5985,196 +6232,49 @@ class CodePuppyPlugin:
     `parse` is main's reader for the options of a command.
     """
 
-    def __init__(self, parse: Callable[..., Any]) -> None:
+    def __init__(self, parse: AnyCallable) -> None:
         self.host, self.parse = CodePuppy(), parse
+        # The built-in plugin's callbacks by phase, or None while everything is left to it.
+        self.theirs: Optional[Dict[str, List[AnyCallable]]] = None
+        # The API key that this plugin has exported, if any.
         self.exported: Optional[str] = None
+        # Access tokens that came from a refresh after a 401 and were refused, too.
+        self.rejected_tokens: Set[str] = set()
+        self.refresh_failed = False
 
     def register(self) -> None:
-        """Register our commands and models in place of the built-in plugin's."""
-        for step in (
-            self.host.adapt,
-            self._take_files,
-            self._take_commands,
-            self._take_models,
-            self.export_at_start,
-        ):
-            try:
-                step()
-            except Exception as error:
-                # A release may lack something that one step needs. The others still work.
-                to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
+        """Register our commands and models in place of the built-in plugin's.
 
-    def _take_commands(self) -> None:
-        self.host.take_over("custom_command", self.on_command, other_command)
-        our_help = list(PLUGIN_COMMANDS.items())
-        self.host.take_over("custom_command_help", lambda: our_help, other_help)
-
-    def _take_files(self) -> None:
-        self.host.replace_builtin(
-            get_valid_access_token=self.access_token,
-            refresh_access_token=lambda: self.access_token(refresh=True),
-            load_stored_tokens=self.stored_fields,
-            save_chatgpt_models=self.save_models,
-        )
-
-    def _take_models(self) -> None:
+        Whether our plugin is enabled is decided here, once. The host asks for a restart when a
+        person enables or disables a plugin.
+        """
+        ours: Dict[str, AnyCallable] = {
+            "custom_command": self.on_command,
+            "custom_command_help": self.on_help,
+        }
         if self.host.has_plan_models:
-            types = [{"type": each, "handler": self.plan_model} for each in PLAN_TYPES]
-            # The built-in's handler must go, because the first handler for a type is used.
-            self.host.take_over("register_model_type", lambda: types, lambda theirs: [])
-            self.host.show_usage()
-
-    # Replacements for the built-in plugin's functions ---------------------------------------
-
-    def access_token(self, refresh: bool = False) -> Optional[str]:
-        """Return a valid access token, or show a warning and return None."""
+            ours["register_model_type"] = self.model_types
         try:
-            return Session(notify=self.notify).valid_tokens(refresh).access_token
-        except OAuthError as error:
-            tell_error(self.notify, error, "warning")
+            self.host.adapt()
+            self.theirs = self.host.take_over(ours)
+        except Exception as error:
+            to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
+            with contextlib.suppress(Exception):
+                text = "chatgpt_oauth does not fit this release of Code Puppy, whose own commands"
+                self.notify("warning", f"{text} for ChatGPT are used instead")
+            return
+        if self.theirs is not None:
+            with contextlib.suppress(Exception):
+                self.export_at_start()
+
+    # Callbacks ------------------------------------------------------------------------------
+
+    def on_command(self, command: str, name: str) -> Any:
+        """Run one of our commands and return True. Leave any other to the built-in plugin."""
+        if self.theirs is None:
             return None
-
-    def stored_fields(self) -> Optional[Fields]:
-        """Return the token file's content, or None if nobody is signed in."""
-        tokens = self._tokens()
-        return tokens.fields if tokens else None
-
-    def _tokens(self) -> Optional[Tokens]:
-        # `status` reports what is wrong.
-        with contextlib.suppress(OAuthError):
-            return Session(notify=self.notify).tokens()
-        return None
-
-    def save_models(self, models: Fields) -> bool:
-        """Store `models`, and keep our entries, all of which the built-in would remove."""
-        try:
-            session = Session(notify=self.notify)
-            with session.models_file.lock():
-                ours = registered_entries(*session.sign_ins())
-                session.models_file.save({**models, **ours})
-        except OAuthError as error:
-            tell_error(self.notify, error)
-            return False
-        return True
-
-    # Models that the plan pays for ----------------------------------------------------------
-
-    def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
-        """Return the model for an entry that the plan pays for.
-
-        This must not fail, because the host would silently use another model with another payer.
-        """
-        official = entry["type"] == OfficialClient.model_type
-        agent = {"User-Agent": f"chatgpt_oauth/{__version__}"}
-        if not official:
-            self.host.plan_models.add(name)
-            version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
-            # If a setting is invalid, the first request reports it.
-            with contextlib.suppress(UsageError):
-                version = Settings().codex_client_version
-            # The Codex backend serves newer models only to the Codex CLI, which sends these two.
-            agent = {"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"}
-
-        def stopped(error: OAuthError) -> Exception:
-            """Show `error` and return an exception that ends the prompt.
-
-            The host repeats the request up to ten times after any other exception, and then shows
-            a traceback. It doesn't show the text of this one (0.0.946, agents/_runtime.py).
-            """
-            # The hint must name the command for the sign-in that has ended.
-            if isinstance(error, SignInEndedError):
-                error.command = (OfficialClient if official else Client).sign_in_command
-            tell_error(self.notify, error)
-            return InterruptedError(str(error))
-
-        model_class = plan_model_class(lambda: self.credentials(official), stopped)
-        return self.host.plan_model(model_class, entry, agent)
-
-    def credentials(self, official: bool) -> Dict[str, str]:
-        """Return the headers with which the plan pays for a request. Raises OAuthError."""
-        session = Session(notify=self.notify)
-        if official:
-            session = session.official()
-        tokens = session.valid_tokens()
-        if not session.client.plan_allowed(tokens.fields):
-            raise plan_not_allowed()
-        headers = {"Authorization": f"Bearer {tokens.access_token}"}
-        if not official:
-            self.host.refresh_usage(session.settings.usage_url, tokens)
-            if tokens.account_id:
-                headers["ChatGPT-Account-Id"] = tokens.account_id
-        return headers
-
-    # The API key ----------------------------------------------------------------------------
-
-    def export_at_start(self) -> None:
-        """Export the stored API key to the host, which reads it from its environment.
-
-        A value that the person has set stays, unless it can't be a key. The setup guide's `jq`
-        line sets `null` if nobody is signed in.
-        """
-        variable = Settings().api_key_env_var
-        if self.host.enabled() and not can_be_api_key(os.environ.get(variable)):
-            self._export(*self._stored_key())
-
-    def export_again(self) -> None:
-        """Export the key again in case another program has changed the sign-in."""
-        variable, key = self._stored_key()
-        held = os.environ.get(variable)
-        overridden = self._tell_override(variable, key)
-        if key and held not in (key, self.exported) and can_be_api_key(held) and not overridden:
-            text = f"{variable} held another API key; this session uses the stored one from now on"
-            self.notify("warning", text)
-        if held != key and (key or held == self.exported):
-            self._export(variable, key)
-            self.host.forget_model()
-
-    def _tell_override(self, variable: str, key: Optional[str]) -> bool:
-        """Whether a setting of the host overrides the key. If so, also warn about it."""
-        way_out = self.host.overriding_setting(variable, key)
-        if way_out:
-            text = f"the Code Puppy setting {variable.lower()} overrides this API key"
-            self.notify("warning", text)
-            self.notify("hint", way_out)
-        return bool(way_out)
-
-    def _export(self, variable: str, key: Optional[str]) -> None:
-        """Set `variable` in the host's environment to `key`, or remove it if that is None."""
-        self.exported = key
-        os.environ.pop(variable, None)
-        if key:
-            os.environ[variable] = key
-
-    def _stored_key(self) -> Tuple[str, Optional[str]]:
-        """Return the variable for the API key, and the key or None."""
-        tokens = self._tokens()
-        return Settings().api_key_env_var, tokens.api_key if tokens else None
-
-    # Commands -------------------------------------------------------------------------------
-
-    def typed(self, command: str) -> str:
-        """Return how to type a command in the host or, if the host doesn't have it, in a shell."""
-        if "chatgpt-" + command.partition(" ")[0] in PLUGIN_COMMANDS:
-            return f"/chatgpt-{command}"
-        return f"python3 {quote_path(__file__)} {command}"
-
-    def notify(self, kind: str, text: str, command: str = "") -> None:
-        """Show `text` as a message of the host (kinds as in Terminal.notify)."""
-        if kind == "command":
-            text = "    " + self.typed(text)
-        elif command:
-            text = f"{text}: {self.typed(command)}"
-        text = "\n".join(printable(line, 5000) for line in text.splitlines())
-        # The host would break a URL into lines.
-        if kind == "verbatim":
-            print(f"\n{text}\n", flush=True)
-        else:
-            self.host.emit(kind, f"hint: {text}" if kind == "hint" else text)
-
-    def on_command(self, command: str, name: str) -> Optional[bool]:
-        """Run one of our commands and return True, or return None for any other command."""
         if name not in PLUGIN_COMMANDS:
-            return None
+            return self._run_theirs(command, name)
         import signal
 
         try:
@@ -6192,6 +6292,156 @@ class CodePuppyPlugin:
             self.notify("warning", "\nInterrupted.")
         return True
 
+    def _run_theirs(self, command: str, name: str) -> Any:
+        if name in (entry[0].split()[0] for entry in self._their_help()):
+            # The built-in plugin would refresh an expired token without a lock.
+            with contextlib.suppress(OAuthError):
+                Session(notify=self.notify).valid_tokens()
+        for theirs in (self.theirs or {})["custom_command"]:
+            result = theirs(command=command, name=name)
+            if result is not None:
+                return result
+        return None
+
+    def on_help(self) -> List[Tuple[str, str]]:
+        """Return the names and descriptions of our commands, and of the built-in's others."""
+        if self.theirs is None:
+            return []
+        return [*PLUGIN_COMMANDS.items(), *self._their_help()]
+
+    def _their_help(self) -> List[Any]:
+        helps = [theirs() or [] for theirs in (self.theirs or {})["custom_command_help"]]
+        entries = [entry for each in helps for entry in each]
+        return [entry for entry in entries if entry[0].split()[0] not in PLUGIN_COMMANDS]
+
+    def model_types(self) -> List[Fields]:
+        """Return the types of models that we build, and the built-in's others."""
+        if self.theirs is None:
+            return []
+        lists = [theirs() or [] for theirs in self.theirs["register_model_type"]]
+        others = [entry for each in lists for entry in each if entry.get("type") not in PLAN_TYPES]
+        return [{"type": kind, "handler": self.plan_model} for kind in PLAN_TYPES] + others
+
+    def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
+        """Return the model for an entry that the plan pays for. This must not fail (see above)."""
+        access = PlanAccess(self, name, entry.get("type") == OfficialClient.model_type)
+        try:
+            return self.host.plan_model(name, entry, access)
+        except Exception as error:
+            to_log("info", f"Code Puppy: {name}: {type(error).__name__}: {error}")
+            fault = "its entry is incomplete" if isinstance(error, KeyError) else str(error)
+
+            def refusal() -> Exception:
+                text = f"the model {name} cannot be used here ({fault})"
+                return access.stopped(OAuthError(text, "to import the models again, run", "models"))
+
+            return refusing_model(name, refusal)
+
+    # Prompts --------------------------------------------------------------------------------
+
+    def report_refresh(self, messages: List[Tuple[str, ...]]) -> None:
+        """Show `messages` about a failed refresh in short, once until a refresh succeeds."""
+        if messages and not self.refresh_failed:
+            for kind, text, *command in messages:
+                self.notify(kind, text.partition(";")[0], *command)
+        self.refresh_failed = bool(messages)
+
+    def stopped(self, error: OAuthError) -> Exception:
+        """Show `error` and return an exception that ends the prompt."""
+        if not self.host.in_editor:
+            tell_error(self.notify, error)
+            return prompt_ended(str(error))
+        # An editor shows the text of an exception, and nothing else.
+        hint = error.hint or ""
+        if error.command:
+            hint += f": {self.typed(error.command)}"
+        return RuntimeError(f"{error} ({hint})" if hint else str(error))
+
+    # The API key ----------------------------------------------------------------------------
+
+    def export_at_start(self) -> None:
+        """Export the stored API key to the host, which reads it from its environment.
+
+        A value that the person has set stays, unless it can't be a key. The setup guide's `jq`
+        line sets `null` if nobody is signed in.
+        """
+        variable, key = self._stored_key()
+        if not can_be_api_key(os.environ.get(variable)):
+            self._export(variable, key)
+
+    def export_again(self) -> None:
+        """Export the key again in case another program has changed the sign-in."""
+        variable, key = self._stored_key()
+        held = os.environ.get(variable)
+        is_overridden = self._warn_of_override(variable, key)
+        if held == key:
+            return
+        if key:
+            is_persons_own = held != self.exported and can_be_api_key(held)
+            if is_persons_own and not is_overridden:
+                text = f"{variable} held another API key; this session now uses the stored one"
+                self.notify("warning", text)
+        elif held != self.exported:
+            # Nobody is signed in, and the person has set this value.
+            return
+        self._export(variable, key)
+        self.host.reload_model()
+
+    def _warn_of_override(self, variable: str, key: Optional[str]) -> bool:
+        """Whether a setting of the host overrides the key. If so, also warn about it."""
+        way_out = self.host.overriding_setting(variable, key)
+        if way_out:
+            text = f"the Code Puppy setting {variable.lower()} overrides this API key"
+            self.notify("warning", text)
+            self.notify("hint", way_out)
+        return bool(way_out)
+
+    def _export(self, variable: str, key: Optional[str]) -> None:
+        """Set `variable` in the host's environment to `key`, or remove it if that is None."""
+        self.exported = key
+        os.environ.pop(variable, None)
+        if key:
+            os.environ[variable] = key
+
+    def _stored_key(self) -> Tuple[str, Optional[str]]:
+        """Return the variable for the API key, and the key or None."""
+        tokens = self._stored_tokens()
+        return Settings().api_key_env_var, tokens.api_key if tokens else None
+
+    def _stored_tokens(self) -> Optional[Tokens]:
+        # `status` reports what is wrong.
+        with contextlib.suppress(OAuthError):
+            return Session(notify=self.notify).tokens()
+        return None
+
+    # Commands -------------------------------------------------------------------------------
+
+    def typed(self, command: str) -> str:
+        """Return how to type a command at the host's prompt or, if it can't be, in a shell."""
+        if self.host.has_prompt and f"chatgpt-{command.partition(' ')[0]}" in PLUGIN_COMMANDS:
+            return f"/chatgpt-{command}"
+        return self._typed_in_shell(command)
+
+    def _typed_in_shell(self, command: str) -> str:
+        import shutil
+
+        if shutil.which(COMMAND):
+            return f"{COMMAND} {command}"
+        return f"python3 {quote_path(__file__)} {command}"
+
+    def notify(self, kind: str, text: str, command: str = "") -> None:
+        """Show `text` as a message of the host (kinds as in Terminal.notify)."""
+        if kind == "command":
+            text = "    " + self.typed(text)
+        elif command:
+            text = f"{text}: {self.typed(command)}"
+        text = "\n".join(printable(line, 5000) for line in text.splitlines())
+        # The host would break a URL into lines.
+        if kind == "verbatim" and not self.host.in_editor:
+            print(f"\n{text}\n", flush=True)
+        else:
+            self.host.emit(kind, f"hint: {text}" if kind == "hint" else text)
+
     def _run(self, name: str, command: str) -> None:
         if name == "models":
             self._list_models()
@@ -6200,31 +6450,38 @@ class CodePuppyPlugin:
 
         words = [word.strip("'\"") for word in command.split()[1:]]
         urls = [word for word in words if "://" in word or "state=" in word]
+        arguments = [word for word in words if word not in urls]
         try:
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                options = self.parse(name, [w for w in words if w not in urls], "/chatgpt-" + name)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                options = self.parse(name, arguments, "/chatgpt-" + name)
         except SystemExit:
             # The options included --help.
-            self.notify("info", said.getvalue())
+            self.notify("info", printed.getvalue())
             return
         session = open_session(self.notify, options)
-        if name == "status":
-            self._status(session, options)
-            return
-        stored, entries = self.stored_fields(), self._entries(session)
         in_use = self.host.model_in_use()
+        if name == "status":
+            report = Status(session, self.typed, options.online).text(options.json)
+            self.notify("info", report)
+            self.export_again()
+            if not options.json:
+                self._warn_of_missing_model(session, in_use)
+            return
+        before = self._stored_tokens()
         try:
             if name == "auth":
                 self._sign_in(session, options, urls)
             else:
                 command_logout(session, options)
         finally:
-            if name == "logout" or self.stored_fields() != stored:
+            after = self._stored_tokens()
+            is_same = before and after and before.fields == after.fields
+            if name == "logout" or (after and not is_same):
                 self._export(*self._stored_key())
-                self.host.forget_model()
-        self._tell_models(session, in_use if in_use in entries else None)
+                self.host.reload_model()
+        self._report_models(session, in_use)
         if name == "auth":
-            self._tell_override(*self._stored_key())
+            self._warn_of_override(*self._stored_key())
 
     def _list_models(self) -> None:
         in_use = self.host.model_in_use()
@@ -6238,55 +6495,53 @@ class CodePuppyPlugin:
             return registered_entries(*session.sign_ins())
         return {}
 
-    def _tell_models(self, session: Session, in_use: Optional[str]) -> None:
-        """Report which of our models can be used now.
-
-        `in_use` is the model of the next prompt, if that was one of ours before the command.
-        """
+    def _report_models(self, session: Session, in_use: Optional[str]) -> None:
+        """Report which of our models can be used now. `in_use` was in use before the command."""
         entries = self._entries(session)
         types = {entry.get("type") for entry in entries.values()}
-        usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
-        choice = next(iter(entries), "NAME") if usable else "NAME"
-        if not usable:
+        is_usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
+        if not is_usable:
             text = f"{NO_PLAN_MODELS[0]}; prompts to them go to another provider"
             tell_error(self.notify, OAuthError(text, NO_PLAN_MODELS[1]), "warning")
-        if in_use and in_use not in entries:
-            self.notify("warning", f"the model in use, {in_use}, is no longer there")
-            self.notify("hint", f"to choose another model, type: /model {choice}")
-        elif session.imported and usable:
-            self.notify("info", f"To use one of the models, type: /model {choice}")
+        is_missing = self._warn_of_missing_model(session, in_use, is_usable)
+        if session.imported and is_usable and not is_missing:
+            self.notify("info", f"To use one of the models, type: /model {next(iter(entries))}")
 
-    def _status(self, session: Session, options: Namespace) -> None:
-        self.notify("info", Status(session, self.typed, options.online).text(options.json))
-        self.export_again()
+    def _warn_of_missing_model(
+        self, session: Session, in_use: Optional[str], is_usable: bool = True
+    ) -> bool:
+        """Whether `in_use` was a model of ours and is gone. If so, also warn about it."""
+        is_ours = in_use and in_use.startswith(session.settings.prefix)
+        if not is_ours or in_use in self.host.model_names():
+            return False
+        entries = self._entries(session) if is_usable else {}
+        self.notify("warning", f"the model in use, {in_use}, is no longer there")
+        self.notify("info", "Until you choose a model, Code Puppy uses one that others may charge.")
+        choice = next(iter(entries), "NAME")
+        self.notify("hint", f"to choose another model, type: /model {choice}")
+        return True
 
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
         if options.official and not self.host.has_plan_models:
             # Nothing could use the tokens.
             raise OAuthError(*NO_PLAN_MODELS)
+        if self.host.is_answering():
+            # The sign-in would hold up the answer until it has ended.
+            text = "a prompt is being answered"
+            raise UsageError(text, "when the answer is complete, run", "auth")
         options.no_browser = options.no_browser or self.host.suppresses_browser()
+        if self.host.in_editor and (options.device or options.no_browser):
+            raise UsageError(
+                "an editor shows messages only after a command has ended",
+                f"to sign in, run in a terminal: {self._typed_in_shell('auth --device')}",
+            )
         if urls and not options.device:
-            self._redeem_pasted(session, options, urls[0])
+            models = ModelFilter(session.settings, options.include, options.exclude, options.source)
+            redeem_pasted(session, models, urls[0])
         else:
-            reading = sys.stdin is not None and sys.stdin.isatty()
-            sign_in_with_options(session, options, reading, PromptSignIn)
-
-    def _redeem_pasted(self, session: Session, options: Namespace, url: str) -> None:
-        """Finish an interrupted sign-in with the URL that its browser ended on."""
-        request = PromptSignIn.unfinished
-        if not request:
-            raise UsageError("no sign-in is in progress", "to start one, run", "auth")
-        # There is no listener, because the URL is already here.
-        callback = Callback(request, [])
-        try:
-            callback.paste(url)
-        except ValueError as error:
-            raise UsageError(f"that URL does not work: {error}") from None
-        PromptSignIn.unfinished = None
-        models = ModelFilter(session.settings, options.include, options.exclude, options.source)
-        begun = Session(session.settings, session.notify, request.client)
-        redeem(begun, models, callback)
-        session.imported = begun.imported
+            is_reading = sys.stdin is not None and sys.stdin.isatty()
+            way = PromptSignIn if self.host.has_prompt else BrowserSignIn
+            sign_in_with_options(session, options, is_reading, way)
 
 
 def can_be_api_key(value: Optional[str]) -> bool:

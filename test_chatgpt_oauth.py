@@ -6523,20 +6523,40 @@ class InstallTest(Case):
 class ModelHTTPError(Exception):
     """A stand-in for the exception of pydantic-ai."""
 
-    def __init__(self, status_code, body):
-        super().__init__(status_code, body)
+    def __init__(self, status_code, model_name, body=None):
+        super().__init__(status_code, model_name, body)
         self.status_code, self.body = status_code, body
 
 
-class Stream:
-    """A streamed response of the Responses API, as the openai package returns it."""
+class AsyncByteStream:
+    """A stand-in for the base class of httpx's streams."""
 
-    def __init__(self, *events):
-        self.events, self.close = events, None
+
+class ByteStream(AsyncByteStream):
+    """A stand-in for httpx's stream of a body. Each of `chunks` arrives on its own."""
+
+    def __init__(self, *chunks):
+        self.chunks = chunks
 
     async def __aiter__(self):
-        for event in self.events:
-            yield types.SimpleNamespace(**event)
+        for chunk in self.chunks:
+            yield chunk
+
+
+class HttpMessage:
+    """A stand-in for httpx's requests and responses."""
+
+    def __init__(self, **members):
+        vars(self).update(members)
+
+
+def events(*fields):
+    """Return the events of a response as bytes (server-sent events)."""
+    return b"".join(b"event: x\ndata: " + json.dumps(each).encode() + b"\n\n" for each in fields)
+
+
+HELLO = events({"type": "response.output_text.delta", "delta": "Hello"})
+COMPLETED = events({"type": "response.completed", "response": {"error": None}})
 
 
 class ResponsesModel:
@@ -6544,28 +6564,38 @@ class ResponsesModel:
 
     backend = None
 
-    def __init__(self, name, provider):
-        self.name, self.provider = name, provider
+    def __init__(self, name, provider, profile=None):
+        self.name, self.provider, self.profile = name, provider, profile
 
     @contextlib.asynccontextmanager
     async def request_stream(self, messages, model_settings, parameters, run_context=None):
-        answer = ResponsesModel.backend(model_settings["extra_headers"])
-        yield await self._process_streamed_response(answer, parameters)
-
-    async def _process_streamed_response(self, response, parameters):
-        return Streamed(response)
+        hooks = self.provider["openai_client"]["http_client"]["event_hooks"]
+        body = json.dumps({"model": self.name, **(parameters or {})}).encode()
+        request = HttpMessage(method="POST", content=body, headers={}, stream=ByteStream(body))
+        for hook in hooks["request"]:
+            await hook(request)
+        chunks = ResponsesModel.backend(model_settings["extra_headers"])
+        response = HttpMessage(
+            request=request, status_code=200, headers={}, stream=ByteStream(*chunks)
+        )
+        for hook in hooks["response"]:
+            await hook(response)
+        self.settings = model_settings
+        self.sent = b"".join([chunk async for chunk in request.stream])
+        yield Streamed(response.stream)
 
 
 class Streamed:
-    """A stand-in for pydantic-ai's reader of a stream, which ignores `response.failed`."""
+    """A stand-in for pydantic-ai's reader of a stream, which ignores every failure."""
 
     def __init__(self, stream):
         self.stream, self.text = stream, ""
 
     async def __aiter__(self):
-        async for event in self.stream:
-            self.text += getattr(event, "delta", "")
-            yield event
+        async for chunk in self.stream:
+            for delta in re.findall(rb'"delta": "(.*?)"', chunk):
+                self.text += delta.decode()
+            yield chunk
 
     def get(self):
         return self.text
@@ -6582,8 +6612,9 @@ class Host:
         if release == "new":
             self.phases["register_model_type"] = []
         self.context, self.owners, self.disabled = None, {}, set()
-        self.messages, self.settings, self.model, self.usage = [], {}, None, "week 66%"
-        self.agent = types.SimpleNamespace(_code_generation_agent="old")
+        self.messages, self.settings, self.model, self.reloads = [], {}, None, 0
+        self.agent = types.SimpleNamespace(reload_code_generation_agent=self.count_reload)
+        self.is_paused = False
         self.modules = {}
         for name in ("code_puppy", "code_puppy.messaging", "code_puppy.tools", "pydantic_ai"):
             self.add_module(name)
@@ -6625,20 +6656,22 @@ class Host:
         self.callbacks.clear_loading_context = self.switch_context
         self.callbacks.get_callback_owner = self.owners.get
         self.callbacks.is_callback_owner_enabled = lambda owner: owner not in self.disabled
-        self.callbacks.get_usage_status = lambda: self.usage
         self.config.DATA_DIR = str(self.home)
         self.common.should_suppress_browser = lambda: False
         self.factory._CUSTOM_OPENAI_MODEL_TYPES = {"custom_openai", "custom_openai_responses"}
         self.factory.get_api_key = os.environ.get
         self.add_module("code_puppy.shared_credentials")
-        self.spinner = self.add_module(
-            "code_puppy.messaging.spinner", _codex_usage_suffix=lambda: "theirs"
+        self.factory._thinking_tags_profile = lambda name, entry: f"profile of {entry['name']}"
+        pausing = types.SimpleNamespace(is_paused=lambda: self.is_paused)
+        self.add_module(
+            "code_puppy.messaging.pause_controller", get_pause_controller=lambda: pausing
         )
         make = lambda **options: options  # noqa: E731
         self.add_module("code_puppy.chatgpt_codex_client", create_codex_async_client=make)
         self.add_module("code_puppy.http_utils", get_cert_bundle_path=lambda: True)
         self.add_module("openai", AsyncOpenAI=make)
         self.add_module("pydantic_ai.exceptions", ModelHTTPError=ModelHTTPError)
+        self.add_module("pydantic_ai.models", Model=object)
         self.add_module("pydantic_ai.models.openai", OpenAIResponsesModel=ResponsesModel)
         self.add_module("pydantic_ai.providers.openai", OpenAIProvider=make)
 
@@ -6650,24 +6683,18 @@ class Host:
             "    return [(n, 'old') for n in ('chatgpt-auth', 'codex-status', 'codex-imagegen')]\n"
             "def model_types():\n"
             "    return [{'type': 'chatgpt_oauth', 'handler': 'built-in'}]\n"
-            "def get_valid_access_token():\n    return 'old'\n"
-            "def refresh_access_token():\n    return 'old'\n"
-            "def load_stored_tokens():\n    raise ValueError('broken')\n"
-            "def save_chatgpt_models(models):\n    return 'old'\n"
         )
         self.builtin = self.add_module(self.BUILTIN + ".register_callbacks")
         exec(code, vars(self.builtin))
-        self.usage_requests = []
-        self.add_module(
-            self.BUILTIN + ".usage",
-            refresh_usage_in_background=lambda *arguments: self.usage_requests.append(arguments),
-        )
         before = self.switch_context("chatgpt_oauth")
         self.register("custom_command", self.builtin.on_command)
         self.register("custom_command_help", self.builtin.on_help)
         if self.release == "new":
             self.register("register_model_type", self.builtin.model_types)
         self.switch_context(before)
+
+    def count_reload(self):
+        self.reloads += 1
 
     def switch_context(self, context):
         before, self.context = self.context, context
@@ -6717,6 +6744,7 @@ class PuppyCase(Case):
         module = importlib.util.module_from_spec(spec)
         before = self.puppy.switch_context("mine" if name.endswith("register_callbacks") else None)
         spec.loader.exec_module(module)
+        self.plugin = module
         self.puppy.switch_context(before)
         short_waits = mock.patch.multiple(module, MESSAGE_PAUSE=0, **self.waits)
         short_waits.start()
@@ -6789,62 +6817,71 @@ class PuppyTest(PuppyCase):
         commands = [f"{a}-{b}" for a in ("chatgpt", "codex") for b in ("auth", "logout", "status")]
         self.assertEqual(names, sorted([*commands, "codex-imagegen", "models"]))
 
-    def test_disabling_the_plugin_restores_the_builtin(self):
+    def test_a_disabled_plugin_leaves_everything_to_the_builtin(self):
         self.start_host()
         self.store(api_key="sk-1")
         self.puppy.disabled.add("mine")
         self.load_plugin()
-        self.assertIsNone(self.exported_key())
-        for disabled in (True, False, True):
-            (self.puppy.disabled.add if disabled else self.puppy.disabled.discard)("mine")
-            answer = self.dispatch("/chatgpt-status")[0]
-            self.assertEqual(answer, "built-in chatgpt-status" if disabled else True)
-            self.assertEqual(self.puppy.model_handler() == "built-in", disabled)
-            self.assertEqual(self.puppy.builtin.get_valid_access_token() == "old", disabled)
+        for _ in range(2):
+            self.assertIsNone(self.exported_key())
+            self.assertEqual(self.dispatch("/chatgpt-status")[0], "built-in chatgpt-status")
+            self.assertEqual(self.puppy.model_handler(), "built-in")
             help_lines = [
                 n for f in self.puppy.enabled_callbacks("custom_command_help") for n, _ in f()
             ]
-            self.assertEqual(help_lines.count("chatgpt-auth"), 1)
-            self.assertEqual("models" in help_lines, not disabled)
+            self.assertEqual(help_lines, ["chatgpt-auth", "codex-status", "codex-imagegen"])
+            # A plugin that is enabled later works from the host's next start on.
+            self.puppy.disabled.discard("mine")
 
     def test_the_builtin_plugin_can_be_disabled(self):
         self.start_host()
         self.puppy.disabled.add("chatgpt_oauth")
         self.load_plugin()
         self.assertIsNone(self.dispatch("/codex-imagegen")[0])
-        self.assertEqual(self.dispatch("/codex-status")[0], True)
+        self.puppy.disabled.discard("chatgpt_oauth")
+        self.assertEqual(self.dispatch("/codex-status"), (True, ""))
+        self.assertNotEqual(self.puppy.model_handler(), "built-in")
+        self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
+
+    def test_the_builtin_plugin_is_found_by_its_name_too(self):
+        self.start_host()
+        (theirs,) = self.puppy.phases["custom_command"]
+        self.puppy.phases["custom_command"].clear()
+        self.puppy.context = "chatgpt_oauth"
+        self.puppy.register("custom_command", functools.partial(theirs))
+        self.load_plugin()
+        self.assertEqual(self.dispatch("/chatgpt-status"), (True, ""))
+        self.assertNotIn("built-in", self.message_text())
+        self.assertEqual(self.dispatch("/codex-imagegen"), ("built-in codex-imagegen", ""))
+
+    def test_releases_with_other_loading_contexts_work(self):
+        # 0.0.552 to 0.0.848: clear_loading_context takes no argument.
+        self.start_host()
+        self.puppy.callbacks.clear_loading_context = lambda: None
+        del self.puppy.callbacks.get_loading_context
+        del self.puppy.callbacks.is_callback_owner_enabled
+        self.load_plugin()
+        self.assertEqual(self.dispatch("/chatgpt-status"), (True, ""))
         self.assertNotEqual(self.puppy.model_handler(), "built-in")
 
-    def test_the_builtin_reads_tokens_through_the_plugin(self):
+    def test_a_release_that_does_not_fit_keeps_the_builtin_plugin(self):
+        self.start_host()
+        del self.puppy.callbacks.unregister_callback
+        self.load_plugin()
+        self.assertEqual([kind for kind, _ in self.messages], ["warning"])
+        self.assertIn("does not fit this release of Code Puppy", self.message_text())
+        self.assertEqual(self.dispatch("/chatgpt-status")[0], "built-in chatgpt-status")
+        self.assertEqual(self.puppy.model_handler(), "built-in")
+
+    def test_the_builtin_plugin_finds_a_valid_token(self):
         self.start_host()
         self.store(lifetime=-10)
         self.load_plugin()
-        plugin = self.puppy.builtin
-        self.assertEqual(plugin.get_valid_access_token(), self.stored()["access_token"])
-        self.assertEqual(plugin.refresh_access_token(), self.stored()["access_token"])
-        self.assertEqual(self.double.count("refresh"), 2)
-        self.assertEqual(plugin.load_stored_tokens(), self.stored())
-        self.token_file.write_text("{broken")
-        self.assertIsNone(plugin.load_stored_tokens())
-        # `/chatgpt-status` reports the broken file.
-        self.assertEqual(self.messages, [])
-        self.token_file.unlink()
-        self.assertIsNone(plugin.get_valid_access_token())
-        self.assertIn("not signed in", self.message_text())
-
-    def test_the_builtin_keeps_our_model_entries(self):
-        self.start_host()
-        self.load_plugin()
-        self.dispatch("/chatgpt-auth")
-        before = json.loads(self.models_file.read_text())
-        self.assertTrue(self.puppy.builtin.save_chatgpt_models({"codex-x": {"type": "x"}}))
-        after = json.loads(self.models_file.read_text())
-        self.assertEqual(after, {"codex-x": {"type": "x"}, **before})
-        self.models_file.write_text("[")
-        self.messages.clear()
-        self.assertIs(self.puppy.builtin.save_chatgpt_models({}), False)
-        self.assertIn("not valid JSON", self.message_text())
-        self.assertEqual(self.models_file.read_text(), "[")
+        self.dispatch("/other")
+        self.assertEqual(self.double.count("refresh"), 0)
+        for _ in range(2):
+            self.assertEqual(self.dispatch("/codex-imagegen")[0], "built-in codex-imagegen")
+            self.assertEqual(self.double.count("refresh"), 1)
 
     # Signing in and out ---------------------------------------------------------------------
 
@@ -6861,7 +6898,7 @@ class PuppyTest(PuppyCase):
         self.assertEqual(
             self.messages[-1][1], "To use one of the models, type: /model chatgpt-gpt-4o"
         )
-        self.assertIsNone(self.puppy.agent._code_generation_agent)
+        self.assertEqual(self.puppy.reloads, 1)
         self.assertEqual(self.exported_key(), self.stored()["api_key"])
         self.assert_no_secret(self.message_text(), output)
         self.dispatch("/chatgpt-status")
@@ -7075,7 +7112,7 @@ class PuppyTest(PuppyCase):
         self.assertEqual(self.exported_key(), "sk-2")
         # The replaced key came from the earlier sign-in.
         self.assertNotIn("another API key", self.message_text())
-        self.assertIsNone(self.puppy.agent._code_generation_agent)
+        self.assertEqual(self.puppy.reloads, 1)
         os.environ["CHATGPT_OAUTH_API_KEY"] = "sk-mine"
         self.dispatch("/codex-status")
         self.assertEqual(self.exported_key(), "sk-2")
@@ -7190,6 +7227,70 @@ class PuppyTest(PuppyCase):
             self.dispatch("/chatgpt-status")
             self.assertIn(f"{elsewhere}-{release}{os.sep}chatgpt_oauth.json", self.message_text())
 
+    def test_a_model_that_another_program_removed_is_reported(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
+        self.puppy.model = "chatgpt-gpt-4o"
+        self.dispatch("/chatgpt-status")
+        self.assertNotIn("no longer there", self.message_text())
+        self.switch_account()
+        self.call("auth", "--no-browser", browser=visit)
+        self.dispatch("/chatgpt-status")
+        self.assertIn("in use, chatgpt-gpt-4o, is no longer there", self.message_text())
+        self.assertIn("that others may charge", self.message_text())
+        self.assertIn("type: /model chatgpt-gpt-5.5", self.message_text())
+
+    # Places without a prompt -----------------------------------------------------------------
+
+    def test_hints_name_the_installed_command(self):
+        self.start_host()
+        self.load_plugin()
+        bin_directory = self.folder / "bin"
+        bin_directory.mkdir()
+        name = "chatgpt-oauth.cmd" if sys.platform == "win32" else "chatgpt-oauth"
+        (bin_directory / name).write_text("")
+        (bin_directory / name).chmod(0o755)
+        plugin = self.plugin.CodePuppyPlugin(None)
+        self.assertEqual(plugin.typed("auth --device"), "/chatgpt-auth --device")
+        self.assertRegex(plugin.typed("models"), "^python3 .*chatgpt_oauth.py.? models$")
+        os.environ["PATH"] = str(bin_directory)
+        self.assertEqual(plugin.typed("models"), "chatgpt-oauth models")
+        for option in ("-p", "--prompt", "--prompt=hi", "--setup"):
+            with mock.patch.object(sys, "argv", ["code-puppy", option, "x"]):
+                plugin = self.plugin.CodePuppyPlugin(None)
+            self.assertEqual(plugin.typed("auth --device"), "chatgpt-oauth auth --device")
+
+    def test_without_a_prompt_no_url_can_be_pasted_later(self):
+        for argv, later in ((["code-puppy"], True), (["code-puppy", "-p", "/chatgpt-auth"], False)):
+            with mock.patch.object(sys, "argv", argv):
+                self.start_host()
+                self.load_plugin()
+            self.dispatch("/chatgpt-auth --timeout 0.1", browser=None)
+            self.assertEqual("/chatgpt-auth URL" in self.message_text(), later)
+
+    def test_nothing_is_printed_into_the_protocol_of_an_editor(self):
+        with mock.patch.object(sys, "argv", ["code-puppy", "--acp"]):
+            self.start_host()
+            self.load_plugin()
+        self.assertEqual(self.dispatch("/chatgpt-auth --timeout 0.1", browser=None), (True, ""))
+        self.assertIn(self.double.url, self.message_text())
+        for option in ("--device", "--no-browser"):
+            self.assertEqual(self.dispatch(f"/chatgpt-auth {option}"), (True, ""))
+            self.assertIn("an editor shows messages only after", self.message_text())
+            self.assertIn("auth --device", self.message_text())
+        self.assertFalse(self.token_file.exists())
+
+    def test_no_sign_in_begins_while_a_prompt_is_answered(self):
+        self.start_host()
+        self.load_plugin()
+        self.puppy.is_paused = True
+        self.assertEqual(self.dispatch("/chatgpt-auth"), (True, ""))
+        self.assertIn("a prompt is being answered", self.message_text())
+        self.assertIn("hint: when the answer is complete, run: /chatgpt-auth", self.message_text())
+        self.dispatch("/chatgpt-status")
+        self.assertIn("Not authenticated", self.message_text())
+
     def test_missing_host_functions_are_tolerated(self):
         self.start_host("old", builtin=False)
         del self.puppy.callbacks.unregister_callback
@@ -7213,25 +7314,32 @@ class PuppyModelTest(PuppyCase):
         self.addCleanup(patched.stop)
 
     def backend(self, headers):
-        """Answer like the Codex backend, which refuses an expired token."""
+        """Answer like the Codex backend, which refuses a token that has expired or ended."""
         self.headers.append(headers)
-        claims = headers["Authorization"].split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(claims + "=="))
-        if claims["exp"] < time.time():
-            raise ModelHTTPError(401, {"detail": "token expired"})
-        return Stream({"type": "text", "delta": "Hel"}, {"type": "text", "delta": "lo"})
+        token = headers["Authorization"][7:]
+        expiry = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))["exp"]
+        if expiry < time.time() or token not in self.double.access_tokens:
+            raise ModelHTTPError(401, "gpt-6", {"detail": "Unauthorized"})
+        return [HELLO, COMPLETED]
 
-    def build_model(self):
+    def answer_with(self, *answers):
+        """Answer the next requests with `answers`: lists of chunks, or exceptions."""
+        return mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=answers))
+
+    def build_model(self, **changes):
         """Load the plugin and return the model that the host builds for one of our entries."""
         self.load_plugin()
         entry = {"name": "gpt-6", "custom_endpoint": {"url": self.double.url + "/codex"}}
-        return self.puppy.model_handler()("chatgpt-gpt-6", {"type": "chatgpt_oauth", **entry}, {})
+        entry = {"type": "chatgpt_oauth", **entry, **changes}
+        entry = {name: value for name, value in entry.items() if value is not None}
+        return self.puppy.model_handler()("chatgpt-gpt-6", entry, {})
 
-    def send_requests(self, model, count=1):
+    def send_requests(self, model, count=1, parameters=None):
         """Send `count` requests at the same time and return their results."""
 
         async def send_all():
-            return await asyncio.gather(*(model.request([], None, None) for _ in range(count)))
+            requests = (model.request([], None, parameters) for _ in range(count))
+            return await asyncio.gather(*requests)
 
         return asyncio.run(send_all())
 
@@ -7243,24 +7351,77 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(self.send_requests(model, 3), ["Hello"] * 3)
         self.assertEqual(self.double.count("refresh"), 1)
         self.switch_account()
+        self.double.residency = "eu"
         self.store()
         self.assertEqual(self.send_requests(model), ["Hello"])
         self.assertEqual(
             [h["ChatGPT-Account-Id"] for h in self.headers], ["acct-1"] * 4 + ["acct-2"]
         )
+        residencies = [h.get("x-openai-internal-codex-residency") for h in self.headers]
+        self.assertEqual(residencies, [None] * 4 + ["eu"])
         self.assertEqual(len({h["Authorization"] for h in self.headers}), 3)
-        self.assertEqual(self.puppy.usage_requests[-1][1], "acct-2")
         sent = model.provider["openai_client"]["http_client"]["headers"]
         self.assertEqual(sent["originator"], "codex_cli_rs")
-        self.assertEqual(sent["User-Agent"], "codex_cli_rs/0.171.0")
+        self.assertEqual(
+            sent["User-Agent"], f"codex_cli_rs/{oauth.CHATGPT_OAUTH_CONFIG['codex_client_version']}"
+        )
+
+    def test_a_401_leads_to_one_refresh_and_one_more_try(self):
+        self.store()
+        model = self.build_model()
+        self.double.access_tokens.clear()
+        self.assertEqual(self.send_requests(model, 3), ["Hello"] * 3)
+        self.assertEqual(self.double.count("refresh"), 1)
+        self.assertEqual(self.messages, [])
+
+    def test_a_newer_stored_token_is_tried_after_a_401_before_a_refresh(self):
+        self.store()
+        model = self.build_model()
+
+        def withdraw_once(headers):
+            if not self.headers:
+                self.double.access_tokens.clear()
+                answer = mock.patch.object(ResponsesModel, "backend", self.backend)
+                answer.start()
+                self.addCleanup(answer.stop)
+                self.headers.append(headers)
+                self.store()
+                raise ModelHTTPError(401, "gpt-6", None)
+
+        with mock.patch.object(ResponsesModel, "backend", withdraw_once):
+            self.assertEqual(self.send_requests(model), ["Hello"])
+        self.assertEqual((len(self.headers), self.double.count("refresh")), (2, 0))
+
+    def test_a_second_401_ends_the_prompt_and_the_refreshing(self):
+        self.store()
+        model = self.build_model()
+        refused = ModelHTTPError(401, "gpt-6", {"detail": "no"})
+        with self.answer_with(refused, refused, refused):
+            self.assert_request_stops(model, "does not accept this sign-in", "/chatgpt-auth")
+            self.assertEqual(self.double.count("refresh"), 1)
+            self.assert_request_stops(model, "does not accept this sign-in")
+        self.assertEqual(self.double.count("refresh"), 1)
+        self.assertEqual(self.send_requests(model), ["Hello"])
+
+    def test_a_401_with_a_web_page_does_not_lead_to_a_refresh(self):
+        self.store()
+        model = self.build_model()
+        with self.answer_with(ModelHTTPError(401, "gpt-6", "<html>sign in to the proxy")):
+            self.assert_request_stops(model, "refused this request (HTTP 401)")
+        self.assertEqual(self.double.count("refresh"), 0)
 
     def assert_request_stops(self, model, *words):
         """Check that a request shows one error and makes the host stop without a retry."""
         self.messages.clear()
-        with self.assertRaises(InterruptedError) as caught:
+        with self.assertRaises(Exception) as caught:
             self.send_requests(model)
-        cause = caught.exception.__cause__ or caught.exception.__context__
+        stop = caught.exception
+        cause = stop.__cause__ or stop.__context__
         self.assertNotIsInstance(cause, ModelHTTPError)
+        # Since Python 3.11 it is a group, whose text the host shows.
+        if not isinstance(stop, InterruptedError):
+            self.assertIsInstance(stop.exceptions[0], InterruptedError)
+            self.assertEqual(str(stop.derive(stop.exceptions)), "see the error above")
         self.assertEqual([kind for kind, _ in self.messages].count("error"), 1)
         for word in words:
             self.assertIn(word, self.message_text())
@@ -7271,21 +7432,18 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(self.headers, [])
 
     def build_official_model(self, name):
-        """Return the host's model for an entry of the official sign-in, and its HTTP client."""
-        client = types.SimpleNamespace(_inject_codex_fields=lambda body: (None, True))
-        module = self.puppy.modules["code_puppy.chatgpt_codex_client"]
-        module.create_codex_async_client = lambda **_: client
+        """Return the host's model for an entry of the official sign-in."""
         self.load_plugin()
         entry = {"type": "chatgpt_plan", "name": name, "custom_endpoint": {"url": "http://x/v1"}}
-        return self.puppy.model_handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {}), client
+        return self.puppy.model_handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {})
 
     def test_official_models_have_a_valid_token_at_each_request(self):
         err = self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit)).err
         self.assertIn("Using ChatGPT plan", err)
         plan_file = self.home / "chatgpt_plan.json"
-        model, _ = self.build_official_model("gpt-6-astra")
+        model = self.build_official_model("gpt-6-astra")
         headers_sent = []
-        answer = lambda headers: headers_sent.append(headers) or Stream()  # noqa: E731
+        answer = lambda headers: headers_sent.append(headers) or [COMPLETED]  # noqa: E731
         with mock.patch.object(ResponsesModel, "backend", answer):
             self.send_requests(model)
             first = json.loads(plan_file.read_text())
@@ -7314,6 +7472,7 @@ class PuppyModelTest(PuppyCase):
             "reasoning": {"effort": "low"},
         }
         tools_message = {"type": "additional_tools", "role": "developer", "tools": [tool]}
+        self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
         for name, moved_tools, tools in (
             ("gpt-5.5", [], [tool]),
             ("gpt-5", [], [tool]),
@@ -7322,12 +7481,11 @@ class PuppyModelTest(PuppyCase):
             ("gpt-5.10", [tools_message], None),
             ("gpt-6-astra", [tools_message], None),
         ):
-            with self.subTest(name):
-                client = self.build_official_model(name)[1]
-                body = json.dumps({**request, "model": name}).encode()
-                sent, forced = client._inject_codex_fields(body)
-                sent = json.loads(sent)
-                self.assertTrue(forced)
+            answering = self.answer_with([COMPLETED])
+            with self.subTest(name), answering:
+                model = self.build_official_model(name)
+                self.send_requests(model, parameters=request)
+                sent = json.loads(model.sent)
                 self.assertEqual(sent.pop("tools", None), tools)
                 self.assertEqual(
                     sent,
@@ -7344,68 +7502,166 @@ class PuppyModelTest(PuppyCase):
                         "stream": True,
                     },
                 )
+                # The host sends these two only for the types that it knows.
+                self.assertEqual(model.settings["openai_reasoning_summary"], "auto")
+                self.assertEqual(model.settings["openai_text_verbosity"], "medium")
 
     def test_an_invalid_setting_is_reported_at_the_request(self):
         os.environ["CHATGPT_OAUTH_CODEX_CLIENT_VERSION"] = "a b"
         self.assert_request_stops(self.build_model(), "CHATGPT_OAUTH_CODEX_CLIENT_VERSION must be")
 
-    def test_a_usage_limit_is_reported_once_and_not_retried(self):
+    def test_final_refusals_are_reported_once_and_not_retried(self):
         self.store()
         model = self.build_model()
-        limited = ModelHTTPError(429, {"code": "usage_limit_reached"})
-        with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=limited)):
-            self.assert_request_stops(model, "usage limit is reached", "settings/usage")
-        failed = types.SimpleNamespace(code="usage_limit_reached", message="x")
-        response = types.SimpleNamespace(error=failed)
-        stream = Stream({"type": "response.failed", "response": response})
-        with mock.patch.object(ResponsesModel, "backend", lambda _: stream):
-            self.assert_request_stops(model, "usage limit is reached")
-            failed.code = "server_error"
-            self.assert_request_stops(model, "could not finish the response (x)", "try again")
+        resets = {"resets_in_seconds": 7300}
+        for fault, words in (
+            ({"code": "usage_limit_reached"}, ("usage limit is reached\n", "settings/usage")),
+            ({"type": "usage_limit_reached", **resets}, ("; it resets in 2 hours (",)),
+            ({"code": "usage_not_included"}, ("does not include this model", "another model")),
+            ({"code": "credits_depleted"}, ("no credits left",)),
+            ({"code": "insufficient_quota"}, ("no credits left",)),
+            ({"code": "context_length_exceeded"}, ("too long for this model", "/compact")),
+            ({"message": "It exceeds the context window."}, ("too long", "/clear")),
+            ({"code": "subscription_sharing_user_not_eligible"}, ("does not let this",)),
+            ({"code": "subscription_sharing_invalid_user"}, ("to sign in again", "/chatgpt-auth")),
+        ):
+            failed = {"type": "response.failed", "response": {"error": fault}}
+            for answer in (
+                ModelHTTPError(429, "gpt-6", fault),
+                [HELLO, events(failed)],
+                [HELLO, events({"type": "error", "error": fault})],
+                [HELLO, events({**fault, "type": "error", "code": fault.get("code")})],
+            ):
+                if isinstance(answer, list) and "type" in fault:
+                    continue
+                answering = self.answer_with(answer)
+                with self.subTest(fault), answering:
+                    self.assert_request_stops(model, *words)
 
-    def test_a_refused_sign_in_has_a_hint(self):
+    def test_an_answer_that_fails_in_passing_is_left_to_the_host_to_repeat(self):
         self.store()
         model = self.build_model()
-        refused = ModelHTTPError(401, {"detail": "no"})
-        with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
-            self.assert_request_stops(model, "does not accept this sign-in", "/chatgpt-auth")
+        overloaded = {"code": "server_is_overloaded", "message": "We are overloaded."}
+        split = HELLO + events({"type": "response.failed", "response": {"error": overloaded}})
+        for chunks, reason in (
+            ([split[:70], split[70:]], "We are overloaded."),
+            ([events({"type": "error", "error": {"code": "server_error"}})], "server_error"),
+            ([events({"type": "error", "message": "Slow down."})], "Slow down."),
+            ([HELLO], "the connection ended early"),
+            ([HELLO, b"data: [DONE]\n\n"], "the answer ended early"),
+            ([], "the connection ended early"),
+        ):
+            self.messages.clear()
+            answering = self.answer_with(chunks)
+            with self.subTest(reason), answering:
+                with self.assertRaises(ModelHTTPError) as caught:
+                    self.send_requests(model)
+                self.assertEqual(caught.exception.status_code, 503)
+                expected = [("warning", f"the answer is incomplete: {reason}")]
+                self.assertEqual(self.messages, expected)
+
+    def test_an_answer_that_openai_cuts_short_is_reported(self):
+        self.store()
+        model = self.build_model()
+        for reason, words in (
+            ("max_output_tokens", "it has reached the greatest length"),
+            ("content_filter", "OpenAI's content filter ended it"),
+            ("new_reason", "the answer is incomplete: new_reason"),
+        ):
+            response = {"incomplete_details": {"reason": reason}}
+            event = {"type": "response.incomplete", "response": response}
+            answering = self.answer_with([HELLO, events(event)])
+            with self.subTest(reason), answering:
+                self.assert_request_stops(model, words)
+
+    def test_an_answer_may_speak_of_errors(self):
+        self.store()
+        model = self.build_model()
+        part = {"type": "response.output_text.delta", "delta": 'say "error" or "response.failed"'}
+        done = events(part) + b"data: not JSON\r\n\r\n" + COMPLETED.strip()
+        with self.answer_with([done]):
+            self.assertEqual(len(self.send_requests(model)), 1)
 
     def test_a_refused_request_is_reported_with_its_reason(self):
         self.store()
         model = self.build_model()
-        for body, reason in (({"detail": "Not here."}, " (Not here.)"), ("<html>", "")):
-            refused = ModelHTTPError(403, body)
-            with mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=refused)):
+        for body, reason in (({"detail": "Not here."}, "Not here."), ("<html>", "HTTP 403")):
+            with self.answer_with(ModelHTTPError(403, "gpt-6", body)):
                 self.assert_request_stops(model, "/chatgpt-status --online")
-            self.assertIn(f"OpenAI refused this request{reason}\n", self.message_text())
+            self.assertIn(f"OpenAI refused this request ({reason})\n", self.message_text())
+        with self.answer_with(ModelHTTPError(400, "gpt-6", {"message": "Unsupported: x"})):
+            self.assert_request_stops(model, "OpenAI refused this request (Unsupported: x)")
+            self.assertNotIn("hint", self.message_text())
+
+    def test_a_model_that_cannot_be_built_refuses_at_the_request(self):
+        self.store()
+        for changes in ({"custom_endpoint": None}, {"name": None}, {"custom_endpoint": "x"}):
+            model = self.build_model(**changes)
+            self.assertIsNotNone(model)
+            self.assert_request_stops(model, "chatgpt-gpt-6 cannot be used here", " models")
+        for name in ("create_codex_async_client",):
+            delattr(self.puppy.modules["code_puppy.chatgpt_codex_client"], name)
+            self.assert_request_stops(self.build_model(), "cannot be used here", name)
+        self.assertEqual(self.headers, [])
+
+    def test_plan_models_use_the_profile_of_the_host(self):
+        self.store()
+        self.assertEqual(self.build_model().profile, "profile of gpt-6")
+        self.assertEqual(self.messages, [])
+        del self.puppy.factory._thinking_tags_profile
+        model = self.build_model()
+        self.assertIn("may forget its reasoning", self.message_text())
+        self.assertEqual(self.send_requests(model), ["Hello"])
+
+    def test_an_editor_gets_the_refusal_as_an_error_text(self):
+        with mock.patch.object(sys, "argv", ["code-puppy", "--acp"]):
+            model = self.build_model()
+            with self.assertRaises(RuntimeError) as caught:
+                self.send_requests(model)
+        self.assertIn("not signed in", str(caught.exception))
+        self.assertIn("/chatgpt-auth", str(caught.exception))
+        self.assertEqual(self.messages, [])
+
+    def test_a_failed_refresh_is_reported_once_until_one_succeeds(self):
+        model = self.build_model()
+        for _ in range(2):
+            self.store(lifetime=200)
+            self.fault("refresh", 503)
+            self.messages.clear()
+            for _ in range(2):
+                self.assertEqual(self.send_requests(model), ["Hello"])
+            ((kind, text),) = self.messages
+            self.assertEqual(kind, "warning")
+            self.assertNotIn(";", text)
+            del self.double.faults["refresh"]
+            self.assertEqual(self.send_requests(model), ["Hello"])
+
+    def test_a_prompt_that_waits_for_a_refresh_says_so(self):
+        self.store(lifetime=-10)
+        model = self.build_model()
+        self.double.delay = 1.0
+        with mock.patch.object(self.plugin, "SILENT_WAIT", 0.1):
+            self.assertEqual(self.send_requests(model), ["Hello"])
+        self.assertEqual(self.messages, [("info", "Waiting for OpenAI to refresh the sign-in...")])
 
     def test_without_plan_permission_nothing_is_sent(self):
         self.double.plan_allowed = False
         err = self.call("auth", "--official", "--no-browser", browser=visit).err
         self.assertIn("Signed in as ada@example.com", err)
-        model, _ = self.build_official_model("gpt-6-astra")
+        model = self.build_official_model("gpt-6-astra")
         self.assert_request_stops(model, "was not allowed", "/chatgpt-auth --official")
         self.assertEqual(self.headers, [])
 
     def test_other_errors_are_left_to_the_host(self):
         self.store()
         model = self.build_model()
-        for error in (ModelHTTPError(500, None), ModelHTTPError(429, {"code": "rate_limit"})):
-            refusing = mock.patch.object(ResponsesModel, "backend", mock.Mock(side_effect=error))
-            with refusing, self.assertRaises(ModelHTTPError):
+        for status, body in ((500, None), (429, {"code": "rate_limit"})):
+            refused = ModelHTTPError(status, "gpt-6", body)
+            refusing = self.answer_with(refused)
+            with refusing, self.assertRaises(ModelHTTPError) as caught:
                 self.send_requests(model)
+            self.assertIs(caught.exception, refused)
         self.assertEqual(self.messages, [])
-
-    def test_the_usage_line_includes_our_models(self):
-        self.build_model()
-        suffix = self.puppy.spinner._codex_usage_suffix
-        self.assertEqual(suffix(), "theirs")
-        self.puppy.model = "chatgpt-gpt-6"
-        self.assertEqual(suffix(), " \u00b7 Codex week 66%")
-        self.puppy.usage = ""
-        self.assertEqual(suffix(), "")
-        self.puppy.disabled.add("mine")
-        self.assertEqual(suffix(), "theirs")
 
 
 # ---------------------------------------------------------------------------------------------
