@@ -472,6 +472,8 @@ DEPTH_LIMIT = 20
 # The limit of what counts as a number of seconds, in an interval or since 1970 (the year 5138). It
 # keeps later arithmetic with times from overflowing.
 NUMBER_LIMIT = 1e11
+# 3000-12-31T23:59:59Z in seconds since 1970, the latest time that Windows can convert.
+LAST_MOMENT = 32535215999
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
 # The TLS contexts made so far, by the path of their CA certificates ("" for the system's).
@@ -601,6 +603,29 @@ def number_or_none(value: object) -> Optional[float]:
     return None
 
 
+def timestamp(moment: float) -> str:
+    """Return `moment` (seconds since 1970) as a UTC time in ISO 8601, ending in Z."""
+    # A clock that is centuries off must not cause an error here, because the caller is about to
+    # store new tokens. Such a time becomes the nearest one that can be represented.
+    moment = min(max(0.0, moment), LAST_MOMENT)
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def parse_timestamp(value: object) -> Optional[float]:
+    """Return an ISO 8601 time, or a number of seconds, as seconds since 1970, otherwise None.
+
+    A time without a zone is UTC.
+    """
+    from datetime import datetime, timezone
+
+    if not isinstance(value, str):
+        return number_or_none(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    return None
+
+
 def without_secrets(value: object, private: Set[str]) -> str:
     """Return a server's text without the `private` strings and without anything like a token.
 
@@ -666,6 +691,11 @@ class Response:
         if 300 <= self.status < 400:
             return OAuthError(f"{failed}: unexpected redirect")
         return OAuthError(": ".join(part for part in (failed, self.code, self.text) if part))
+
+    @property
+    def members(self) -> Fields:
+        """The JSON object of a successful response, otherwise {}."""
+        return self.data if self.is_success and isinstance(self.data, dict) else {}
 
     def json_object(self, what: str) -> Fields:
         """Return the JSON object of a successful response. Raises OAuthError for any other."""
@@ -1205,15 +1235,22 @@ INVALID_GRANT_CODES = {
     "invalid_grant": "it has expired or was revoked",
     "invalid_refresh_token": "it has expired or was revoked",
 }
+# The reason that is stored when a refresh has brought tokens of another account. No server sends
+# it.
+OTHER_ACCOUNT = "other_account"
+# What error messages call a refresh.
+REFRESH = "refresh the access token"
 # Seconds. Signing out must not take long, even if the server doesn't answer.
 REVOKE_TIMEOUT = 10.0
 
 
 class InvalidGrantError(SignInEndedError):
-    """A refusal of the refresh token. `reason` is the server's code, see INVALID_GRANT_CODES."""
+    """The end of a sign-in. `reason` is the server's code for it, or OTHER_ACCOUNT."""
 
     def __init__(self, reason: str, command: str) -> None:
         why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
+        if reason == OTHER_ACCOUNT:
+            why = "the last refresh brought tokens of another account"
         super().__init__(f"your session has ended: {why}", command)
         self.reason = reason
 
@@ -1294,27 +1331,35 @@ class Client:
         """
         return {}
 
-    def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
+    def refresh_fields(self, response: Fields) -> Fields:
         """Return what the token file stores from a refresh's response besides the tokens.
 
-        Raises OAuthError if the response is for another account than the `old` tokens.
+        The response hasn't been stored yet, so nothing is checked here and nothing can fail.
         """
-        # The account ID in the token file may have been edited, so the tokens' claim comes first.
-        known = old.auth_claims().get("chatgpt_account_id") or old.account_id
-        for token in (response["access_token"], response.get("id_token")):
-            account = auth_claims(text_or_none(token)).get("chatgpt_account_id")
-            if account and known and account != known:
-                raise self.other_account_error()
         return {}
+
+    def id_token_fault(self, tokens: Tokens) -> str:
+        """Return what is wrong with the ID token of a refresh, or "". It is stored already."""
+        return ""
+
+    def is_other_account(self, old: Tokens, new: Tokens) -> bool:
+        """Whether a refresh of the `old` tokens has brought tokens of another account.
+
+        Each token is compared with its own predecessor, because the access token and the ID token
+        of one sign-in may name different accounts. The account ID in the token file may have been
+        edited, so it isn't compared.
+        """
+        pairs = ((old.access_token, new.access_token), (old.id_token, new.id_token))
+        for before, after in pairs:
+            known = auth_claims(before).get("chatgpt_account_id")
+            account = auth_claims(after).get("chatgpt_account_id")
+            if known and account and known != account:
+                return True
+        return False
 
     def plan_allowed(self, fields: Fields) -> bool:
         """Whether the sign-in that is stored as `fields` may use the ChatGPT plan."""
         return True
-
-    def other_account_error(self) -> OAuthError:
-        """Return the error for a refresh whose response is for somebody else."""
-        text = "could not refresh the access token: the response is for another account"
-        return OAuthError(text, "to sign in again, run", self.sign_in_command)
 
 
 class OfficialClient(Client):
@@ -1419,7 +1464,10 @@ class OfficialClient(Client):
 
         Raises OAuthError if the ID token isn't valid for the request with this `nonce`.
         """
-        claims = self._id_token_claims(text_or_none(response.get("id_token")), self.client_id)
+        claims = decode_claims(text_or_none(response.get("id_token")))
+        fault = self._id_token_fault(claims, self.client_id)
+        if fault:
+            raise id_token_error(fault)
         if claims.get("nonce") != nonce:
             raise id_token_error("is for another sign-in")
         expiry = number_or_none(claims.get("exp")) or 0
@@ -1428,49 +1476,60 @@ class OfficialClient(Client):
         sub = text_or_none(claims.get("sub"))
         if sub is None:
             raise id_token_error("does not say whose it is")
-        granted = response.get("scope")
         return {
             "host_id": self.host_id,
             "sub": sub,
             "email": text_or_none(claims.get("email")),
-            "scopes": granted.split() if isinstance(granted, str) else [],
-            "earliest_refresh_at": response.get("earliest_refresh_at"),
+            "scopes": [],
+            **self.refresh_fields(response),
         }
 
-    def refresh_fields(self, response: Fields, old: Tokens) -> Fields:
+    def refresh_fields(self, response: Fields) -> Fields:
         """Return which scopes were granted and when the next refresh is allowed.
 
-        The response may omit the ID token and the scope. Raises OAuthError if the ID token is for
-        somebody else than the `old` tokens.
+        The response hasn't been stored yet, so nothing is checked here and nothing can fail. A
+        response without a scope leaves the granted scopes as they were (RFC 6749 §6).
         """
-        id_token = text_or_none(response.get("id_token"))
-        if id_token:
-            claims = self._id_token_claims(id_token, old.client_id)
-            if claims.get("sub") != old.fields.get("sub"):
-                raise self.other_account_error()
+        fields: Fields = {"earliest_refresh_at": None}
+        moment = parse_timestamp(response.get("earliest_refresh_at"))
+        if moment is not None:
+            fields["earliest_refresh_at"] = timestamp(moment)
         granted = response.get("scope")
-        return {
-            "scopes": granted.split() if isinstance(granted, str) else old.fields.get("scopes"),
-            "earliest_refresh_at": response.get("earliest_refresh_at"),
-        }
+        if isinstance(granted, str):
+            words = granted.split()
+            fields["scopes"] = [scope for scope in self.scope.split() if scope in words]
+        return fields
+
+    def id_token_fault(self, tokens: Tokens) -> str:
+        """Return what is wrong with the ID token of a refresh, or "". It is stored already."""
+        # The response may omit the ID token.
+        if not tokens.id_token:
+            return ""
+        return self._id_token_fault(decode_claims(tokens.id_token), tokens.client_id)
+
+    def is_other_account(self, old: Tokens, new: Tokens) -> bool:
+        """Whether a refresh of the `old` tokens has brought an ID token for somebody else."""
+        subject = text_or_none(decode_claims(new.id_token).get("sub"))
+        known = text_or_none(old.fields.get("sub"))
+        return bool(subject and known and subject != known)
 
     def plan_allowed(self, fields: Fields) -> bool:
         """Whether the person allowed the use of the plan. Only the granted scopes show that."""
         return PLAN_SCOPE in (fields.get("scopes") or ())
 
-    def _id_token_claims(self, id_token: Optional[str], client_id: str) -> Fields:
-        """Return the claims of an ID token from our issuer for `client_id`.
+    def _id_token_fault(self, claims: Fields, client_id: str) -> str:
+        """Return "" for the claims of an ID token from our issuer for `client_id`.
 
-        Raises OAuthError for any other ID token. The signature isn't checked because the token came
-        straight from the token endpoint over TLS (OpenID Connect Core §3.1.3.7, 6).
+        For any other ID token, return what is wrong. The signature isn't checked because the token
+        came straight from the token endpoint over TLS (OpenID Connect Core §3.1.3.7, 6).
         """
-        claims = decode_claims(id_token)
-        if str(claims.get("iss")).rstrip("/") != self.settings.issuer:
-            raise id_token_error("is from another issuer")
+        issuer = text_or_none(claims.get("iss")) or ""
+        if issuer.rstrip("/") != self.settings.issuer:
+            return "is from another issuer"
         # The audience is a string or a list of strings (RFC 7519 §4.1.3).
         if claims.get("aud") not in (client_id, [client_id]):
-            raise id_token_error("is for another client")
-        return claims
+            return "is for another client"
+        return ""
 
 
 def id_token_error(fault: str) -> OAuthError:
@@ -1516,10 +1575,17 @@ def bearer_response(response: Response, what: str) -> Fields:
     Raises OAuthError for any other response.
     """
     fields = token_response(response, what)
-    token_type = fields.get("token_type")
-    if token_type is not None and str(token_type).lower() != "bearer":
+    if not has_bearer_type(fields):
         raise OAuthError(f"could not {what}: the response has a token_type that is not Bearer")
     return fields
+
+
+def has_bearer_type(response: Fields) -> bool:
+    """Whether a token response is for bearer tokens, or doesn't say for what."""
+    token_type = response.get("token_type")
+    if isinstance(token_type, str):
+        return token_type.lower() in ("bearer", "")
+    return token_type is None
 
 
 def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -> Fields:
@@ -1567,12 +1633,12 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
     return key
 
 
-def refresh_grant(client: Client, tokens: Tokens) -> Fields:
+def refresh_grant(client: Client, tokens: Tokens) -> Response:
     """Use the refresh token (RFC 6749 §6) at the issuer that issued it, and return the response.
 
-    Raises InvalidGrantError if the refresh token was refused, RequestError if there is no usable
-    response, and OAuthError for any other refusal. The RequestError's `unprocessed` is true only if
-    the refresh token certainly wasn't used.
+    The response is returned unseen, so that its tokens can be stored before anything in it is
+    judged. Raises RequestError if there is no response. Its `unprocessed` is true only if the
+    refresh token certainly wasn't used.
     """
     form = {
         "grant_type": "refresh_token",
@@ -1580,21 +1646,40 @@ def refresh_grant(client: Client, tokens: Tokens) -> Fields:
         "refresh_token": tokens.refresh_token or "",
         **client.token_parameters,
     }
-    what = "refresh the access token"
-    response = request_json(client.settings, tokens.issuer + client.token_path, what, form)
-    # A response with status 200 can contain such a code, too.
-    if response.status < 500 and response.code in INVALID_GRANT_CODES:
-        raise InvalidGrantError(response.code, client.sign_in_command)
-    # The server has refused the request for another reason, so the refresh token is still good.
-    if 400 <= response.status < 500 and response.data:
-        raise response.error(what)
+    url = tokens.issuer + client.token_path
     try:
-        return bearer_response(response, what)
+        return request_json(client.settings, url, REFRESH, form)
     except UnavailableError:
         raise
-    # The server may have used up the refresh token. A RequestError says that this isn't known.
+    # The response is too large, and the server has used up the refresh token.
     except OAuthError as error:
         raise RequestError(str(error)) from None
+
+
+def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
+    """Return the reason why a refresh brought no access token, or None if it brought one.
+
+    It is an InvalidGrantError if the refresh token was refused, a RequestError if there is no
+    usable response, and another OAuthError for any other refusal.
+    """
+    if is_b64token(response.members.get("access_token")):
+        return None
+    # A response with status 200 can contain such a code, too.
+    if response.status < 500 and response.code in INVALID_GRANT_CODES:
+        return InvalidGrantError(response.code, client.sign_in_command)
+    # The server has refused the request for another reason, so the refresh token is still good.
+    if 400 <= response.status < 500 and response.data:
+        return response.error(REFRESH)
+    try:
+        token_response(response, REFRESH)
+    except UnavailableError as error:
+        return error
+    except OAuthError as error:
+        if is_b64token(response.members.get("refresh_token")):
+            return UnavailableError(str(error), "try again")
+        # The server may have used up the refresh token. A RequestError says that this isn't known.
+        return RequestError(str(error))
+    return None
 
 
 def revoke(client: Client, tokens: Tokens) -> None:
@@ -1727,8 +1812,6 @@ REFRESH_MARGIN = 300  # seconds
 # The Codex CLI refreshes its tokens eight days after the last refresh (TOKEN_REFRESH_INTERVAL in
 # its sources). A token whose expiry is unknown is assumed to live that long.
 ASSUMED_LIFETIME = 8 * 86400  # seconds
-# 3000-12-31T23:59:59Z in seconds since 1970, the latest time that Windows can convert.
-LAST_MOMENT = 32535215999
 # Code Puppy's own plugin writes in place, so an incomplete file may be complete a moment later.
 REREAD_SECONDS = 0.5
 # How much larger than the present token file the refreshed one may be.
@@ -1741,32 +1824,11 @@ TEMPORARY_SUFFIX = ".tmp"
 OTHERS = 0o077
 # Symbolic links are not followed.
 READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
-SECRET_KEYS = ("access_token", "refresh_token", "id_token", "api_key")
+# The tokens in a token response (RFC 6749 §5.1, OpenID Connect Core §3.1.3.3).
+TOKEN_NAMES = ("access_token", "refresh_token", "id_token")
+SECRET_KEYS = (*TOKEN_NAMES, "api_key")
 # These members describe the stored tokens and are dropped when new tokens replace them.
 TOKEN_DETAILS = ("expires_at", "ended")
-
-
-def timestamp(moment: float) -> str:
-    """Return `moment` (seconds since 1970) as a UTC time in ISO 8601, ending in Z."""
-    # A clock that is centuries off must not cause an error here, because the caller is about to
-    # store new tokens. Such a time becomes the nearest one that can be represented.
-    moment = min(max(0.0, moment), LAST_MOMENT)
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
-
-
-def parse_timestamp(value: object) -> Optional[float]:
-    """Return an ISO 8601 time, or a number of seconds, as seconds since 1970, otherwise None.
-
-    A time without a zone is UTC.
-    """
-    from datetime import datetime, timezone
-
-    if not isinstance(value, str):
-        return number_or_none(value)
-    with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-    return None
 
 
 class Tokens:
@@ -2465,6 +2527,8 @@ class TokenFile(JsonFile):
 # under the lock of the token file, and only after room for the response has been reserved. It is
 # sent again only if the server certainly hasn't processed the first request. From the request until
 # the response is on disk, signals and the end of the program wait.
+# The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
+# A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
 
 # When the program exits, it waits for a refresh in a thread: a request's timeout plus this.
 EXIT_GRACE = 5.0  # seconds
@@ -2623,56 +2687,100 @@ class Session:
                 tries.wait(error)
 
     def _refresh_once(self, old: Tokens) -> Tokens:
-        """Send one refresh request and store the response.
+        """Send one refresh request, store the tokens in the response, and only then judge it.
 
         If another program has stored other tokens in the meantime, return those.
         """
-        response: Fields = {}
-        refusal: Optional[InvalidGrantError] = None
-        try:
-            response = refresh_grant(self.client, old)
-        except InvalidGrantError as error:
-            refusal = error
+        response = refresh_grant(self.client, old)
         current = old
         # Another program may be writing the file in place at this moment.
         with contextlib.suppress(StorageError):
             current = self.tokens()
-        if current.refresh_token != old.refresh_token:
-            if current.valid_for(0):
-                return current
-            if refusal:
-                raise refusal
-            raise OAuthError("another process changed the stored tokens", "try again")
-        if refusal:
-            mark = {"reason": refusal.reason, "refresh_token_sha256": old.fingerprint()}
-            self.token_file.save({**current.fields, "ended": mark})
-            raise refusal
-        fields = merged(current.fields, response, self.notify)
-        fields.update(self.client.refresh_fields(response, old))
+        if current.refresh_token == old.refresh_token:
+            new = self._store(response.members, current)
+            return self._judge(response, current, new)
+        if current.valid_for(0):
+            return current
+        text = "another process changed the stored tokens"
+        raise refresh_error(self.client, response) or OAuthError(text, "try again")
+
+    def _store(self, response: Fields, current: Tokens) -> Tokens:
+        """Store the valid tokens of a refresh's response, and return what is stored then.
+
+        A refresh token without an access token is stored, too, because the one before is spent.
+        """
+        received = received_tokens(response)
+        if not ("access_token" in received or "refresh_token" in received):
+            return current
+        fields = merged(current.fields, response)
+        fields.update(self.client.refresh_fields(response))
         if fields.get("api_key") == current.access_token:
             # Code Puppy's own plugin stores the access token as `api_key` too (see Tokens).
-            fields["api_key"] = response["access_token"]
+            fields["api_key"] = fields["access_token"]
         self.token_file.save(fields)
         return Tokens(fields)
 
+    def _judge(self, response: Response, old: Tokens, new: Tokens) -> Tokens:
+        """Return the `new` tokens, which a refresh of the `old` ones has brought and stored.
 
-def merged(fields: Fields, response: Fields, notify: Notify) -> Fields:
+        Faults in the response are warnings, or end the sign-in. Raises OAuthError if the refresh
+        brought no access token.
+        """
+        refusal = refresh_error(self.client, response)
+        if isinstance(refusal, InvalidGrantError) and new is old:
+            self._store_end(refusal.reason, old)
+        if refusal:
+            raise refusal
+        report_odd_members(response.members, self.notify)
+        fault = self.client.id_token_fault(new)
+        if fault:
+            self.notify("warning", f"ignored the id_token in the response, which {fault}")
+            new = Tokens({**new.fields, "id_token": old.id_token})
+            self.token_file.save(new.fields)
+        if self.client.is_other_account(old, new):
+            # The other account's tokens must not be used. Only the refresh token is kept, so that
+            # a sign-out can revoke it.
+            kept = Tokens({**old.fields, "refresh_token": new.refresh_token})
+            self._store_end(OTHER_ACCOUNT, kept)
+            raise InvalidGrantError(OTHER_ACCOUNT, self.client.sign_in_command)
+        return new
+
+    def _store_end(self, reason: str, tokens: Tokens) -> None:
+        """Store `tokens`, marked as ended for `reason`."""
+        mark = {"reason": reason, "refresh_token_sha256": tokens.fingerprint()}
+        self.token_file.save({**tokens.fields, "ended": mark})
+
+
+def received_tokens(response: Fields) -> Fields:
+    """Return the valid tokens in a token response. A token that isn't valid is left out."""
+    return {name: response[name] for name in TOKEN_NAMES if is_b64token(response.get(name))}
+
+
+def merged(fields: Fields, response: Fields) -> Fields:
     """Return `fields` updated from a token response.
 
-    A token that is missing or invalid keeps its old value. An invalid one is reported as a warning.
+    A token that is missing or invalid keeps its old value.
     """
-    kept = {k: value for k, value in fields.items() if k not in TOKEN_DETAILS}
-    new = {"access_token": response["access_token"]}
-    for name in ("refresh_token", "id_token"):
+    new = {**fields, **received_tokens(response)}
+    new.pop("ended", None)
+    # Without a new access token, the dates of the old one stay.
+    if is_b64token(response.get("access_token")):
+        new["last_refresh"] = timestamp(time.time())
+        new.pop("expires_at", None)
+        lifetime = number_or_none(response.get("expires_in"))
+        if lifetime:
+            new["expires_at"] = timestamp(time.time() + lifetime)
+    return new
+
+
+def report_odd_members(response: Fields, notify: Notify) -> None:
+    """Report the members of a stored token response that aren't what they should be."""
+    for name in TOKEN_NAMES:
         value = response.get(name)
-        if is_b64token(value):
-            new[name] = value
-        elif value not in (None, ""):
+        if value not in (None, "") and not is_b64token(value):
             notify("warning", f"ignored the {name} in the response, which is not a valid token")
-    lifetime = number_or_none(response.get("expires_in"))
-    if lifetime:
-        new["expires_at"] = timestamp(time.time() + lifetime)
-    return {**kept, **new, "last_refresh": timestamp(time.time())}
+    if not has_bearer_type(response):
+        notify("warning", "the response has a token_type that is not Bearer; using it anyway")
 
 
 @contextlib.contextmanager
@@ -3824,7 +3932,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
     """Store the tokens in `response`. If they can't be stored, revoke them and raise OAuthError."""
     client = session.client
     origin = {"issuer": session.settings.issuer, "client_id": client.client_id}
-    tokens = Tokens(merged(origin, response, session.notify))
+    tokens = Tokens(merged(origin, response))
     try:
         tokens = Tokens({**tokens.fields, **client.sign_in_fields(response, nonce)})
         if client.workspace and tokens.account_id != client.workspace:
@@ -3838,10 +3946,12 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         # The tokens are on disk. The next process puts them into place.
         raise
     except OAuthError:
-        # Revoking a token of the same account could also end the sign-in that is still stored.
-        if not (old and tokens.same_account(old)):
+        # Both sign-ins may belong to one grant, and revoking a token could end all of it.
+        same_client = old and (old.issuer, old.client_id) == (tokens.issuer, tokens.client_id)
+        if not same_client:
             revoke_or_warn(session, tokens)
         raise
+    report_odd_members(response, session.notify)
 
 
 def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:

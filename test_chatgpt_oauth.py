@@ -87,6 +87,8 @@ COMMANDS = (
 )
 # Every error with one of these exit codes tells what to do next.
 EXIT_CODES_WITH_HINT = (1, 3, 4, 5)
+# The members of a token response besides the tokens.
+ODD_MEMBERS = ("token_type", "expires_in", "scope", "earliest_refresh_at", "error", "unknown")
 # The beginnings of the messages that a sign-in shows first.
 SIGN_IN_MESSAGES = ("To sign in, open ", "You are signed in as ")
 # The error codes of OpenAI and of RFC 6749 §5.2 for a refresh token that is no longer valid.
@@ -3222,23 +3224,75 @@ for command in ("status", "token"):
                 self.assertEqual(self.call("token"), (0, "opaque\n", ""))
                 self.assertEqual("expires_at" in self.stored(), lifetime in good)
 
-    def test_a_response_for_another_account_is_refused(self):
-        before = self.store(lifetime=0)
-        response = json.dumps(self.double.tokens(account="acct-9")).encode()
-        self.fault("refresh", 200, response)
-        self.assert_fails(self.call("token"), 1, "another account", "to sign in again, run: ")
-        self.assertEqual(self.stored(), before)
+    def test_a_response_for_another_account_ends_the_sign_in(self):
+        for names in (("access_token", "refresh_token", "id_token"), ("access_token",)):
+            with self.subTest(names):
+                before = self.store(lifetime=-10)
+                tokens = self.double.tokens(account="acct-9")
+                response = {name: tokens[name] for name in names}
+                self.fault("refresh", 200, json.dumps(response).encode())
+                for _ in range(2):
+                    words = ("another account", "to sign in again, run: ")
+                    self.assert_fails(self.call("token"), 4, *words)
+                after = self.stored()
+                self.assertEqual(after.pop("ended")["reason"], "other_account")
+                refresh_token = response.get("refresh_token", before["refresh_token"])
+                self.assertEqual(after, {**before, "refresh_token": refresh_token})
+        self.assertEqual(self.double.count("refresh"), 2)
+
+    def test_each_token_is_compared_with_its_own_predecessor(self):
+        access = self.double.tokens(account="acct-8")["access_token"]
+        fields = self.store(access_token=access, account_id="acct-8", expires_at="2026-01-01")
+        response = self.double.tokens()
+        response["access_token"] = self.double.tokens(account="acct-8")["access_token"]
+        self.fault("refresh", 200, json.dumps(response).encode())
+        self.assert_quiet(self.call("token", "--refresh"))
+        self.assertEqual(self.stored()["refresh_token"], response["refresh_token"])
+        self.assertNotEqual(fields["id_token"], response["id_token"])
+
+    def test_odd_members_of_a_response_do_not_lose_its_tokens(self):
+        nested = json.loads("[" * 400 + "]" * 400)
+        odd = ("", "x", 5, -1, True, [], {}, nested, "9" * 5000, "\u0663")
+        cases = [(name, value) for name in ODD_MEMBERS for value in odd]
+        for name, value in cases:
+            with self.subTest(name, value=str(value)[:20]):
+                self.store(lifetime=-10)
+                response = {**self.double.tokens(), name: value}
+                self.fault("refresh", 200, json.dumps(response).encode())
+                result = self.call("token")
+                self.assertEqual(result.code, 0, result.err)
+                self.assertNotIn("error", result.err)
+                self.assertEqual(self.stored()["refresh_token"], response["refresh_token"])
+                self.assertEqual(self.stored()["access_token"], response["access_token"])
+
+    def test_a_token_type_that_is_not_bearer_is_a_warning_at_a_refresh(self):
+        for kind, warned in (("DPoP", True), (5, True), ("", False), ("BEARER", False)):
+            with self.subTest(kind):
+                self.store(lifetime=-10)
+                response = {**self.double.tokens(), "token_type": kind}
+                self.fault("refresh", 200, json.dumps(response).encode())
+                result = self.call("token")
+                self.assertEqual(result[:2], (0, response["access_token"] + "\n"))
+                self.assertEqual("warning: the response has a token_type" in result.err, warned)
+
+    def test_a_refresh_token_without_an_access_token_is_stored(self):
+        before = self.store(lifetime=-10)
+        for access in (None, "a b"):
+            with self.subTest(access):
+                response = {**self.double.tokens(), "access_token": access}
+                self.fault_once("refresh", 200, json.dumps(response).encode())
+                result = self.call("token", environ={"CHATGPT_OAUTH_RETRY_WINDOW": "0.01"})
+                self.assert_fails(result, 5, "no valid access_token", "try again")
+                self.assertNotIn("sign in", result.err)
+                after = self.stored()
+                self.assertEqual(after["access_token"], before["access_token"])
+                self.assertEqual(after["last_refresh"], before["last_refresh"])
+                self.assertEqual(after["refresh_token"], response["refresh_token"])
+        self.assert_fresh(self.call("token"))
 
     def test_an_edited_account_id_does_not_end_the_sign_in(self):
         self.store(lifetime=-10, account_id="acct-9")
         self.assertEqual(self.assert_fresh(self.call("token")).err, "")
-
-    def test_another_account_in_the_access_token_is_refused(self):
-        before = self.store(lifetime=0)
-        access = self.double.tokens(account="acct-9")["access_token"]
-        self.fault("refresh", 200, json.dumps({"access_token": access}).encode())
-        self.assert_fails(self.call("token"), 1, "another account")
-        self.assertEqual(self.stored(), before)
 
     def test_a_file_broken_during_a_refresh_does_not_lose_the_response(self):
         self.store(lifetime=-10)
@@ -5122,6 +5176,18 @@ class OfficialTest(Case):
         self.double.id_token_changes = {"aud": "oaiapp_text"}
         self.assert_done(self.official_sign_in())
 
+    def test_a_refused_sign_in_revokes_nothing_while_one_is_stored(self):
+        self.assert_done(self.official_sign_in())
+        before = self.stored_plan()
+        self.double.id_token_changes = {"nonce": "x"}
+        self.assert_fails(self.official_sign_in(), 1, "another sign-in")
+        self.store(self.double.tokens(account="acct-2"), issuer=self.double.url)
+        environ = {"CHATGPT_OAUTH_WORKSPACE": "acct-9"}
+        result = self.call("auth", "--no-browser", browser=visit, environ=environ)
+        self.assert_fails(result, 1, "instead of acct-9")
+        self.assertEqual(self.stored_plan(), before)
+        self.assertEqual((self.double.count("revoke"), self.double.count("plan_revoke")), (0, 0))
+
     def test_an_unexpected_client_id_is_rejected(self):
         for changes in ({"client_id": None}, {"client_id": "dynamic_agent_client"}):
             self.double.callback_changes = changes
@@ -5193,12 +5259,58 @@ class OfficialTest(Case):
         self.assertEqual(self.double.count("plan_refresh"), 1)
         self.assertEqual(self.stored_plan(), before)
 
-    def test_a_refresh_for_another_account_is_not_stored(self):
+    def refresh_with(self, **changes):
+        """Refresh the stored sign-in. The response has `changes`. Return it and the result."""
+        response = {**self.double.plan_sign_in(self.stored_plan()["client_id"]), **changes}
+        self.double.requests.clear()
+        self.fault_once("plan_refresh", 200, json.dumps(response).encode())
+        return response, self.run_refresh()
+
+    def test_a_refresh_for_another_account_ends_the_sign_in(self):
         self.assert_done(self.official_sign_in())
         before = self.expire_token()
         self.double.plan_subject = "user|bob"
-        self.assert_fails(self.run_refresh(), 1, "another account")
-        self.assertEqual(self.stored_plan(), before)
+        response, result = self.refresh_with()
+        self.assert_fails(result, 4, "another account")
+        self.assert_fails(self.run_refresh(), 4, "another account")
+        after = self.stored_plan()
+        self.assertEqual(after.pop("ended")["reason"], "other_account")
+        self.assertEqual(after, {**before, "refresh_token": response["refresh_token"]})
+        self.assertEqual(self.double.count("plan_refresh"), 1)
+
+    def test_an_odd_id_token_at_a_refresh_is_a_warning(self):
+        self.assert_done(self.official_sign_in())
+        before = self.stored_plan()
+        claims = {"iss": self.double.url, "aud": before["client_id"], "sub": "user|bob"}
+        for id_token, words in (
+            ("opaque", "another issuer"),
+            (encode_jwt({**claims, "aud": [before["client_id"], "x"]}), "another client"),
+            (encode_jwt({**claims, "iss": [[]]}), "another issuer"),
+            (5, "not a valid token"),
+        ):
+            with self.subTest(id_token):
+                self.expire_token()
+                response, result = self.refresh_with(id_token=id_token)
+                self.assertEqual(result.code, 0, result.err)
+                self.assertIn("warning: ignored the id_token", result.err)
+                self.assertIn(words, result.err)
+                after = self.stored_plan()
+                self.assertEqual(after["refresh_token"], response["refresh_token"])
+                self.assertEqual(after["id_token"], before["id_token"])
+
+    def test_odd_members_of_a_response_are_stored_as_typed_values(self):
+        self.assert_done(self.official_sign_in())
+        nested = json.loads("[" * 900 + "]" * 900)
+        for name, value in itertools.product(ODD_MEMBERS, ("", 5, [], {}, nested, "x " * 150000)):
+            with self.subTest(name, value=str(value)[:20]):
+                self.change_stored_plan(expires_at=timestamp(0), earliest_refresh_at=None)
+                self.change_stored_plan(scopes=self.double.SCOPE.split())
+                response, result = self.refresh_with(**{name: value})
+                self.assertNotIn("internal error", result.err)
+                after = self.stored_plan()
+                self.assertEqual(after["refresh_token"], response["refresh_token"])
+                self.assertLess(self.plan_file.stat().st_size, 4000)
+                self.assertIsInstance(after["scopes"], list)
 
     def test_signing_in_as_someone_else_revokes_the_old_tokens(self):
         self.assert_done(self.official_sign_in())
