@@ -296,8 +296,8 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # Every failure that a person can do something about is an OAuthError: one line that says what
 # happened, the next step, and the exit code of the command. An error is raised once. Its caller
-# reports it with `tell_error`. Its text never contains a secret, and printable() makes it safe for
-# a terminal.
+# reports it with `report_error`. Its text never contains a secret, and printable() makes it safe
+# for a terminal.
 #
 #     OAuthError                   1  refused or failed
 #     ├── UsageError               2  the command line or a setting is wrong
@@ -344,7 +344,7 @@ class OAuthError(Exception):
         self.hint = printable(hint) or None
         self.command = command
 
-    def suggest(self, command: str) -> None:
+    def set_default_hint(self, command: str) -> None:
         """Set the default hint, to try again with `command`, unless there is a hint already."""
         if not self.hint:
             self.hint, self.command = "to try again, run", command
@@ -394,7 +394,7 @@ class StorageError(OAuthError):
 
 
 @contextlib.contextmanager
-def nothing_but_oauth_errors() -> Iterator[None]:
+def as_oauth_errors() -> Iterator[None]:
     """Raise OAuthError if this Python lacks a module or the system is out of resources."""
     hint = "close some programs, then try again"
     try:
@@ -411,10 +411,10 @@ def nothing_but_oauth_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def module_function() -> Iterator[None]:
+def as_module_errors() -> Iterator[None]:
     """Raise only OAuthError, with the command written out in its hint, to callers of the module."""
     try:
-        with nothing_but_oauth_errors():
+        with as_oauth_errors():
             yield
     except OAuthError as error:
         if error.command:
@@ -422,7 +422,7 @@ def module_function() -> Iterator[None]:
         raise
 
 
-def tell_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
+def report_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
     """Report `error` and its hint to a person. `kind` is "error" or "warning"."""
     notify(kind, str(error))
     if error.hint:
@@ -1287,7 +1287,7 @@ class Client:
     # Comes after the setting `prefix` in the names of this client's models.
     model_prefix = ""
     # Whether other programs may use the tokens, and an API key may be requested with them.
-    shares_tokens = True
+    can_share_tokens = True
     # What to say about payment after a sign-in.
     payment_notice = ""
     # What to do after a sign-in without an API key.
@@ -1321,7 +1321,7 @@ class Client:
             parameters["allowed_workspace_id"] = self.workspace
         return parameters
 
-    def accept(self, response: Dict[str, str]) -> None:
+    def accept_response(self, response: Dict[str, str]) -> None:
         """Use the authorization response's other parameters. Raises OAuthError for wrong ones."""
 
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
@@ -1357,7 +1357,7 @@ class Client:
                 return True
         return False
 
-    def plan_allowed(self, fields: Fields) -> bool:
+    def can_use_plan(self, fields: Fields) -> bool:
         """Whether the sign-in that is stored as `fields` may use the ChatGPT plan."""
         return True
 
@@ -1394,7 +1394,7 @@ class OfficialClient(Client):
     # The type of this client's entries in the models file. No other entry has it.
     model_type = "chatgpt_plan"
     model_prefix = "plan-"
-    shares_tokens = False
+    can_share_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
     next_step = Hint("To use one of the models, type in Code Puppy: /model NAME")
 
@@ -1422,7 +1422,7 @@ class OfficialClient(Client):
         same_issuer = stored.get("issuer", self.settings.issuer) == self.settings.issuer
         if same_issuer and re.fullmatch(_WORD.pattern, client_id):
             self.client_id = client_id
-        if stored.get("access_token") and not self.plan_allowed(stored):
+        if stored.get("access_token") and not self.can_use_plan(stored):
             self.asks_consent_again = True
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
@@ -1446,7 +1446,7 @@ class OfficialClient(Client):
             parameters["prompt"] = "consent"
         return parameters
 
-    def accept(self, response: Dict[str, str]) -> None:
+    def accept_response(self, response: Dict[str, str]) -> None:
         """Use the client ID that OpenAI issues in the first authorization response.
 
         Raises OAuthError if it is missing or invalid, or if a later response has another client ID.
@@ -1513,7 +1513,7 @@ class OfficialClient(Client):
         known = text_or_none(old.fields.get("sub"))
         return bool(subject and known and subject != known)
 
-    def plan_allowed(self, fields: Fields) -> bool:
+    def can_use_plan(self, fields: Fields) -> bool:
         """Whether the person allowed the use of the plan. Only the granted scopes show that."""
         return PLAN_SCOPE in (fields.get("scopes") or ())
 
@@ -1633,7 +1633,7 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
     return key
 
 
-def refresh_grant(client: Client, tokens: Tokens) -> Response:
+def request_refresh(client: Client, tokens: Tokens) -> Response:
     """Use the refresh token (RFC 6749 §6) at the issuer that issued it, and return the response.
 
     The response is returned unseen, so that its tokens can be stored before anything in it is
@@ -2577,7 +2577,7 @@ class Session:
         if tokens:
             return tokens
         command = self.client.sign_in_command
-        if self.client.shares_tokens and self.official().token_file.holds_sign_in():
+        if self.client.can_share_tokens and self.official_session().token_file.holds_sign_in():
             raise OfficialOnlyError(
                 "there is only the official sign-in, and OpenAI's terms let its tokens serve "
                 "Code Puppy alone",
@@ -2586,11 +2586,11 @@ class Session:
             )
         raise NotSignedInError("not signed in to ChatGPT", "to sign in, run", command)
 
-    def official(self) -> Session:
+    def official_session(self) -> Session:
         """Return the session of the official sign-in."""
         return Session(self.settings, self.notify, OfficialClient(self.settings))
 
-    def sign_ins(self) -> List[Session]:
+    def all_sessions(self) -> List[Session]:
         """Return the sessions of all sign-ins that a user can have, starting with this one."""
         other = OfficialClient if type(self.client) is Client else Client
         return [self, Session(self.settings, self.notify, other(self.settings))]
@@ -2691,7 +2691,7 @@ class Session:
 
         If another program has stored other tokens in the meantime, return those.
         """
-        response = refresh_grant(self.client, old)
+        response = request_refresh(self.client, old)
         current = old
         # Another program may be writing the file in place at this moment.
         with contextlib.suppress(StorageError):
@@ -2849,7 +2849,7 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(delayed[0])
 
 
-@module_function()
+@as_module_errors()
 def get_access_token(*, refresh: bool = False) -> str:
     """Return a valid access token. Refresh it first if that is due, or if `refresh` is true.
 
@@ -2858,7 +2858,7 @@ def get_access_token(*, refresh: bool = False) -> str:
     return Session().valid_tokens(refresh).access_token
 
 
-@module_function()
+@as_module_errors()
 def get_account_id() -> Optional[str]:
     """Return the account ID that some requests must contain, or None if it is unknown.
 
@@ -2867,7 +2867,7 @@ def get_account_id() -> Optional[str]:
     return Session().tokens().account_id
 
 
-@module_function()
+@as_module_errors()
 def get_api_key() -> Optional[str]:
     """Return the stored API key, or None if the account doesn't have one.
 
@@ -3315,12 +3315,12 @@ ORGANIZATION_HINT = (
 )
 
 
-def no_api_key(message: str = NO_API_KEY) -> OAuthError:
+def no_api_key_error(message: str = NO_API_KEY) -> OAuthError:
     """Return the error for an account that has no API key."""
     return OAuthError(message, f"{ORGANIZATION_HINT}, then run", "auth")
 
 
-def plan_not_allowed() -> OAuthError:
+def plan_not_allowed_error() -> OAuthError:
     """Return the error for an official sign-in that isn't allowed to use the ChatGPT plan."""
     return OAuthError(
         "this sign-in was not allowed to use your ChatGPT plan",
@@ -3462,7 +3462,7 @@ def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
     """
     if session.client.model_source:
         return session, session.client.model_source
-    official = session.official()
+    official = session.official_session()
     if source == "official":
         return official, "official"
     if source != "auto":
@@ -3514,11 +3514,11 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
 def _models_response(session: Session, source: str) -> Response:
     """Request the models of `source` with valid tokens. Raises OAuthError."""
     tokens = session.tokens()
-    if not session.client.plan_allowed(tokens.fields):
-        raise plan_not_allowed()
+    if not session.client.can_use_plan(tokens.fields):
+        raise plan_not_allowed_error()
     if source == "api":
         if not tokens.api_key:
-            raise no_api_key()
+            raise no_api_key_error()
         return request_models(session.settings, source, tokens)
     tokens = session.valid_tokens()
     response = request_models(session.settings, source, tokens)
@@ -3675,7 +3675,7 @@ def import_models(
         )
         if models.is_explicit:
             raise error
-        tell_error(session.notify, error, "warning")
+        report_error(session.notify, error, "warning")
     if dry_run:
         return source, list(entries)
     # The token file's lock keeps other processes from signing in or out until the entries of this
@@ -3692,7 +3692,7 @@ def import_models(
     return source, session.imported
 
 
-@module_function()
+@as_module_errors()
 def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     """Return the IDs of all models of the account, unfiltered.
 
@@ -3978,8 +3978,8 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     email = identity(tokens)["email"]
     name = f" as {email}" if email else ""
     session.notify("done", f"Signed in{name}{workspace_label(tokens)}")
-    plan_allowed = client.plan_allowed(tokens.fields)
-    if client.shares_tokens:
+    plan_allowed = client.can_use_plan(tokens.fields)
+    if client.can_share_tokens:
         with errors_as_warnings(session):
             obtain_api_key(session)
     with errors_as_warnings(session):
@@ -3994,7 +3994,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
         revoke_or_warn(session, old)
     session.notify("info", f"Tokens saved in {session.token_file.path}")
     if not plan_allowed:
-        raise plan_not_allowed()
+        raise plan_not_allowed_error()
     if client.payment_notice:
         session.notify("info", client.payment_notice)
 
@@ -4005,7 +4005,7 @@ def errors_as_warnings(session: Session) -> Iterator[None]:
     try:
         yield
     except OAuthError as error:
-        tell_error(session.notify, error, "warning")
+        report_error(session.notify, error, "warning")
 
 
 def can_revoke_previous(old: Tokens, new: Tokens) -> bool:
@@ -4049,7 +4049,7 @@ def obtain_api_key(session: Session) -> None:
         reason = str(error)
         if "missing organization_id" in reason:
             reason = "this account has no organization (missing organization_id)"
-        failure = no_api_key(f"no API key: {reason}")
+        failure = no_api_key_error(f"no API key: {reason}")
     with session.token_file.lock():
         current = session.token_file.load()
         # Another process may have signed in to another account in the meantime.
@@ -4372,12 +4372,12 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     try:
         if response.get("error"):
             raise authorization_error(response)
-        session.client.accept(response)
+        session.client.accept_response(response)
         old = exchange_and_store(
             session, response["code"], request.code_verifier, request.redirect_uri, request.nonce
         )
     except OAuthError as error:
-        error.suggest(session.client.sign_in_command)
+        error.set_default_hint(session.client.sign_in_command)
         callback.outcome.set_exception(error)
         # The page is sent at once, because there is no further request for it.
         callback.wait_until_shown(2.0)
@@ -4442,7 +4442,7 @@ def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional
     try:
         old = exchange_and_store(session, code, verifier, device.redirect_uri)
     except OAuthError as error:
-        error.suggest(session.client.device_command)
+        error.set_default_hint(session.client.device_command)
         raise
     complete_sign_in(session, models, old)
 
@@ -4543,7 +4543,7 @@ def open_browser(session: Session, url: str) -> Optional[str]:
 def browser_environ(session: Session) -> Dict[str, str]:
     """Return the environment for a browser. It holds no token or key, under any name."""
     stored: Set[Optional[str]] = set()
-    for each in session.sign_ins():
+    for each in session.all_sessions():
         with contextlib.suppress(OAuthError):
             tokens = each.tokens()
             stored.update(getattr(tokens, key) for key in SECRET_KEYS)
@@ -4794,7 +4794,7 @@ def shell_name(settings: Settings, name: str) -> str:
     return versioned[1] if versioned else name
 
 
-def known_shell(name: str) -> Optional[str]:
+def shell_key(name: str) -> Optional[str]:
     """Return the key in SHELLS for the shell `name`, or None if the shell is unknown."""
     for key, shell in SHELLS.items():
         if name in shell.names:
@@ -5008,7 +5008,7 @@ class SignInStatus:
         except OAuthError as error:
             self.problem = error
         self.fields = self.tokens.fields if self.tokens else {}
-        self.plan_allowed = session.client.plan_allowed(self.fields)
+        self.plan_allowed = session.client.can_use_plan(self.fields)
         self.check = check if self.tokens and self.plan_allowed else None
         self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
         # A broken file counts as a sign-in that exists.
@@ -5016,7 +5016,7 @@ class SignInStatus:
         self.exists = os.path.lexists(self.path) and not not_signed_in
         self.usable = self._is_usable()
         if not self.problem and not self.plan_allowed:
-            self.problem = plan_not_allowed()
+            self.problem = plan_not_allowed_error()
 
     def is_refused(self) -> bool:
         """Whether OpenAI was asked and didn't accept the tokens."""
@@ -5039,7 +5039,7 @@ class Status:
     def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
         self.session, self.typed, self.online = session, typed, online
         self.stored = SignInStatus(session, online)
-        self.official = SignInStatus(session.official(), online)
+        self.official = SignInStatus(session.official_session(), online)
         self.api_key_check: Optional[OnlineCheck] = None
         if online and self.stored.tokens and self.stored.tokens.api_key:
             self.api_key_check = check_online(session, "api")
@@ -5054,7 +5054,7 @@ class Status:
         self.models: Optional[List[str]] = None
         self.models_error: Optional[StorageError] = None
         try:
-            self.models = list(registered_entries(*session.sign_ins()))
+            self.models = list(registered_entries(*session.all_sessions()))
         except StorageError as error:
             self.models_error = error
         self.problem, self.exit_code = self._verdict()
@@ -5284,7 +5284,7 @@ def format_expiry(when: Optional[str], refreshable: bool) -> str:
 # stay fast.
 
 
-@module_function()
+@as_module_errors()
 def sign_in(
     *, device: bool = False, open_browser: bool = True, timeout: Optional[float] = None
 ) -> Dict[str, Any]:
@@ -5305,7 +5305,7 @@ def sign_in(
     return Status(session, lambda command: f"chatgpt_oauth.py {command}").facts
 
 
-@module_function()
+@as_module_errors()
 def sign_out(*, revoke: bool = True) -> None:
     """Revoke the sign-in if possible, remove its file and our models. Raises OAuthError."""
     end_sign_in(Session(), revoke)
@@ -5346,7 +5346,7 @@ def printing_shell(settings: Settings, name: str) -> str:
     Raises UsageError for any other shell.
     """
     name = shell_name(settings, name)
-    key = known_shell(name)
+    key = shell_key(name)
     if key is None:
         known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
         raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
@@ -5364,7 +5364,7 @@ def command_auth(session: Session, options: Namespace) -> None:
         step = session.client.next_step
         session.notify("info", step.text, step.command)
         return
-    key = known_shell(shell_name(session.settings, "auto"))
+    key = shell_key(shell_name(session.settings, "auto"))
     if key is None or not SHELLS[key].prints:
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
@@ -5488,7 +5488,7 @@ def command_token(session: Session, options: Namespace) -> None:
     if options.api_key:
         api_key = session.tokens().api_key
         if not api_key:
-            raise no_api_key()
+            raise no_api_key_error()
         print(api_key)
         return
     tokens = session.valid_tokens(options.refresh)
@@ -5505,7 +5505,7 @@ def command_token(session: Session, options: Namespace) -> None:
 
 def command_logout(session: Session, options: Namespace) -> None:
     """Revoke both sign-ins (with --official, only that one) and remove their files and models."""
-    sessions = [session] if options.official else session.sign_ins()
+    sessions = [session] if options.official else session.all_sessions()
     ended, failures = False, []
     for each in sessions:
         try:
@@ -5516,7 +5516,7 @@ def command_logout(session: Session, options: Namespace) -> None:
     for failure in failures[1:]:
         # Both sign-ins use the same models file, so both may fail with the same error.
         if str(failure) != str(failures[0]):
-            tell_error(session.notify, failure, "warning")
+            report_error(session.notify, failure, "warning")
     if failures:
         raise failures[0]
     if not ended:
@@ -5777,7 +5777,7 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     notify, settings = session.notify, session.settings
     persons_shell = shell_name(settings, "auto")
     # An unknown shell probably understands the line for sh.
-    shell = known_shell(persons_shell) or "sh"
+    shell = shell_key(persons_shell) or "sh"
     profile = SHELLS[shell].names.get(persons_shell, "~/.profile")
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
@@ -5810,7 +5810,7 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         hint = "use --bin with the directory that was given to install"
         raise UsageError(f"there is no command {paths.launcher}", hint)
     installed = [path for path, mark in paths.files.items() if installed_content(path, mark)]
-    was_registered = remove_registration(session.official())
+    was_registered = remove_registration(session.official_session())
     if not installed:
         if not was_registered:
             session.notify("info", "Not installed; nothing to do.")
@@ -5825,7 +5825,7 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         # A directory that holds other files stays.
         with contextlib.suppress(OSError):
             os.rmdir(directory)
-    for sign_in in session.sign_ins():
+    for sign_in in session.all_sessions():
         if os.path.lexists(sign_in.token_file.path):
             session.notify("info", f"Your sign-in stays in {sign_in.token_file.path}")
     session.notify("info", "If your shell's profile has a line for it, remove that, too.")
@@ -6189,11 +6189,11 @@ class PlanAccess:
         messages: List[Tuple[str, ...]] = []
         session = Session(notify=lambda *message: messages.append(message))
         if self.official:
-            session = session.official()
+            session = session.official_session()
         tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
         self.plugin.report_refresh(messages)
-        if not session.client.plan_allowed(tokens.fields):
-            raise plan_not_allowed()
+        if not session.client.can_use_plan(tokens.fields):
+            raise plan_not_allowed_error()
         headers = {"Authorization": f"Bearer {tokens.access_token}"}
         if not self.official:
             headers.update(account_headers(tokens))
@@ -6396,7 +6396,7 @@ class CodePuppyPlugin:
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
                 self._run(name.rpartition("-")[2], command)
         except OAuthError as error:
-            tell_error(self.notify, error)
+            report_error(self.notify, error)
         except KeyboardInterrupt:
             # The line break keeps the text off the line on which the terminal has echoed ^C.
             self.notify("warning", "\nInterrupted.")
@@ -6459,7 +6459,7 @@ class CodePuppyPlugin:
     def stopped(self, error: OAuthError) -> Exception:
         """Show `error` and return an exception that ends the prompt."""
         if not self.host.in_editor:
-            tell_error(self.notify, error)
+            report_error(self.notify, error)
             return prompt_ended(str(error))
         # An editor shows the text of an exception, and nothing else.
         hint = error.hint or ""
@@ -6602,7 +6602,7 @@ class CodePuppyPlugin:
     def _entries(self, session: Session) -> Dict[str, Fields]:
         # The commands report it if the models file can't be read.
         with contextlib.suppress(StorageError):
-            return registered_entries(*session.sign_ins())
+            return registered_entries(*session.all_sessions())
         return {}
 
     def _report_models(self, session: Session, in_use: Optional[str]) -> None:
@@ -6612,7 +6612,7 @@ class CodePuppyPlugin:
         is_usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
         if not is_usable:
             text = f"{NO_PLAN_MODELS[0]}; prompts to them go to another provider"
-            tell_error(self.notify, OAuthError(text, NO_PLAN_MODELS[1]), "warning")
+            report_error(self.notify, OAuthError(text, NO_PLAN_MODELS[1]), "warning")
         is_missing = self._warn_of_missing_model(session, in_use, is_usable)
         if session.imported and is_usable and not is_missing:
             self.notify("info", f"To use one of the models, type: /model {next(iter(entries))}")
@@ -7054,12 +7054,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     set_up_output()
     terminal = Terminal(dict(os.environ))
     try:
-        with nothing_but_oauth_errors():
+        with as_oauth_errors():
             code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
         sys.stdout.flush()
         return code
     except OAuthError as error:
-        tell_error(terminal.notify, error)
+        report_error(terminal.notify, error)
         return error.exit_code
     except KeyboardInterrupt:
         terminal.interrupted()
