@@ -951,6 +951,7 @@ def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -
                 except OSError as error:
                     failure = error
                     continue
+                # The socket becomes writable when the attempt succeeds or fails.
                 attempts.register(attempt, selectors.EVENT_WRITE)
             seconds = max(0.0, deadline - time.monotonic())
             ended = attempts.select(min(seconds, ATTEMPT_DELAY) if waiting else seconds)
@@ -966,6 +967,7 @@ def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -
             if not ended and not seconds:
                 raise TimeoutError
         raise failure
+    # The attempts that are still registered came too late or were too slow.
     finally:
         for key in list(attempts.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
@@ -1025,12 +1027,12 @@ def exchange(
 
     try:
         connection.connect()
+        # From here on, the caller enforces the deadline by closing the connection.
+        connection.sock.settimeout(None)
         # If connecting took too long, the caller has cancelled `connected`. The request must not be
         # sent then, because it could use up a token for nothing.
         if not connected.set_running_or_notify_cancel():
             return
-        # From here on, the caller enforces the deadline by closing the connection.
-        connection.sock.settimeout(None)
         connected.set_result(connection.sock)
         connection.request(*request)
         with connection.getresponse() as response:
@@ -1110,6 +1112,7 @@ def request_json(
         raise OAuthError(f"could not {what}: the response is too large")
     private = {value for name, value in fields.items() if name not in PUBLIC_FIELDS}
     response = Response(status, content, retry_after, private | {bearer})
+    # This was only a part of the body.
     if not in_time and response.data is None:
         raise connection_error(settings, url, what, timeout, TimeoutError(), unsent)
     return response
