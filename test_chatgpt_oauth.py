@@ -1822,6 +1822,25 @@ class WireTest(Case):
         self.assert_fresh(self.call("token"))
         return time.monotonic() - began
 
+    def refresh_over_bad_networks(self, rounds):
+        """Refresh with dead addresses, slow name lookups and slow answers, and lose nothing."""
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "1.5"
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
+        dead = [self.dead_address("127.0.0.1") for _ in range(2)]
+        for _ in range(rounds):
+            self.store(lifetime=-10)
+            # Half of the time, 0.75 seconds, is for connecting, and half for the answer.
+            self.double.delay = random.uniform(0, 0.4)
+            addresses = random.sample(dead, random.randint(0, 2))
+            with self.look_up(addresses, pause=random.uniform(0, 0.9)):
+                result = self.call("token")
+            if result.code:
+                self.assert_fails(result, 5, "no connection to 127.0.0.1")
+            self.assert_nothing_lost()
+
+    def test_bad_networks_cost_no_token(self):
+        self.refresh_over_bad_networks(2)
+
     def test_dead_addresses_cost_a_quarter_of_a_second_each(self):
         dead = [self.dead_address("127.0.0.1") for _ in range(2)]
         with self.look_up(dead):
