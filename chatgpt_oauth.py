@@ -46,6 +46,7 @@ import sys  # noqa: E402
 
 COMPLETE_PYTHON = "install a complete Python (Debian and Ubuntu: apt install python3)"
 try:
+    import builtins
     import contextlib
     import errno
     import json
@@ -6314,29 +6315,28 @@ def refusing_model(name: str, refusal: Callable[[], Exception]) -> Any:
     return RefusingModel()
 
 
-def prompt_ended(text: str) -> Exception:
-    """Return an exception that ends a prompt without another try and without a traceback.
+class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: ignore[misc]
+    """The end of a prompt without another try and without a traceback.
 
-    The host does so only after InterruptedError. It shows it as a group of exceptions (0.0.229 to
-    0.0.946, `except* InterruptedError`), which would read "(1 sub-exception)". A group that comes
-    with its own text isn't shown that way.
+    The host ends a prompt like that only after an InterruptedError, and shows it as a group of
+    exceptions, "(1 sub-exception)" (0.0.229 to 0.0.946, `except* InterruptedError`). A group that
+    comes with its own text isn't shown that way. Python has groups since 3.11, as the host does.
     """
-    import builtins
 
-    # Python has groups since 3.11, as the host does.
-    group: Any = getattr(builtins, "ExceptionGroup", None)
-    if group is None:
-        return InterruptedError(text)
+    def __init__(self, text: str, members: Any) -> None:
+        super().__init__(text, members)
+        self.text = text
 
-    class PromptEnded(group):  # type: ignore[misc]
-        def __str__(self) -> str:
-            return str(self.message)
+    def __str__(self) -> str:
+        return self.text
 
-        def derive(self, members: Any) -> Any:
-            return PromptEnded("see the error above", members)
+    def derive(self, members: Any) -> Any:
+        """Return the group that the host shows, below our own message."""
+        return PromptEnded("see the error above", members)
 
-    ended: Exception = PromptEnded(text, [InterruptedError(text)])
-    return ended
+    def __reduce__(self) -> Any:
+        # The host's DBOS plugin pickles exceptions, and may not find this class when it loads them.
+        return InterruptedError, (self.text,)
 
 
 class CodePuppyPlugin:
@@ -6463,7 +6463,7 @@ class CodePuppyPlugin:
         """Show `error` and return an exception that ends the prompt."""
         if not self.host.in_editor:
             report_error(self.notify, error)
-            return prompt_ended(str(error))
+            return PromptEnded(str(error), [InterruptedError(str(error))])
         # An editor shows the text of an exception, and nothing else.
         hint = error.hint or ""
         if error.command:

@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import py_compile
 import random
 import re
@@ -7497,6 +7498,14 @@ class PuppyModelTest(PuppyCase):
             sent["User-Agent"], f"codex_cli_rs/{oauth.CHATGPT_OAUTH_CONFIG['codex_client_version']}"
         )
 
+    def test_the_end_of_a_prompt_can_be_stored(self):
+        # The host's DBOS plugin pickles exceptions.
+        with self.assertRaises(Exception) as caught:
+            self.send_requests(self.build_model())
+        copy = pickle.loads(pickle.dumps(caught.exception))
+        self.assertIsInstance(copy, InterruptedError)
+        self.assertEqual(str(copy), "not signed in to ChatGPT")
+
     def test_a_401_leads_to_one_refresh_and_one_more_try(self):
         self.store()
         model = self.build_model()
@@ -7549,8 +7558,9 @@ class PuppyModelTest(PuppyCase):
         stop = caught.exception
         cause = stop.__cause__ or stop.__context__
         self.assertNotIsInstance(cause, ModelHTTPError)
+        self.assertEqual(type(stop).__name__, "PromptEnded")
         # Since Python 3.11 it is a group, whose text the host shows.
-        if not isinstance(stop, InterruptedError):
+        if hasattr(stop, "exceptions"):
             self.assertIsInstance(stop.exceptions[0], InterruptedError)
             self.assertEqual(str(stop.derive(stop.exceptions)), "see the error above")
         self.assertEqual([kind for kind, _ in self.messages].count("error"), 1)
