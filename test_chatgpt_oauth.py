@@ -103,6 +103,7 @@ INVALID_GRANT_CODES = (
 )
 # Shorter waits for the program when it runs in this process. No setting controls these, and tests
 # that poll, reread a torn file or retry a refresh would otherwise spend most of their time waiting.
+# SpecificationTest checks the shipped values of these and of all other waits that a test shortens.
 SHORT_WAITS = {"POLL_FLOOR": 0.01, "SLOW_DOWN": 0.01, "REREAD_SECONDS": 0.01, "RETRY_PAUSE": 0.05}
 
 
@@ -8095,6 +8096,8 @@ class SpecificationTest(Case):
         "EXIT_GRACE": 5.0,
         # Only Windows denies access to a file that another program has open.
         "SHARING_SECONDS": 5.0,
+        # Code Puppy needs this long to show a message.
+        "MESSAGE_PAUSE": 0.05,
         # Only on Windows does Ctrl-C wait for the end of such a slice.
         "WAIT_SLICE": 0.05,
     }
