@@ -8297,6 +8297,14 @@ class SpecificationTest(Case):
                 shown = (start + name)[:2000] + end
                 self.assertEqual(err.splitlines()[0], f"error: {shown}")
 
+    def test_a_message_has_5000_characters(self):
+        clock = FakeClock(skips_waits=True)
+        environ = {"CHATGPT_OAUTH_SCOPE": "s" * 6000}
+        result = self.call_at(clock, "auth", "--no-browser", "--timeout", "1", environ=environ)
+        self.assert_fails(result, 1)
+        url = next(line for line in result.err.splitlines() if line.startswith("http"))
+        self.assertEqual((len(url), url[-4:]), (5003, "s..."))
+
     def test_the_meaning_of_a_status(self):
         server_error = "server error"
         for status, exit_code, text in (
