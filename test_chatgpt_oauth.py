@@ -5746,6 +5746,12 @@ class TerminalTest(Case):
             err = self.assert_done(self.call("auth", browser=visit)).err
             self.assertRegex(err, "display|container")
 
+    def test_a_python_without_an_executable_opens_no_browser(self):
+        environ = {"DISPLAY": ":0"}
+        with mock.patch.object(sys, "executable", ""), mock.patch.object(subprocess, "Popen"):
+            err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
+        self.assertIn("No browser was opened: Python cannot find its own executable", err)
+
     def test_the_browser_process_receives_no_secret(self):
         self.store(api_key="sk-before")
         seen = self.folder / "seen.json"
@@ -5847,6 +5853,21 @@ class TerminalTest(Case):
 
 
 class CommandsTest(Case):
+    @needs_sh
+    def test_a_profile_line_quotes_a_launcher_if_necessary(self):
+        for directory, fish, nu in (
+            ("plain", "{0} env --shell fish | source", "try {{ {0} env --shell json"),
+            ("a b", "'{0}' env --shell fish | source", 'try {{ ^"{0}" env --shell json'),
+        ):
+            with self.subTest(directory):
+                launcher = self.folder / directory / "chatgpt-oauth"
+                launcher.parent.mkdir()
+                launcher.symlink_to(PROGRAM)
+                result = self.run_command([sys.executable, str(launcher), "env", "-h"])
+                lines = self.assert_quiet(result).out
+                self.assertIn("    " + fish.format(launcher), lines)
+                self.assertIn("    " + nu.format(launcher), lines)
+
     def test_an_unknown_shell_does_not_fail_a_sign_in(self):
         environ = {"SHELL": "/usr/bin/nu"}
         result = self.call("auth", "--no-browser", environ=environ, browser=visit)
@@ -5881,6 +5902,26 @@ class CommandsTest(Case):
         self.assertEqual((facts["plan"], facts["organization_id"]), ("plus", "org-1"))
         self.assertIsNone(facts["problem"])
         self.assert_no_secret(out)
+
+    def test_status_shows_the_default_organization(self):
+        first, second = {"id": "org-1"}, {"id": "org-2"}
+        default = {"id": "org-3", "is_default": True}
+        for organizations, shown in (
+            ([first, second], "org-1"),
+            ([first, default, second], "org-3"),
+            ([5, {**first, "is_default": "yes"}, default], "org-3"),
+            ([5, second], "org-2"),
+            ([], None),
+            ("org-1", None),
+            (None, None),
+        ):
+            with self.subTest(organizations):
+                self.store(id_token=encode_jwt({AUTH_CLAIM: {"organizations": organizations}}))
+                # The access token of the double names an organization, too.
+                access = encode_jwt({"exp": int(time.time()) + 9999})
+                self.store({**self.stored(), "access_token": access})
+                report = json.loads(self.call("status", "--json").out)
+                self.assertEqual(report["organization_id"], shown)
 
     def test_a_broken_models_file_does_not_affect_the_token_status(self):
         self.store()
@@ -6225,6 +6266,19 @@ sys.exit(oauth.main(["token"]))
         result = self.run_command([sys.executable, "-c", code], environ)
         self.assertEqual(self.assert_quiet(result).out.split("\n")[0].rstrip(), "[] 1")
         self.assertFalse(self.home.exists())
+
+    def test_the_commands_of_a_shells_start_import_nothing_heavy(self):
+        self.store(api_key="sk-mine")
+        code = """
+import io, chatgpt_oauth as oauth
+for command in (["env", "--shell", "sh"], ["token", "--json"], ["status", "--json"]):
+    stdout, sys.stdout = sys.stdout, io.StringIO()
+    code = oauth.main(command)
+    sys.stdout = stdout
+    print(code, *sorted({"argparse", "ssl", "urllib.request", "http.server"} & set(sys.modules)))
+"""
+        result = self.start_python(code).result()
+        self.assertEqual(self.assert_quiet(result).out.split(), ["0"] * 3)
 
     def test_public_functions(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
@@ -8147,7 +8201,10 @@ class SpecificationTest(Case):
         self.assertEqual(json.loads(out), list(self.CONSTANTS.values()))
 
     def test_the_bounds_of_every_setting(self):
-        seconds = ("0.001", "86400", "0.123456789"), ("0.0009", "0", "86400.1", "0.1234567890")
+        seconds = (
+            ("0.001", "86400", "0.123456789", "000000030"),
+            ("0.0009", "0", "86400.1", "0.1234567890", "0000000030"),
+        )
         port = ("1", "65535"), ("0", "65536")
         for key, (accepted, refused) in {
             "callback_timeout": seconds,
