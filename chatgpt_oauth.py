@@ -3275,16 +3275,18 @@ def callback_handler_class() -> Any:
 def read_head(connection: Socket) -> bytes:
     """Return a request line and its headers, or b"" if the client hangs up before their end.
 
-    Everything beyond HEAD_LIMIT bytes is dropped. Raises TimeoutError after HEAD_TIMEOUT seconds,
-    and OSError if the connection breaks.
+    Everything beyond HEAD_LIMIT bytes is dropped. Raises OSError if the connection breaks or the
+    head isn't complete after HEAD_TIMEOUT seconds, however often the client sends something.
     """
     head = b""
     # The newest bytes, and the two before them: the blank line may arrive in pieces.
     tail = b""
     deadline = time.monotonic() + HEAD_TIMEOUT
     while b"\n\r\n" not in tail and b"\n\n" not in tail:
-        # A timeout of 0 would make the socket non-blocking.
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("the request is not complete")
+        connection.settimeout(seconds)
         part = connection.recv(16384)
         if not part:
             return b""

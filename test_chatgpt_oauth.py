@@ -3981,21 +3981,25 @@ class CallbackTest(Case):
         self.waits.update(HEAD_TIMEOUT=1)
         durations = []
 
-        def trickle(url):
+        def trickle(url, size, pause):
             with socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT) as slow:
                 began = time.monotonic()
                 # A socket timeout would start again with each byte and never run out. A byte that
                 # is sent after the listener has hung up resets the connection.
                 with contextlib.suppress(ConnectionError):
-                    while not select.select([slow], [], [], 0.05)[0]:
-                        slow.sendall(b"G")
+                    while not select.select([slow], [], [], pause)[0]:
+                        slow.sendall(b"G" * size)
                         self.assertLess(time.monotonic() - began, 9)
                     self.assertEqual(slow.recv(1), b"")
                 durations.append(time.monotonic() - began)
             visit(url)
 
-        self.assert_done(self.call("auth", "--no-browser", browser=trickle))
-        self.assertTrue(0.9 < durations[0] < 3, durations)
+        # Without a pause, there are always more bytes to read.
+        for size, pause in ((1, 0.05), (1 << 20, 0)):
+            with self.subTest(size):
+                browser = functools.partial(trickle, size=size, pause=pause)
+                self.assert_done(self.call("auth", "--no-browser", browser=browser))
+                self.assertTrue(0.9 < durations[-1] < 3, durations)
 
     def test_more_than_64_idle_connections_drop_the_oldest(self):
         silent = []
