@@ -2974,14 +2974,23 @@ class AuthorizationRequest:
         state = response.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it belongs to a different sign-in")
-        # The issuer is optional. If it is there, it must be ours (RFC 9207 §2.4).
-        if "iss" in fields and response.get("iss", "").rstrip("/") != self.issuer:
-            raise ValueError("it comes from a different issuer")
-        if response.get("error"):
+        # A repeated issuer counts as one without a name.
+        if "iss" in fields:
+            response.setdefault("iss", "")
+        # A response from another issuer ends the sign-in, whatever else it contains.
+        if self.has_other_issuer(response) or response.get("error"):
             return response
         if not re.fullmatch("[!-~]{1,4096}", response.get("code", "")):
             raise ValueError("it has no authorization code")
         return response
+
+    def has_other_issuer(self, response: Dict[str, str]) -> bool:
+        """Whether the response names an issuer other than ours (RFC 9207 §2.4).
+
+        It may name none. If the browser was led to another authorization server, its code must not
+        be sent to ours.
+        """
+        return response.get("iss", self.issuer).rstrip("/") != self.issuer
 
     def parse_pasted(self, line: str) -> Dict[str, str]:
         """Return the authorization response in a pasted URL, or in its query alone.
@@ -4376,6 +4385,9 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     """
     response, request = callback.response.result(), callback.request
     try:
+        if request.has_other_issuer(response):
+            other = printable(response["iss"], 200) or "an unnamed issuer"
+            raise OAuthError(f"the response came from {other}, not from {request.issuer}")
         if response.get("error"):
             raise authorization_error(response)
         session.client.accept_response(response)

@@ -3828,14 +3828,34 @@ class CallbackTest(Case):
         visit(self.url)
         self.assert_done(self.running.result())
 
-    def test_a_response_from_another_issuer_is_ignored(self):
-        right = authorization_response(self.url)
+    def test_our_own_issuer_may_be_named(self):
         own = urllib.parse.quote(self.double.url, safe="")
-        for wrong in ("https%3A%2F%2Fevil.example.com", "", own + "%2Fx", own + "&iss=x"):
-            self.assertEqual(visit(f"{right}&iss={wrong}")[-1][1], 400)
-        self.assertEqual(self.double.count("code"), 0)
-        self.assertEqual(visit(f"{right}&iss={own}%2F")[-1][1], 200)
+        self.assertEqual(visit(f"{authorization_response(self.url)}&iss={own}%2F")[-1][1], 200)
         self.assert_done(self.running.result())
+
+    def test_a_response_from_another_issuer_ends_the_sign_in(self):
+        own = urllib.parse.quote(self.double.url, safe="")
+        foreign = "https%3A%2F%2Fother.example.com"
+        for issuer, shown in (
+            (foreign, "https://other.example.com"),
+            (foreign + "&error=access_denied", "https://other.example.com"),
+            ("", "an unnamed issuer"),
+            (own + "%2Fx", self.double.url + "/x"),
+            (own + "&iss=x", "an unnamed issuer"),
+        ):
+            with self.subTest(issuer):
+                running = self.start("auth", "--no-browser")
+                right = authorization_response(running.wait_for_url())
+                # With another state, it is a stray like any other.
+                self.assertEqual(visit(right.replace("state=", "state=x") + "&iss=x")[-1][1], 400)
+                self.assertIsNone(running.process.poll())
+                page = visit(f"{right}&iss={issuer}")[-1]
+                words = f"came from {shown}, not from {self.double.url}"
+                self.assertEqual(page[1], 400)
+                self.assertIn(words, page[3])
+                self.assert_fails(running.result(), 1, words, "to try again, run")
+        self.assertEqual(self.double.count("code"), 0)
+        self.finish()
 
     def test_stray_requests_change_nothing(self):
         good = f"/auth/callback?code=x&state={self.state}"
