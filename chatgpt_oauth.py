@@ -2888,7 +2888,8 @@ def get_api_key() -> Optional[str]:
 # access to tokens and never sends a request. It listens on loopback addresses only, answers GET
 # requests only, and trusts nothing in a request: a response with the wrong state, a prefetch, or a
 # foreign host name gets a page and changes nothing. Nothing from a request is logged. A browser tab
-# that brings the response waits until the sign-in has set the outcome, and then shows it.
+# that brings the response waits until the sign-in has set the outcome, and then shows it. The
+# listener answers until the sign-in is finished, so that every such tab gets its last page.
 
 # One listener keeps at most this many connections whose request isn't complete yet. Browsers open
 # spare connections, and a local program that opens many must not exhaust our threads.
@@ -3019,10 +3020,10 @@ def is_navigation(headers: Any) -> bool:
 
 
 class Answer:
-    """The answer to one request at the listener. `ends` is true if it shows the outcome."""
+    """The answer to one request at the listener. `is_last` if its tab has then seen the outcome."""
 
-    def __init__(self, status: int, page: bytes = b"", ends: bool = False) -> None:
-        self.status, self.page, self.ends = status, page, ends
+    def __init__(self, status: int, page: bytes = b"", is_last: bool = False) -> None:
+        self.status, self.page, self.is_last = status, page, is_last
 
 
 class Callback:
@@ -3031,7 +3032,7 @@ class Callback:
     Two futures connect the browser with the sign-in. The first valid authorization response sets
     `response`, whether it came from a browser or was pasted. The sign-in sets `outcome` when the
     tokens are stored or when it has failed. Every browser tab that brings the response waits for
-    `outcome` and shows it. The servers stop after the first tab has received it, or on `close`.
+    `outcome` and shows it. The servers answer until `close`.
     """
 
     def __init__(self, request: AuthorizationRequest, servers: List[Any]) -> None:
@@ -3041,7 +3042,10 @@ class Callback:
         self.request, self.servers = request, servers
         self.response: AnyFuture = Future()
         self.outcome: AnyFuture = Future()
-        self.threads = {}
+        # The number of tabs that have brought the response and haven't shown the outcome yet.
+        self.waiting_tabs = 0
+        self.tabs_changed = threading.Condition()
+        self.started: List[Any] = []
         for server in servers:
             # The server's request handler finds this object through it.
             server.callback = self
@@ -3052,7 +3056,7 @@ class Callback:
             except RuntimeError as error:
                 self.close()
                 raise OAuthError(f"cannot listen for the browser: {error}", "try again") from None
-            self.threads[server] = thread
+            self.started.append(server)
 
     def set_response(self, response: Dict[str, str]) -> None:
         """Set the authorization response unless there already is one."""
@@ -3063,10 +3067,7 @@ class Callback:
 
     def paste(self, line: str) -> None:
         """Accept the authorization response in a pasted line. Raises ValueError if it has none."""
-        response = self.request.parse_pasted(line)
-        # No browser will fetch the outcome, so wait_until_shown must not wait for one.
-        self.stop()
-        self.set_response(response)
+        self.set_response(self.request.parse_pasted(line))
 
     def answer(self, target: str, headers: Any) -> Answer:
         """Return the answer to a GET of `target`.
@@ -3078,7 +3079,9 @@ class Callback:
             return Answer(400, stray_page("This host name is not served here."))
         if path == "/success" and self.outcome.done() and not self._failure_page():
             text = "You can close this tab and return to your terminal."
-            return Answer(200, render_page("You're signed in", text, kind="yes"), ends=True)
+            page = render_page("You're signed in", text, kind="yes")
+            # An image on another site's page can request this URL, too.
+            return Answer(200, page, is_last=is_navigation(headers))
         if path != self.request.path:
             return Answer(404, stray_page("There is no page at this URL."))
         try:
@@ -3087,10 +3090,11 @@ class Callback:
                 raise ValueError("it was not opened by a person")
         except ValueError as error:
             return Answer(400, stray_page(f"This request was ignored: {error}."))
+        self.count_tab(1)
         self.set_response(response)
         failure_page = self._failure_page()
         if failure_page:
-            return Answer(400, failure_page, ends=True)
+            return Answer(400, failure_page, is_last=True)
         # A redirect to /success removes the code from the address bar.
         return Answer(303)
 
@@ -3120,21 +3124,23 @@ class Callback:
         sentences = (f"{text[:1].upper()}{text[1:]}." for text in (str(error), hint))
         return render_page("Sign-in failed", *sentences)
 
-    def stop(self) -> None:
-        """Stop accepting connections."""
-        for server in self.threads:
-            server.shutdown()
+    def count_tab(self, change: int) -> None:
+        """Add `change` to the number of tabs that wait for the outcome."""
+        with self.tabs_changed:
+            # Someone may open the success page without having brought the response.
+            self.waiting_tabs = max(0, self.waiting_tabs + change)
+            self.tabs_changed.notify_all()
 
     def wait_until_shown(self, seconds: float) -> None:
-        """Wait up to `seconds` until a browser has received the outcome or the servers stop."""
-        deadline = time.monotonic() + seconds
-        for thread in self.threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
+        """Wait up to `seconds` until no tab waits for the outcome anymore."""
+        with self.tabs_changed:
+            self.tabs_changed.wait_for(lambda: self.waiting_tabs == 0, max(0.0, seconds))
 
     def close(self) -> None:
         """Stop the servers and free the port at once."""
         self.outcome.cancel()
-        self.stop()
+        for server in self.started:
+            server.shutdown()
         for server in self.servers:
             server.server_close()
 
@@ -3243,9 +3249,11 @@ def callback_handler_class() -> Any:
         def do_GET(self) -> None:  # noqa: N802
             callback = self.server.callback
             answer = callback.answer(self.path, self.headers)
-            self._send(answer.status, answer.page)
-            if answer.ends:
-                callback.stop()
+            try:
+                self._send(answer.status, answer.page)
+            finally:
+                if answer.is_last:
+                    callback.count_tab(-1)
 
         def send_error(self, code: int, *_: Any) -> None:
             # http.server reports an unknown method as 501. Every path allows only GET.
@@ -4397,7 +4405,7 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     except OAuthError as error:
         error.set_default_hint(session.client.sign_in_command)
         callback.outcome.set_exception(error)
-        # The page is sent at once, because there is no further request for it.
+        # A tab gets this page as the answer to the response that it brought.
         callback.wait_until_shown(2.0)
         raise
     callback.outcome.set_result(None)

@@ -46,6 +46,7 @@ import traceback
 import types
 import unittest
 import urllib.parse
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from unittest import mock
@@ -4445,6 +4446,22 @@ class SignInTest(Case):
         self.assert_done(running.result())
         self.assertEqual(seen, [True])
 
+    def test_every_tab_that_brought_the_response_gets_the_success_page(self):
+        running = self.start("auth", "--no-browser")
+        callback_url = authorization_response(running.wait_for_url())
+        success_url = urllib.parse.urljoin(callback_url, "/success")
+        for _ in range(2):
+            self.assertEqual([page[1] for page in visit(callback_url, follow=False)], [303])
+        # An image on a page of another site doesn't count as a tab.
+        for _ in range(3):
+            request = urllib.request.Request(success_url, headers={"Sec-Fetch-Dest": "image"})
+            urllib.request.urlopen(request, timeout=WAIT_LIMIT).close()
+        began = time.monotonic()
+        for _ in range(2):
+            self.assertIn("You're signed in", visit(success_url)[0][3])
+        self.assert_done(running.result())
+        self.assertLess(time.monotonic() - began, 4)
+
     def test_a_clock_after_the_year_9999_does_not_break_the_page(self):
         code = (
             "import time, chatgpt_oauth as oauth; time.time = lambda: 1e12; "
@@ -8565,18 +8582,18 @@ class SpecificationTest(Case):
         self.assertEqual(len(self.double.requests_to("plan_authorize")[0]["nonce"]), 43)
 
     def test_the_browser_has_5_seconds_for_the_last_page_and_2_for_an_error(self):
-        join, waits = threading.Thread.join, []
+        waits = []
 
-        def recorded(thread, timeout=None):
+        def recorded(condition, predicate, timeout=None):
             waits.append(timeout)
-            return join(thread, 0.01 if timeout else timeout)
+            return predicate()
 
         for status, seconds in ((200, 5.0), (400, 2.0)):
             with self.subTest(status):
                 clock = FakeClock()
                 body = json.dumps(self.double.tokens()).encode() if status == 200 else b"{}"
                 self.fault("code", status, body)
-                with mock.patch.object(threading.Thread, "join", recorded):
+                with mock.patch.object(threading.Condition, "wait_for", recorded):
                     self.call_at(clock, "auth", "--no-browser", browser=leave_at_once)
                 self.assertIn(seconds, waits)
                 waits.clear()
