@@ -2574,6 +2574,8 @@ class Session:
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
         # The names of the models that this session has imported.
         self.imported: List[str] = []
+        # Whether a server has refused the access token although it was a new one.
+        self.is_rejected = False
 
     def tokens(self) -> Tokens:
         """Return the stored tokens without refreshing them. Raises NotSignedInError."""
@@ -2623,6 +2625,23 @@ class Session:
             if isinstance(error, SignInEndedError):
                 self.notify("hint", error.hint or "", error.command)
             return stored
+
+    def request(self, what: str, send: Callable[[Tokens], Response]) -> Response:
+        """Return the response to `send(tokens)`, a request with the access token.
+
+        After a 401 the request is sent once more, with another token. If that one is refused, too,
+        this raises SignInEndedError, and this session refreshes nothing more because of a 401.
+        `what` names the request in that error. Raises OAuthError.
+        """
+        tokens = self.valid_tokens()
+        response = send(tokens)
+        if response.is_unauthorized and not self.is_rejected:
+            tokens = self.refresh_after_401(tokens.access_token)
+            response = send(tokens)
+            self.is_rejected = response.is_unauthorized
+        if response.is_unauthorized:
+            raise SignInEndedError(str(response.error(what)), self.client.sign_in_command)
+        return response
 
     def refresh_after_401(self, rejected: str) -> Tokens:
         """Return other tokens than the access token `rejected`, which a server answered with 401.
@@ -3438,13 +3457,15 @@ def list_usage(session: Session) -> List[Fields]:
     The Codex CLI uses this endpoint. It is undocumented and may disappear. Raises OAuthError.
     """
     settings, what = session.settings, "get the plan's usage"
-    tokens = session.valid_tokens()
-    response = request_json(
-        settings,
-        settings.usage_url,
+    response = session.request(
         what,
-        bearer=tokens.access_token,
-        headers=account_headers(tokens),
+        lambda tokens: request_json(
+            settings,
+            settings.usage_url,
+            what,
+            bearer=tokens.access_token,
+            headers=account_headers(tokens),
+        ),
     )
     limits = response.json_object(what).get("rate_limit")
     if not isinstance(limits, dict):
@@ -3502,14 +3523,15 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     server's order. The API's list has no order, so its models are sorted newest first. Raises
     OAuthError, also if `source` is "api" and the account has no API key.
     """
-    response = _models_response(session, source)
     what = "list the models"
-    if response.is_unauthorized:
-        raise RefusedError(
-            str(response.error(what)), "to sign in again, run", session.client.sign_in_command
-        )
-    if response.status == 403 and not response.is_html:
-        raise RefusedError(str(response.error(what)))
+    response = _models_response(session, source, what)
+    if not response.is_success:
+        error = response.error(what)
+        # A RequestError says something about the network or the server, not about the account.
+        if response.status not in (401, 403) or isinstance(error, RequestError):
+            raise error
+        hint = "to get a new API key, run" if source == "api" else "to use another account, run"
+        raise RefusedError(str(error), hint, session.client.sign_in_command)
     members = response.json_object(what)
     listed = members.get("data" if source == "api" else "models")
     if not isinstance(listed, list):
@@ -3534,22 +3556,16 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     return models
 
 
-def _models_response(session: Session, source: str) -> Response:
-    """Request the models of `source` with valid tokens. Raises OAuthError."""
+def _models_response(session: Session, source: str, what: str) -> Response:
+    """Request the models of `source`. A refused API key is no reason to refresh."""
     tokens = session.tokens()
     if not session.client.can_use_plan(tokens.fields):
         raise plan_not_allowed_error()
-    if source == "api":
-        if not tokens.api_key:
-            raise no_api_key_error()
-        return request_models(session.settings, source, tokens)
-    tokens = session.valid_tokens()
-    response = request_models(session.settings, source, tokens)
-    # OpenAI may have withdrawn an access token that hasn't expired yet.
-    if response.is_unauthorized:
-        tokens = session.refresh_after_401(tokens.access_token)
-        response = request_models(session.settings, source, tokens)
-    return response
+    if source != "api":
+        return session.request(what, lambda valid: request_models(session.settings, source, valid))
+    if not tokens.api_key:
+        raise no_api_key_error()
+    return request_models(session.settings, source, tokens)
 
 
 def _creation_time(model: Tuple[str, Fields]) -> float:

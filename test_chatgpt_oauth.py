@@ -4256,7 +4256,17 @@ class ModelsTest(Case):
 
     def test_a_refused_api_key_has_a_hint(self):
         self.double.api_keys.clear()
-        self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to sign in again, run: ")
+        self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to get a new API key, run: ")
+        self.assertEqual(self.double.count("refresh"), 0)
+
+    def test_a_forbidden_list_has_a_hint(self):
+        self.fault("codex", 403, b'{"detail": "not included"}')
+        command = ("models", "--source", "codex")
+        self.assert_fails(self.call(*command), 1, "not included", "to use another account, run: ")
+        body = b'{"error": {"code": "unsupported_country_region_territory"}}'
+        self.fault("codex", 403, body)
+        self.assert_fails(self.call(*command), 5, "supported region")
+        self.assertEqual(self.double.count("refresh"), 0)
 
     def test_a_newer_stored_token_is_tried_after_a_401_before_a_refresh(self):
         del self.double.access_tokens[self.store()["access_token"]]
@@ -4281,8 +4291,15 @@ class ModelsTest(Case):
         self.assertIn("gpt-5.5", self.assert_quiet(self.call(*command)).out)
         self.assertEqual(counts(), (1, 3))
         self.fault("codex", 401)
-        self.assert_fails(self.call(*command), 1, "HTTP 401", "auth")
+        self.assert_fails(self.call(*command), 4, "HTTP 401", "to sign in again, run: ")
         self.assertEqual(counts(), (2, 5))
+
+    def test_many_processes_with_a_rejected_token_refresh_once(self):
+        self.double.access_tokens.clear()
+        processes = [self.start("models", "--source", "codex", "--dry-run") for _ in range(6)]
+        for each in processes:
+            self.assertIn("gpt-5.5", self.assert_quiet(each.result()).out)
+        self.assertEqual(self.double.count("refresh"), 1)
 
     def test_a_sign_out_during_the_import_writes_no_models(self):
         def sign_out(handler, _):
@@ -6184,10 +6201,16 @@ class OnlineStatusTest(Case):
         self.assertEqual(len(online["usage"]), 2)
         self.assertEqual(self.double.count("refresh"), 1)
 
+    def test_a_token_that_only_the_usage_endpoint_refuses_is_refreshed(self):
+        self.fault_once("usage", 401)
+        self.assertEqual(len(self.online_status()[0]["usage"]), 2)
+        self.assertEqual((self.double.count("refresh"), self.double.count("usage")), (1, 2))
+
     def test_a_refused_sign_in_is_exit_4(self):
         for endpoint in ("codex", "usage"):
             self.fault(endpoint, 401, b'{"detail": "Unauthorized"}')
         online, problem = self.online_status(4)
+        self.assertEqual((self.double.count("refresh"), self.double.count("usage")), (1, 1))
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "refused"))
         self.assertEqual(online["usage"], [])
         self.assertIn("to sign in again, run: ", problem)
