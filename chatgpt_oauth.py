@@ -7049,7 +7049,13 @@ environment:
 
 def usage() -> str:
     """Return the help that is printed if no command is given."""
-    commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
+    lines = []
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:11}{command.summary}")
+        aliases = [alias for alias, meant in ALIASES.items() if meant == name]
+        if aliases:
+            lines.append(f"{'':13}(also: {', '.join(aliases)})")
+    commands = "\n".join(lines)
     return USAGE.format(program=program_name(), commands=commands)
 
 

@@ -7949,6 +7949,8 @@ class MainTest(Case):
             line = [sys.executable, name, command, "-h"]
             helps[command] = Process(line, self.environ, cwd=str(self.folder))
             self.addCleanup(helps[command].close)
+        for aliases in ("login, signin", "whoami", "signout"):
+            self.assertIn(f" (also: {aliases})\n", text)
         for command, running in helps.items():
             self.assertIn(f"  {command}", text)
             output = self.assert_quiet(running.result()).out
