@@ -118,8 +118,9 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "default_context_length": None,
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
-    # API models that are available only at /v1/responses.
-    "responses_patterns": "*-codex*,*-pro,*-pro-*",
+    # API models that Code Puppy asks at /v1/chat/completions. It asks all others at /v1/responses,
+    # because chat completions refuse tools together with a reasoning effort since gpt-5.4.
+    "chat_patterns": "gpt-3*,gpt-4*",
     "model_source": "auto",
     # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
     "workspace": "",
@@ -211,7 +212,7 @@ RULES = {
     ),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
-    "responses_patterns": Rule(r"[!-~]*", _GLOBS),
+    "chat_patterns": Rule(r"[!-~]*", _GLOBS),
     "model_source": Rule("auto|api|codex|official", "auto, api, codex or official"),
     "workspace": Rule(f"(?:{_WORKSPACE.pattern})?", _WORKSPACE.meaning),
     "agent_name": Rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)"),
@@ -247,7 +248,7 @@ class Settings:
     default_context_length: Optional[int]
     model_patterns: str
     model_excludes: str
-    responses_patterns: str
+    chat_patterns: str
     model_source: str
     workspace: str
     agent_name: str
@@ -3630,9 +3631,9 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
 
 def _api_entry(settings: Settings, model: str) -> Fields:
     # Code Puppy would ignore the URL of an entry with the type `openai` (model_factory.py).
-    kind = "custom_openai"
-    if matches_any(model, settings.responses_patterns.split(",")):
-        kind = "custom_openai_responses"
+    kind = "custom_openai_responses"
+    if matches_any(model, settings.chat_patterns.split(",")):
+        kind = "custom_openai"
     return {
         "type": kind,
         "name": model,
@@ -6102,7 +6103,7 @@ class CodePuppy:
         # older type, as in those releases.
         factory = host_module("code_puppy.model_factory")
         if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
-            CHATGPT_OAUTH_CONFIG["responses_patterns"] = ""
+            CHATGPT_OAUTH_CONFIG["chat_patterns"] = "*"
 
     def _profile(self, name: str, entry: Fields) -> Fields:
         """Return the argument for a model's profile, which says what the model can do.

@@ -1472,7 +1472,7 @@ class SettingsTest(Case):
             "default_context_length": ("0", "x", "", "None", "1000000001"),
             "model_patterns": ("", "a b"),
             "model_excludes": ("a b",),
-            "responses_patterns": ("a b",),
+            "chat_patterns": ("a b",),
             "model_source": ("", "x"),
             "agent_name": ("", " a", "a\nb", os.fsdecode("\u00e9".encode()), "a" * 101),
             "originator": ("", "a b", "a\r\nb: c"),
@@ -4185,15 +4185,36 @@ class ModelsTest(Case):
         self.double.created["gpt-4o"] = 9
         self.assertEqual(list(self.entries())[0], "chatgpt-gpt-4o")
 
-    def test_responses_only_models_have_their_own_type(self):
-        self.double.api_models = ["gpt-5-codex", "o3-pro", "gpt-5-pro-2025-10-06", "gpt-5"]
-        types = {name: entry["type"] for name, entry in self.entries().items()}
-        other = types.pop("chatgpt-gpt-5")
-        self.assertEqual(other, "custom_openai")
-        self.assertEqual(set(types.values()), {"custom_openai_responses"})
-        entries = self.entries(CHATGPT_OAUTH_RESPONSES_PATTERNS="")
-        self.assertEqual({entry["type"] for entry in entries.values()}, {"custom_openai"})
-        self.assertEqual({entry["context_length"] for entry in entries.values()}, {128000})
+    def test_api_models_use_the_responses_endpoint_except_chat_patterns(self):
+        def types(**environ):
+            return {name[8:]: entry["type"] for name, entry in self.entries(**environ).items()}
+
+        self.double.api_models = ["gpt-6-sol", "gpt-5.4", "o3-pro", "gpt-4o", "gpt-3.5-turbo"]
+        responses = dict.fromkeys(("gpt-6-sol", "gpt-5.4", "o3-pro"), "custom_openai_responses")
+        chat = dict.fromkeys(("gpt-4o", "gpt-3.5-turbo"), "custom_openai")
+        self.assertEqual(types(), {**responses, **chat})
+        self.assertEqual(
+            set(types(CHATGPT_OAUTH_CHAT_PATTERNS="").values()), {"custom_openai_responses"}
+        )
+        self.assertEqual(set(types(CHATGPT_OAUTH_CHAT_PATTERNS="*").values()), {"custom_openai"})
+        entries = self.entries().values()
+        self.assertEqual({entry["context_length"] for entry in entries}, {128000})
+
+    def test_models_past_their_shutdown_date_are_left_out(self):
+        def day(days):
+            return timestamp(time.time() + days * 86400)[:10]
+
+        dates = {"gpt-4o": day(-2), "o1-mini": day(2), "o3-pro": "soon"}
+        self.double.shutdown_dates = dates
+        self.assertEqual(self.names(), ["chatgpt-o1-mini", "chatgpt-o3-pro"])
+        self.assertNotIn("chatgpt-gpt-4o", self.names("--all"))
+        self.double.codex_models[0]["shutdown_date"] = day(-2)
+        self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.4"])
+
+    def test_a_shutdown_date_ends_with_its_day(self):
+        for moment, is_over in (("2026-12-12T11:59:59Z", False), ("2026-12-12T12:00:00Z", True)):
+            with mock.patch.object(time, "time", lambda at=moment: oauth.parse_timestamp(at)):
+                self.assertIs(oauth.is_shut_down({"shutdown_date": "2026-12-11"}), is_over)
 
     def test_effort_levels_come_from_the_catalogue(self):
         levels = [{"effort": e} for e in ("max", "low", "xhigh", "ultra")]
@@ -8203,7 +8224,7 @@ class SpecificationTest(Case):
         "default_context_length": None,
         "model_patterns": "gpt-*,o1-*,o3-*",
         "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
-        "responses_patterns": "*-codex*,*-pro,*-pro-*",
+        "chat_patterns": "gpt-3*,gpt-4*",
         "model_source": "auto",
         "workspace": "",
         "agent_name": "Code Puppy (chatgpt_oauth)",
