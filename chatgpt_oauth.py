@@ -3901,7 +3901,7 @@ PASTE_LIMIT = 20
 # The longest pasted line. An authorization response is shorter.
 LINE_LIMIT = 8192  # bytes
 # A plan with one of these words in its name belongs to a workspace, not to a single person.
-WORKSPACE_PLANS = ("team", "business", "enterprise", "edu")
+WORKSPACE_PLANS = ("team", "business", "enterprise", "ent26", "edu")
 # The command that shows which program listens on a port, by sys.platform. All systems that aren't
 # listed use Linux's.
 PORT_OWNERS = {

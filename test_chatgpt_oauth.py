@@ -4464,8 +4464,12 @@ class SignInTest(Case):
         self.double.plan, self.double.title = "enterprise_cbp_usage_based", "Acme \x1b[1mInc."
         err = self.sign_in()
         self.assertIn("Signed in as ada@example.com (workspace Acme ?[1mInc., acct-1)\n", err)
-        self.double.plan = "pro"
-        self.assertIn("Signed in as ada@example.com\n", self.sign_in())
+        for plan in ("ent26", "edu_plus", "self_serve_business_prolite"):
+            self.double.plan, self.double.title = plan, None
+            self.assertIn("Signed in as ada@example.com (workspace acct-1)\n", self.sign_in())
+        for plan in ("pro", "promax"):
+            self.double.plan = plan
+            self.assertIn("Signed in as ada@example.com\n", self.sign_in())
 
     def test_the_success_page_comes_after_the_tokens_are_stored(self):
         seen = []
