@@ -3544,6 +3544,8 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
         # The Codex backend marks models that it doesn't offer to users.
         if not isinstance(entry, dict) or entry.get("visibility", "list") != "list":
             continue
+        if is_shut_down(entry):
+            continue
         name = entry.get(id_name)
         if isinstance(name, str) and re.fullmatch(MODEL_ID, name):
             models[name] = entry
@@ -3567,6 +3569,14 @@ def _models_response(session: Session, source: str, what: str) -> Response:
     if not tokens.api_key:
         raise no_api_key_error()
     return request_models(session.settings, source, tokens)
+
+
+def is_shut_down(listed: Fields) -> bool:
+    """Whether a model's `shutdown_date` (YYYY-MM-DD) has passed everywhere on earth."""
+    date = str(listed.get("shutdown_date"))
+    # The day ends twelve hours later in the westernmost time zone than in UTC.
+    today = timestamp(time.time() - 43200)[:10]
+    return re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", date) is not None and date < today
 
 
 def _creation_time(model: Tuple[str, Fields]) -> float:

@@ -552,6 +552,8 @@ class Double(OfficialEndpoints):
         self.api_models = ["gpt-4o", "o1-mini", "gpt-4o-audio-preview", "dall-e-3", "o3-pro"]
         # The time when each model was created, in seconds since 1970, by model ID.
         self.created = {}
+        # The date when each model is shut down, by model ID.
+        self.shutdown_dates = {}
         self.codex_models = [
             {"slug": "gpt-5.5", "visibility": "list", "context_window": 272000},
             {"slug": "gpt-5.4-secret", "visibility": "hide", "context_window": 272000},
@@ -744,6 +746,8 @@ class Double(OfficialEndpoints):
         for model in models:
             if model["id"] in self.created:
                 model["created"] = self.created[model["id"]]
+            if model["id"] in self.shutdown_dates:
+                model["shutdown_date"] = self.shutdown_dates[model["id"]]
         return 200, {"object": "list", "data": models}
 
     def refuse_on_codex_backend(self, headers):
