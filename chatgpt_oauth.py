@@ -613,6 +613,11 @@ def timestamp(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
+def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
+    """Return `moment` in the format of `timestamp`, or None for None."""
+    return None if moment is None else timestamp(moment)
+
+
 def parse_timestamp(value: object) -> Optional[float]:
     """Return an ISO 8601 time, or a number of seconds, as seconds since 1970, otherwise None.
 
@@ -3452,10 +3457,28 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     )
 
 
-def list_usage(session: Session) -> List[Fields]:
-    """Return the windows of the plan's usage limits, shortest first, as in `status --json`.
+class Usage:
+    """How much of the ChatGPT plan is used, from the usage endpoint's response.
 
-    The Codex CLI uses this endpoint. It is undocumented and may disappear. Raises OAuthError.
+    `windows` are the windows of the usage limits, shortest first, as in `status --json`. `plan` is
+    the plan's name at this moment, and `credits` is the balance as a text. Both are None if the
+    response doesn't have them.
+    """
+
+    def __init__(self, response: Fields) -> None:
+        self.plan = text_or_none(response.get("plan_type"))
+        self.credits = _credits_text(response.get("credits"))
+        limits = response.get("rate_limit")
+        limits = limits if isinstance(limits, dict) else {}
+        listed = [_usage_window(limits.get(f"{name}_window")) for name in ("primary", "secondary")]
+        self.windows = [window for window in listed if window]
+        self.windows.sort(key=lambda window: float(window["window_seconds"]))
+
+
+def request_usage(session: Session) -> Usage:
+    """Request how much of the plan is used. Raises OAuthError.
+
+    The Codex CLI uses this endpoint. It is undocumented and may disappear.
     """
     settings, what = session.settings, "get the plan's usage"
     response = session.request(
@@ -3468,15 +3491,19 @@ def list_usage(session: Session) -> List[Fields]:
             headers=account_headers(tokens),
         ),
     )
-    limits = response.json_object(what).get("rate_limit")
-    if not isinstance(limits, dict):
-        raise OAuthError(f"could not {what}: the response has no rate limits")
-    windows = []
-    for name in ("primary_window", "secondary_window"):
-        window = _usage_window(limits.get(name))
-        if window:
-            windows.append(window)
-    return sorted(windows, key=lambda window: float(window["window_seconds"]))
+    return Usage(response.json_object(what))
+
+
+def _credits_text(listed: object) -> Optional[str]:
+    """Return the balance of the account's credits, or None if it has none."""
+    if not isinstance(listed, dict):
+        return None
+    if listed.get("unlimited") is True:
+        return "unlimited"
+    if listed.get("has_credits") is not True:
+        return None
+    balance = str(listed.get("balance"))
+    return balance if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", balance) else "available"
 
 
 def _usage_window(listed: object) -> Optional[Fields]:
@@ -3487,15 +3514,16 @@ def _usage_window(listed: object) -> Optional[Fields]:
     used = number_or_none(listed.get("used_percent"))
     if length is None or used is None:
         return None
-    # `reset_at` is an absolute time in seconds since 1970. Without it, there may be a relative one.
+    # The time of the reset is given twice. Seconds from now are right even if this machine's clock
+    # is wrong. `reset_at` is in seconds since 1970.
     reset = number_or_none(listed.get("reset_at"))
     seconds_left = number_or_none(listed.get("reset_after_seconds"))
-    if reset is None and seconds_left is not None:
+    if seconds_left is not None:
         reset = time.time() + seconds_left
     return {
         "window_seconds": length,
         "used_percent": used,
-        "resets_at": None if reset is None else timestamp(reset),
+        "resets_at": timestamp_or_none(reset),
     }
 
 
@@ -5096,11 +5124,11 @@ class Status:
         self.api_key_check: Optional[OnlineCheck] = None
         if online and self.stored.tokens and self.stored.tokens.api_key:
             self.api_key_check = check_online(session, "api")
-        self.usage: List[Fields] = []
+        self.usage: Optional[Usage] = None
         self.usage_error: Optional[OAuthError] = None
         if self.stored.check:
             try:
-                self.usage = list_usage(session)
+                self.usage = request_usage(session)
             except OAuthError as error:
                 self.usage_error = error
         # The names of our entries in the models file, or None if it can't be read.
@@ -5142,7 +5170,7 @@ class Status:
         tokens = stored.tokens or Tokens(signed_out)
         facts: Fields = {
             "authenticated": stored.usable or official.usable,
-            **identity(tokens),
+            **self._identity(tokens),
             "account_id": tokens.account_id,
             "has_api_key": bool(tokens.api_key),
             "has_refresh_token": bool(tokens.refresh_token),
@@ -5168,9 +5196,17 @@ class Status:
             facts["online"] = {
                 "api_key": self.api_key_check and self.api_key_check.result,
                 "access_token": stored.check and stored.check.result,
-                "usage": self.usage,
+                "usage": self.usage.windows if self.usage else [],
             }
         return facts
+
+    def _identity(self, tokens: Tokens) -> Dict[str, Optional[str]]:
+        """Return `identity(tokens)`, with the plan that OpenAI has just named, if it was asked."""
+        who = identity(tokens)
+        # The tokens name the plan of the time when they were issued.
+        if self.usage and self.usage.plan:
+            who["plan"] = self.usage.plan
+        return who
 
     def _model_source(self) -> str:
         """Return the source of the models. "auto" is resolved if somebody is signed in."""
@@ -5228,7 +5264,7 @@ class Status:
         stored, official = self.stored, self.official
         rows: List[Tuple[str, str]] = []
         if stored.tokens:
-            who = identity(stored.tokens)
+            who = self._identity(stored.tokens)
             refreshable = stored.usable and not stored.problem
             rows.append(("Account", who["email"] or "unknown"))
             rows.append(("Plan", who["plan"] or "unknown"))
@@ -5238,6 +5274,8 @@ class Status:
             rows.append(("API key", key))
             rows.append(("ChatGPT plan", stored.check.text))
             rows += labelled("Usage", self._usage_texts(live))
+            if self.usage and self.usage.credits:
+                rows.append(("Credits", self.usage.credits))
         if official.exists:
             rows += self._official_rows()
         rows += labelled("Models", self._model_texts())
@@ -5247,9 +5285,10 @@ class Status:
         return rows
 
     def _usage_texts(self, live: bool) -> List[str]:
-        if self.usage_error:
-            return [f"unknown: {self.usage_error}"]
-        return [usage_line(each, live) for each in self.usage] or ["OpenAI tells none"]
+        if self.usage:
+            texts = [usage_line(each, live) for each in self.usage.windows]
+            return texts or ["OpenAI reports no limits"]
+        return [f"unknown: {self.usage_error}"]
 
     def _official_rows(self) -> List[Tuple[str, str]]:
         official = self.official
@@ -5279,42 +5318,46 @@ def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
     return [("" if i else label, text) for i, text in enumerate(texts)]
 
 
-def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
-    """Return `moment` in the format of `timestamp`, or None for None."""
-    return None if moment is None else timestamp(moment)
-
-
 def usage_line(window: Fields, live: bool) -> str:
-    """Describe a usage window of the plan: `5 hours: 32% used, resets in 2 hours (...)`."""
+    """Describe a usage window of the plan: `5 hours: 32% used, resets in 2 hours 5 minutes`."""
     percent, resets_at = window["used_percent"], window["resets_at"]
-    line = f"{duration(window['window_seconds'])}: "
+    line = f"{duration(window['window_seconds'], is_exact=True)}: "
     if live:
         tenths = min(10, max(0, round(percent / 10)))
         line += "#" * tenths + "." * (10 - tenths) + f" {percent:g}%"
     else:
         line += f"{percent:g}% used"
     if resets_at:
-        # The first 16 characters of a timestamp end with its minutes.
-        line += f", resets {format_distance(resets_at[:16] + 'Z')}"
+        line += f", resets {distance(resets_at)}"
     return line
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in words, in the largest unit that fits: `2 hours`."""
-    count, unit = int(abs(seconds)), "second"
-    for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if count >= size:
-            count, unit = count // size, name
-            break
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+def duration(seconds: float, is_exact: bool = False) -> str:
+    """Return a duration in words: `5 hours`, `1 hour 59 minutes`, `45 seconds`.
+
+    Unless it `is_exact`, it is rounded so that it has at most two units.
+    """
+    left = round(abs(seconds))
+    for limit, unit in ((86400, 3600), (3600, 60)):
+        if left >= limit and not is_exact:
+            left = (left + unit // 2) // unit * unit
+    words = []
+    for name, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count, left = divmod(left, size)
+        if count:
+            words.append(f"{count} {name}" if count == 1 else f"{count} {name}s")
+    return " ".join(words) or "0 seconds"
+
+
+def distance(when: str) -> str:
+    """Return the distance from now to a timestamp: `in 2 hours 5 minutes`, `3 seconds ago`."""
+    seconds = round((parse_timestamp(when) or 0.0) - time.time())
+    return f"{duration(seconds)} ago" if seconds < 0 else f"in {duration(seconds)}"
 
 
 def format_distance(when: str) -> str:
-    """Return the distance from now to a timestamp, and the timestamp: `in 9 days (...)`."""
-    seconds = int((parse_timestamp(when) or 0.0) - time.time())
-    if seconds < 0:
-        return f"{duration(seconds)} ago ({when})"
-    return f"in {duration(seconds)} ({when})"
+    """Return the distance from now to a timestamp, and the timestamp: `in 10 days (...)`."""
+    return f"{distance(when)} ({when})"
 
 
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
@@ -5322,9 +5365,10 @@ def format_expiry(when: Optional[str], refreshable: bool) -> str:
     if when is None:
         text, note = "expiry unknown", ", auto-refreshed"
     elif (parse_timestamp(when) or 0.0) >= time.time():
-        text, note = f"expires {format_distance(when)}", ", auto-refreshed"
+        # The first 16 characters of a timestamp end with its minutes.
+        text, note = f"expires {distance(when)} ({when[:16]}Z)", ", auto-refreshed"
     else:
-        text, note = f"expired {format_distance(when)}", ", refreshed on next use"
+        text, note = f"expired {distance(when)}", ", refreshed on next use"
     return text + note if refreshable else text
 
 

@@ -532,6 +532,8 @@ class Double(OfficialEndpoints):
         self.organization, self.title = "org-1", None
         # The region in which a workspace's data must stay, or None.
         self.residency = None
+        # What the usage endpoint says: the plan, if it differs from the tokens', and the credits.
+        self.usage_plan, self.credits = None, None
         self.lifetime, self.delay = 864000, 0.0
         self.device_polls, self.device_interval = 1, "0"
         self.rate_limit = {
@@ -773,7 +775,8 @@ class Double(OfficialEndpoints):
             return refusal
         if headers.get("chatgpt-account-id") != self.account:
             return 403, {"detail": "wrong account"}
-        return 200, {"plan_type": self.plan, "rate_limit": self.rate_limit}
+        answer = {"plan_type": self.usage_plan or self.plan, "rate_limit": self.rate_limit}
+        return 200, {**answer, "credits": self.credits}
 
     def _usercode(self, fields, headers):
         device, code = "dev_" + secrets.token_urlsafe(12), "ABCD-EFGH"
@@ -1404,7 +1407,7 @@ class WholeSessionTest(Case):
         out = self.assert_quiet(self.run_program("status")).out
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nAPI key available\n"), out)
         self.assertIn("ada@example.com", out)
-        self.assertIn("in 9 days", out)
+        self.assertIn("in 10 days (", out)
         self.assert_no_secret(out)
 
         models = json.loads(self.models_file.read_text())
@@ -6179,8 +6182,8 @@ class OnlineStatusTest(Case):
         self.assertTrue(out.startswith("ChatGPT OAuth: Authenticated\nAPI key available\n"))
         self.assertIn("API key:      accepted, 5 models\n", out)
         self.assertIn("ChatGPT plan: accepted, 2 models\n", out)
-        self.assertIn("Usage:        5 hours: 7.5% used, resets in 1 hour (", out)
-        self.assertIn("\n              7 days: 32% used, resets in ", out)
+        self.assertIn("Usage:        5 hours: 7.5% used, resets in 1 hour 2 minutes\n", out)
+        self.assertIn("\n              7 days: 32% used, resets in 1 day\n", out)
         self.assert_no_secret(out)
 
     def test_without_online_nothing_is_sent(self):
@@ -6291,7 +6294,57 @@ class OnlineStatusTest(Case):
         }
         window = {"window_seconds": 90, "used_percent": 101, "resets_at": None}
         self.assertEqual(self.online_status()[0]["usage"], [window])
-        self.assertIn("Usage:        1 minute: 101% used\n", self.call("status", "--online").out)
+        out = self.call("status", "--online").out
+        self.assertIn("Usage:        1 minute 30 seconds: 101% used\n", out)
+
+    def test_a_wrong_clock_does_not_change_when_usage_resets(self):
+        for reset_at in (time.time() - 7200, time.time() + 86400):
+            self.double.rate_limit["primary_window"].update(
+                reset_after_seconds=125, reset_at=int(reset_at)
+            )
+            self.assertIn("used, resets in 2 minutes ", self.call("status", "--online").out)
+
+    def test_the_plan_shown_is_the_one_that_openai_has_just_named(self):
+        self.double.usage_plan = "promax"
+        self.assertIn("\nPlan:         promax\n", self.call("status", "--online").out)
+        facts = json.loads(self.call("status", "--online", "--json").out)
+        self.assertEqual(facts["plan"], "promax")
+        self.assertEqual(json.loads(self.call("status", "--json").out)["plan"], "plus")
+        self.fault("usage", 500)
+        self.assertIn("\nPlan:         plus\n", self.call("status", "--online").out)
+
+    def test_credits_are_shown_if_there_are_any(self):
+        for listed, text in (
+            ({"has_credits": True, "unlimited": False, "balance": "12.50"}, "12.50"),
+            ({"has_credits": True, "balance": 7}, "7"),
+            ({"has_credits": True, "balance": "\x1b[31m"}, "available"),
+            ({"has_credits": False, "unlimited": True, "balance": None}, "unlimited"),
+            ({"has_credits": False, "unlimited": False, "balance": "0"}, None),
+            ([], None),
+            (None, None),
+        ):
+            self.double.credits = listed
+            out = self.call("status", "--online").out
+            shown = re.search("^Credits: +(.*)$", out, re.M)
+            self.assertEqual(shown and shown[1], text)
+
+    def test_durations_are_not_cut_down(self):
+        for seconds, text in (
+            (0, "0 seconds"),
+            (1, "1 second"),
+            (90, "1 minute 30 seconds"),
+            (3599, "59 minutes 59 seconds"),
+            (5400, "1 hour 30 minutes"),
+            (7140, "1 hour 59 minutes"),
+            (7199, "2 hours"),
+            (18000, "5 hours"),
+            (86399, "1 day"),
+            (604800, "7 days"),
+            (863999, "10 days"),
+            (90061, "1 day 1 hour"),
+        ):
+            self.assertEqual(oauth.duration(seconds), text)
+        self.assertEqual(oauth.duration(90061, is_exact=True), "1 day 1 hour 1 minute 1 second")
 
     def test_one_unreachable_service_is_not_an_error(self):
         self.fault("codex", 500)
@@ -6307,8 +6360,8 @@ class OnlineStatusTest(Case):
         with os.fdopen(leader, "rb", 0) as screen, os.fdopen(follower, "wb", 0) as terminal:
             self.run_program("status", "--online", stdout=terminal)
             output = screen.read(65536).decode()
-        self.assertIn("5 hours: #......... 7.5%, resets in 1 hour (20", output)
-        self.assertIn("7 days: ###....... 32%, resets in ", output)
+        self.assertIn("5 hours: #......... 7.5%, resets in 1 hour 2 minutes\r\n", output)
+        self.assertIn("7 days: ###....... 32%, resets in 1 day\r\n", output)
         lines = [line for line in output.splitlines() if str(self.folder) not in line]
         self.assertLessEqual(max(map(len, lines)), 80)
         self.assertNotIn("##", self.run_program("status", "--online").out)
@@ -7811,7 +7864,7 @@ class PuppyModelTest(PuppyCase):
         resets = {"resets_in_seconds": 7300}
         for fault, words in (
             ({"code": "usage_limit_reached"}, ("usage limit is reached\n", "settings/usage")),
-            ({"type": "usage_limit_reached", **resets}, ("; it resets in 2 hours (",)),
+            ({"type": "usage_limit_reached", **resets}, ("; it resets in 2 hours 2 minutes (",)),
             ({"code": "usage_not_included"}, ("does not include this model", "another model")),
             ({"code": "credits_depleted"}, ("no credits left",)),
             ({"code": "insufficient_quota"}, ("no credits left",)),
