@@ -6722,7 +6722,9 @@ class CodePuppyPlugin:
             return False
         entries = self._entries(session) if is_usable else {}
         self.notify("warning", f"the model in use, {in_use}, is no longer there")
-        self.notify("info", "Until you choose a model, Code Puppy uses one that others may charge.")
+        # The host chooses a model now, and shows which.
+        self.host.reload_model()
+        self.notify("info", "Until you choose another, Code Puppy chooses. You may pay for it.")
         choice = next(iter(entries), "NAME")
         self.notify("hint", f"to choose another model, type: /model {choice}")
         return True

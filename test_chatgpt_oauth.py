@@ -7577,7 +7577,7 @@ class PuppyTest(PuppyCase):
         self.call("auth", "--no-browser", browser=visit)
         self.dispatch("/chatgpt-status")
         self.assertIn("in use, chatgpt-gpt-4o, is no longer there", self.message_text())
-        self.assertIn("that others may charge", self.message_text())
+        self.assertIn("You may pay for it", self.message_text())
         self.assertIn("type: /model chatgpt-gpt-5.5", self.message_text())
 
     # Places without a prompt -----------------------------------------------------------------
