@@ -3784,142 +3784,6 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
     return list(list_models(payer, source))
 
 
-# Prompts that a plan pays for. Code Puppy sends them, and this is what OpenAI expects and answers.
-
-# The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
-PLAN_REFUSED_FIELDS = (
-    *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
-    *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
-    *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
-    *("truncation", "user"),
-)
-# Web search is the only tool hosted by OpenAI that a plan pays for.
-PLAN_TOOLS = ("function", "web_search")
-# These models, up to gpt-5.5, take function tools in `tools`. gpt-5.6 and later ones take them in
-# an input item of type `additional_tools`.
-FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"
-
-
-def plan_request(body: Fields) -> Fields:
-    """Return `body` (POST /v1/responses) in the form that the API accepts when a plan pays."""
-    kept = {name: value for name, value in body.items() if name not in PLAN_REFUSED_FIELDS}
-    items = [
-        {**item, "role": "developer"} if item.get("role") == "system" else item
-        for item in kept.get("input", [])
-    ]
-    tools = [tool for tool in kept.pop("tools", None) or [] if tool.get("type") in PLAN_TOOLS]
-    if not re.match(FLAT_TOOLS_MODELS, str(kept.get("model"))):
-        functions = [tool for tool in tools if tool["type"] == "function"]
-        tools = [tool for tool in tools if tool["type"] != "function"]
-        if functions:
-            item = {"type": "additional_tools", "role": "developer", "tools": functions}
-            items.insert(0, item)
-    if tools:
-        kept["tools"] = tools
-    # The API refuses a tool_choice that names a function.
-    if isinstance(kept.get("tool_choice"), dict):
-        kept["tool_choice"] = "auto"
-    return {**kept, "input": items, "store": False, "stream": True}
-
-
-def completes_response(line: bytes) -> bool:
-    """Whether a line of the event stream completes the response. A failure raises ResponseError."""
-    if not line.startswith(b"data:"):
-        return False
-    data = line[len(b"data:") :].strip()
-    if data == b"[DONE]":
-        raise ResponseError({}, "the answer ended early")
-    # Most events are parts of the answer, and parsing each one would cost time.
-    if b'"error"' not in data and b'"response.' not in data:
-        return False
-    try:
-        event = json.loads(data)
-    except ValueError:
-        return False
-    kind = event.get("type") if isinstance(event, dict) else None
-    response = event.get("response") if kind else None
-    response = response if isinstance(response, dict) else {}
-    if kind == "error":
-        nested = event.get("error")
-        raise ResponseError(nested if isinstance(nested, dict) else event)
-    if kind == "response.failed":
-        raise ResponseError(response.get("error"))
-    if kind == "response.incomplete":
-        details = response.get("incomplete_details")
-        reason = details.get("reason") if isinstance(details, dict) else None
-        raise ResponseError({"code": reason}, is_final=True)
-    return kind == "response.completed"
-
-
-class ResponseError(Exception):
-    """The failure of a response that had begun well. `fields` are the server's error object."""
-
-    def __init__(self, fields: object, text: str = "", is_final: bool = False) -> None:
-        self.fields = fields if isinstance(fields, dict) else {}
-        reason = text or self.fields.get("message") or self.fields.get("code") or "no reason given"
-        self.reason = printable(str(reason))
-        self.is_final = is_final
-        super().__init__(self.reason)
-
-
-# Parts of the codes with which OpenAI refuses a prompt for good, each with a message and a hint.
-# A prompt that fails in any other way after its answer has begun is repeated by the host.
-PLAN_REFUSALS = {
-    "workplace_individual_usage_limit": (
-        "your workspace's usage limit for you is reached",
-        "ask your workspace administrator",
-    ),
-    "usage_limit": ("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}"),
-    "usage_not_included": ("your ChatGPT plan does not include this model", "choose another model"),
-    "credits_depleted": ("your account has no credits left", f"see {USAGE_PAGE}"),
-    "insufficient_quota": ("your account has no credits left", f"see {USAGE_PAGE}"),
-    "context_length": (
-        "the conversation is too long for this model",
-        "to shorten it, type /compact; to start a new one, type /clear",
-    ),
-    "user_not_eligible": ("OpenAI does not let this ChatGPT plan pay for requests here", ""),
-    "route_not_supported": ("OpenAI does not let a plan pay for this request", ""),
-    "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
-    "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
-    "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
-    "invalid_prompt": ("OpenAI refused this prompt", "word it in another way"),
-    "policy": ("OpenAI refused this prompt", "word it in another way"),
-    "content_filter": ("the answer is incomplete: OpenAI's content filter ended it", ""),
-    "max_output_tokens": (
-        "the answer is incomplete: it has reached the greatest length",
-        "ask for the rest, or for less at a time",
-    ),
-}
-
-
-def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
-    """Return the error for a refusal that is final, or None if the host should repeat the request.
-
-    `status` is the response's, 0 if the failure came after the answer had begun.
-    """
-    fields = fault if isinstance(fault, dict) else {"message": fault}
-    code = str(fields.get("code") or fields.get("type") or "").lower()
-    reason = text_or_none(fields.get("message")) or text_or_none(fields.get("detail")) or ""
-    if "exceeds the context window" in reason:
-        code = "context_length"
-    for part, (text, hint) in PLAN_REFUSALS.items():
-        if part in code:
-            return OAuthError(text + reset_note(fields), hint)
-    if "invalid_user" in code or (status == 401 and "<" not in reason):
-        text = "OpenAI does not accept this sign-in any more"
-        return SignInEndedError(text, Client.sign_in_command)
-    # 408, 409, 425 and 429 ask for another try.
-    if 400 <= status < 500 and status not in (408, 409, 425, 429):
-        # A web page isn't a reason.
-        shown = f" ({reason})" if reason and "<" not in reason else f" (HTTP {status})"
-        error = OAuthError(f"OpenAI refused this request{shown}")
-        if status == 403:
-            error.hint = "to see what it says about this sign-in, run"
-            error.command = "status --online"
-        return error
-    return None
-
-
 # ---------------------------------------------------------------------------------------------
 # Sign-in: browser, paste and device code
 # ---------------------------------------------------------------------------------------------
@@ -5968,6 +5832,413 @@ def remove_program(path: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Prompts: requests to the models that a ChatGPT plan pays for
+# ---------------------------------------------------------------------------------------------
+# Code Puppy sends the prompts. This room knows what OpenAI expects and answers, and which tokens to
+# send. It gets the classes of pydantic-ai that it extends as arguments, and reaches into nothing of
+# the host. Only `response.completed` is a whole answer. A refusal that is final ends the prompt
+# with one message, and every other failure becomes a 503, which the host repeats.
+
+# After this time, a prompt that waits for a refresh says so.
+SILENT_WAIT = 2.0  # seconds
+# The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
+PLAN_REFUSED_FIELDS = (
+    *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
+    *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
+    *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
+    *("truncation", "user"),
+)
+# Web search is the only tool hosted by OpenAI that a plan pays for.
+PLAN_TOOLS = ("function", "web_search")
+# These models, up to gpt-5.5, take function tools in `tools`. gpt-5.6 and later ones take them in
+# an input item of type `additional_tools`.
+FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"
+
+
+def plan_request(body: Fields) -> Fields:
+    """Return `body` (POST /v1/responses) in the form that the API accepts when a plan pays."""
+    kept = {name: value for name, value in body.items() if name not in PLAN_REFUSED_FIELDS}
+    items = [
+        {**item, "role": "developer"} if item.get("role") == "system" else item
+        for item in kept.get("input", [])
+    ]
+    tools = [tool for tool in kept.pop("tools", None) or [] if tool.get("type") in PLAN_TOOLS]
+    if not re.match(FLAT_TOOLS_MODELS, str(kept.get("model"))):
+        functions = [tool for tool in tools if tool["type"] == "function"]
+        tools = [tool for tool in tools if tool["type"] != "function"]
+        if functions:
+            item = {"type": "additional_tools", "role": "developer", "tools": functions}
+            items.insert(0, item)
+    if tools:
+        kept["tools"] = tools
+    # The API refuses a tool_choice that names a function.
+    if isinstance(kept.get("tool_choice"), dict):
+        kept["tool_choice"] = "auto"
+    return {**kept, "input": items, "store": False, "stream": True}
+
+
+async def shape_request(request: Any) -> None:
+    """Change a request of the host's HTTP client (an event hook) into what a plan pays for."""
+    if request.method == "POST":
+        body = json.dumps(plan_request(json.loads(request.content))).encode()
+        request.stream = http_library(request).ByteStream(body)
+        request.headers["Content-Length"] = str(len(body))
+
+
+async def check_response(response: Any) -> None:
+    """Make the stream of a response (an event hook) raise ResponseError unless it ends well."""
+    is_encoded = "content-encoding" in response.headers
+    if response.status_code == 200 and response.request.method == "POST" and not is_encoded:
+        response.stream = checked_stream(response.stream, http_library(response))
+
+
+def http_library(message: Any) -> Any:
+    """Return the library of the host's HTTP client: httpx, since 0.0.800 httpx2."""
+    return sys.modules[type(message).__module__.partition(".")[0]]
+
+
+def checked_stream(source: Any, library: Any) -> Any:
+    """Return a stream with the bytes of `source` that raises ResponseError unless it ends well.
+
+    The bytes are server-sent events. Only `response.completed` is a whole answer. openai's client
+    raises its own error for some failures, and pydantic-ai 2.51 silently ignores others. So they
+    are looked for here, before either sees them.
+    """
+
+    class CheckedStream(library.AsyncByteStream):  # type: ignore[misc]
+        async def __aiter__(self) -> Any:
+            unfinished, is_complete = b"", False
+            async for chunk in source:
+                *lines, unfinished = (unfinished + chunk).split(b"\n")
+                for line in lines:
+                    is_complete = is_complete or completes_response(line)
+                yield chunk
+            if not is_complete and not completes_response(unfinished):
+                raise ResponseError({}, "the connection ended early")
+
+        async def aclose(self) -> None:
+            await source.aclose()
+
+    return CheckedStream()
+
+
+def completes_response(line: bytes) -> bool:
+    """Whether a line of the event stream completes the response. A failure raises ResponseError."""
+    if not line.startswith(b"data:"):
+        return False
+    data = line[len(b"data:") :].strip()
+    if data == b"[DONE]":
+        raise ResponseError({}, "the answer ended early")
+    # Most events are parts of the answer, and parsing each one would cost time.
+    if b'"error"' not in data and b'"response.' not in data:
+        return False
+    try:
+        event = json.loads(data)
+    except ValueError:
+        return False
+    kind = event.get("type") if isinstance(event, dict) else None
+    response = event.get("response") if kind else None
+    response = response if isinstance(response, dict) else {}
+    if kind == "error":
+        nested = event.get("error")
+        raise ResponseError(nested if isinstance(nested, dict) else event)
+    if kind == "response.failed":
+        raise ResponseError(response.get("error"))
+    if kind == "response.incomplete":
+        details = response.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, dict) else None
+        raise ResponseError({"code": reason}, is_final=True)
+    return kind == "response.completed"
+
+
+class ResponseError(Exception):
+    """The failure of a response that had begun well. `fields` are the server's error object."""
+
+    def __init__(self, fields: object, text: str = "", is_final: bool = False) -> None:
+        self.fields = fields if isinstance(fields, dict) else {}
+        reason = text or self.fields.get("message") or self.fields.get("code") or "no reason given"
+        self.reason = printable(str(reason))
+        self.is_final = is_final
+        super().__init__(self.reason)
+
+
+# Parts of the codes with which OpenAI refuses a prompt for good, each with a message and a hint.
+# A prompt that fails in any other way after its answer has begun is repeated by the host.
+PLAN_REFUSALS = {
+    "workplace_individual_usage_limit": (
+        "your workspace's usage limit for you is reached",
+        "ask your workspace administrator",
+    ),
+    "usage_limit": ("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}"),
+    "usage_not_included": ("your ChatGPT plan does not include this model", "choose another model"),
+    "credits_depleted": ("your account has no credits left", f"see {USAGE_PAGE}"),
+    "insufficient_quota": ("your account has no credits left", f"see {USAGE_PAGE}"),
+    "context_length": (
+        "the conversation is too long for this model",
+        "to shorten it, type /compact; to start a new one, type /clear",
+    ),
+    "user_not_eligible": ("OpenAI does not let this ChatGPT plan pay for requests here", ""),
+    "route_not_supported": ("OpenAI does not let a plan pay for this request", ""),
+    "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
+    "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
+    "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
+    "invalid_prompt": ("OpenAI refused this prompt", "word it in another way"),
+    "policy": ("OpenAI refused this prompt", "word it in another way"),
+    "content_filter": ("the answer is incomplete: OpenAI's content filter ended it", ""),
+    "max_output_tokens": (
+        "the answer is incomplete: it has reached the greatest length",
+        "ask for the rest, or for less at a time",
+    ),
+}
+
+
+def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
+    """Return the error for a refusal that is final, or None if the host should repeat the request.
+
+    `status` is the response's, 0 if the failure came after the answer had begun.
+    """
+    fields = fault if isinstance(fault, dict) else {"message": fault}
+    code = str(fields.get("code") or fields.get("type") or "").lower()
+    reason = text_or_none(fields.get("message")) or text_or_none(fields.get("detail")) or ""
+    if "exceeds the context window" in reason:
+        code = "context_length"
+    for part, (text, hint) in PLAN_REFUSALS.items():
+        if part in code:
+            return OAuthError(text + reset_note(fields), hint)
+    if "invalid_user" in code or (status == 401 and "<" not in reason):
+        text = "OpenAI does not accept this sign-in any more"
+        return SignInEndedError(text, Client.sign_in_command)
+    # 408, 409, 425 and 429 ask for another try.
+    if 400 <= status < 500 and status not in (408, 409, 425, 429):
+        # A web page isn't a reason.
+        shown = f" ({reason})" if reason and "<" not in reason else f" (HTTP {status})"
+        error = OAuthError(f"OpenAI refused this request{shown}")
+        if status == 403:
+            error.hint = "to see what it says about this sign-in, run"
+            error.command = "status --online"
+        return error
+    return None
+
+
+def reset_note(fields: Fields) -> str:
+    """Return when a usage limit resets, as the end of a message, or "" if that is unknown."""
+    when = number_or_none(fields.get("resets_at"))
+    after = number_or_none(fields.get("resets_in_seconds"))
+    if when is None and after is not None:
+        when = time.time() + after
+    return "" if when is None else f"; it resets {format_distance(timestamp(when))}"
+
+
+class Prompts:
+    """What all plan models share: how to tell the person, and what has been refused.
+
+    `stop` shows an error and returns the exception that ends a prompt.
+    """
+
+    def __init__(self, notify: Notify, stop: Callable[[OAuthError], Exception]) -> None:
+        self.notify, self.stop = notify, stop
+        # Access tokens that came from a refresh after a 401 and were refused, too.
+        self.rejected_tokens: Set[str] = set()
+        self.refresh_failed = False
+
+    def report_refresh(self, messages: List[Tuple[str, ...]]) -> None:
+        """Show `messages` about a failed refresh in short, once until a refresh succeeds."""
+        if messages and not self.refresh_failed:
+            for kind, text, *command in messages:
+                self.notify(kind, text.partition(";")[0], *command)
+        self.refresh_failed = bool(messages)
+
+
+class PlanAccess:
+    """What the requests of one plan model need: a sign-in, and what to do about a refusal."""
+
+    def __init__(self, prompts: Prompts, name: str, official: bool) -> None:
+        self.prompts, self.name, self.official = prompts, name, official
+
+    def program_headers(self) -> Dict[str, str]:
+        """Return the headers that name the program."""
+        # A compressed answer can't be checked while it arrives.
+        headers = {"Accept-Encoding": "identity", "User-Agent": f"chatgpt_oauth/{__version__}"}
+        if not self.official:
+            version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
+            # If a setting is invalid, the first request reports it.
+            with contextlib.suppress(UsageError):
+                version = Settings().codex_client_version
+            # The Codex backend serves newer models only to the Codex CLI, which sends these two.
+            headers.update({"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"})
+        return headers
+
+    def model_settings(self, settings: Optional[Fields]) -> Fields:
+        """Return the settings of a request with what the host leaves out for our own type."""
+        settings = dict(settings or {})
+        # /model_settings offers these two for both types. 0.0.946 sends them only for its own.
+        if self.official:
+            settings.setdefault("openai_reasoning_summary", settings.get("summary", "auto"))
+            settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
+        return settings
+
+    async def headers(self, rejected: str) -> Dict[str, str]:
+        """Return the headers with which the plan pays for a request. Raises OAuthError.
+
+        `rejected` is an access token that was answered with 401, or "".
+        """
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        waiting = loop.run_in_executor(None, self._headers, rejected)
+        await asyncio.wait({waiting}, timeout=SILENT_WAIT)
+        if not waiting.done():
+            self.prompts.notify("info", "Waiting for OpenAI to refresh the sign-in...")
+        return await waiting
+
+    def _headers(self, rejected: str) -> Dict[str, str]:
+        messages: List[Tuple[str, ...]] = []
+        session = Session(notify=lambda *message: messages.append(message))
+        if self.official:
+            session = session.official_session()
+        tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
+        self.prompts.report_refresh(messages)
+        if not session.client.can_use_plan(tokens.fields):
+            raise plan_not_allowed_error()
+        headers = {"Authorization": f"Bearer {tokens.access_token}"}
+        if not self.official:
+            headers.update(account_headers(tokens))
+        return headers
+
+    def may_refresh(self, error: Any, token: str, rejected: str) -> bool:
+        """Whether `error`, which answered a request with `token`, is worth a refresh.
+
+        `rejected` is the token that was tried before, or "". If the token after a refresh is
+        refused, too, no refresh would help, now or at the next prompt.
+        """
+        # A web page comes from a proxy, not from OpenAI.
+        is_html = isinstance(error.body, str) and error.body.lstrip().startswith("<")
+        if error.status_code != 401 or is_html or token in self.prompts.rejected_tokens:
+            return False
+        if rejected:
+            self.prompts.rejected_tokens.add(token)
+        return not rejected
+
+    def outcome(self, error: Any, http_error: Any) -> Exception:
+        """Return what to raise in the host for `error`, which ended a request."""
+        if isinstance(error, OAuthError):
+            return self.stopped(error)
+        if isinstance(error, ResponseError):
+            refusal = plan_refusal(0, error.fields)
+            if error.is_final and not refusal:
+                refusal = OAuthError(f"the answer is incomplete: {error.reason}")
+            if refusal:
+                return self.stopped(refusal)
+            self.prompts.notify("warning", f"the answer is incomplete: {error.reason}")
+            # The host repeats a request after this status, as often as its settings say.
+            again: Exception = http_error(503, self.name, {"message": error.reason})
+            return again
+        refusal = plan_refusal(error.status_code, error.body)
+        return self.stopped(refusal) if refusal else error
+
+    def stopped(self, error: OAuthError) -> Exception:
+        """Show `error` and return an exception that ends the prompt."""
+        # The hint must name the command for the sign-in that has ended.
+        if isinstance(error, SignInEndedError):
+            client = OfficialClient if self.official else Client
+            error.command = client.sign_in_command
+        return self.prompts.stop(error)
+
+
+def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
+    """Return a subclass of `base` (OpenAIResponsesModel) whose requests a plan pays for.
+
+    The built-in plugin's model gets one access token when it is built, and every request is refused
+    once that has expired (0.0.946). This one asks for a valid token before each request, and after
+    a 401 it tries once more with another token.
+    """
+
+    class PlanModel(base):  # type: ignore[misc]
+        async def request(self, *arguments: Any, **options: Any) -> Any:
+            async with self.request_stream(*arguments, **options) as stream:
+                async for _ in stream:
+                    pass
+                return stream.get()
+
+        @contextlib.asynccontextmanager
+        async def request_stream(
+            self, messages: Any, model_settings: Any, *rest: Any, **options: Any
+        ) -> Any:
+            settings = access.model_settings(model_settings)
+            outcome = None
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    yield await self._open_stream(stack, messages, settings, *rest, **options)
+            except (OAuthError, ResponseError, http_error) as error:
+                outcome = access.outcome(error, http_error)
+                if outcome is error:
+                    raise
+            # Raised outside of the `except`, because the host repeats a request if an exception
+            # in the chain of causes is a 429.
+            if outcome:
+                raise outcome
+
+        async def _open_stream(
+            self, stack: Any, messages: Any, settings: Fields, *rest: Any, **options: Any
+        ) -> Any:
+            rejected = ""
+            while True:
+                headers = await access.headers(rejected)
+                token = headers["Authorization"].partition(" ")[2]
+                wanted = {**settings, "extra_headers": headers}
+                opening = super().request_stream(messages, wanted, *rest, **options)
+                try:
+                    return await stack.enter_async_context(opening)
+                except http_error as error:
+                    if not access.may_refresh(error, token, rejected):
+                        raise
+                    rejected = token
+
+    return PlanModel
+
+
+def refusing_model(base: Any, name: str, refusal: Callable[[], Exception]) -> Any:
+    """Return a model, of a subclass of `base` (Model), that raises `refusal()` at each request."""
+
+    class RefusingModel(base):  # type: ignore[misc]
+        model_name, system = name, "openai"
+
+        async def request(self, *_: Any, **__: Any) -> Any:
+            raise refusal()
+
+        @contextlib.asynccontextmanager
+        async def request_stream(self, *_: Any, **__: Any) -> Any:
+            raise refusal()
+            yield
+
+    return RefusingModel()
+
+
+class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: ignore[misc]
+    """The end of a prompt without another try and without a traceback.
+
+    The host ends a prompt like that only after an InterruptedError, and shows it as a group of
+    exceptions, "(1 sub-exception)" (0.0.229 to 0.0.946, `except* InterruptedError`). A group that
+    comes with its own text isn't shown that way. Python has groups since 3.11, as the host does.
+    """
+
+    def __init__(self, text: str, members: Any) -> None:
+        super().__init__(text, members)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def derive(self, members: Any) -> Any:
+        """Return the group that the host shows, below our own message."""
+        return PromptEnded("see the error above", members)
+
+    def __reduce__(self) -> Any:
+        # The host's DBOS plugin pickles exceptions, and may not find this class when it loads them.
+        return InterruptedError, (self.text,)
+
+
+# ---------------------------------------------------------------------------------------------
 # Code Puppy: the commands and the plan's models inside Code Puppy (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
 # Code Puppy is "the host" in this room, and its own ChatGPT plugin is "the built-in one". The room
@@ -5981,8 +6252,6 @@ def remove_program(path: str) -> None:
 
 # Two threads of the host display its messages. The pause lets one finish before the next begins.
 MESSAGE_PAUSE = 0.05  # seconds
-# After this time, a prompt that waits for a refresh says so.
-SILENT_WAIT = 2.0  # seconds
 # The built-in plugin, by its name (the owner of its callbacks) and by its modules' names. It moved
 # to a package of its own between 0.0.700 and 0.0.800.
 BUILTIN_OWNER = "chatgpt_oauth"
@@ -6143,7 +6412,9 @@ class CodePuppy:
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
         options = {"provider": provider, **self._profile(name, entry)}
-        return plan_model_class(access)(entry["name"], **options)
+        http_error = host_module("pydantic_ai.exceptions").ModelHTTPError
+        base = host_module("pydantic_ai.models.openai").OpenAIResponsesModel
+        return plan_model_class(base, http_error, access)(entry["name"], **options)
 
     # Names of the host that aren't public ---------------------------------------------------
 
@@ -6186,252 +6457,6 @@ class CodePuppy:
         return False
 
 
-async def shape_request(request: Any) -> None:
-    """Change a request of the host's HTTP client (an event hook) into what a plan pays for."""
-    if request.method == "POST":
-        body = json.dumps(plan_request(json.loads(request.content))).encode()
-        request.stream = http_library(request).ByteStream(body)
-        request.headers["Content-Length"] = str(len(body))
-
-
-async def check_response(response: Any) -> None:
-    """Make the stream of a response (an event hook) raise ResponseError unless it ends well."""
-    is_encoded = "content-encoding" in response.headers
-    if response.status_code == 200 and response.request.method == "POST" and not is_encoded:
-        response.stream = checked_stream(response.stream, http_library(response))
-
-
-def http_library(message: Any) -> Any:
-    """Return the library of the host's HTTP client: httpx, since 0.0.800 httpx2."""
-    return sys.modules[type(message).__module__.partition(".")[0]]
-
-
-def checked_stream(source: Any, library: Any) -> Any:
-    """Return a stream with the bytes of `source` that raises ResponseError unless it ends well.
-
-    The bytes are server-sent events. Only `response.completed` is a whole answer. openai's client
-    raises its own error for some failures, and pydantic-ai 2.51 silently ignores others. So they
-    are looked for here, before either sees them.
-    """
-
-    class CheckedStream(library.AsyncByteStream):  # type: ignore[misc]
-        async def __aiter__(self) -> Any:
-            unfinished, is_complete = b"", False
-            async for chunk in source:
-                *lines, unfinished = (unfinished + chunk).split(b"\n")
-                for line in lines:
-                    is_complete = is_complete or completes_response(line)
-                yield chunk
-            if not is_complete and not completes_response(unfinished):
-                raise ResponseError({}, "the connection ended early")
-
-        async def aclose(self) -> None:
-            await source.aclose()
-
-    return CheckedStream()
-
-
-def reset_note(fields: Fields) -> str:
-    """Return when a usage limit resets, as the end of a message, or "" if that is unknown."""
-    when = number_or_none(fields.get("resets_at"))
-    after = number_or_none(fields.get("resets_in_seconds"))
-    if when is None and after is not None:
-        when = time.time() + after
-    return "" if when is None else f"; it resets {format_distance(timestamp(when))}"
-
-
-class PlanAccess:
-    """What the requests of one plan model need: a sign-in, and what to do about a refusal."""
-
-    def __init__(self, plugin: CodePuppyPlugin, name: str, official: bool) -> None:
-        self.plugin, self.name, self.official = plugin, name, official
-
-    def program_headers(self) -> Dict[str, str]:
-        """Return the headers that name the program."""
-        # A compressed answer can't be checked while it arrives.
-        headers = {"Accept-Encoding": "identity", "User-Agent": f"chatgpt_oauth/{__version__}"}
-        if not self.official:
-            version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
-            # If a setting is invalid, the first request reports it.
-            with contextlib.suppress(UsageError):
-                version = Settings().codex_client_version
-            # The Codex backend serves newer models only to the Codex CLI, which sends these two.
-            headers.update({"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"})
-        return headers
-
-    def model_settings(self, settings: Optional[Fields]) -> Fields:
-        """Return the settings of a request with what the host leaves out for our own type."""
-        settings = dict(settings or {})
-        # /model_settings offers these two for both types. 0.0.946 sends them only for its own.
-        if self.official:
-            settings.setdefault("openai_reasoning_summary", settings.get("summary", "auto"))
-            settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
-        return settings
-
-    async def headers(self, rejected: str) -> Dict[str, str]:
-        """Return the headers with which the plan pays for a request. Raises OAuthError.
-
-        `rejected` is an access token that was answered with 401, or "".
-        """
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        waiting = loop.run_in_executor(None, self._headers, rejected)
-        await asyncio.wait({waiting}, timeout=SILENT_WAIT)
-        if not waiting.done():
-            self.plugin.notify("info", "Waiting for OpenAI to refresh the sign-in...")
-        return await waiting
-
-    def _headers(self, rejected: str) -> Dict[str, str]:
-        messages: List[Tuple[str, ...]] = []
-        session = Session(notify=lambda *message: messages.append(message))
-        if self.official:
-            session = session.official_session()
-        tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
-        self.plugin.report_refresh(messages)
-        if not session.client.can_use_plan(tokens.fields):
-            raise plan_not_allowed_error()
-        headers = {"Authorization": f"Bearer {tokens.access_token}"}
-        if not self.official:
-            headers.update(account_headers(tokens))
-        return headers
-
-    def may_refresh(self, error: Any, token: str, rejected: str) -> bool:
-        """Whether `error`, which answered a request with `token`, is worth a refresh.
-
-        `rejected` is the token that was tried before, or "". If the token after a refresh is
-        refused, too, no refresh would help, now or at the next prompt.
-        """
-        # A web page comes from a proxy, not from OpenAI.
-        is_html = isinstance(error.body, str) and error.body.lstrip().startswith("<")
-        if error.status_code != 401 or is_html or token in self.plugin.rejected_tokens:
-            return False
-        if rejected:
-            self.plugin.rejected_tokens.add(token)
-        return not rejected
-
-    def outcome(self, error: Any, http_error: Any) -> Exception:
-        """Return what to raise in the host for `error`, which ended a request."""
-        if isinstance(error, OAuthError):
-            return self.stopped(error)
-        if isinstance(error, ResponseError):
-            refusal = plan_refusal(0, error.fields)
-            if error.is_final and not refusal:
-                refusal = OAuthError(f"the answer is incomplete: {error.reason}")
-            if refusal:
-                return self.stopped(refusal)
-            self.plugin.notify("warning", f"the answer is incomplete: {error.reason}")
-            # The host repeats a request after this status, as often as its settings say.
-            again: Exception = http_error(503, self.name, {"message": error.reason})
-            return again
-        refusal = plan_refusal(error.status_code, error.body)
-        return self.stopped(refusal) if refusal else error
-
-    def stopped(self, error: OAuthError) -> Exception:
-        """Show `error` and return an exception that ends the prompt."""
-        # The hint must name the command for the sign-in that has ended.
-        if isinstance(error, SignInEndedError):
-            client = OfficialClient if self.official else Client
-            error.command = client.sign_in_command
-        return self.plugin.stopped(error)
-
-
-def plan_model_class(access: PlanAccess) -> Any:
-    """Return a class of models for the Responses API whose requests a plan pays for.
-
-    The built-in plugin's model gets one access token when it is built, and every request is refused
-    once that has expired (0.0.946). This one asks for a valid token before each request, and after
-    a 401 it tries once more with another token.
-    """
-    http_error = host_module("pydantic_ai.exceptions").ModelHTTPError
-    base: Any = host_module("pydantic_ai.models.openai").OpenAIResponsesModel
-
-    class PlanModel(base):  # type: ignore[misc]
-        async def request(self, *arguments: Any, **options: Any) -> Any:
-            async with self.request_stream(*arguments, **options) as stream:
-                async for _ in stream:
-                    pass
-                return stream.get()
-
-        @contextlib.asynccontextmanager
-        async def request_stream(
-            self, messages: Any, model_settings: Any, *rest: Any, **options: Any
-        ) -> Any:
-            settings = access.model_settings(model_settings)
-            outcome = None
-            try:
-                async with contextlib.AsyncExitStack() as stack:
-                    yield await self._open_stream(stack, messages, settings, *rest, **options)
-            except (OAuthError, ResponseError, http_error) as error:
-                outcome = access.outcome(error, http_error)
-                if outcome is error:
-                    raise
-            # Raised outside of the `except`, because the host repeats a request if an exception
-            # in the chain of causes is a 429.
-            if outcome:
-                raise outcome
-
-        async def _open_stream(
-            self, stack: Any, messages: Any, settings: Fields, *rest: Any, **options: Any
-        ) -> Any:
-            rejected = ""
-            while True:
-                headers = await access.headers(rejected)
-                token = headers["Authorization"].partition(" ")[2]
-                wanted = {**settings, "extra_headers": headers}
-                opening = super().request_stream(messages, wanted, *rest, **options)
-                try:
-                    return await stack.enter_async_context(opening)
-                except http_error as error:
-                    if not access.may_refresh(error, token, rejected):
-                        raise
-                    rejected = token
-
-    return PlanModel
-
-
-def refusing_model(name: str, refusal: Callable[[], Exception]) -> Any:
-    """Return a model that raises `refusal()` at each request."""
-    base: Any = host_module("pydantic_ai.models").Model
-
-    class RefusingModel(base):  # type: ignore[misc]
-        model_name, system = name, "openai"
-
-        async def request(self, *_: Any, **__: Any) -> Any:
-            raise refusal()
-
-        @contextlib.asynccontextmanager
-        async def request_stream(self, *_: Any, **__: Any) -> Any:
-            raise refusal()
-            yield
-
-    return RefusingModel()
-
-
-class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: ignore[misc]
-    """The end of a prompt without another try and without a traceback.
-
-    The host ends a prompt like that only after an InterruptedError, and shows it as a group of
-    exceptions, "(1 sub-exception)" (0.0.229 to 0.0.946, `except* InterruptedError`). A group that
-    comes with its own text isn't shown that way. Python has groups since 3.11, as the host does.
-    """
-
-    def __init__(self, text: str, members: Any) -> None:
-        super().__init__(text, members)
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
-
-    def derive(self, members: Any) -> Any:
-        """Return the group that the host shows, below our own message."""
-        return PromptEnded("see the error above", members)
-
-    def __reduce__(self) -> Any:
-        # The host's DBOS plugin pickles exceptions, and may not find this class when it loads them.
-        return InterruptedError, (self.text,)
-
-
 class CodePuppyPlugin:
     """The plugin: runs our commands inside the host and shows their output as its messages.
 
@@ -6444,9 +6469,7 @@ class CodePuppyPlugin:
         self.theirs: Optional[Dict[str, List[AnyCallable]]] = None
         # The API key that this plugin has exported, if any.
         self.exported: Optional[str] = None
-        # Access tokens that came from a refresh after a 401 and were refused, too.
-        self.rejected_tokens: Set[str] = set()
-        self.refresh_failed = False
+        self.prompts = Prompts(self.notify, self.stop_prompt)
 
     def register(self) -> None:
         """Register our commands and models in place of the built-in plugin's.
@@ -6530,7 +6553,7 @@ class CodePuppyPlugin:
 
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
         """Return the model for an entry that the plan pays for. This must not fail (see above)."""
-        access = PlanAccess(self, name, entry.get("type") == OfficialClient.model_type)
+        access = PlanAccess(self.prompts, name, entry.get("type") == OfficialClient.model_type)
         try:
             return self.host.plan_model(name, entry, access)
         except Exception as error:
@@ -6541,18 +6564,12 @@ class CodePuppyPlugin:
                 text = f"the model {name} cannot be used here ({fault})"
                 return access.stopped(OAuthError(text, "to import the models again, run", "models"))
 
-            return refusing_model(name, refusal)
+            base = host_module("pydantic_ai.models").Model
+            return refusing_model(base, name, refusal)
 
     # Prompts --------------------------------------------------------------------------------
 
-    def report_refresh(self, messages: List[Tuple[str, ...]]) -> None:
-        """Show `messages` about a failed refresh in short, once until a refresh succeeds."""
-        if messages and not self.refresh_failed:
-            for kind, text, *command in messages:
-                self.notify(kind, text.partition(";")[0], *command)
-        self.refresh_failed = bool(messages)
-
-    def stopped(self, error: OAuthError) -> Exception:
+    def stop_prompt(self, error: OAuthError) -> Exception:
         """Show `error` and return an exception that ends the prompt."""
         if not self.host.in_editor:
             report_error(self.notify, error)
