@@ -138,6 +138,9 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
 
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
+# The parts of a host name have 1 to 63 characters each (RFC 1035 §2.3.4). Python fails with a
+# ValueError for other names, and for an address in brackets that isn't a valid IPv6 address.
+HOST_NAME = r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?"
 
 
 class Rule:
@@ -177,11 +180,11 @@ class Rule:
 _DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 _INTEGER = r"(?P<number>[0-9]{1,10})"
 # The path is matched lazily to keep trailing slashes out of group 1. The paths of endpoints, which
-# start with a slash, are appended to the URL. The limit applies to the port.
+# start with a slash, are appended to the URL. The limits apply to the port.
 _URL = Rule(
-    rf"((?:https://[\w.-]+|https://\[[\w:.]+\]|http://{LOOPBACK})(?::{_INTEGER})?"
-    r"(?:/[\w.~%/-]*?)??)/*",
+    rf"((?:https://{HOST_NAME}|https?://{LOOPBACK})(?::{_INTEGER})?(?:/[\w.~%/-]*?)??)/*",
     "an https URL (http is allowed for localhost only)",
+    low=1,
     high=65535,
 )
 _WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
