@@ -262,7 +262,8 @@ class Settings:
     api_key_env_var: str
 
     def __init__(self) -> None:
-        self.environ = dict(os.environ)
+        # An environment can hold a variable without a name, which no other process could be given.
+        self.environ = {name: value for name, value in os.environ.items() if name}
         for key, rule in RULES.items():
             variable = "CHATGPT_OAUTH_" + key.upper()
             name, value = f'CHATGPT_OAUTH_CONFIG["{key}"]', CHATGPT_OAUTH_CONFIG.get(key)
@@ -404,8 +405,11 @@ def as_oauth_errors() -> Iterator[None]:
     hint = "close some programs, then try again"
     try:
         yield
-    # Some distributions split Python into packages and install only a part (python3-minimal).
     except ImportError as error:
+        # An interpreter that is shutting down can't import anything any more.
+        if not error.name:
+            raise UnavailableError("Python is shutting down", "try again") from None
+        # Some distributions split Python into packages and install only a part (python3-minimal).
         raise OAuthError(f"this Python has no module {error.name}", COMPLETE_PYTHON) from None
     except MemoryError:
         raise UnavailableError("this program cannot get enough memory", hint) from None
@@ -1528,7 +1532,8 @@ class OfficialClient(Client):
 
     def can_use_plan(self, fields: Fields) -> bool:
         """Whether the person allowed the use of the plan. Only the granted scopes show that."""
-        return PLAN_SCOPE in (fields.get("scopes") or ())
+        scopes = fields.get("scopes")
+        return isinstance(scopes, list) and PLAN_SCOPE in scopes
 
     def _id_token_fault(self, claims: Fields, client_id: str) -> str:
         """Return "" for the claims of an ID token from our issuer for `client_id`.
@@ -4828,7 +4833,8 @@ def python_name() -> str:
     """Return the command that starts this Python, for hints."""
     # A person who typed "python3.11" must not be advised to type "python3", which may be an older
     # version. sys.orig_argv exists since Python 3.10.
-    started = getattr(sys, "orig_argv", [""])[0]
+    # It is empty in a program that embeds Python.
+    started = (getattr(sys, "orig_argv", None) or [""])[0]
     if started and not os.path.dirname(started):
         return quote_path(started)
     return "python" if sys.platform == "win32" else "python3"

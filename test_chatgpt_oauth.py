@@ -5143,6 +5143,14 @@ class OfficialTest(Case):
         """Run a command that refreshes an expired access token, and return the result."""
         return self.call("models", "--source", "official", "--dry-run")
 
+    def test_scopes_that_are_not_a_list_allow_nothing(self):
+        self.official_sign_in()
+        for scopes in (1, "resource.invoke chatgpt.tokens.use.direct", {}):
+            self.change_stored_plan(scopes=scopes)
+            self.assertNotIn("internal error", self.call("status").err)
+            official = json.loads(self.call("status", "--json").out)["official"]
+            self.assertIs(official["plan_allowed"], False)
+
     def test_sign_in_sign_out_and_sign_in_again(self):
         running = self.start("auth", "--official", "--no-browser")
         pages = visit(running.wait_for_url())
@@ -6063,6 +6071,22 @@ class TokenTest(Case):
 
 
 class ExecTest(Case):
+    @needs_signals
+    def test_a_variable_without_a_name_is_left_out(self):
+        self.store(lifetime=-10, api_key="sk-1")
+        # Only the system call itself can make such an environment.
+        code = """
+import ctypes, os
+def array(texts):
+    return (ctypes.c_char_p * (len(texts) + 1))(*texts)
+variables = [os.fsencode(f"{name}={value}") for name, value in os.environ.items()]
+arguments = [os.fsencode(each) for each in sys.argv[1:]]
+ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x"]))
+"""
+        for command in (["exec", "--", "true"], ["token"]):
+            running = self.start_python(code, *PROGRAM_COMMAND, *command)
+            self.assertEqual((running.result().code, running.err), (0, ""))
+
     def setUp(self):
         super().setUp()
         self.inspect = [
@@ -6390,6 +6414,18 @@ class ModuleTest(Case):
                     oauth.get_access_token()
         self.assertEqual(self.stored(), before)
         self.assertEqual(self.double.count("refresh"), 0)
+
+    def test_a_refresh_at_the_end_of_the_interpreter_is_an_oauth_error(self):
+        self.store(lifetime=-10)
+        running = self.start_python("""
+import chatgpt_oauth as oauth
+sys.meta_path = None
+try:
+    oauth.get_access_token()
+except oauth.OAuthError as error:
+    print(error)
+""")
+        self.assertEqual(running.result(), (0, "Python is shutting down\n", ""))
 
     @unittest.skipUnless(POSIX, "Windows limits no process's descriptors")
     def test_without_file_descriptors_no_token_is_used_up(self):
@@ -8084,6 +8120,11 @@ runpy.run_path({1!r}, run_name="__main__")
                 error, hint = result.err.splitlines()[-2:]
                 self.assertEqual(error, f"error: this Python has no module {module}")
                 self.assertIn("hint: install a complete Python", hint)
+
+    def test_an_embedded_python_has_no_original_arguments(self):
+        code = "import chatgpt_oauth; sys.orig_argv = []; sys.argv[1:] = ['env']; "
+        result = self.start_python(code + "chatgpt_oauth.run_program()").result()
+        self.assert_fails(result, 3, "not signed in", one_line=True)
 
     def test_a_hint_needs_no_further_import(self):
         code = """
