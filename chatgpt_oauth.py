@@ -355,6 +355,19 @@ class OAuthError(Exception):
         if not self.hint:
             self.hint, self.command = "to try again, run", command
 
+    def to_members(self) -> Fields:
+        """Return everything about this error as JSON values, for another process."""
+        return {"type": type(self).__name__, "message": str(self), **vars(self)}
+
+    @staticmethod
+    def from_members(members: Fields) -> OAuthError:
+        """Return the error that `to_members` was called for."""
+        members = dict(members)
+        kind = globals()[members.pop("type")]
+        error: OAuthError = kind.__new__(kind, members.pop("message"))
+        vars(error).update(members)
+        return error
+
 
 class UsageError(OAuthError):
     """An error in the command line or in a setting."""
@@ -429,6 +442,22 @@ def as_module_errors() -> Iterator[None]:
         if error.command:
             error.hint, error.command = f"{error.hint}: chatgpt_oauth.py {error.command}", ""
         raise
+
+
+def unexpected_error(error: Exception) -> OAuthError:
+    """Return the OAuthError that reports an exception that nothing else has handled."""
+    if isinstance(error, OAuthError):
+        return error
+    if isinstance(error, OSError):
+        # If the error names no file, standard output is closed or full.
+        what = f"use {error.filename}" if error.filename else "write to standard output"
+        return StorageError(f"cannot {what}: {error.strerror}")
+    import traceback
+
+    # The error's text might contain a secret, so only its type and line are reported.
+    lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
+    name = type(error).__name__
+    return OAuthError(f"internal error: {name} at line {lines[-1]}; this is a bug")
 
 
 def report_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
@@ -2183,8 +2212,10 @@ class JsonFile:
         self.settings, self.notify = settings, notify
         self.path = os.path.join(settings.home, name)
         self.reserved: Optional[Replacement] = None
-        # The locks that are released together, while this object holds them.
-        self._held: Optional[contextlib.ExitStack] = None
+        # The descriptors of the locks while this object holds them, otherwise None.
+        self.locks: Optional[List[int]] = None
+        # Whether a child process has inherited the locks and may still hold them.
+        self.are_locks_shared = False
 
     @property
     def real_path(self) -> str:
@@ -2257,27 +2288,48 @@ class JsonFile:
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
         """Hold the lock that everyone who changes the file takes.
 
-        When the lock is released, a reserved replacement that wasn't used is removed. Raises
-        UnavailableError if another process holds the lock for `timeout` seconds.
+        Raises UnavailableError if another process holds the lock for `timeout` seconds.
         """
         timeout = self.settings.lock_timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        with contextlib.ExitStack() as held:
+        locks: List[int] = []
+        try:
             try:
-                self._take_locks(held, deadline)
+                self._take_locks(locks, deadline)
             except OSError as error:
                 raise storage_error("lock", self.real_path + ".lock", error) from None
-            self._held = held
-            try:
+            with self.holding(locks):
                 yield
-            finally:
-                self._held = None
-                if self.reserved:
-                    self.reserved.discard()
-                    self.reserved = None
+        finally:
+            # Unlocking would also unlock for a child process. Closing leaves the lock to it.
+            release = os.close if self.are_locks_shared else _release
+            self.are_locks_shared = False
+            for descriptor in reversed(locks):
+                release(descriptor)
 
-    def _take_locks(self, held: contextlib.ExitStack, deadline: float) -> None:
+    @contextlib.contextmanager
+    def holding(self, locks: List[int]) -> Iterator[None]:
+        """Act as the holder of the lock, whose descriptors are `locks`, while the block runs.
+
+        A child process that has inherited the lock uses this. At the end, a reserved replacement
+        that wasn't used is removed.
+        """
+        self.locks = locks
+        try:
+            yield
+        finally:
+            self.locks = None
+            self._discard_reserved()
+
+    def _discard_reserved(self) -> None:
+        if self.reserved:
+            self.reserved.discard()
+            self.reserved = None
+
+    def _take_locks(self, locks: List[int], deadline: float) -> None:
         """Lock the lock file beside the file, then the file itself, then its temporary file.
+
+        The descriptors are added to `locks`.
 
         The last two are needed if somebody deletes the lock file, or if the file is mounted into a
         container, where the lock file beside it is a different one. A process holds the lock of
@@ -2291,21 +2343,21 @@ class JsonFile:
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         _make_directory(self.settings.home)
-        held.callback(_release, _acquire_lock_file(self.real_path + ".lock", deadline))
+        locks.append(_acquire_lock_file(self.real_path + ".lock", deadline))
         # On Windows, a lock on a file would keep others from reading it.
         if sys.platform != "win32":
             for path in (self.real_path, self.temporary):
                 # The file may not exist. If it can't be opened, `reserve` raises an error.
                 with contextlib.suppress(OSError):
-                    held.callback(_release, _acquire(path, deadline))
+                    locks.append(_acquire(path, deadline))
 
     def _replacement(self) -> Replacement:
         """Create the temporary file and lock it. The caller must hold the lock."""
         replacement = Replacement(self.path)
-        if sys.platform != "win32" and self._held:
+        if sys.platform != "win32" and self.locks is not None:
             # A duplicate keeps the lock after the file has been closed and renamed.
             descriptor = os.dup(replacement.file.fileno())
-            self._held.callback(_release, descriptor)
+            self.locks.append(descriptor)
             _try_lock(descriptor)
         return replacement
 
@@ -2317,6 +2369,8 @@ class JsonFile:
         hold the lock.
         """
         size = len(encode(present)) + RESERVE
+        # A request that had no effect has left it.
+        self._discard_reserved()
         try:
             self._replace_by_itself()
             self.reserved = self._replacement()
@@ -2422,7 +2476,7 @@ class TokenFile(JsonFile):
         First, recover tokens that a killed process received, unless another process is at work.
         """
         failure: Optional[StorageError] = None
-        if not self._held and os.path.lexists(self.temporary):
+        if self.locks is None and os.path.lexists(self.temporary):
             try:
                 with self.lock(timeout=0):
                     pass
@@ -2544,7 +2598,10 @@ class TokenFile(JsonFile):
 # A fresh access token costs one read: no lock, no write, no network. A refresh token is sent only
 # under the lock of the token file, and only after room for the response has been reserved. It is
 # sent again only if the server certainly hasn't processed the first request. From the request until
-# the response is on disk, signals and the end of the program wait.
+# the response is on disk, nothing may interrupt: see `carry_out`. The request is sent and the
+# response stored by a child process that has a session of its own, ignores signals, and inherits
+# the lock. Whatever happens to the process that waits for it, the child finishes its work. If no
+# child can be started, signals and the end of the program wait instead.
 # The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
 
@@ -2555,6 +2612,19 @@ ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 # Signals that end a process only if it doesn't handle them. A host's handler, for example of an
 # alarm, keeps running without delay.
 OTHER_SIGNALS = ("SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM", "SIGPROF")
+# The code that a child process runs. It imports this file, whatever its name, because Python then
+# uses the compiled code of the installed program or of the plugin.
+CHILD_CODE = """
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+spec = spec_from_loader("chatgpt_oauth", SourceFileLoader("chatgpt_oauth", sys.argv[1]))
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+module.run_task()
+"""
+# The first line that a child process prints. It shows that Python runs this release of the program.
+CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 # How long to wait for the lock if the access token is still valid for a while.
 BRIEF_LOCK_TIMEOUT = 2.0  # seconds
 
@@ -2687,8 +2757,6 @@ class Session:
                     f"{timestamp(allowed_at)}",
                     "try again then",
                 )
-            # The refresh token can be used only once. Reserve room for its successor first.
-            self.token_file.reserve(tokens.fields)
             return self._refresh_with_retry(tokens, retry)
 
     def require_refreshable(self, tokens: Tokens) -> None:
@@ -2712,8 +2780,7 @@ class Session:
         tries = Retry(self.settings.retry_window if retry else 0.0)
         while True:
             try:
-                with uninterrupted(self.settings):
-                    return self._refresh_once(old)
+                return Tokens(carry_out(self, refresh_and_store, old.fields))
             except RequestError as error:
                 if not error.unprocessed:
                     raise UnavailableError(
@@ -2820,12 +2887,114 @@ def report_odd_members(response: Fields, notify: Notify) -> None:
         notify("warning", "the response has a token_type that is not Bearer; using it anyway")
 
 
+def refresh_and_store(session: Session, fields: Fields) -> Fields:
+    """Refresh the tokens in `fields` and return the fields that are stored then (a task)."""
+    # The refresh token can be used only once. Reserve room for its successor first.
+    session.token_file.reserve(fields)
+    return session._refresh_once(Tokens(fields)).fields
+
+
+def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `task(session, *arguments)` so that nothing interrupts it, and return the result.
+
+    A task spends a token or a code and stores the response. It gets a process of its own if that
+    is possible. The caller must hold the lock of the token file. The arguments and the result must
+    be JSON values. Raises the task's errors. If an exception ends the wait for the task's process,
+    such as KeyboardInterrupt, the task goes on.
+    """
+    order = {
+        "task": task.__name__,
+        "arguments": arguments,
+        "config": CHATGPT_OAUTH_CONFIG,
+        "settings": without(vars(session.settings), "environ"),
+        "client": type(session.client).__name__,
+        "client_members": without(vars(session.client), "settings"),
+    }
+    session.token_file.are_locks_shared = True
+    reply = ask_child(session, json.dumps(order, default=str).encode() + b"\n")
+    session.token_file.are_locks_shared = False
+    if reply is None:
+        with uninterrupted(session.settings):
+            return task(session, *arguments)
+    # A process that was killed has sent nothing, or a part of its reply.
+    if not reply.endswith(b"\n"):
+        raise RequestError("the process that sends the request has been killed")
+    answer = json.loads(reply)
+    for message in answer["messages"]:
+        session.notify(*message)
+    if "error" in answer:
+        raise OAuthError.from_members(answer["error"])
+    return answer["result"]
+
+
+def without(members: Fields, name: str) -> Fields:
+    """Return `members` without the one called `name`."""
+    return {key: value for key, value in members.items() if key != name}
+
+
+def ask_child(session: Session, order: bytes) -> Optional[bytes]:
+    """Start a process that carries out `order` (see run_task), and return its reply.
+
+    Returns None if no such process has got the order, so that nothing has been sent. The order goes
+    through a pipe, because other users can read a command line.
+    """
+    import subprocess
+
+    command = child_command()
+    if not command:
+        return None
+    try:
+        child: Any = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=session.settings.environ,
+            # The locks stay taken until the child has ended, even if this process ends before it.
+            pass_fds=session.token_file.locks or (),
+            # Signals to our process group or from our terminal don't reach another session.
+            start_new_session=True,
+        )
+    # No more processes are allowed, or Python 3.12 is shutting down.
+    except (OSError, RuntimeError):
+        return None
+    try:
+        # If the wait is interrupted, the child gets the end of its input. That ends it unless it
+        # already has the whole order.
+        with child:
+            if child.stdout.readline() != CHILD_GREETING:
+                return None
+            child.stdin.write(order)
+            child.stdin.flush()
+            return bytes(child.stdout.read())
+    # The child has ended before it could read the whole order.
+    except BrokenPipeError:
+        return None
+
+
+def child_command() -> List[str]:
+    """Return the command that runs this file as a child process, or [] if there is none.
+
+    A frozen program, or a program that embeds Python, isn't an interpreter and must not be started
+    again. A program that is read from standard input has no file. Windows can't inherit a lock.
+    """
+    program = str(globals().get("__file__", ""))
+    python = sys.executable or ""
+    is_python = re.match("python|pypy", os.path.basename(python).lower())
+    is_frozen = getattr(sys, "frozen", False)
+    if sys.platform == "win32" or is_frozen or not is_python or not os.path.isfile(program):
+        return []
+    # -I -S keeps Python from running code from the current directory, PYTHONPATH or site-packages.
+    # -B keeps it from writing a compiled file. -X makes it decode paths the way this process does.
+    flags = ["-I", "-S", "-B", "-X", f"utf8={sys.flags.utf8_mode}"]
+    return [python, *flags, "-c", CHILD_CODE, program]
+
+
 @contextlib.contextmanager
 def uninterrupted(settings: Settings) -> Iterator[None]:
     """Delay signals and interpreter exit until the block is done, so that a response is saved.
 
-    A second signal takes effect at once. In a thread other than the main one, signals can't be
-    delayed, but the interpreter's exit can.
+    In a thread other than the main one, signals can't be delayed, but the interpreter's exit can.
     """
     import atexit
     import threading
@@ -2850,20 +3019,17 @@ def uninterrupted(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Delay signals that would end the process until the block is done, except a second one."""
+    """Delay signals that would end the process until the block is done.
+
+    Each of them then takes effect once.
+    """
     import signal
 
     handlers: Dict[int, Any] = {}
     delayed: List[int] = []
-
-    # A signal can arrive during `restore` and make `hold` call it again, so it must be safe to
-    # repeat. An ExitStack, which empties itself, isn't.
-    def restore() -> None:
-        for number, handler in reversed(list(handlers.items())):
-            signal.signal(number, handler)
+    wakeup = -1
 
     def hold(number: int, _: object) -> None:
-        restore()
         delayed.append(number)
 
     def must_wait(name: str, handler: object) -> bool:
@@ -2873,6 +3039,8 @@ def signals_deferred() -> Iterator[None]:
 
     # ValueError: signal handlers can only be set in the main thread.
     with contextlib.suppress(ValueError):
+        # A signal is also written to this descriptor, from which asyncio calls its handlers.
+        wakeup = signal.set_wakeup_fd(-1)
         for name in ENDING_SIGNALS + OTHER_SIGNALS:
             number = getattr(signal, name, 0)
             handler = signal.getsignal(number) if number else None
@@ -2881,9 +3049,15 @@ def signals_deferred() -> Iterator[None]:
     try:
         yield
     finally:
-        restore()
-        if delayed:
-            signal.raise_signal(delayed[0])
+        # SIGINT comes last, because it may raise KeyboardInterrupt as soon as its handler is back.
+        for number, handler in reversed(list(handlers.items())):
+            signal.signal(number, handler)
+        if wakeup != -1:
+            signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        # The stack goes on with the next signal if a handler raises an exception.
+        with contextlib.ExitStack() as stack:
+            for number in reversed(delayed):
+                stack.callback(signal.raise_signal, number)
 
 
 @as_module_errors()
@@ -3850,32 +4024,36 @@ def exchange_and_store(
     workspace other than the one in the settings.
     """
     with session.token_file.lock():
-        old = None
-        try:
-            old = session.token_file.load()
-        except StorageError as error:
-            session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
-        session.token_file.reserve(old.fields if old else {})
         retry = Retry(session.settings.retry_window, session.notify)
-        is_stored = False
         while True:
             try:
-                # Between the response and the disk nothing may interrupt: the code is spent.
-                with uninterrupted(session.settings):
-                    response = exchange_code(session.client, code, verifier, redirect_uri)
-                    _store_sign_in(session, response, old, nonce)
-                    is_stored = True
-                return old
+                old = carry_out(session, exchange_once, code, verifier, redirect_uri, nonce)
+                return Tokens(old) if old else None
             except RequestError as error:
                 retry.wait(error)
             except KeyboardInterrupt:
-                if is_stored:
-                    session.notify(
-                        "warning",
-                        "you are signed in all the same; to sign out, run",
-                        session.client.sign_out_command,
-                    )
+                # The code may have been exchanged already.
+                session.notify(
+                    "warning",
+                    "you may be signed in all the same; to sign out, run",
+                    session.client.sign_out_command,
+                )
                 raise
+
+
+def exchange_once(
+    session: Session, code: str, verifier: str, redirect_uri: str, nonce: str
+) -> Optional[Fields]:
+    """Exchange the code, store the tokens, and return the previous fields (a task)."""
+    old = None
+    try:
+        old = session.token_file.load()
+    except StorageError as error:
+        session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
+    session.token_file.reserve(old.fields if old else {})
+    response = exchange_code(session.client, code, verifier, redirect_uri)
+    _store_sign_in(session, response, old, nonce)
+    return old.fields if old else None
 
 
 def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], nonce: str) -> None:
@@ -7188,26 +7366,14 @@ def main(argv: Optional[List[str]] = None) -> int:
             code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
         sys.stdout.flush()
         return code
-    except OAuthError as error:
-        report_error(terminal.notify, error)
-        return error.exit_code
     except KeyboardInterrupt:
         terminal.interrupted()
         # Shells report a command that SIGINT (2) has ended as 128 + 2.
         return 130
-    except OSError as error:
-        # If the error names no file, standard output is closed or full.
-        what = f"use {error.filename}" if error.filename else "write to standard output"
-        terminal.notify("error", f"cannot {what}: {error.strerror}")
-        return StorageError.exit_code
     except Exception as error:
-        import traceback
-
-        # The error's text might contain a secret, so only its type and line are printed.
-        lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
-        name = type(error).__name__
-        terminal.notify("error", f"internal error: {name} at line {lines[-1]}; this is a bug")
-        return OAuthError.exit_code
+        failure = unexpected_error(error)
+        report_error(terminal.notify, failure)
+        return failure.exit_code
 
 
 def set_up_output() -> None:
@@ -7231,6 +7397,51 @@ def run_program() -> NoReturn:
     # sys.exit() would wait for a thread that still reads from a connection, and would spend time
     # on cleaning up an interpreter that ends anyway.
     os._exit(exit_code)
+
+
+def run_task() -> NoReturn:
+    """Be the child process of `carry_out`: read an order, carry it out, and print the reply."""
+    import signal
+
+    # Nobody needs to stop this process, because the time for its request is limited.
+    for number in signal.valid_signals():
+        # SIGKILL and SIGSTOP can't be ignored.
+        with contextlib.suppress(OSError):
+            signal.signal(number, signal.SIG_IGN)
+    pipe: Any = sys.stdout.buffer
+    pipe.write(CHILD_GREETING)
+    pipe.flush()
+    line = sys.stdin.buffer.readline()
+    # The parent process has ended, or was interrupted, before it gave the whole order.
+    if not line.endswith(b"\n"):
+        os._exit(OAuthError.exit_code)
+    reply = json.dumps(carry_out_order(json.loads(line))).encode() + b"\n"
+    # The parent process may have ended.
+    with contextlib.suppress(OSError):
+        pipe.write(reply)
+        pipe.flush()
+    os._exit(0)
+
+
+def carry_out_order(order: Fields) -> Fields:
+    """Carry out the order that `carry_out` gives to a child process, and return the reply."""
+    messages: List[Any] = []
+
+    def notify(*message: str) -> None:
+        messages.append(message)
+
+    CHATGPT_OAUTH_CONFIG.update(order["config"])
+    settings = Settings.__new__(Settings)
+    vars(settings).update(order["settings"], environ=dict(os.environ))
+    client = (OfficialClient if order["client"] == OfficialClient.__name__ else Client)(settings)
+    vars(client).update(order["client_members"])
+    session = Session(settings, notify, client)
+    task = {each.__name__: each for each in (refresh_and_store, exchange_once)}[order["task"]]
+    try:
+        with as_oauth_errors(), session.token_file.holding([]):
+            return {"messages": messages, "result": task(session, *order["arguments"])}
+    except Exception as error:
+        return {"messages": messages, "error": unexpected_error(error).to_members()}
 
 
 if __name__ == "__main__":
