@@ -8241,6 +8241,22 @@ class PuppyModelTest(PuppyCase):
         self.assert_request_stops(model, "was not allowed", "/chatgpt-auth --official")
         self.assertEqual(self.headers, [])
 
+    def test_408_409_425_and_429_are_repeated_by_the_host(self):
+        self.store()
+        model = self.build_model()
+        for status in (400, 402, 403, 404, 407, 410, 424, 426, 428, 430, 499):
+            answering = self.answer_with(ModelHTTPError(status, "gpt-6", None))
+            with self.subTest(status), answering:
+                words = ["OpenAI refused this request"] + ["status --online"] * (status == 403)
+                self.assert_request_stops(model, *words)
+        self.messages.clear()
+        for status in (408, 409, 425, 429, 500):
+            answering = self.answer_with(ModelHTTPError(status, "gpt-6", None))
+            with self.subTest(status), answering:
+                with self.assertRaises(ModelHTTPError):
+                    self.send_requests(model)
+                self.assertEqual(self.messages, [])
+
     def test_other_errors_are_left_to_the_host(self):
         self.store()
         model = self.build_model()
@@ -8555,6 +8571,12 @@ class SpecificationTest(Case):
         "MESSAGE_PAUSE": 0.05,
         # Only on Windows does Ctrl-C wait for the end of such a slice.
         "WAIT_SLICE": 0.05,
+        # A host's next address is tried after this time.
+        "ATTEMPT_DELAY": 0.25,
+        # This is a bit in the mode of a Windows console.
+        "ESCAPES": 4,
+        # Code Puppy says that it waits for a refresh after this time.
+        "SILENT_WAIT": 2.0,
     }
 
     def setUp(self):
@@ -8798,6 +8820,15 @@ class SpecificationTest(Case):
                 self.fault("api", status, b'{"data": []}')
                 result = self.call_at(FakeClock(), "status", "--online", "--json")
                 self.assertEqual(json.loads(result.out)["online"]["api_key"], answer)
+
+    def test_only_a_4xx_ends_a_sign_in(self):
+        for status, exit_code in ((200, 4), (400, 4), (499, 4), (500, 5), (503, 5)):
+            with self.subTest(status):
+                clock = FakeClock()
+                self.store_expiring(clock, 0)
+                self.fault("refresh", status, b'{"error": "refresh_token_reused"}')
+                self.assert_fails(self.call_at(clock, "token"), exit_code)
+                self.assertEqual("ended" in self.stored(), exit_code == 4)
 
     def test_the_meaning_of_a_polls_status(self):
         for status, is_pending in (
@@ -9114,6 +9145,77 @@ class SpecificationTest(Case):
             out = self.call("status").out
             self.assertEqual(out.count("chatgpt-gpt-"), 10)
             self.assertIn(more, out)
+
+    # Output -------------------------------------------------------------------------------
+
+    def test_durations_in_words(self):
+        self.store()
+        for seconds, exact, rounded in (
+            (59, "59 seconds", "59 seconds"),
+            (60, "1 minute", "1 minute"),
+            (61, "1 minute 1 second", "1 minute 1 second"),
+            (3599, "59 minutes 59 seconds", "59 minutes 59 seconds"),
+            (3600, "1 hour", "1 hour"),
+            (7229, "2 hours 29 seconds", "2 hours"),
+            (7230, "2 hours 30 seconds", "2 hours 1 minute"),
+            (86399, "23 hours 59 minutes 59 seconds", "1 day"),
+            (86400, "1 day", "1 day"),
+            (174599, "2 days 29 minutes 59 seconds", "2 days"),
+            (174600, "2 days 30 minutes", "2 days 1 hour"),
+            (604800, "7 days", "7 days"),
+        ):
+            with self.subTest(seconds):
+                window = {"used_percent": 5, "limit_window_seconds": seconds}
+                window["reset_after_seconds"] = seconds
+                self.double.rate_limit = {"primary_window": window}
+                out = self.call_at(FakeClock(), "status", "--online").out
+                self.assertIn(f"Usage:        {exact}: 5% used, resets in {rounded}\n", out)
+
+    @needs_terminal
+    def test_a_usage_bar_has_ten_characters(self):
+        import pty
+
+        self.store()
+        for percentages in (
+            (0, 4, "..........", ".........."),
+            (6, 94, "#.........", "#########."),
+        ):
+            self.check_bars(pty, *percentages)
+        self.check_bars(pty, 96, 130, "##########", "##########")
+
+    def check_bars(self, pty, first, second, *bars):
+        """Check the bars that a terminal shows for these percentages of two usage windows."""
+        names = ("primary_window", "secondary_window")
+        self.double.rate_limit = {
+            name: {"used_percent": percent, "limit_window_seconds": 60}
+            for name, percent in zip(names, (first, second))
+        }
+        leader, follower = pty.openpty()
+        self.addCleanup(os.close, leader)
+        with open(follower, "wb") as stream:
+            self.run_program("status", "--online", stdout=stream)
+            screen = os.read(leader, 65536).decode()
+        self.assertEqual(re.findall(r"1 minute: ([#.]+) ", screen), list(bars))
+
+    @needs_terminal
+    def test_the_colors_of_messages(self):
+        import pty
+
+        self.fault("revoke", 500)
+        for command, signed_in, shown in (
+            ("token", False, "\x1b[31merror:"),
+            ("logout", True, "\x1b[33mwarning:"),
+            ("logout", True, "\x1b[32m"),
+        ):
+            with self.subTest(shown):
+                if signed_in:
+                    self.store()
+                leader, follower = pty.openpty()
+                self.addCleanup(os.close, leader)
+                with open(follower, "wb") as stream:
+                    self.run_program(command, environ={"TERM": "xterm"}, stderr=stream)
+                    screen = os.read(leader, 65536).decode()
+                self.assertIn(shown, screen)
 
     # Permissions --------------------------------------------------------------------------
 
