@@ -44,6 +44,13 @@ from __future__ import annotations
 # because the version check has to come first.
 import sys  # noqa: E402
 
+# Python puts the directory of a script first in its search path, or the current directory if it
+# was started with -m or reads the script from standard input. Without this, a file named json.py in
+# a downloads folder would be imported instead of Python's own module.
+IS_SAFE_PATH = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+if __name__ == "__main__" and not IS_SAFE_PATH and not hasattr(sys, "frozen"):
+    del sys.path[0]
+
 COMPLETE_PYTHON = "install a complete Python (Debian and Ubuntu: apt install python3)"
 try:
     import builtins
@@ -191,6 +198,7 @@ _WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
 _SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
 _PORT = Rule(_INTEGER, "a number from 1 to 65535", int, 1, 65535)
 _GLOBS = "glob patterns separated by commas"
+_DIRECTORY = Rule(r"[^\0]+", "the path of a directory")
 _WORKSPACE = Rule(r"[\w.-]{1,128}", "a workspace ID (letters, digits and . _ -)")
 RULES = {
     "issuer": _URL,
@@ -4986,14 +4994,16 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     With `absolute`, they work in any directory and with any PATH, as a profile needs. With `shell`
     (a key of SHELLS), they are quoted for that shell.
     """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec and spec.name != "__main__":
-        return f"{python_name()} -m {spec.name}"
     path = sys.argv[0] if sys.argv else ""
     # Python was started with -c, or it read the program from standard input.
     if path in ("", "-", "-c"):
-        return f"{python_name()} chatgpt_oauth.py"
+        path = "chatgpt_oauth.py"
     name = os.path.basename(path)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec else "__main__"
+    # With -m, Python searches the current directory, so a profile needs the path of the file.
+    if module != "__main__" and name not in LAUNCHERS and not absolute:
+        return f"{python_name()} -m {module}"
     if not absolute and is_in_search_path(path):
         return COMMAND if name in LAUNCHERS else quote_path(name)
     if absolute:
@@ -5020,8 +5030,13 @@ def python_name() -> str:
 
 def is_in_search_path(path: str) -> bool:
     """Whether a person can run the program `path` without typing its directory."""
-    directories = [os.path.normpath(each) for each in os.environ.get("PATH", "").split(os.pathsep)]
-    return os.path.normpath(os.path.dirname(path)) in directories and os.access(path, os.X_OK)
+    for directory in os.environ.get("PATH", "").split(os.pathsep):
+        found = os.path.join(directory, os.path.basename(path))
+        if os.path.isfile(found) and os.access(found, os.X_OK):
+            # Another program of that name may come first.
+            with contextlib.suppress(OSError):
+                return os.path.samefile(found, path)
+    return False
 
 
 def quote_path(path: str, shell: str = "") -> str:
@@ -7048,6 +7063,7 @@ OPTIONS = {
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
         VALUE,
         "DIR",
+        read=lambda text: _DIRECTORY.check("--bin", text),
     ),
     "--code-puppy": Option("with the Code Puppy plugin, even where there is no ~/.code_puppy"),
     "--no-code-puppy": Option("without the Code Puppy plugin"),

@@ -6781,6 +6781,43 @@ class InstallTest(Case):
         self.assertIn("sk-1", self.assert_quiet(result).out)
         self.assertFalse((self.folder / "sprung").exists())
 
+    def test_a_script_imports_nothing_from_its_own_directory(self):
+        self.store(api_key="sk-1")
+        downloads = self.folder / "downloads"
+        downloads.mkdir()
+        script = downloads / "chatgpt_oauth.py"
+        shutil.copy(PROGRAM, script)
+        for name in ("json", "argparse", "base64", "hashlib"):
+            trap = f"open({str(self.folder / 'sprung')!r}, 'w')"
+            (downloads / f"{name}.py").write_text(trap)
+        for words in ([str(script)], ["-m", "chatgpt_oauth"], ["-"], ["-S", "chatgpt_oauth.py"]):
+            for command in ("env", "status"):
+                with self.subTest(words=words, command=command), open(script, "rb") as stdin:
+                    start = [sys.executable, *words, command]
+                    result = self.run_command(start, cwd=str(downloads), stdin=stdin)
+                    self.assertIn("sk-1" if command == "env" else "API key", result.out)
+        self.assertFalse((self.folder / "sprung").exists())
+
+    def test_a_profile_line_names_an_absolute_file(self):
+        self.store(api_key="sk-1")
+        folder = os.path.realpath(self.folder)
+        shutil.copy(PROGRAM, folder)
+        source = os.path.join(folder, "chatgpt_oauth.py")
+        for words in (["-m", "chatgpt_oauth"], ["chatgpt_oauth.py"], ["-"]):
+            with self.subTest(words), open(source, "rb") as stdin:
+                start = [sys.executable, *words, "env", "-h"]
+                lines = self.run_command(start, cwd=folder, stdin=stdin).out
+                self.assertIn(f'eval "$({PYTHON} {quoted_path(source)} env --shell sh)"', lines)
+        start = [sys.executable, "-m", "chatgpt_oauth", "install"]
+        messages = self.assert_done(self.run_command(start, cwd=folder)).err
+        self.assertIn(f"{quoted_path(self.launcher)} env --shell ", messages)
+
+    def test_an_empty_bin_is_a_usage_error(self):
+        for command in ("install", "uninstall"):
+            for words in (["--bin", ""], ["--bin="]):
+                self.assert_fails(self.call(command, *words), 2, "--bin must be ")
+        self.assertEqual(self.read_files(), {})
+
     @needs_sh
     def test_install_works_in_any_path(self):
         for name in (
