@@ -3114,6 +3114,8 @@ HEAD_TIMEOUT = 10.0  # seconds
 # The part of a request that is kept. The rest is usually cookies that other local sites have set
 # for localhost, and http.server rejects a single line that is longer.
 HEAD_LIMIT = 65536  # bytes
+# The first byte of a connection that uses TLS (RFC 8446 §5.1).
+TLS_HANDSHAKE = b"\x16"
 # The time for the browser to fetch the page that follows the redirect.
 SUCCESS_PAGE_TIMEOUT = 5.0  # seconds
 STYLE = (
@@ -3259,6 +3261,8 @@ class Callback:
         self.outcome: AnyFuture = Future()
         # The number of tabs that have brought the response and haven't shown the outcome yet.
         self.waiting_tabs = 0
+        # Done when a browser has tried to speak TLS to a server.
+        self.tls_attempt: AnyFuture = Future()
         self.tabs_changed = threading.Condition()
         self.started: List[Any] = []
         for server in servers:
@@ -3279,6 +3283,13 @@ class Callback:
 
         with contextlib.suppress(InvalidStateError):
             self.response.set_result(response)
+
+    def report_tls(self) -> None:
+        """Report to the sign-in that a browser has tried to speak TLS."""
+        from concurrent.futures import InvalidStateError
+
+        with contextlib.suppress(InvalidStateError):
+            self.tls_attempt.set_result(None)
 
     def paste(self, line: str) -> None:
         """Accept the authorization response in a pasted line. Raises ValueError if it has none."""
@@ -3457,7 +3468,12 @@ def callback_handler_class() -> Any:
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = io.BytesIO(read_head(self.connection))
+            head = read_head(self.connection)
+            if head.startswith(TLS_HANDSHAKE):
+                self.server.callback.report_tls()
+                # Without a request, the connection is closed at once.
+                head = b""
+            self.rfile = io.BytesIO(head)
             self.server.incomplete.pop(self.connection, None)
 
         # http.server calls the method by this name.
@@ -3507,6 +3523,8 @@ def callback_handler_class() -> Any:
 def read_head(connection: Socket) -> bytes:
     """Return a request line and its headers, or b"" if the client hangs up before their end.
 
+    If the client speaks TLS, the beginning of its first message is returned at once.
+
     Everything beyond HEAD_LIMIT bytes is dropped. Raises OSError if the connection breaks or the
     head isn't complete after HEAD_TIMEOUT seconds, however often the client sends something.
     """
@@ -3514,7 +3532,8 @@ def read_head(connection: Socket) -> bytes:
     # The newest bytes, and the two before them: the blank line may arrive in pieces.
     tail = b""
     deadline = time.monotonic() + HEAD_TIMEOUT
-    while b"\n\r\n" not in tail and b"\n\n" not in tail:
+    # A browser that was told to use https for localhost (HSTS) would wait for a TLS handshake.
+    while not head.startswith(TLS_HANDSHAKE) and b"\n\r\n" not in tail and b"\n\n" not in tail:
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             raise TimeoutError("the request is not complete")
@@ -4460,14 +4479,27 @@ class BrowserSignIn:
         from concurrent.futures import FIRST_COMPLETED, wait
 
         countdown = Countdown(self.session.notify, deadline)
+        # What to do when one of these is done.
+        reports = {callback.tls_attempt: self._report_tls}
         while not callback.response.done():
             seconds = countdown.update()
             if not seconds:
                 raise self._timeout_error()
-            awaited: List[AnyFuture] = [callback.response, self.stdin.line]
-            wait(awaited, seconds, FIRST_COMPLETED)
+            wait([callback.response, self.stdin.line, *reports], seconds, FIRST_COMPLETED)
+            for event in [each for each in reports if each.done()]:
+                report = reports.pop(event)
+                report()
             if self.stdin.line.done():
                 self._paste(callback, self.stdin.line.result())
+
+    def _report_tls(self) -> None:
+        """Explain what to do if the browser uses https for localhost."""
+        notify = self.session.notify
+        notify("warning", "the browser used https for this sign-in, which needs http")
+        if self.stdin.usable:
+            notify("hint", f"paste the https URL of its error page here{self.paste_note}")
+        else:
+            notify("hint", "in its address bar, change https://localhost to http://127.0.0.1")
 
     def _timeout_error(self) -> OAuthError:
         longer = max(240.0, min(2 * self.timeout, _SECONDS.high))

@@ -4099,6 +4099,42 @@ class CallbackTest(Case):
                 self.assertIsNone(self.running.process.poll())
         self.finish()
 
+    def test_every_loopback_name_is_served_at_any_port(self):
+        for host in ("localhost", "LOCALHOST:8080", "127.0.0.1", "127.1.2.3:1455", "[::1]:80"):
+            with self.subTest(host):
+                self.assertEqual(self.ask("/x", host=host)[0], 404)
+        for host in (
+            "localhost:",
+            "localhost:1x",
+            "localhost.example.com",
+            "127.0.0.1.example.com",
+        ):
+            with self.subTest(host):
+                self.assertEqual(self.ask("/x", host=host)[0], 400)
+        target = authorization_response(self.url).partition("/auth")[2]
+        status, _, page = self.ask("/auth" + target, host="port-1455.example.com")
+        self.assertEqual(status, 400)
+        self.assertIn("paste this page&#x27;s URL into the terminal", page)
+        # The browser leaves out port 80.
+        self.assertEqual(self.ask("/auth" + target, host="localhost")[0], 303)
+        self.assertEqual(self.ask("/success", host="localhost")[0], 200)
+        self.assert_done(self.running.result())
+
+    def test_a_tls_connection_is_closed_at_once_and_explained(self):
+        context = ssl._create_unverified_context()
+        for _ in range(2):
+            began = time.monotonic()
+            listener = ("127.0.0.1", self.ports[0])
+            with socket.create_connection(listener, WAIT_LIMIT) as plain, self.assertRaises(
+                OSError
+            ):
+                context.wrap_socket(plain, server_hostname="localhost")
+            self.assertLess(time.monotonic() - began, 2)
+        self.running.wait_for_line("^warning: the browser used https")
+        self.running.wait_for_line("^hint: .* http://127.0.0.1$")
+        self.finish()
+        self.assertEqual(self.running.err.count("https for this sign-in"), 1)
+
     def test_the_page_has_strict_security_headers(self):
         status, headers, page = self.ask("/")
         self.assertEqual(headers["Cache-Control"], "no-store")
