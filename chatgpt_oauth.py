@@ -3236,6 +3236,17 @@ def is_navigation(headers: Any) -> bool:
     return destination in ("document", "iframe", "frame") and not prefetch
 
 
+def is_served_host(hosts: List[str]) -> bool:
+    """Whether the values of the Host header name this machine by a loopback name.
+
+    A website can point its own host name at 127.0.0.1 (DNS rebinding). Any port is fine, because
+    the browser may reach this one through a forwarded port, and leaves out port 80.
+    """
+    if len(hosts) != 1:
+        return False
+    return re.fullmatch(rf"{LOOPBACK}(?::[0-9]+)?", hosts[0].lower()) is not None
+
+
 class Answer:
     """The answer to one request at the listener. `is_last` if its tab has then seen the outcome."""
 
@@ -3301,8 +3312,11 @@ class Callback:
         Blocks while the authorization response is being redeemed.
         """
         path, _, query = target.partition("?")
-        if not self._is_own_host(headers.get_all("Host") or []):
-            return Answer(400, stray_page("This host name is not served here."))
+        if not is_served_host(headers.get_all("Host") or []):
+            text = "This host name is not served here."
+            if self.request.state in query:
+                text += " To sign in anyway, paste this page's URL into the terminal."
+            return Answer(400, stray_page(text))
         if path == "/success" and self.outcome.done() and not self._failure_page():
             text = "You can close this tab and return to your terminal."
             page = render_page("You're signed in", text, kind="yes")
@@ -3323,15 +3337,6 @@ class Callback:
             return Answer(400, failure_page, is_last=True)
         # A redirect to /success removes the code from the address bar.
         return Answer(303)
-
-    def _is_own_host(self, hosts: List[str]) -> bool:
-        """Whether the values of the Host header name this listener.
-
-        A website can point its own host name at 127.0.0.1 (DNS rebinding).
-        """
-        names = ("localhost", "127.0.0.1", "[::1]")
-        own = [f"{name}:{self.request.port}" for name in names]
-        return len(hosts) == 1 and hosts[0].lower() in own
 
     def _failure_page(self) -> bytes:
         """Wait for the outcome and return the page that explains a failure, b"" after success."""
