@@ -3210,23 +3210,44 @@ class AuthorizationRequest:
         """
         return response.get("iss", self.issuer).rstrip("/") != self.issuer
 
-    def parse_pasted(self, line: str) -> Dict[str, str]:
-        """Return the authorization response in a pasted URL, or in its query alone.
+    def parse_pasted(self, text: str) -> Dict[str, str]:
+        """Return the authorization response in pasted text: in a URL or in its query alone.
 
-        Raises ValueError if the line holds no response to this request.
+        The URL's host may be any, because a forwarded port can have another address. Raises
+        ValueError if the text holds no response to this request.
         """
-        text = line.strip().strip("<>\"'").strip()
-        url, _, query = text.partition("?")
-        if not query:
-            if "code=" in text and "state=" in text:
-                return self.parse_response(text)
-            raise ValueError("it is not complete; copy all of it from the address bar")
-        # Browsers hide the scheme in the address bar.
-        if "://" not in url:
-            url = "http://" + url
-        if not is_loopback(url) or not url.endswith(self.path):
-            raise ValueError(f"it must start with {self.redirect_uri}?code=")
-        return self.parse_response(query.partition("#")[0])
+        faults = []
+        for url in pasted_urls(text):
+            try:
+                return self._parse_pasted_url(url)
+            except ValueError as error:
+                faults.append(error)
+        raise faults[0]
+
+    def _parse_pasted_url(self, url: str) -> Dict[str, str]:
+        start, _, query = url.partition("#")[0].rpartition("?")
+        # The beginning of the URL may be missing.
+        if not start.endswith(self.path) and not self.path.endswith(start):
+            raise ValueError(f"it must contain {self.path}?code=")
+        found = re.search("(?:^|&)state=([^&]*)", query)
+        state = found[1] if found else ""
+        if state != self.state and self.state.startswith(state):
+            fault = "it is not complete" if state or "code=" not in query else "it has no state"
+            raise ValueError(f"{fault}; copy all of it from the address bar")
+        return self.parse_response(query)
+
+
+def pasted_urls(text: str) -> List[str]:
+    """Return the strings in pasted `text` that could be a URL, without what was added to it."""
+    # Some terminals mark the beginning and the end of what is pasted ("bracketed paste").
+    text = re.sub(r"\x1b\[20[01]~", "", text)
+    # HTML, JSON and shells escape the & in different ways. The URL itself has no backslash.
+    text = text.replace("&amp;", "&").replace("\\u0026", "&").replace("\\", "")
+    words = text.split()
+    candidates = [word for word in words if "state=" in word]
+    # A terminal or a mail program may have broken the URL into lines.
+    candidates.append("".join(words))
+    return [each.strip("<>()[]{}\"'`,;.") for each in candidates]
 
 
 def is_navigation(headers: Any) -> bool:
@@ -4012,7 +4033,8 @@ USER_CODE_LIMIT = 64  # characters
 # The remaining time is shown when it reaches one of these. Screen readers read every change aloud,
 # so it isn't shown every second.
 TIME_LEFT_MARKS = (90, 60, 30, 10)  # seconds
-# After this many lines that aren't the URL, nobody is pasting. It could be `yes | auth`.
+# After this many lines that aren't the URL, no more are read, unless they come from a terminal. The
+# input could be the output of `yes`.
 PASTE_LIMIT = 20
 # The longest pasted line. An authorization response is shorter.
 LINE_LIMIT = 8192  # bytes
@@ -4416,6 +4438,8 @@ class BrowserSignIn:
         new_connection(session.settings, session.settings.issuer, session.settings.request_timeout)
         self.stdin = StandardInput(reading)
         self.pastes_left = PASTE_LIMIT
+        # The last lines that were pasted. Together they may be one URL.
+        self.pasted = ""
 
     def run(self) -> None:
         """Sign in. Raises OAuthError, also when the time is up."""
@@ -4516,14 +4540,18 @@ class BrowserSignIn:
 
     def _paste(self, callback: Callback, line: str) -> None:
         """Accept the response in a `line` of the input ("" at its end), or read another line."""
+        # A line without the beginning of a response may continue the line before it.
+        if re.search("://|code=|error=", line):
+            self.pasted = ""
+        self.pasted = (self.pasted + line.strip())[-LINE_LIMIT:]
         try:
-            callback.paste(line)
+            callback.paste(self.pasted)
             return
         except ValueError as error:
             if line:
                 self._refuse_line(line, str(error))
-        self.pastes_left -= 1
-        # After many useless lines, the input is a program such as `yes`, not a person.
+        if not self.stdin.is_terminal:
+            self.pastes_left -= 1
         if not line or not self.pastes_left:
             self.stdin.close()
             if not callback.servers:
