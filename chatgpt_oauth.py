@@ -4989,12 +4989,16 @@ def shell_quote(shell: str, text: str) -> str:
 
 def shell_name(settings: Settings, name: str) -> str:
     """Return the name of a shell without its version. "auto" means the shell in $SHELL."""
-    if name == "auto" and sys.platform == "win32":
-        name = "powershell"
-    elif name == "auto":
-        name = os.path.basename(settings.environ.get("SHELL") or "sh")
-    # Some systems add the version to the name: ksh93, bash-5.2.
-    versioned = re.fullmatch(r"([a-z]+)[0-9.-][0-9.a-z+-]*", name)
+    if name == "auto":
+        environ = settings.environ
+        name = os.path.basename(environ.get("SHELL") or "sh")
+        if sys.platform == "win32":
+            # Git Bash and MSYS2 set MSYSTEM, and SHELL to a path that ends in .exe.
+            name = os.path.splitext(name)[0]
+            if not (environ.get("SHELL") or environ.get("MSYSTEM")):
+                name = "powershell"
+    # Some systems add the version to the name: ksh93, bash-5.2, mksh-R59.
+    versioned = re.fullmatch(r"([a-z]+)[0-9.-][0-9A-Za-z.+-]*", name)
     return versioned[1] if versioned else name
 
 

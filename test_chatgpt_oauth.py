@@ -6035,7 +6035,8 @@ class ShellTest(Case):
         with self.subTest("$SHELL"):
             self.require(POSIX, "on Windows the default is PowerShell, and $SHELL is ignored")
             self.assert_fails(self.call("env", environ={"SHELL": "/bin/nu"}), 2, "nu", "--shell")
-            for shell in ("ash", "yash", "ksh93", "bash-5.2", "mksh", "posh", "/opt/x/zsh-5.9"):
+            shells = ("ash", "yash", "ksh93", "bash-5.2", "mksh", "mksh-R59", "posh")
+            for shell in (*shells, "/opt/x/zsh-5.9"):
                 result = self.call("env", environ={"SHELL": shell})
                 self.assertEqual(
                     (result.code, result.out),
@@ -6043,6 +6044,19 @@ class ShellTest(Case):
                     result.err,
                 )
         self.assert_fails(self.call("env", "--shell", "nu"), 2, "--shell")
+
+    def test_the_default_shell_on_windows(self):
+        for environ, name in (
+            ({}, "powershell"),
+            ({"MSYSTEM": "MINGW64"}, "sh"),
+            ({"MSYSTEM": "MINGW64", "SHELL": "/usr/bin/bash"}, "bash"),
+            ({"SHELL": "/usr/bin/bash.exe"}, "bash"),
+            ({"SHELL": "/usr/bin/fish"}, "fish"),
+        ):
+            with mock.patch.object(sys, "platform", "win32"):
+                settings = types.SimpleNamespace(environ=environ)
+                self.assertEqual(oauth.shell_name(settings, "auto"), name)
+                self.assertEqual(oauth.shell_name(settings, "cmd"), "cmd")
 
     def test_unsupported_shells_get_their_own_profile_line(self):
         self.store(api_key="sk-1")
