@@ -270,8 +270,8 @@ class Settings:
     api_key_env_var: str
 
     def __init__(self) -> None:
-        # An environment can hold a variable without a name, which no other process could be given.
-        self.environ = {name: value for name, value in os.environ.items() if name}
+        self.environ = original_environ()
+        self.home_variable = "CHATGPT_OAUTH_HOME"
         for key, rule in RULES.items():
             variable = "CHATGPT_OAUTH_" + key.upper()
             name, value = f'CHATGPT_OAUTH_CONFIG["{key}"]', CHATGPT_OAUTH_CONFIG.get(key)
@@ -303,6 +303,30 @@ class Settings:
             variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
             raise UsageError(f"{variable} is not set", f"set {variable} or CHATGPT_OAUTH_HOME")
         return home
+
+
+def original_environ() -> Dict[str, str]:
+    """Return the environment without the locale that Python has added to it (PEP 538).
+
+    If there isn't a locale, as in cron, Python sets LC_CTYPE to one of three values, and the
+    programs that we start would inherit that.
+    """
+    # An environment can hold a variable without a name, which no other process could be given.
+    environ = {name: value for name, value in os.environ.items() if name}
+    if environ.get("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8") or environ.get("LC_ALL"):
+        return environ
+    try:
+        with os.fdopen(os.open("/proc/self/environ", os.O_RDONLY), "rb") as file:
+            entries = file.read().decode(errors="surrogateescape").split("\0")
+    except OSError:
+        # Python uses its UTF-8 mode if it has added the locale, but not if the person has set it.
+        entries = [] if sys.flags.utf8_mode else ["LC_CTYPE=" + environ["LC_CTYPE"]]
+    kept = [entry for entry in entries if entry.startswith("LC_CTYPE=")]
+    if kept:
+        environ["LC_CTYPE"] = kept[0].partition("=")[2]
+    else:
+        del environ["LC_CTYPE"]
+    return environ
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6412,6 +6412,25 @@ ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x
         self.assertEqual(received["OPENAI_API_KEY"], "sk-1")
         self.assertNotIn("CHATGPT_OAUTH_API_KEY", received)
 
+    @needs_sh
+    @unittest.skipUnless(POSIX, "Python on Windows adds no locale")
+    def test_the_command_does_not_inherit_a_locale_that_python_added(self):
+        self.store(api_key="sk-1")
+        for variables in (
+            {},
+            {"LANG": "C"},
+            {"LC_CTYPE": "C.UTF-8"},
+            {"LC_CTYPE": "POSIX"},
+            {"LC_ALL": "C"},
+            {"LC_CTYPE": "C.UTF-8", "LC_ALL": "C"},
+        ):
+            environ = dict.fromkeys(("LANG", "LC_CTYPE", "LC_ALL"), None)
+            with self.subTest(variables):
+                line = ("exec", "--", "env")
+                result = self.run_program(*line, environ={**environ, **variables})
+                found = dict(re.findall("^(LANG|LC_[A-Z]+)=(.*)$", result.out, re.M))
+                self.assertEqual((result.code, found), (0, variables))
+
     def test_access_token_is_refreshed_and_has_its_account_id(self):
         self.store(lifetime=-10)
         received = self.run_and_inspect("exec", "--access-token", "--", *self.inspect)[1]
