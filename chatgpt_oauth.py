@@ -481,9 +481,8 @@ def unexpected_error(error: Exception) -> OAuthError:
     if isinstance(error, OAuthError):
         return error
     if isinstance(error, OSError):
-        # If the error names no file, standard output is closed or full.
-        what = f"use {error.filename}" if error.filename else "write to standard output"
-        return StorageError(f"cannot {what}: {error.strerror}")
+        what = f"cannot use {error.filename}" if error.filename else "a system call failed"
+        return StorageError(f"{what}: {error.strerror}")
     import traceback
 
     # The error's text might contain a secret, so only its type and line are reported.
@@ -5145,6 +5144,14 @@ def quote_path(path: str, shell: str = "") -> str:
     return f"@({quoted})" if shell == "xonsh" else quoted
 
 
+def print_result(text: str, end: str = "\n") -> None:
+    """Print a command's result. Raises StorageError if standard output is closed or full."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        raise StorageError(f"cannot write to standard output: {error.strerror}") from None
+
+
 class Terminal:
     """Prints messages for a person on standard error."""
 
@@ -5631,7 +5638,7 @@ def command_auth(session: Session, options: Namespace) -> None:
 def command_status(session: Session, options: Namespace) -> int:
     """Print who is signed in."""
     status = Status(session, lambda command: f"{program_name()} {command}", options.online)
-    print(status.text(options.json, sys.stdout.isatty()))
+    print_result(status.text(options.json, sys.stdout.isatty()))
     return status.exit_code
 
 
@@ -5641,9 +5648,9 @@ def command_models(session: Session, options: Namespace) -> None:
     models = ModelFilter(session.settings, include, options.exclude, options.source)
     source, names = import_models(session, models, options.dry_run)
     if options.json:
-        print(json.dumps({"model_source": source, "models": names}, indent=2))
+        print_result(json.dumps({"model_source": source, "models": names}, indent=2))
     elif names:
-        print("\n".join(names))
+        print_result("\n".join(names))
 
 
 def command_env(session: Session, options: Namespace) -> int:
@@ -5655,7 +5662,7 @@ def command_env(session: Session, options: Namespace) -> int:
         # A profile runs `env` in every new shell, so this message takes only one line.
         session.notify("error", f"{error}; {error.hint}", error.command)
         return error.exit_code
-    print(shell_code(shell, variables))
+    print_result(shell_code(shell, variables))
     return 0
 
 
@@ -5745,7 +5752,7 @@ def command_token(session: Session, options: Namespace) -> None:
         api_key = session.tokens().api_key
         if not api_key:
             raise no_api_key_error()
-        print(api_key)
+        print_result(api_key)
         return
     tokens = session.valid_tokens(options.refresh)
     if options.json:
@@ -5754,9 +5761,9 @@ def command_token(session: Session, options: Namespace) -> None:
             "account_id": tokens.account_id,
             "expires_at": timestamp_or_none(tokens.expires_at()),
         }
-        print(json.dumps(facts))
+        print_result(json.dumps(facts))
     else:
-        print(tokens.access_token)
+        print_result(tokens.access_token)
 
 
 def command_logout(session: Session, options: Namespace) -> None:
@@ -5872,7 +5879,13 @@ def absolute_path(path: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UsageError("the home directory is not known", "set HOME, then try again")
-    return os.path.abspath(expanded)
+    try:
+        return os.path.abspath(expanded)
+    except OSError:
+        raise UsageError(
+            f"{path} is a relative path and the current directory is gone",
+            "use an absolute path, or change to another directory",
+        ) from None
 
 
 def launcher_content(paths: InstallPaths) -> bytes:
@@ -7451,17 +7464,18 @@ def run(arguments: List[str], notify: Notify) -> int:
         return UsageError.exit_code
     name = ALIASES.get(arguments[0], arguments[0])
     if name in ("-h", "--help"):
-        print(usage() + USAGE_ENVIRONMENT)
+        print_result(usage() + USAGE_ENVIRONMENT)
         return 0
     if name in ("-V", "--version"):
-        print(f"chatgpt_oauth {__version__}")
+        print_result(f"chatgpt_oauth {__version__}")
         return 0
     if name not in COMMANDS:
         raise unknown_command(name)
     try:
         options = parse(name, arguments[1:])
     except SystemExit:
-        # argparse has printed the help.
+        # argparse has printed the help, which may still be in the buffer.
+        print_result("", end="")
         return 0
     return COMMANDS[name].run(open_session(notify, options), options) or 0
 
@@ -7472,9 +7486,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     terminal = Terminal(dict(os.environ))
     try:
         with as_oauth_errors():
-            code = run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
-        sys.stdout.flush()
-        return code
+            return run(sys.argv[1:] if argv is None else list(argv), terminal.notify)
     except KeyboardInterrupt:
         terminal.interrupted()
         # Shells report a command that SIGINT (2) has ended as 128 + 2.

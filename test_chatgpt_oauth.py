@@ -1572,6 +1572,13 @@ class SettingsTest(Case):
         result = self.run_shell(code, environ, cwd=str(self.folder))
         self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME")
 
+    def test_a_deleted_working_directory_is_refused_as_bin_directory(self):
+        for command in ("install", "uninstall"):
+            line = shell_line(sys.executable, PROGRAM, command, "--bin", "x")
+            code = f"mkdir d; cd d; rmdir ../d; exec {line}"
+            result = self.run_shell(code, cwd=str(self.folder))
+            self.assert_fails(result, 2, "x is a relative path", "the current directory is gone")
+
     def test_a_trailing_slash_of_the_issuer_is_ignored(self):
         environ = {"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"}
         out = self.call("status", "--json", environ=environ).out
