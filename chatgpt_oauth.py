@@ -5862,7 +5862,7 @@ class InstallPaths:
         self.lock = os.path.join(self.directory, "install.lock")
         self.bin_directory = absolute_path(options.bin or default_bin)
         self.launcher = os.path.join(self.bin_directory, launcher_name)
-        code_puppy = absolute_path("~/.code_puppy")
+        self.code_puppy = code_puppy = absolute_path("~/.code_puppy")
         self.plugin_directory = os.path.join(code_puppy, "plugins", "chatgpt_oauth_file")
         self.plugin = os.path.join(self.plugin_directory, "register_callbacks.py")
         self.files = {self.launcher: LAUNCHER_MARK.encode(), self.program: PROGRAM_MARK}
@@ -6020,6 +6020,9 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, timeout: floa
     """
     import py_compile
 
+    if paths.plugin in contents:
+        # Tokens will be stored there.
+        _make_directory(paths.code_puppy, 0o700)
     for path in contents:
         _make_directory(os.path.dirname(path), 0o755)
     replacements = []

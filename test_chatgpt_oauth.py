@@ -7142,6 +7142,11 @@ class InstallTest(Case):
         both = self.run_program("install", "--code-puppy", "--no-code-puppy")
         self.assert_fails(both, 2, "--no-code-puppy")
 
+    @needs_modes
+    def test_a_new_code_puppy_directory_is_private(self):
+        self.install("--code-puppy")
+        self.assertEqual(self.home.stat().st_mode & 0o777, 0o700)
+
     def test_options_and_environment_choose_the_directories(self):
         data = self.folder / "data"
         name = "XDG_DATA_HOME" if POSIX else "LOCALAPPDATA"
