@@ -2475,6 +2475,16 @@ class JsonFile:
         # For a failed rename, `filename2` is the file, and `filename` the temporary file.
         return storage_error("write", error.filename2 or error.filename or self.path, error)
 
+    def require_removable(self) -> None:
+        """Raise StorageError if the file can't be removed. The caller must hold the lock."""
+        try:
+            self._replace_by_itself()
+        except OSError as error:
+            # A full disk doesn't keep a file from being removed.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                path = error.filename2 or error.filename or self.path
+                raise storage_error("remove", path, error) from None
+
 
 class TokenFile(JsonFile):
     """A file that holds the tokens of one sign-in. Only its owner can read it."""
@@ -2610,17 +2620,16 @@ class TokenFile(JsonFile):
         # A broken file has no members that could be kept.
         with contextlib.suppress(StorageError):
             left = {name: value for name, value in self.read().items() if name in kept}
-        unneeded = [self.temporary, path + ".bad"]
+        unneeded = [self.temporary, self.path, path, path + ".bad"]
         if left:
             self.save(left)
-        else:
-            unneeded += [self.path, path]
+            unneeded = [self.temporary, path + ".bad"]
         try:
             for name in unneeded:
                 with contextlib.suppress(FileNotFoundError):
                     _retry_on_windows(os.unlink, name)
         except OSError as error:
-            raise storage_error("remove", path, error) from None
+            raise storage_error("remove", error.filename or path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4720,6 +4729,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         except StorageError as error:
             session.notify("warning", f"{error}; removing it anyway")
         if tokens and revoking:
+            token_file.require_removable()
             revoke_or_warn(session, tokens)
         try:
             token_file.remove(session.client.kept_after_sign_out)

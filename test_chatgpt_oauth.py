@@ -5944,6 +5944,33 @@ class SignOutTest(Case):
         self.assertNotIn("Signed out", err)
         self.assertEqual(os.listdir(self.home), ["chatgpt_models.json"])
 
+    def test_tokens_in_a_file_that_cannot_be_removed_are_not_revoked(self):
+        self.store()
+        path = shlex.quote(str(self.token_file))
+        result = self.run_mounted(f"mount --bind {path} {path}", "logout")
+        self.assert_fails(result, 6, f"cannot remove {self.token_file}: ", "mount the directory")
+        with self.as_unprivileged_owner():
+            self.home.chmod(0o500)
+            result = self.call("logout")
+            self.home.chmod(0o700)
+        self.assert_fails(result, 6, "cannot remove ", "make its directory writable")
+        self.assertEqual(self.double.count("revoke"), 0)
+
+    def test_a_full_disk_does_not_stop_a_sign_out(self):
+        self.store()
+        with mock.patch.object(oauth, "_overwrite", side_effect=OSError(errno.ENOSPC, "full")):
+            self.assert_done(self.call("logout"))
+        self.assertEqual(self.double.count("revoke"), 1)
+        self.assertFalse(self.token_file.exists())
+
+    def test_a_directory_in_the_place_of_the_broken_copy_is_named(self):
+        self.store()
+        broken = self.home / "chatgpt_oauth.json.bad"
+        broken.mkdir()
+        result = self.call("logout")
+        self.assert_fails(result, 6, f"cannot remove {broken}: ", "yourself", after_messages=True)
+        self.assertFalse(self.token_file.exists())
+
     def test_revoked_tokens_are_removed_while_the_models_file_is_locked(self):
         self.store()
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.2"}
