@@ -2591,7 +2591,9 @@ class TokenFile(JsonFile):
         if sys.platform == "win32":
             return
         facts = os.fstat(descriptor)
-        if os.geteuid() not in (0, facts.st_uid):
+        # A file of root's that others can't write is a secret that a container mounts.
+        is_secret = facts.st_uid == 0 and not facts.st_mode & 0o022
+        if os.geteuid() not in (0, facts.st_uid) and not is_secret:
             raise self.broken_error(f"owned by another user (uid {facts.st_uid})")
         if facts.st_mode & OTHERS:
             # On some mounts, chmod fails or changes nothing. There is nothing to report then.
@@ -2600,6 +2602,20 @@ class TokenFile(JsonFile):
                 if not os.fstat(descriptor).st_mode & OTHERS:
                     text = f"{self.path} was readable by other users; changed to 0600"
                     self.notify("warning", text)
+
+    def _lock_error(self, error: OSError) -> StorageError:
+        """Return the StorageError for a system call that failed to take the locks."""
+        place = self.settings.home
+        is_mounted = (
+            home_hint(self.settings) and self.holds_sign_in() and not can_change_mode(place)
+        )
+        if not is_mounted:
+            return super()._lock_error(error)
+        failure = storage_error("change", self.path, error)
+        failure.hint = (
+            "mount a writable directory with a sign-in of its own, and set CHATGPT_OAUTH_HOME to it"
+        )
+        return failure
 
     def set_aside(self) -> str:
         """Rename a broken file to `….bad` and return that path. The caller must hold the lock."""

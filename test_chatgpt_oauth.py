@@ -2618,6 +2618,95 @@ class StoreTest(Case):
         self.assertIn("Permission denied", result.out)
         self.assertNotIn("Official", result.out)
 
+    @needs_root
+    def test_a_home_that_is_not_ours_is_named_with_its_variable(self):
+        theirs = self.folder / "theirs"
+        theirs.mkdir(mode=0o755)
+        self.folder.chmod(0o755)
+        for home in (theirs, theirs / "none"):
+            for variable, name in (
+                ("HOME", "HOME or CHATGPT_OAUTH_HOME"),
+                ("XDG_DATA_HOME", "XDG_DATA_HOME or CHATGPT_OAUTH_HOME"),
+                ("CHATGPT_OAUTH_HOME", "CHATGPT_OAUTH_HOME"),
+            ):
+                hint = f"hint: you cannot write to {theirs}; set {name} to a directory of yours"
+                environ = {variable: str(home)}
+                with self.as_unprivileged_user():
+                    token = self.call("token", environ=environ)
+                    status = self.call("status", environ=environ)
+                    auth = self.call("auth", "--device", environ=environ)
+                self.assertEqual(token.err, f"error: not signed in to ChatGPT\n{hint}\n")
+                self.assertIn(hint[6:], status.out)
+                self.assert_fails(auth, 6, "cannot ", hint)
+        theirs.chmod(0o700)
+        with self.as_unprivileged_user():
+            result = self.call("token", environ={"CHATGPT_OAUTH_HOME": str(theirs)})
+        self.assert_fails(result, 6, "cannot read: Permission denied", "hint: you cannot write")
+        self.assertEqual(self.double.requests, [])
+
+    def test_a_file_system_without_locks_has_a_hint(self):
+        self.store()
+        self.assert_quiet(self.run_injected("flock:error=ENOLCK", "token"))
+        self.store(lifetime=-10)
+        result = self.run_injected("flock:error=ENOLCK", "token")
+        hint = "hint: this file system has no locks; set CHATGPT_OAUTH_HOME to a local directory"
+        self.assert_fails(result, 6, f"cannot lock {self.token_file}.lock: No locks", hint)
+        self.assertEqual(self.double.requests, [])
+
+    def mount_secret(self, mode=0o444, **changes):
+        """Store a sign-in as Kubernetes mounts a secret: root's, behind two symbolic links."""
+        fields = self.store(mode=mode, **changes)
+        (self.home / "..1").mkdir()
+        self.token_file.rename(self.home / "..1" / "chatgpt_oauth.json")
+        (self.home / "..data").symlink_to("..1")
+        self.token_file.symlink_to("..data/chatgpt_oauth.json")
+        for path in (self.folder, self.home, self.home / "..1"):
+            path.chmod(0o755)
+        return fields
+
+    @needs_root
+    def test_a_mounted_secret_is_read_while_its_token_is_valid(self):
+        token = self.mount_secret(api_key="sk-1")["access_token"]
+        with self.as_unprivileged_user():
+            self.assertEqual(self.assert_quiet(self.call("token")).out, token + "\n")
+            self.assertIn("sk-1", self.assert_quiet(self.call("env")).out)
+            self.assertIn(": Authenticated\n", self.assert_quiet(self.call("status")).out)
+            result = self.call("token", "--refresh")
+            hint = (
+                "mount a writable directory with a sign-in of its own, and set CHATGPT_OAUTH_HOME"
+            )
+            self.assert_fails(result, 6, f"cannot change {self.token_file}: Permission", hint)
+            self.assert_fails(self.call("logout"), 6, f"cannot change {self.token_file}", hint)
+        self.assertEqual(self.double.requests, [])
+        for mode in (0o464, 0o446):
+            self.token_file.chmod(mode)
+            with self.as_unprivileged_user():
+                self.assert_fails(self.call("token"), 6, "owned by another user (uid 0)")
+
+    @needs_root
+    def test_a_mounted_secret_that_expires_soon_is_still_used(self):
+        token = self.mount_secret(lifetime=100)["access_token"]
+        with self.as_unprivileged_user():
+            result = self.call("token")
+        self.assertEqual((result.code, result.out), (0, token + "\n"))
+        self.assertIn("; using the current one, which is still valid", result.err)
+
+    def test_a_read_only_mount_of_the_home_is_named(self):
+        self.store(lifetime=-10)
+        path = shlex.quote(str(self.home))
+        mounts = f"mount --bind {path} {path}; mount -o remount,bind,ro {path}"
+        hint = "hint: mount a writable directory with a sign-in of its own"
+        result = self.run_mounted(mounts, "token")
+        self.assert_fails(result, 6, f"cannot change {self.token_file}: Read-only", hint)
+
+    def test_a_directory_in_the_place_of_a_temporary_file_is_named(self):
+        self.store(lifetime=-10)
+        temporary = self.home / "chatgpt_oauth.json.tmp"
+        temporary.mkdir()
+        self.assert_fails(self.call("token"), 6, f"cannot write {temporary}: ", "remove it")
+        self.assert_fails(self.call("logout"), 6, f"cannot remove {temporary}: ", "remove it")
+        self.assertEqual(self.double.requests, [])
+
     @unittest.skipUnless(POSIX, "Windows has no list of accounts and their homes")
     def test_without_HOME_the_password_database_is_used(self):
         import pwd
