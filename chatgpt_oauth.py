@@ -238,7 +238,8 @@ RULES = {
 class Settings:
     """The settings of this run: CHATGPT_OAUTH_CONFIG, overridden by environment variables.
 
-    Each key of the configuration is an attribute, and `environ` is a copy of the environment.
+    Each key of the configuration is an attribute. `environ` is a copy of the environment with which
+    this process was started, and `home_variable` is the variable that decides where `home` is.
     Raises UsageError, naming the setting, for an invalid value.
     """
 
@@ -295,12 +296,14 @@ class Settings:
     def _default_home(self) -> str:
         base = self.environ.get("XDG_DATA_HOME")
         if base:
+            self.home_variable = "XDG_DATA_HOME"
             return os.path.expanduser(os.path.join(base, "code_puppy"))
+        self.home_variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
         home = os.path.expanduser("~/.code_puppy")
         # The path still starts with ~ if the variable isn't set and the system's account database
         # has no home directory for this user either.
         if home.startswith("~"):
-            variable = "USERPROFILE" if sys.platform == "win32" else "HOME"
+            variable = self.home_variable
             raise UsageError(f"{variable} is not set", f"set {variable} or CHATGPT_OAUTH_HOME")
         return home
 
@@ -1900,6 +1903,8 @@ PRIVATE = 0o600
 TEMPORARY_SUFFIX = ".tmp"
 # The permissions of the group and of all other users.
 OTHERS = 0o077
+# The errors of flock on a file system without locks, such as NFS without its lock daemon.
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 # Symbolic links are not followed.
 READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
 # The tokens in a token response (RFC 6749 §5.1, OpenID Connect Core §3.1.3.3).
@@ -2008,16 +2013,47 @@ def encode(value: Fields) -> bytes:
 
 
 def storage_error(verb: str, path: str, error: OSError) -> StorageError:
-    """Return the StorageError for a system call that failed to lock, write or remove `path`."""
-    hint = {
-        "lock": "make the directory writable, or set CHATGPT_OAUTH_HOME to another one",
-        "write": "check the free space and the permissions, then try again",
-        "remove": "remove it yourself, then try again",
-    }[verb]
-    # A mount of a single file, as in a container, can't be replaced.
-    if verb == "write" and error.errno == errno.EBUSY:
+    """Return the StorageError for a system call that failed to `verb` (such as lock) a `path`.
+
+    Its hint can't fail for the same reason as the call.
+    """
+    hint = "check the free space and the permissions, then try again"
+    if error.errno in (errno.EISDIR, errno.ELOOP):
+        hint = "remove it yourself, then try again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "make its directory writable, then try again"
+    # A mount of a single file, as in a container, can't be replaced or removed.
+    elif error.errno == errno.EBUSY:
         hint = "mount the directory instead of the file, then try again"
+    elif verb == "lock" and error.errno in CANNOT_LOCK:
+        hint = "this file system has no locks; set CHATGPT_OAUTH_HOME to a local directory"
     return StorageError(f"cannot {verb} {path}: {error.strerror}", hint)
+
+
+def home_hint(settings: Settings) -> str:
+    """Return the next step if this user can't create files in `home`, otherwise ""."""
+    place = settings.home
+    while not os.path.lexists(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    is_effective = os.access in os.supports_effective_ids
+    mode = os.W_OK | os.X_OK
+    if os.path.isdir(place) and os.access(place, mode, effective_ids=is_effective):
+        return ""
+    if can_change_mode(place):
+        return f"make {place} writable, or set CHATGPT_OAUTH_HOME to another directory"
+    variables = settings.home_variable
+    if variables != "CHATGPT_OAUTH_HOME":
+        variables += " or CHATGPT_OAUTH_HOME"
+    call = "write to" if place == settings.home else "create"
+    return f"you cannot {call} {settings.home}; set {variables} to a directory of yours"
+
+
+def can_change_mode(path: str) -> bool:
+    """Whether this user can change the permissions of `path`. Windows has no such permissions."""
+    if sys.platform == "win32":
+        return False
+    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+    return os.stat(path).st_uid == os.geteuid() and not is_read_only
 
 
 class NotReplacedError(StorageError):
@@ -2293,6 +2329,9 @@ class JsonFile:
     def broken_error(self, fault: str) -> StorageError:
         """Return the error for a file whose contents or type aren't acceptable."""
         hint = self.broken_hint
+        home = home_hint(self.settings)
+        if home:
+            hint = Hint(home)
         return StorageError(f"{self.path}: {fault}", hint.text, hint.command)
 
     def _check(self, descriptor: int) -> None:
@@ -2328,7 +2367,7 @@ class JsonFile:
             try:
                 self._take_locks(locks, deadline)
             except OSError as error:
-                raise storage_error("lock", self.real_path + ".lock", error) from None
+                raise self._lock_error(error) from None
             with self.holding(locks):
                 yield
         finally:
@@ -2357,6 +2396,12 @@ class JsonFile:
             self.reserved.discard()
             self.reserved = None
 
+    def _lock_error(self, error: OSError) -> StorageError:
+        """Return the StorageError for a system call that failed to take the locks."""
+        failure = storage_error("lock", error.filename or self.real_path + ".lock", error)
+        failure.hint = home_hint(self.settings) or failure.hint
+        return failure
+
     def _take_locks(self, locks: List[int], deadline: float) -> None:
         """Lock the lock file beside the file, then the file itself, then its temporary file.
 
@@ -2373,7 +2418,12 @@ class JsonFile:
                 # Creating the file would create the target of the link, which may be anywhere.
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
-        _make_directory(self.settings.home)
+        try:
+            _make_directory(self.settings.home)
+        except OSError as error:
+            failure = storage_error("create", error.filename or self.settings.home, error)
+            failure.hint = home_hint(self.settings) or failure.hint
+            raise failure from None
         locks.append(_acquire_lock_file(self.real_path + ".lock", deadline))
         # On Windows, a lock on a file would keep others from reading it.
         if sys.platform != "win32":
@@ -2730,7 +2780,11 @@ class Session:
                 "to get tokens for other programs, run",
                 command,
             )
-        raise NotSignedInError("not signed in to ChatGPT", "to sign in, run", command)
+        message, hint = "not signed in to ChatGPT", home_hint(self.settings)
+        if hint:
+            # A sign-in could not be stored.
+            raise NotSignedInError(message, hint)
+        raise NotSignedInError(message, "to sign in, run", command)
 
     def official_session(self) -> Session:
         """Return the session of the official sign-in."""
@@ -5442,7 +5496,7 @@ class Status:
             lines.append("API key available")
         elif tokens:
             lines.append(f"No API key; {ORGANIZATION_HINT}")
-        if isinstance(self.problem, NotSignedInError):
+        if isinstance(self.problem, NotSignedInError) and self.problem.command:
             lines.append(f"To sign in, run: {self.typed(self.problem.command)}")
         elif self.problem:
             lines.append(f"Problem: {self._sentence(self.problem)}")

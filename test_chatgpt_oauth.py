@@ -2624,12 +2624,13 @@ class StoreTest(Case):
         theirs.mkdir(mode=0o755)
         self.folder.chmod(0o755)
         for home in (theirs, theirs / "none"):
-            for variable, name in (
-                ("HOME", "HOME or CHATGPT_OAUTH_HOME"),
-                ("XDG_DATA_HOME", "XDG_DATA_HOME or CHATGPT_OAUTH_HOME"),
-                ("CHATGPT_OAUTH_HOME", "CHATGPT_OAUTH_HOME"),
+            for variable, place, name in (
+                ("HOME", home / ".code_puppy", "HOME or CHATGPT_OAUTH_HOME"),
+                ("XDG_DATA_HOME", home / "code_puppy", "XDG_DATA_HOME or CHATGPT_OAUTH_HOME"),
+                ("CHATGPT_OAUTH_HOME", home, "CHATGPT_OAUTH_HOME"),
             ):
-                hint = f"hint: you cannot write to {theirs}; set {name} to a directory of yours"
+                call = "write to" if place == theirs else "create"
+                hint = f"hint: you cannot {call} {place}; set {name} to a directory of yours"
                 environ = {variable: str(home)}
                 with self.as_unprivileged_user():
                     token = self.call("token", environ=environ)
@@ -2735,7 +2736,7 @@ class StoreTest(Case):
 
     def test_a_file_that_cannot_be_renamed_is_reported_before_the_token_is_spent(self):
         before = self.store(lifetime=-10)
-        for code, hint in ((errno.EBUSY, "mount the directory"), (errno.EPERM, "permissions")):
+        for code, hint in ((errno.EBUSY, "mount the directory"), (errno.EPERM, "writable")):
             with mock.patch.object(os, "replace", side_effect=OSError(code, "No")):
                 self.assert_fails(self.call("token"), 6, f"cannot write {self.token_file}: ", hint)
             self.assertEqual(self.stored(), before)
@@ -2972,7 +2973,8 @@ class StoreTest(Case):
         self.home.chmod(0o500)
         self.addCleanup(self.home.chmod, 0o700)
         with self.as_unprivileged_owner():
-            self.assert_fails(self.call("token"), 6, "cannot lock", "writable")
+            hint = f"hint: make {self.home} writable, or set CHATGPT_OAUTH_HOME to another"
+            self.assert_fails(self.call("token"), 6, "cannot lock", hint)
         self.assertEqual(self.double.requests, [])
 
     def change_attribute(self, path, attribute):
@@ -7200,7 +7202,7 @@ class InstallTest(Case):
             unwritable.chmod(0o555)
             with self.as_unprivileged_user():
                 result = self.call("install", "--code-puppy")
-            self.assert_fails(result, 6, f"cannot write {unwritable}", "permissions")
+            self.assert_fails(result, 6, f"cannot write {unwritable}", "directory writable")
             remaining = {path for path in self.read_files() if not path.endswith(".lock")}
             self.assertEqual(remaining, {str(source)}, unwritable)
             unwritable.chmod(0o755)
