@@ -4323,6 +4323,7 @@ def obtain_api_key(session: Session) -> None:
         session.notify("done", "API key available (unchanged)")
         return
     api_key = ""
+    has_organization = True
     failure: Optional[OAuthError] = None
     try:
         api_key = exchange_id_token(session.settings, tokens.id_token or "")
@@ -4330,10 +4331,10 @@ def obtain_api_key(session: Session) -> None:
     except UnavailableError as error:
         failure = OAuthError(f"no API key: {error}", "to try again, run", "auth")
     except OAuthError as error:
-        reason = str(error)
-        if "missing organization_id" in reason:
-            reason = "this account has no organization (missing organization_id)"
-        failure = no_api_key_error(f"no API key: {reason}")
+        # An account that was made for a ChatGPT plan has no organization. That isn't a failure.
+        has_organization = "missing organization_id" not in str(error)
+        if has_organization:
+            failure = no_api_key_error(f"no API key: {error}")
     with session.token_file.lock():
         current = session.token_file.load()
         # Another process may have signed in to another account in the meantime.
@@ -4344,7 +4345,11 @@ def obtain_api_key(session: Session) -> None:
             session.token_file.save(fields)
     if failure:
         raise failure
-    session.notify("done", "API key available")
+    if has_organization:
+        session.notify("done", "API key available")
+    else:
+        text = "No API key, because this account has no organization. A plan's models need none."
+        session.notify("info", text)
 
 
 def is_api_key_refused(settings: Settings, tokens: Tokens) -> bool:
