@@ -713,8 +713,9 @@ def without_secrets(value: object, private: Set[str]) -> str:
         text = text.replace(secret, "[...]")
 
     def replacement(found: Any) -> str:
-        # Only lower-case letters and underscores: this is an error code, not a token.
-        is_error_code = re.fullmatch("[a-z_]+", found[0]) is not None
+        # Only lower-case letters, underscores and versions such as v2: this is an error code, not a
+        # token.
+        is_error_code = re.fullmatch(r"(?:[a-z_]|_v\d_)+", found[0]) is not None
         return found[0] if is_error_code else "[...]"
 
     return printable(re.sub(LONG_WORD, replacement, text), 200)
@@ -3896,7 +3897,11 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
         # A RequestError says something about the network or the server, not about the account.
         if response.status not in (401, 403) or isinstance(error, RequestError):
             raise error
+        if "scope_not_authorized" in response.code:
+            raise plan_not_allowed_error()
         hint = "to get a new API key, run" if source == "api" else "to use another account, run"
+        if "invalid_authorization_context" in response.code:
+            hint = "to sign in again, run"
         raise RefusedError(str(error), hint, session.client.sign_in_command)
     members = response.json_object(what)
     listed = members.get("data" if source == "api" else "models")
@@ -6401,7 +6406,10 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
     for part, (text, hint) in PLAN_REFUSALS.items():
         if part in code:
             return OAuthError(text + reset_note(fields), hint)
-    if "invalid_user" in code or (status == 401 and "<" not in reason):
+    if "scope_not_authorized" in code:
+        return plan_not_allowed_error()
+    must_sign_in = "invalid_user" in code or "invalid_authorization_context" in code
+    if must_sign_in or (status == 401 and "<" not in reason):
         text = "OpenAI does not accept this sign-in any more"
         return SignInEndedError(text, Client.sign_in_command)
     # 408, 409, 425 and 429 ask for another try.

@@ -5825,13 +5825,48 @@ class OfficialTest(Case):
                 self.assertLess(self.plan_file.stat().st_size, 4000)
                 self.assertIsInstance(after["scopes"], list)
 
-    def test_signing_in_as_someone_else_revokes_the_old_tokens(self):
+    def test_signing_in_as_someone_else_is_refused(self):
         self.assert_done(self.official_sign_in())
-        old = self.stored_plan()
+        registration, stored = self.registration(), self.stored_plan()
         self.double.plan_subject = "user|bob"
+        words = ("not the account of your earlier sign-in", "auth --official --account NAME")
+        self.assert_fails(self.official_sign_in(), 1, *words)
+        self.assertEqual((self.registration(), self.stored_plan()), (registration, stored))
+        self.assertEqual(self.double.count("plan_revoke"), 0)
+        self.assert_done(self.call("logout"))
+        self.assert_fails(self.official_sign_in(), 1, *words)
+        self.assertEqual(self.registration(), registration)
+        # Without a stored sign-in, the refused tokens are revoked.
+        self.assertEqual(self.double.count("plan_revoke"), 2)
+        self.assertFalse(self.plan_file.exists())
+
+    def test_a_revocation_is_tried_twice(self):
+        hint = "hint: end it in ChatGPT under Settings > Security and login > Sign in with ChatGPT"
+        for fault, tries, done in (
+            (respond_with(500), 2, False),
+            (send_bytes(b""), 2, False),
+            (respond_with(400), 1, False),
+            (None, 2, True),
+        ):
+            self.assert_done(self.official_sign_in())
+            self.double.requests.clear()
+            if fault:
+                self.double.faults["plan_revoke"] = fault
+            else:
+                self.fault_once("plan_revoke", 500)
+            err = self.assert_done(self.call("logout", "--official")).err
+            self.assertEqual(self.double.count("plan_revoke"), tries)
+            self.assertEqual(hint in err.splitlines(), not done, err)
+            self.assertEqual("warning: could not revoke" in err, not done)
+
+    def test_refusals_of_the_plan_name_the_next_step(self):
         self.assert_done(self.official_sign_in())
-        self.assertEqual(self.stored_plan()["sub"], "user|bob")
-        self.assertNotIn(old["refresh_token"], self.double.plan_tokens)
+        for code, words in (
+            ("chatpass_v2_scope_not_authorized", "Security and login"),
+            ("chatpass_v2_invalid_authorization_context", "to sign in again"),
+        ):
+            self.fault("api", 403, json.dumps({"error": {"code": code}}).encode())
+            self.assert_fails(self.run_refresh(), 1, words, "auth --official")
 
     def test_another_issuer_needs_a_new_registration(self):
         self.assert_done(self.official_sign_in())
@@ -8399,6 +8434,11 @@ class PuppyModelTest(PuppyCase):
             ({"message": "It exceeds the context window."}, ("too long", "/clear")),
             ({"code": "subscription_sharing_user_not_eligible"}, ("does not let this",)),
             ({"code": "subscription_sharing_invalid_user"}, ("to sign in again", "/chatgpt-auth")),
+            (
+                {"code": "chatpass_v2_invalid_authorization_context"},
+                ("to sign in again", "/chatgpt-auth"),
+            ),
+            ({"code": "chatpass_v2_scope_not_authorized"}, ("Security and login",)),
         ):
             failed = {"type": "response.failed", "response": {"error": fault}}
             for answer in (
