@@ -1363,6 +1363,8 @@ class Client:
     without_port = Hint("to sign in without a port, run", device_command)
     # Another possible reason why an authorization code was refused, or "".
     invalid_grant_hint = ""
+    # Where a person can end a sign-in that couldn't be revoked, or "".
+    unrevoked_hint = ""
     # The only source of models, or None if there is a choice.
     model_source: Optional[str] = None
     # Comes after the setting `prefix` in the names of this client's models.
@@ -1470,7 +1472,8 @@ class OfficialClient(Client):
     without_port = Hint(
         "to paste the URL that the browser ends on, run in a terminal", sign_in_command
     )
-    invalid_grant_hint = "this account may not be eligible: OpenAI asks for ChatGPT Plus or Pro"
+    invalid_grant_hint = "this account may not be eligible, because not every ChatGPT plan is"
+    unrevoked_hint = "end it in ChatGPT under Settings > Security and login > Sign in with ChatGPT"
     model_source = "official"
     # The type of this client's entries in the models file. No other entry has it.
     model_type = "chatgpt_plan"
@@ -4311,11 +4314,17 @@ def can_revoke_previous(old: Tokens, new: Tokens) -> bool:
 
 
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
-    """Revoke `tokens`, and report a failure as a warning."""
+    """Revoke `tokens`, with a second try if the server can't be reached. A failure is a warning."""
     try:
-        revoke(session.client, tokens)
+        try:
+            revoke(session.client, tokens)
+        except RequestError:
+            time.sleep(RETRY_PAUSE)
+            revoke(session.client, tokens)
     except OAuthError as error:
         session.notify("warning", f"{error}; it may still be valid at OpenAI")
+        if session.client.unrevoked_hint:
+            session.notify("hint", session.client.unrevoked_hint)
 
 
 def obtain_api_key(session: Session) -> None:
