@@ -1345,8 +1345,8 @@ class Client:
     # Marks this client's sign-ins in messages that can be about either client's.
     label = ""
     file_name = "chatgpt_oauth.json"
-    # The keys that stay in that file after a sign-out.
-    kept_after_sign_out: Tuple[str, ...] = ()
+    # Whether OpenAI registers each installation as a client of its own.
+    registers = False
     authorization_path = "/oauth/authorize"
     # S105 takes this path for a password.
     token_path = "/oauth/token"  # noqa: S105
@@ -1386,8 +1386,12 @@ class Client:
         # Additional parameters of token requests.
         self.token_parameters: Dict[str, str] = {}
 
-    def resume(self, stored: Fields) -> None:
-        """Use the registration that an earlier sign-in left in the token file, if there is one."""
+    def resume(self, registration: Fields, stored: Fields) -> None:
+        """Continue an earlier registration and the stored sign-in, if there are any."""
+
+    def registration(self) -> Fields:
+        """Return what is stored about this installation's registration, nothing of it secret."""
+        return {}
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
         """Return the additional parameters of an authorization request.
@@ -1460,7 +1464,7 @@ class OfficialClient(Client):
 
     label = " (official sign-in)"
     file_name = "chatgpt_plan.json"
-    kept_after_sign_out = ("host_id", "sub", "client_id")
+    registers = True
     authorization_path = "/api/accounts/authorize"
     token_path = "/api/accounts/oauth/token"  # noqa: S105
     revocation_path = "/api/accounts/oauth/revoke"
@@ -1485,8 +1489,11 @@ class OfficialClient(Client):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.client_id = self.ENTRY_POINT
-        # The ID of this installation, or "" until the first authorization request.
+        # The ID of this installation.
         self.host_id = ""
+        # The account (`sub`) to which the client ID belongs, and its email address. Either may be
+        # "", because it isn't known before the first sign-in.
+        self.subject = self.email = ""
         self.scope = f"openid profile email offline_access resource.invoke {PLAN_SCOPE}"
         self.redirect_host = "http://127.0.0.1"
         # Port 0 lets the system choose one.
@@ -1497,28 +1504,41 @@ class OfficialClient(Client):
         # Whether OpenAI should ask again if the plan may be used.
         self.asks_consent_again = False
 
-    def resume(self, stored: Fields) -> None:
-        """Use the registration that an earlier sign-in left in the token file, if there is one."""
-        host_id = str(stored.get("host_id") or "")
-        client_id = str(stored.get("client_id") or "")
-        if re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", host_id):
-            self.host_id = host_id
-        same_issuer = stored.get("issuer", self.settings.issuer) == self.settings.issuer
-        if same_issuer and re.fullmatch(_WORD.pattern, client_id):
-            self.client_id = client_id
-        if stored.get("access_token") and not self.can_use_plan(stored):
-            self.asks_consent_again = True
+    def resume(self, registration: Fields, stored: Fields) -> None:
+        """Continue an earlier registration and the stored sign-in, if there are any.
+
+        The ID of this installation is made only once, and stays over sign-outs.
+        """
+        import uuid
+
+        self.host_id = text_or_none(registration.get("host_id")) or ""
+        if not re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", self.host_id):
+            self.host_id = uuid.uuid4().urn
+        client_id = text_or_none(registration.get("client_id")) or ""
+        if registration.get("issuer") != self.settings.issuer:
+            return
+        if not re.fullmatch(_WORD.pattern, client_id):
+            return
+        self.client_id = client_id
+        self.subject = text_or_none(registration.get("sub")) or ""
+        if stored.get("access_token") and stored.get("client_id") == client_id:
+            self.email = text_or_none(stored.get("email")) or ""
+            self.asks_consent_again = not self.can_use_plan(stored)
+
+    def registration(self) -> Fields:
+        """Return what is stored about this installation's registration, nothing of it secret."""
+        fields = {"host_id": self.host_id, "issuer": self.settings.issuer}
+        if self.client_id != self.ENTRY_POINT:
+            fields["client_id"] = self.client_id
+        if self.subject:
+            fields["sub"] = self.subject
+        return fields
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
         """Return the additional parameters of an authorization request.
 
         `nonce` comes back in the ID token.
         """
-        import uuid
-
-        # The token file stores this ID when the sign-in is complete: see sign_in_fields.
-        if not self.host_id:
-            self.host_id = uuid.uuid4().urn
         parameters = {
             **self.token_parameters,
             "nonce": nonce,
@@ -1526,7 +1546,10 @@ class OfficialClient(Client):
         }
         if self.client_id == self.ENTRY_POINT:
             parameters["agent_name_hint"] = self.settings.agent_name
-        elif self.asks_consent_again:
+            return parameters
+        if self.email:
+            parameters["login_hint"] = self.email
+        if self.asks_consent_again:
             parameters["prompt"] = "consent"
         return parameters
 
@@ -1546,7 +1569,8 @@ class OfficialClient(Client):
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
         """Return who signed in, according to the ID token, and which scopes were granted.
 
-        Raises OAuthError if the ID token isn't valid for the request with this `nonce`.
+        Raises OAuthError if the ID token isn't valid for the request with this `nonce`, or if it is
+        for another account than the registration.
         """
         claims = decode_claims(text_or_none(response.get("id_token")))
         fault = self._id_token_fault(claims, self.client_id)
@@ -1560,8 +1584,13 @@ class OfficialClient(Client):
         sub = text_or_none(claims.get("sub"))
         if sub is None:
             raise id_token_error("does not say whose it is")
+        if self.subject and sub != self.subject:
+            raise OAuthError(
+                "this is not the account of your earlier sign-in; nothing was stored",
+                "to add another account, run",
+                self.sign_in_command + " --account NAME",
+            )
         return {
-            "host_id": self.host_id,
             "sub": sub,
             "email": text_or_none(claims.get("email")),
             "scopes": [],
@@ -2524,6 +2553,19 @@ class JsonFile:
             failure = self._write_error(error)
             raise NotReplacedError(str(failure), failure.hint or "") from None
 
+    def remove(self) -> None:
+        """Remove the file, its temporary file and its `.bad` copy. The caller must hold the lock.
+
+        If the file is reached through a symbolic link, the link is removed, too.
+        """
+        path = self.real_path
+        try:
+            for name in (self.temporary, path + ".bad", self.path, path):
+                with contextlib.suppress(FileNotFoundError):
+                    _retry_on_windows(os.unlink, name)
+        except OSError as error:
+            raise storage_error("remove", error.filename or path, error) from None
+
     def _write_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to replace the file."""
         # For a failed rename, `filename2` is the file, and `filename` the temporary file.
@@ -2628,17 +2670,6 @@ class TokenFile(JsonFile):
             return True
         return os.path.getmtime(self.path) <= os.path.getmtime(path)
 
-    def needs_removal(self) -> bool:
-        """Whether a sign-out must remove something: a sign-in or a broken file.
-
-        Raises StorageError if the file is broken.
-        """
-        fields = self.read()
-        registration = self.client.kept_after_sign_out
-        if registration and all(name in registration for name in fields):
-            return False
-        return os.path.lexists(self.path)
-
     def _check(self, descriptor: int) -> None:
         """Also raise StorageError for another user's file, and remove other users' access."""
         super()._check(descriptor)
@@ -2679,27 +2710,6 @@ class TokenFile(JsonFile):
         except OSError as error:
             raise storage_error("remove", path, error) from None
         return path + ".bad"
-
-    def remove(self, kept: Tuple[str, ...]) -> None:
-        """Remove the file, its temporary file and its `.bad` copy. The caller must hold the lock.
-
-        If the file has any of the members `kept`, it stays and holds only those.
-        """
-        path = self.real_path
-        left: Fields = {}
-        # A broken file has no members that could be kept.
-        with contextlib.suppress(StorageError):
-            left = {name: value for name, value in self.read().items() if name in kept}
-        unneeded = [self.temporary, self.path, path, path + ".bad"]
-        if left:
-            self.save(left)
-            unneeded = [self.temporary, path + ".bad"]
-        try:
-            for name in unneeded:
-                with contextlib.suppress(FileNotFoundError):
-                    _retry_on_windows(os.unlink, name)
-        except OSError as error:
-            raise storage_error("remove", error.filename or path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2766,6 +2776,8 @@ class Session:
         self.client = client or Client(self.settings)
         self.token_file = TokenFile(self.client, notify)
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
+        # The registration of a client that `registers`. A sign-out leaves it.
+        self.registration_file = JsonFile(self.settings, notify, "chatgpt_agent.json")
         # The names of the models that this session has imported.
         self.imported: List[str] = []
         # Whether a server has refused the access token although it was a new one.
@@ -4164,11 +4176,16 @@ def prepare_sign_in(session: Session) -> None:
 
     Raises StorageError or UnavailableError before the browser opens.
     """
+    stored: Fields = {}
+    # A broken file has no registration to continue. exchange_and_store reports it later.
+    with contextlib.suppress(StorageError):
+        move_registration(session)
+        stored = session.token_file.read()
     with session.token_file.lock():
         session.token_file.reserve({})
-        # A broken file has no registration to continue. exchange_and_store reports it later.
-        with contextlib.suppress(StorageError):
-            session.client.resume(session.token_file.read())
+    if session.client.registers:
+        session.client.resume(session.registration_file.read(), stored)
+        store_registration(session)
     # Without a sign-in that works, there is nothing to replace.
     with contextlib.suppress(NotSignedInError, SignInEndedError, StorageError):
         tokens = session.tokens()
@@ -4176,6 +4193,41 @@ def prepare_sign_in(session: Session) -> None:
             session.require_refreshable(tokens)
         who = identity(tokens)["email"] or "an account without an email address"
         session.notify("info", f"You are signed in as {who}; a new sign-in replaces that.")
+
+
+def move_registration(session: Session) -> None:
+    """Move the registration that version 1.1.0 has stored in the token file to its own file.
+
+    After a sign-out, version 1.1.0 left it there without tokens. Raises StorageError.
+    """
+    token_file, file = session.token_file, session.registration_file
+    if not session.client.registers or "host_id" not in token_file.read():
+        return
+    with token_file.lock(), file.lock():
+        # A file that was left by a sign-out has no issuer.
+        stored = {"issuer": session.settings.issuer, **token_file.read()}
+        names = ("host_id", "client_id", "sub", "issuer")
+        file.save({name: stored[name] for name in names if text_or_none(stored.get(name))})
+        stored.pop("host_id", None)
+        if stored.get("access_token"):
+            token_file.save(stored)
+        else:
+            token_file.remove()
+
+
+def store_registration(session: Session, subject: Optional[str] = None) -> None:
+    """Store the client's registration, and the account (`sub`) if it is known now.
+
+    Raises StorageError or UnavailableError.
+    """
+    if not session.client.registers:
+        return
+    fields = session.client.registration()
+    if subject:
+        fields["sub"] = subject
+    with session.registration_file.lock():
+        if session.registration_file.read() != fields:
+            session.registration_file.save(fields)
 
 
 def exchange_and_store(
@@ -4267,6 +4319,10 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
     client, tokens = session.client, session.tokens()
+    try:
+        store_registration(session, text_or_none(tokens.fields.get("sub")))
+    except OAuthError as error:
+        report_error(session.notify, error, "warning")
     email = identity(tokens)["email"]
     name = f" as {email}" if email else ""
     session.notify("done", f"Signed in{name}{workspace_label(tokens)}")
@@ -4698,6 +4754,8 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
         if response.get("error"):
             raise authorization_error(response)
         session.client.accept_response(response)
+        # If the exchange fails, the next sign-in uses the client ID that was issued now.
+        store_registration(session)
         old = exchange_and_store(
             session, response["code"], request.code_verifier, request.redirect_uri, request.nonce
         )
@@ -4807,7 +4865,10 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     # A broken file must be removed, too.
     has_file = True
     with contextlib.suppress(StorageError):
-        has_file = token_file.needs_removal()
+        # Reading recovers tokens that a killed process received.
+        token_file.read()
+        move_registration(session)
+        has_file = os.path.lexists(token_file.path)
     if not has_file and not registered_entries(session):
         return False
     failure: Optional[OAuthError] = None
@@ -4821,7 +4882,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
             token_file.require_removable()
             revoke_or_warn(session, tokens)
         try:
-            token_file.remove(session.client.kept_after_sign_out)
+            token_file.remove()
         finally:
             try:
                 register_models(session, {})
@@ -6203,22 +6264,20 @@ def command_uninstall(session: Session, options: Namespace) -> None:
 
 
 def remove_registration(official: Session) -> bool:
-    """Remove the official sign-in's registration if nobody is signed in.
+    """Remove the registration of the official sign-in, and return whether there was one.
 
-    Returns whether there was one to remove.
+    The sign-in itself stays. Raises StorageError.
     """
-    token_file = official.token_file
-    # A broken file may hold a sign-in, so it stays.
+    # A broken token file may hold a sign-in, so it stays.
     with contextlib.suppress(StorageError):
-        if not os.path.lexists(token_file.path) or token_file.needs_removal():
-            return False
-        with token_file.lock():
-            # Somebody may have signed in while we waited for the lock.
-            if not token_file.needs_removal():
-                token_file.remove(kept=())
-                official.notify("done", f"Removed {token_file.path}")
-                return True
-    return False
+        move_registration(official)
+    file = official.registration_file
+    if not os.path.lexists(file.path):
+        return False
+    with file.lock():
+        file.remove()
+    official.notify("done", f"Removed {file.path}")
+    return True
 
 
 def remove_program(path: str) -> None:

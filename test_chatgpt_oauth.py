@@ -337,6 +337,8 @@ class OfficialEndpoints:
         required.update({"agent_name_hint": r"\S.{0,99}"} if registers else {})
         if not registers and "prompt" in fields:
             required["prompt"] = "consent"
+        if not registers and "login_hint" in fields:
+            required["login_hint"] = re.escape(self.email)
         wrong = [k for k, v in required.items() if not re.fullmatch(v, fields.get(k, ""))]
         wrong += set(fields) - set(required)
         if not registers and self.agents.get(client) != fields.get("ext_agent_host_id"):
@@ -1106,6 +1108,7 @@ class Case(unittest.TestCase):
         self.token_file = self.home / "chatgpt_oauth.json"
         self.models_file = self.home / "chatgpt_models.json"
         self.plan_file = self.home / "chatgpt_plan.json"
+        self.agent_file = self.home / "chatgpt_agent.json"
         self.waits = dict(SHORT_WAITS)
         self.environ = {
             **environment(self.folder),
@@ -5341,7 +5344,7 @@ class PasteTest(Case):
 class DeviceTest(Case):
     def setUp(self):
         super().setUp()
-        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "5"
 
     def test_a_device_code_signs_in_without_a_port(self):
         self.take_ports()
@@ -5492,16 +5495,17 @@ class DeviceTest(Case):
 
 
 class OfficialTest(Case):
-    KEPT = ("host_id", "sub", "client_id")
-
     def setUp(self):
         super().setUp()
         # If the double refuses a request, the browser never comes back and the program waits for
         # all of this time.
-        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "5"
 
     def stored_plan(self):
         return json.loads(self.plan_file.read_text())
+
+    def registration(self):
+        return json.loads(self.agent_file.read_text())
 
     def stored_models(self):
         return json.loads(self.models_file.read_text())
@@ -5553,22 +5557,27 @@ class OfficialTest(Case):
         self.assertIn(f"\nToken file:   {self.plan_file}\nModels file: ", out)
         first = self.stored_plan()
         names = (
-            "access_token client_id earliest_refresh_at email expires_at host_id id_token issuer "
+            "access_token client_id earliest_refresh_at email expires_at id_token issuer "
             "last_refresh refresh_token scopes sub"
         )
         self.assertEqual(sorted(first), names.split())
-        self.assertIn(first["client_id"], self.double.agents)
+        client = first["client_id"]
+        registration = {"client_id": client, "host_id": self.double.agents[client]}
+        registration = {**registration, "issuer": self.double.url, "sub": "user|ada"}
+        self.assertEqual(self.registration(), registration)
         self.assertEqual(first["scopes"], self.double.SCOPE.split())
         with self.subTest("mode"):
             self.require(POSIX, "Windows has no POSIX modes")
-            self.assertEqual(self.plan_file.stat().st_mode & 0o777, 0o600)
+            for path in (self.plan_file, self.agent_file):
+                self.assertEqual(path.stat().st_mode & 0o777, 0o600)
         hint = self.double.requests_to("plan_authorize")[0]["agent_name_hint"]
         self.assertEqual(hint, "Code Puppy (chatgpt_oauth)")
         self.assertFalse(self.token_file.exists())
 
         err = self.assert_done(self.run_program("logout")).err
         self.assertIn("Signed out of ada@example.com (official sign-in)", err)
-        self.assertEqual(self.stored_plan(), {name: first[name] for name in self.KEPT})
+        self.assertFalse(self.plan_file.exists())
+        self.assertEqual(self.registration(), registration)
         self.assertEqual(self.stored_models(), {})
         self.assertNotIn(first["refresh_token"], self.double.plan_tokens)
         self.assertIn("nothing to do", self.assert_done(self.call("logout")).err)
@@ -5576,7 +5585,74 @@ class OfficialTest(Case):
         # The double checks that this is the registration from before.
         self.assert_done(self.official_sign_in())
         self.assertEqual(len(self.double.agents), 1)
-        self.assertEqual([self.stored_plan()[k] for k in self.KEPT], [first[k] for k in self.KEPT])
+        self.assertEqual(self.registration(), registration)
+        self.assertEqual(self.stored_plan()["client_id"], client)
+
+    def test_a_later_sign_in_sends_the_stored_address(self):
+        for _ in range(2):
+            self.assert_done(self.official_sign_in())
+        first, second = self.double.requests_to("plan_authorize")
+        self.assertNotIn("login_hint", first)
+        self.assertEqual(second["login_hint"], "ada@example.com")
+
+    def test_the_host_id_is_stored_before_the_browser_opens(self):
+        seen = []
+
+        def look(url):
+            seen.append((url, self.registration()))
+            visit(url)
+
+        self.assert_done(self.official_sign_in(browser=look))
+        url, registration = seen[0]
+        self.assertEqual(set(registration), {"host_id", "issuer"})
+        self.assertIn(urllib.parse.quote(registration["host_id"]), url)
+
+    def test_a_failed_first_exchange_registers_nothing_twice(self):
+        for status, body in ((400, b'{"error": "invalid_grant"}'), (500, b"")):
+            self.fault_once("plan_code", status, body)
+            self.assertNotEqual(self.official_sign_in().code, 0)
+            self.assertFalse(self.plan_file.exists())
+            self.assertEqual([self.registration()["client_id"]], list(self.double.agents))
+            self.assertNotIn("sub", self.registration())
+        # Nobody has signed in yet, so any account may.
+        self.double.plan_subject = "user|bob"
+        self.assert_done(self.official_sign_in())
+        self.assertEqual(len(self.double.agents), 1)
+        self.assertEqual(self.registration()["sub"], "user|bob")
+
+    def test_a_registration_of_version_1_1_0_is_moved(self):
+        self.assert_done(self.official_sign_in())
+        registration, stored = self.registration(), self.stored_plan()
+        kept = {name: registration[name] for name in ("host_id", "client_id", "sub")}
+
+        def sign_in():
+            return self.official_sign_in()
+
+        def sign_out():
+            return self.call("logout", "--official")
+
+        for fields in ({**stored, **kept}, kept):
+            for command in (sign_in, sign_out):
+                with self.subTest(fields=sorted(fields), command=command.__name__):
+                    self.agent_file.unlink()
+                    self.models_file.write_text("{}")
+                    self.plan_file.write_text(json.dumps(fields))
+                    result = self.assert_done(command())
+                    if command is sign_out:
+                        self.assertEqual("nothing to do" in result.err, fields == kept)
+                    self.assertEqual(self.registration(), registration)
+                    self.assertEqual(self.plan_file.exists(), command is sign_in)
+                    if command is sign_in:
+                        self.assertNotIn("host_id", self.stored_plan())
+                    self.assertEqual(len(self.double.agents), 1)
+
+    def test_a_broken_registration_is_exit_6_and_left_alone(self):
+        self.home.mkdir(mode=0o700)
+        self.agent_file.write_text("[")
+        self.assert_fails(self.official_sign_in(), 6, "chatgpt_agent.json")
+        self.assertEqual(self.double.requests, [])
+        self.assertEqual(self.agent_file.read_text(), "[")
+        self.sign_in()
 
     def test_plan_models_are_imported(self):
         self.assert_done(self.official_sign_in())
@@ -5613,7 +5689,7 @@ class OfficialTest(Case):
         # With an API key, `auto` chooses the key.
         self.assertEqual(self.call("models", "--json").out.count("plan-"), 0)
         self.assert_done(self.call("logout", "--official"))
-        self.assertEqual(set(self.stored_plan()), set(self.KEPT))
+        self.assertFalse(self.plan_file.exists())
         self.assertEqual(self.double.count("revoke"), 0)
         self.assertEqual(self.double.count("plan_revoke"), 1)
         self.assertTrue(self.stored()["refresh_token"])
@@ -5684,7 +5760,7 @@ class OfficialTest(Case):
                 self.assertFalse(self.plan_file.exists())
                 # Tokens that are not stored have been revoked.
                 self.assertEqual(self.double.plan_tokens, {})
-        self.double.id_token_changes = {}
+        self.agent_file.unlink()
         self.double.plan_issued = "oaiapp_text"
         self.double.id_token_changes = {"aud": "oaiapp_text"}
         self.assert_done(self.official_sign_in())
@@ -5909,15 +5985,22 @@ class OfficialTest(Case):
 
     def test_uninstall_removes_the_registration_but_not_a_sign_in(self):
         self.assert_done(self.official_sign_in())
-        self.assert_done(self.call("uninstall"))
-        self.assertTrue(self.stored_plan()["access_token"])
-        self.assert_done(self.call("logout"))
-        self.assertIn(f"Removed {self.plan_file}", self.assert_done(self.call("uninstall")).err)
-        self.assertFalse(self.plan_file.exists())
-        self.assertIn("nothing to do", self.assert_done(self.call("uninstall")).err)
+        stored = self.stored_plan()
         self.plan_file.write_text("[")
-        self.assert_done(self.call("uninstall"))
+        self.agent_file.write_text("[")
+        self.assertIn(f"Removed {self.agent_file}", self.assert_done(self.call("uninstall")).err)
         self.assertTrue(self.plan_file.exists())
+        # Version 1.1.0 stored the registration there.
+        self.plan_file.write_text(json.dumps({**stored, "host_id": "urn:uuid:x"}))
+        self.assert_done(self.call("uninstall"))
+        self.assertEqual(self.stored_plan(), stored)
+        self.assertFalse(self.agent_file.exists())
+        self.assertIn("nothing to do", self.assert_done(self.call("uninstall")).err)
+        # The tokens are used and replaced without it.
+        self.expire_token()
+        self.assert_quiet(self.run_refresh())
+        self.assert_done(self.official_sign_in())
+        self.assertEqual(len(self.double.agents), 2)
 
     def test_status_shows_the_official_sign_in(self):
         self.assertIsNone(json.loads(self.call("status", "--json").out)["official"])
@@ -6000,7 +6083,7 @@ class OfficialTest(Case):
         self.models_file.write_text("[")
         self.assert_fails(self.call("logout"), 6, "chatgpt_models.json", after_messages=True)
         self.assertFalse(self.token_file.exists())
-        self.assertEqual(set(self.stored_plan()), set(self.KEPT))
+        self.assertFalse(self.plan_file.exists())
 
     def test_the_double_rejects_requests_that_the_plan_does_not_cover(self):
         """Check the double itself, because Code Puppy's requests are tested against it."""
@@ -9024,7 +9107,7 @@ class SpecificationTest(Case):
                 self.assertEqual(self.refreshes(clock), due)
 
     def test_an_id_token_may_have_expired_300_seconds_ago(self):
-        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "20"
+        self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "5"
         for ago, exit_code in ((300, 0), (301, 1)):
             with self.subTest(ago):
                 clock = FakeClock()
