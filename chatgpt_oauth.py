@@ -3025,19 +3025,22 @@ def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> An
 
     A task spends a token or a code and stores the response. It gets a process of its own if that
     is possible. The caller must hold the lock of the token file. The arguments and the result must
-    be JSON values. Raises the task's errors. If an exception ends the wait for the task's process,
-    such as KeyboardInterrupt, the task goes on.
+    be JSON values. Raises the task's errors. After a KeyboardInterrupt, the task may still go on.
     """
+    # Settings come from texts, so the configuration may hold any value that has the right text.
+    config = {
+        key: value if value is None else str(value) for key, value in CHATGPT_OAUTH_CONFIG.items()
+    }
     order = {
         "task": task.__name__,
         "arguments": arguments,
-        "config": CHATGPT_OAUTH_CONFIG,
+        "config": config,
         "settings": without(vars(session.settings), "environ"),
         "client": type(session.client).__name__,
         "client_members": without(vars(session.client), "settings"),
     }
     session.token_file.are_locks_shared = True
-    reply = ask_child(session, json.dumps(order, default=str).encode() + b"\n")
+    reply = ask_child(session, json.dumps(order).encode() + b"\n")
     session.token_file.are_locks_shared = False
     if reply is None:
         with uninterrupted(session.settings):
@@ -3092,23 +3095,40 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
                 return None
             child.stdin.write(order)
             child.stdin.flush()
-            return bytes(child.stdout.read())
+            return read_reply(session, child.stdout)
     # The child has ended before it could read the whole order.
     except BrokenPipeError:
         return None
+
+
+def read_reply(session: Session, pipe: Any) -> bytes:
+    """Return everything that comes from a child process.
+
+    After a Ctrl-C, wait for the end of the child anyway, because the end of this process may also
+    be the end of a container, which kills the child. A second Ctrl-C ends the wait.
+    """
+    try:
+        return bytes(pipe.read())
+    except KeyboardInterrupt:
+        session.notify("info", "Waiting for the response first (Ctrl-C again to leave)...")
+        pipe.read()
+        raise
 
 
 def child_command() -> List[str]:
     """Return the command that runs this file as a child process, or [] if there is none.
 
     A frozen program, or a program that embeds Python, isn't an interpreter and must not be started
-    again. A program that is read from standard input has no file. Windows can't inherit a lock.
+    again. A program that is read from standard input has no file. Windows can't inherit a lock. The
+    end of process 1 of a container would kill a child.
     """
     program = str(globals().get("__file__", ""))
     python = sys.executable or ""
     is_python = re.match("python|pypy", os.path.basename(python).lower())
     is_frozen = getattr(sys, "frozen", False)
-    if sys.platform == "win32" or is_frozen or not is_python or not os.path.isfile(program):
+    if sys.platform == "win32" or os.getpid() == 1:
+        return []
+    if is_frozen or not is_python or not os.path.isfile(program):
         return []
     # -I -S keeps Python from running code from the current directory, PYTHONPATH or site-packages.
     # -B keeps it from writing a compiled file. -X makes it decode paths the way this process does.

@@ -3907,15 +3907,41 @@ time.sleep(0.2)
         self.assertLess(time.monotonic() - began, 1)
 
     @needs_signals
-    def test_ctrl_c_ends_the_wait_for_a_response(self):
+    def test_only_a_second_ctrl_c_ends_the_wait_for_a_response(self):
+        waiting = "Waiting for the response first (Ctrl-C again to leave)..."
+        for is_repeated in (False, True):
+            with self.subTest(is_repeated=is_repeated):
+                self.double.requests.clear()
+                self.store(lifetime=-10)
+                released = self.hold_response("refresh")
+                running = self.start("token")
+                wait_for(lambda: self.double.count("refresh"))
+                running.process.send_signal(signal.SIGINT)
+                running.wait_for_line(re.escape(waiting))
+                if is_repeated:
+                    running.process.send_signal(signal.SIGINT)
+                    running.wait(5)
+                released.set()
+                self.assertEqual(running.result(), (130, "", f"{waiting}\nInterrupted.\n"))
+                self.assert_fresh(self.call("token"))
+                self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_ctrl_c_for_the_first_process_of_a_container_loses_no_response(self):
+        if not can_mount():
+            self.skipTest("no namespaces here")
         self.store(lifetime=-10)
-        self.double.delay = 3
-        running = self.start("token")
+        released = self.hold_response("refresh")
+        command = ["unshare", "--pid", "--fork", *PROGRAM_COMMAND, "token"]
+        running = Process(command, self.environ)
+        self.addCleanup(running.close)
         wait_for(lambda: self.double.count("refresh"))
-        began = time.monotonic()
-        running.process.send_signal(signal.SIGINT)
-        self.assertEqual(running.result(), (130, "", "Interrupted.\n"))
-        self.assertLess(time.monotonic() - began, 1.5)
+        outer = running.process.pid
+        first = int(pathlib.Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0])
+        for _ in range(2):
+            os.kill(first, signal.SIGINT)
+            time.sleep(0.4)
+        released.set()
+        self.assertEqual(running.result().out, "")
         self.assert_fresh(self.call("token"))
         self.assertEqual(self.double.count("refresh"), 1)
 
