@@ -3087,18 +3087,28 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
     # No more processes are allowed, or Python 3.12 is shutting down.
     except (OSError, RuntimeError):
         return None
+    # If this is interrupted, the child gets the end of its input. That ends it, unless it has the
+    # whole order already.
+    with child:
+        if not give_order(child, order):
+            return None
+        return read_reply(session, child.stdout)
+
+
+def give_order(child: Any, order: bytes) -> bool:
+    """Give a child process its order when it is ready, and return whether it got all of it."""
     try:
-        # If the wait is interrupted, the child gets the end of its input. That ends it unless it
-        # already has the whole order.
-        with child:
-            if child.stdout.readline() != CHILD_GREETING:
-                return None
-            child.stdin.write(order)
-            child.stdin.flush()
-            return read_reply(session, child.stdout)
+        if child.stdout.readline() != CHILD_GREETING:
+            return False
+        child.stdin.write(order)
+        child.stdin.flush()
     # The child has ended before it could read the whole order.
     except BrokenPipeError:
-        return None
+        # Closing the pipe tries to write the rest.
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+        return False
+    return True
 
 
 def read_reply(session: Session, pipe: Any) -> bytes:
@@ -3140,7 +3150,8 @@ def child_command() -> List[str]:
 def uninterrupted(settings: Settings) -> Iterator[None]:
     """Delay signals and interpreter exit until the block is done, so that a response is saved.
 
-    In a thread other than the main one, signals can't be delayed, but the interpreter's exit can.
+    This is for programs that can't start a child process. In a thread other than the main one,
+    signals can't be delayed, but the interpreter's exit can.
     """
     import atexit
     import threading

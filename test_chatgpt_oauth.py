@@ -5022,6 +5022,25 @@ class SignInTest(Case):
         self.assertNotIn("create an organization", err)
 
     @needs_signals
+    def test_a_closed_window_during_the_code_exchange_does_not_lose_the_sign_in(self):
+        for flags, endpoint in (([], "code"), (["--official"], "plan_code")):
+            released = self.hold_response(endpoint)
+            running = self.start("auth", "--no-browser", *flags)
+            response = urllib.parse.urlsplit(authorization_response(running.wait_for_url()))
+            # The program ends before it answers this request.
+            browser = socket.create_connection(("127.0.0.1", response.port), WAIT_LIMIT)
+            self.addCleanup(browser.close)
+            target = f"{response.path}?{response.query}"
+            browser.sendall(f"GET {target} HTTP/1.1\r\nHost: {response.netloc}\r\n\r\n".encode())
+            wait_for(lambda asked=endpoint: self.double.count(asked))
+            for _ in range(2):
+                running.process.send_signal(signal.SIGHUP)
+            released.set()
+            self.assertEqual(running.result().code, -signal.SIGHUP)
+        wait_for(self.plan_file.exists)
+        self.assert_fresh(self.call("token", "--refresh"))
+
+    @needs_signals
     def test_ctrl_c_during_the_code_exchange_reports_the_sign_in(self):
         def browse(url):
             # The program may end before the browser has the whole page.
