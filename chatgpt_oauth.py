@@ -385,10 +385,10 @@ class OAuthError(Exception):
         self.hint = printable(hint) or None
         self.command = command
 
-    def set_default_hint(self, command: str) -> None:
-        """Set the default hint, to try again with `command`, unless there is a hint already."""
+    def set_default_hint(self, command: str, text: str = "to try again, run") -> None:
+        """Set the hint `text`, which ends with `command`, unless there is a hint already."""
         if not self.hint:
-            self.hint, self.command = "to try again, run", command
+            self.hint, self.command = text, command
 
     def to_members(self) -> Fields:
         """Return everything about this error as JSON values, for another process."""
@@ -3938,21 +3938,15 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     """
     what = "list the models"
     response = _models_response(session, source, what)
-    if not response.is_success:
-        error = response.error(what)
-        # A RequestError says something about the network or the server, not about the account.
-        if response.status not in (401, 403) or isinstance(error, RequestError):
-            raise error
-        if "scope_not_authorized" in response.code:
-            raise plan_not_allowed_error()
-        hint = "to get a new API key, run" if source == "api" else "to use another account, run"
-        if "invalid_authorization_context" in response.code:
-            hint = "to sign in again, run"
-        raise RefusedError(str(error), hint, session.client.sign_in_command)
-    members = response.json_object(what)
-    listed = members.get("data" if source == "api" else "models")
-    if not isinstance(listed, list):
-        raise OAuthError(f"could not {what}: the response has no list of models")
+    try:
+        listed = response.json_object(what).get("data" if source == "api" else "models")
+        if not isinstance(listed, list):
+            raise OAuthError(f"could not {what}: the response has no list of models")
+    except RequestError:
+        # The reason is the network or the server, not the account.
+        raise
+    except OAuthError as error:
+        raise _list_error(session, source, response, error) from None
     id_name = "id" if source == "api" else "slug"
     models: Dict[str, Fields] = {}
     skipped = 0
@@ -3973,6 +3967,23 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     if source == "api":
         return dict(sorted(models.items(), key=_creation_time, reverse=True))
     return models
+
+
+def _list_error(
+    session: Session, source: str, response: Response, error: OAuthError
+) -> OAuthError:
+    """Return `error`, for a response that has no list of models, with its next step."""
+    if response.status not in (401, 403):
+        error.set_default_hint("status --online", "to see what OpenAI accepts, run")
+        return error
+    if "scope_not_authorized" in response.code:
+        return plan_not_allowed_error()
+    hint = "to use another account, run"
+    if source == "api":
+        hint = "to get a new API key, run"
+    elif "invalid_authorization_context" in response.code:
+        hint = "to sign in again, run"
+    return RefusedError(str(error), hint, session.client.sign_in_command)
 
 
 def _models_response(session: Session, source: str, what: str) -> Response:

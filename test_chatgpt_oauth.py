@@ -4653,6 +4653,13 @@ class ModelsTest(Case):
         self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to get a new API key, run: ")
         self.assertEqual(self.double.count("refresh"), 0)
 
+    def test_a_useless_response_has_a_hint(self):
+        for status, body in ((404, b"{}"), (400, b"x"), (302, b""), (200, b"[]"), (200, b"{}")):
+            for source in ("api", "codex"):
+                self.fault(source, status, body)
+                result = self.call("models", "--source", source)
+                self.assert_fails(result, 1, "could not list the models", "status --online")
+
     def test_a_forbidden_list_has_a_hint(self):
         self.fault("codex", 403, b'{"detail": "not included"}')
         command = ("models", "--source", "codex")
