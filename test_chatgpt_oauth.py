@@ -425,7 +425,9 @@ class OfficialEndpoints:
         return None if allowed else (403, {"detail": "The plan was not allowed."})
 
     def _plan_responses(self, fields, headers):
-        refusal = self.plan_refusal(headers) or self.request_refusal(fields)
+        refusal = None
+        if headers.get("authorization", "")[7:] not in self.api_keys:
+            refusal = self.plan_refusal(headers) or self.request_refusal(fields)
         code = "subscription_sharing_usage_limit_exceeded"
         limit = {"code": code, "type": code, "message": "The usage limit has been reached"}
         if not refusal and self.plan_limit == "before":
@@ -809,6 +811,11 @@ class Double(OfficialEndpoints):
     def _chat(self, fields, headers):
         if headers.get("authorization", "")[7:] not in self.api_keys:
             return self.refuse("invalid_api_key")
+        is_old = fields["model"].startswith(("gpt-3", "gpt-4"))
+        if fields.get("tools") and fields.get("reasoning_effort") and not is_old:
+            message = "Function tools with reasoning_effort are not supported for this model in "
+            message += "/v1/chat/completions. Please use /v1/responses instead."
+            return self.refuse(None, message, 400)
         message = {"role": "assistant", "content": "Hello from the double."}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
