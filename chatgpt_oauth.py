@@ -2069,16 +2069,20 @@ def home_hint(settings: Settings) -> str:
     while not os.path.lexists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
     is_effective = os.access in os.supports_effective_ids
-    mode = os.W_OK | os.X_OK
-    if os.path.isdir(place) and os.access(place, mode, effective_ids=is_effective):
+    if not os.path.isdir(place):
+        problem = f"{place} is not a directory"
+    elif os.access(place, os.W_OK | os.X_OK, effective_ids=is_effective):
         return ""
-    if can_change_mode(place):
+    elif can_change_mode(place):
         return f"make {place} writable, or set CHATGPT_OAUTH_HOME to another directory"
+    elif place == settings.home:
+        problem = f"you cannot write to {place}"
+    else:
+        problem = f"you cannot create {settings.home}"
     variables = settings.home_variable
     if variables != "CHATGPT_OAUTH_HOME":
         variables += " or CHATGPT_OAUTH_HOME"
-    call = "write to" if place == settings.home else "create"
-    return f"you cannot {call} {settings.home}; set {variables} to a directory of yours"
+    return f"{problem}; set {variables} to a directory of yours"
 
 
 def can_change_mode(path: str) -> bool:
@@ -2691,11 +2695,9 @@ class TokenFile(JsonFile):
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
         place = self.settings.home
-        is_mounted = (
-            home_hint(self.settings) and self.holds_sign_in() and not can_change_mode(place)
-        )
-        if not is_mounted:
+        if not home_hint(self.settings) or not self.holds_sign_in() or can_change_mode(place):
             return super()._lock_error(error)
+        # The sign-in can be read, so the place is a read-only mount.
         failure = storage_error("change", self.path, error)
         failure.hint = (
             "mount a writable directory with a sign-in of its own, and set CHATGPT_OAUTH_HOME to it"
@@ -3969,9 +3971,7 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     return models
 
 
-def _list_error(
-    session: Session, source: str, response: Response, error: OAuthError
-) -> OAuthError:
+def _list_error(session: Session, source: str, response: Response, error: OAuthError) -> OAuthError:
     """Return `error`, for a response that has no list of models, with its next step."""
     if response.status not in (401, 403):
         error.set_default_hint("status --online", "to see what OpenAI accepts, run")

@@ -2727,6 +2727,18 @@ class StoreTest(Case):
             out = self.call("status", "--json", environ={"HOME": None}).out
         self.assertEqual(json.loads(out)["token_file"], str(self.token_file))
 
+    def test_a_home_that_is_not_a_directory_is_named(self):
+        (self.folder / "file").write_text("")
+        links = [self.folder / "file"]
+        with contextlib.suppress(OSError):
+            (self.folder / "link").symlink_to("nowhere")
+            links.append(self.folder / "link")
+        for home in links:
+            hint = f"hint: {home} is not a directory; set CHATGPT_OAUTH_HOME to a directory of"
+            environ = {"CHATGPT_OAUTH_HOME": str(home)}
+            exit_code = 6 if home.exists() and POSIX else 3
+            self.assert_fails(self.call("token", environ=environ), exit_code, hint)
+
     def test_an_unwritable_home_is_reported_before_the_browser_opens(self):
         (self.folder / "file").write_text("")
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "file")}
