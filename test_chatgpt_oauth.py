@@ -9187,6 +9187,17 @@ class SpecificationTest(Case):
                 self.assertEqual(result.code, exit_code, result.err)
                 self.assertEqual("is this computer's clock right?" in result.err, exit_code == 1)
 
+    def test_a_claim_that_is_no_text_is_unknown(self):
+        for claim in (5, True, "", [], ["x"], {"x": 1}, None):
+            with self.subTest(claim):
+                auth = {"chatgpt_plan_type": claim, "organizations": [{"id": claim}]}
+                access = encode_jwt({"exp": int(time.time()) + 9999})
+                claims = {"email": claim, AUTH_CLAIM: auth}
+                self.store(access_token=access, id_token=encode_jwt(claims))
+                report = json.loads(self.call("status", "--json").out)
+                for name in ("email", "plan", "organization_id"):
+                    self.assertIsNone(report[name])
+
     # Requests -----------------------------------------------------------------------------
 
     def test_a_request_takes_30_seconds_and_a_revocation_10(self):
@@ -9347,6 +9358,15 @@ class SpecificationTest(Case):
         self.assert_fails(self.call_at(clock, "token"), 6, "not valid JSON")
         self.assertAlmostEqual(clock.elapsed, 0.5, delta=0.05)
         self.assertEqual(set(clock.pauses), {0.02})
+
+    @needs_modes
+    def test_a_file_that_cannot_be_read_is_reported_at_once(self):
+        self.store()
+        clock = FakeClock()
+        self.token_file.chmod(0)
+        with self.as_unprivileged_owner():
+            self.assert_fails(self.call_at(clock, "token"), 6, "Permission denied")
+        self.assertEqual(clock.elapsed, 0)
 
     def test_the_sizes_of_files_are_limited(self):
         mebibyte = 1048576
