@@ -4833,6 +4833,19 @@ class SignInTest(Case):
         # Nobody is signed in any more after the session has ended.
         self.assertNotIn("replaces", self.sign_in())
 
+    def test_other_ways_are_explained_if_no_browser_opens(self):
+        port = self.ports[0]
+        tunnel, device = f"ssh -L {port}:localhost:{port}", "auth --device"
+        err = self.sign_in()
+        self.assertIn(tunnel, err)
+        self.assertIn(device, err)
+        with mock.patch.object(subprocess, "Popen"):
+            environ = {"DISPLAY": ":0", "BROWSER": None}
+            err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
+        self.assertIn("Opening your browser", err)
+        self.assertNotIn(tunnel, err)
+        self.assertNotIn(device, err)
+
     def test_a_sign_in_to_another_workspace_is_refused(self):
         before = self.store()
         for arguments, environ in (
@@ -8720,6 +8733,19 @@ class PuppyModelTest(PuppyCase):
         model = self.build_official_model("gpt-6-astra")
         self.assert_request_stops(model, "was not allowed", "/chatgpt-auth --official")
         self.assertEqual(self.headers, [])
+
+    def test_the_reason_of_a_refusal_is_shown_unless_it_is_a_web_page(self):
+        self.store()
+        model = self.build_model()
+        for body, shown in (
+            ({"message": "No."}, "OpenAI refused this request (No.)"),
+            ({"detail": "No."}, "OpenAI refused this request (No.)"),
+            ({"message": "<html>"}, "OpenAI refused this request (HTTP 400)"),
+            (None, "OpenAI refused this request (HTTP 400)"),
+        ):
+            answering = self.answer_with(ModelHTTPError(400, "gpt-6", body))
+            with self.subTest(body), answering:
+                self.assert_request_stops(model, shown)
 
     def test_408_409_425_and_429_are_repeated_by_the_host(self):
         self.store()
