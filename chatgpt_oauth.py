@@ -5991,25 +5991,51 @@ def command_logout(session: Session, options: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 # Install: make this file a command and Code Puppy's plugin
 # ---------------------------------------------------------------------------------------------
-# `install` writes three files: a copy of this program, a launcher for it, and the plugin, which is
-# another copy. Each contains a mark that no version changes. A file without its mark belongs to
-# somebody else: neither command touches it. Files are replaced atomically and all together, under
-# one lock. `uninstall` removes what `install` created and never a sign-in.
+# `install` writes a copy of this program, a launcher for it, and the plugin, which is another copy.
+# A record beside the program lists every launcher and every directory that it made. Each file
+# contains a mark that no version changes. A file without its mark belongs to somebody else: neither
+# command touches it. Files are replaced atomically and all together, under one lock. Nothing that
+# the launcher executes is writable by other users. `uninstall` removes what `install` created and
+# never a sign-in.
 
 PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
 LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
+# The values that earlier releases had as defaults. A person hasn't chosen them.
+FORMER_DEFAULTS = {
+    "codex_client_version": "0.169.0",
+    "default_context_length": 128000,
+    "responses_patterns": "*-codex*,*-pro,*-pro-*",
+}
+# The replaced copy of an edited file is kept under its name and this suffix.
+KEPT_SUFFIX = ".old"
+# Our files in Code Puppy's directory, with their locks and temporary files.
+OWN_FILES = r"chatgpt_(oauth|models|plan|agent)\.json(\.[a-z]+)?"
+# The permission of the group and of all other users to write.
+WRITE_BY_OTHERS = 0o022
 # The code that the launcher has Python run. At first sys.argv is ["-c", launcher, directory,
 # *arguments]. The code makes that [launcher, *arguments], as if the launcher were the program.
 # It imports the program, because Python caches the compiled code of an import. A script would be
-# compiled at every start, which takes longer than everything else that `env` does.
-LAUNCH_CODE = (
-    "import sys; "
-    "_, launcher, directory, *arguments = sys.argv; "
-    "sys.argv = [launcher, *arguments]; "
-    "sys.path.insert(0, directory); "
-    "import chatgpt_oauth; "
-    "chatgpt_oauth.run_program()"
-)
+# compiled at every start, which takes longer than everything else that `env` does. The directory
+# comes last in the search path, so that no file in it can stand in for a module of Python's own.
+# The code must not contain an apostrophe.
+LAUNCH_CODE = """\
+import sys
+_, launcher, directory, *arguments = sys.argv
+sys.argv = [launcher, *arguments]
+sys.path.append(directory)
+try:
+    import chatgpt_oauth
+except Exception:
+    # The compiled code may be damaged, for example because the disk was full.
+    import contextlib, importlib.util, os
+    damaged = importlib.util.cache_from_source(os.path.join(directory, "chatgpt_oauth.py"))
+    with contextlib.suppress(OSError):
+        os.unlink(damaged)
+    # No compiled code can be there, so Python compiles the program itself.
+    sys.dont_write_bytecode, sys.pycache_prefix = True, launcher
+    import chatgpt_oauth
+chatgpt_oauth.run_program()
+"""
 # -I -S keeps Python from running code from the current directory, PYTHONPATH or site-packages.
 # A #! line can't hold a long path or one with a space, so the launcher is a shell script. It sets
 # no variables, because if the person exports one of that name, the program would see our value.
@@ -6038,14 +6064,13 @@ exit /b 6
 :start
 {python} -I -S -c "{code}" "%~f0" {directory} %* & goto :eof
 """
+RESTART_CODE_PUPPY = "If Code Puppy is running, restart it."
+# How long the installed command may take to print its version.
+FIRST_RUN_TIMEOUT = 60  # seconds
 
 
 class InstallPaths:
-    """The paths of the program, its launcher (in `bin_directory`) and the plugin.
-
-    `files` maps the path of each file that the options ask for to its mark. It includes the
-    plugin if Code Puppy is installed.
-    """
+    """The paths of the program, its launcher (in `bin_directory`) and the plugin."""
 
     def __init__(self, environ: Dict[str, str], options: Namespace) -> None:
         if sys.platform == "win32":
@@ -6059,18 +6084,73 @@ class InstallPaths:
                 data = "~/.local/share"
             default_bin = "~/.local/bin"
             launcher_name = LAUNCHERS[0]
-        self.directory = absolute_path(os.path.join(data, "chatgpt_oauth"))
-        self.program = os.path.join(self.directory, "chatgpt_oauth.py")
-        self.lock = os.path.join(self.directory, "install.lock")
         self.bin_directory = absolute_path(options.bin or default_bin)
         self.launcher = os.path.join(self.bin_directory, launcher_name)
-        self.code_puppy = code_puppy = absolute_path("~/.code_puppy")
-        self.plugin_directory = os.path.join(code_puppy, "plugins", "chatgpt_oauth_file")
+        self.code_puppy = absolute_path("~/.code_puppy")
+        self.plugin_directory = os.path.join(self.code_puppy, "plugins", "chatgpt_oauth_file")
         self.plugin = os.path.join(self.plugin_directory, "register_callbacks.py")
-        self.files = {self.launcher: LAUNCHER_MARK.encode(), self.program: PROGRAM_MARK}
-        has_code_puppy = os.path.isdir(code_puppy) and not options.no_code_puppy
-        if options.code_puppy or has_code_puppy:
-            self.files[self.plugin] = PROGRAM_MARK
+        self.set_directory(absolute_path(os.path.join(data, "chatgpt_oauth")))
+
+    def set_directory(self, directory: str) -> None:
+        """Set the directory of the program, its record and its lock."""
+        self.directory = directory
+        self.program = os.path.join(directory, "chatgpt_oauth.py")
+        # Python reads its compiled code from this file.
+        name = f"chatgpt_oauth.{sys.implementation.cache_tag}.pyc"
+        self.compiled = os.path.join(directory, "__pycache__", name)
+        self.record = os.path.join(directory, "install.json")
+        self.lock = os.path.join(directory, "install.lock")
+
+    def mark(self, path: str) -> bytes:
+        """Return the mark that our file at `path` contains."""
+        copies = (self.program, self.plugin)
+        is_copy = path in copies or path in [copy + KEPT_SUFFIX for copy in copies]
+        return PROGRAM_MARK if is_copy else LAUNCHER_MARK.encode()
+
+    def content(self, path: str) -> bytes:
+        """Return the content of our file at `path`, or b"" if nothing is there.
+
+        Raises StorageError if the file can't be read or isn't ours.
+        """
+        content = b""
+        try:
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                content = file_content(path)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise StorageError(f"{path}: cannot read: {error.strerror}") from None
+        if self.mark(path) not in content:
+            raise StorageError(
+                f"{path}: not made by chatgpt_oauth, so it is left alone",
+                "rename or remove it, then try again (--bin DIR chooses another place for the "
+                "command, --no-code-puppy does without the plugin)",
+            )
+        return content
+
+
+class Record:
+    """What `install` has made: the paths of the launchers and of the directories.
+
+    The file may be missing or damaged. Then both are empty, and `uninstall` finds only the launcher
+    that it was started with or told to remove.
+    """
+
+    def __init__(self, paths: InstallPaths) -> None:
+        self.launchers: Set[str] = set()
+        self.directories: Set[str] = set()
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            fields = json.loads(file_content(paths.record))
+            self.launchers.update(map(str, fields.get("launchers")))
+            self.directories.update(map(str, fields.get("directories")))
+
+    def encode(self) -> bytes:
+        fields = {
+            "comment": LAUNCHER_MARK,
+            "launchers": sorted(self.launchers),
+            "directories": sorted(self.directories),
+        }
+        return encode(fields)
 
 
 def absolute_path(path: str) -> str:
@@ -6102,9 +6182,11 @@ def launcher_content(paths: InstallPaths) -> bytes:
             directory=quote_path(paths.directory),
         )
         return os.fsencode(text)
+    # A command of a batch file is one line, and a double quote would end the argument.
+    code = "exec({})".format(repr(LAUNCH_CODE).replace('"', r"\x22"))
     text = WINDOWS_LAUNCHER.format(
         mark=LAUNCHER_MARK,
-        code=LAUNCH_CODE,
+        code=code,
         python=batch_quote(python),
         program=batch_quote(paths.program),
         directory=batch_quote(paths.directory),
@@ -6115,6 +6197,23 @@ def launcher_content(paths: InstallPaths) -> bytes:
     except UnicodeEncodeError:
         quoted = map(batch_quote, (python, paths.program, paths.directory))
         raise StorageError(f"the command prompt cannot read one of {', '.join(quoted)}") from None
+
+
+def launched_directory(launcher: bytes) -> Optional[str]:
+    """Return the directory of the program that a launcher runs, or None if that isn't clear."""
+    if sys.platform == "win32":
+        found = re.search(r'"%~f0" "(.*)" %\*', launcher.decode("oem"))
+        return found[1].replace("%%", "%") if found else None
+    found = re.search(r'"\$0" (.*) "\$@"\n\Z', os.fsdecode(launcher), re.DOTALL)
+    if not found:
+        return None
+    word = found[1]
+    # These are the three forms that quote_path returns.
+    if word.startswith('"'):
+        return word[1:-1]
+    if word.startswith("'"):
+        return word[1:-1].replace("'\"'\"'", "'")
+    return word
 
 
 def batch_quote(path: str) -> str:
@@ -6166,86 +6265,280 @@ def file_content(path: str) -> bytes:
         return file.read(MEBIBYTE)
 
 
-def installed_content(path: str, mark: bytes) -> bytes:
-    """Return the content of our file at `path`, or b"" if nothing is there.
+def has_code_puppy(paths: InstallPaths, environ: Dict[str, str]) -> bool:
+    """Whether Code Puppy is installed, or at least our plugin for it.
 
-    Raises StorageError if the file can't be read or isn't ours.
+    A ~/.code_puppy that holds only our own files and empty directories is no sign of Code Puppy.
     """
-    content = b""
+    import shutil
+
+    if shutil.which("code-puppy", path=environ.get("PATH")):
+        return True
+    for _, _, names in os.walk(paths.code_puppy):
+        if not all(re.fullmatch(OWN_FILES, name) for name in names):
+            return True
+    return False
+
+
+def edited_settings(installed: bytes) -> List[str]:
+    """Return the names of the settings that were edited in an installed copy of this program.
+
+    These are the ones whose value neither this file nor an earlier release has.
+    """
+    import ast
+
+    pattern = rb"^CHATGPT_OAUTH_CONFIG.*?= (\{.*?^\})"
+    found = re.search(pattern, installed, re.MULTILINE | re.DOTALL)
     try:
-        if stat.S_ISREG(os.lstat(path).st_mode):
-            content = file_content(path)
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise StorageError(f"{path}: cannot read: {error.strerror}") from None
-    if mark not in content:
-        raise StorageError(
-            f"{path}: not made by chatgpt_oauth, so it is left alone",
-            "rename or remove it, then try again (--bin DIR chooses another place for the command, "
-            "--no-code-puppy does without the plugin)",
-        )
-    return content
+        settings = ast.literal_eval(found[1].decode()) if found else {}
+    except (SyntaxError, ValueError):
+        # The person has written more than values there.
+        return ["CHATGPT_OAUTH_CONFIG"]
+    edited = []
+    for name, value in settings.items():
+        defaults = [each[name] for each in (CHATGPT_OAUTH_CONFIG, FORMER_DEFAULTS) if name in each]
+        if value not in defaults:
+            edited.append(name)
+    return edited
 
 
 def command_install(session: Session, options: Namespace) -> None:
     """Install this file as a command and, if Code Puppy is installed, as its plugin."""
-    notify = session.notify
-    paths = InstallPaths(session.settings.environ, options)
+    notify, environ = session.notify, session.settings.environ
+    paths = InstallPaths(environ, options)
     source = own_source()
     contents = {paths.program: source, paths.launcher: launcher_content(paths)}
-    if paths.plugin in paths.files:
+    has_host = options.code_puppy or has_code_puppy(paths, environ)
+    if has_host and not options.no_code_puppy:
         contents[paths.plugin] = source
-    for path, mark in paths.files.items():
-        is_current = installed_content(path, mark) == contents[path]
-        # Windows can't replace a file that is open, and the launcher may be running now.
-        if is_current and sys.platform == "win32":
-            del contents[path]
     try:
-        replace_files(contents, paths, session.settings.lock_timeout)
+        replace_files(contents, paths, session)
     except OSError as error:
         raise storage_error("write", error.filename or paths.directory, error) from None
     # Hints name the command that the person typed. From now on they should name the new one.
     sys.argv[0] = paths.launcher
     notify("done", f"Installed the command {paths.launcher}")
     notify("info", f"It runs a copy of this file: {paths.program}")
-    if paths.plugin in paths.files:
+    if paths.plugin in contents:
         notify("done", f"Installed the Code Puppy plugin {paths.plugin}")
+        notify("info", RESTART_CODE_PUPPY)
     report_next_steps(session, paths)
 
 
-def replace_files(contents: Dict[str, bytes], paths: InstallPaths, timeout: float) -> None:
-    """Replace each file with its new content, and compile the program before its first start.
+def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Session) -> None:
+    """Replace each file with its new content, compile the program, and run the command once.
 
     All files are written before the first one is replaced. If one can't be written, all stay as
-    they are. Raises OSError.
+    they are. If the command doesn't run, the files that are new are removed. Raises OSError and
+    OAuthError.
     """
-    import py_compile
-
-    if paths.plugin in contents:
-        # Tokens will be stored there.
-        _make_directory(paths.code_puppy, 0o700)
-    for path in contents:
-        _make_directory(os.path.dirname(path), 0o755)
-    replacements = []
+    directories: Set[str] = set()
     with contextlib.ExitStack() as stack:
-        lock = _acquire_lock_file(paths.lock, time.monotonic() + timeout)
-        stack.callback(_release, lock)
-        for path, content in contents.items():
+        lock = lock_directory(paths, session.settings.lock_timeout, directories)
+        stack.callback(unlock, lock, paths, directories)
+        # Other people's files are an error before anything is written.
+        previous = {path: paths.content(path) for path in (*contents, paths.record)}
+        make_directories(contents, paths, directories)
+        # Windows can't replace a file that is open, and the launcher may be running now.
+        if sys.platform == "win32" and previous[paths.launcher] == contents[paths.launcher]:
+            del contents[paths.launcher]
+        edited = {path: edited_settings(content) for path, content in previous.items()}
+        kept = {path + KEPT_SUFFIX: previous[path] for path in edited if edited[path]}
+        record = Record(paths)
+        record.launchers.add(paths.launcher)
+        record.directories.update(directories)
+        # Others may have written to this directory before it was tightened.
+        remove_compiled_code(paths.program)
+        replacements = []
+        # The record comes first, so that it lists the launcher if this process is killed.
+        for path, content in {paths.record: record.encode(), **kept, **contents}.items():
+            require_own_file(path)
             mode = 0o755 if path == paths.launcher else 0o644
-            replacement = Replacement(path, mode)
-            stack.callback(replacement.discard)
-            replacement.write(content)
-            replacement.sync()
-            replacements.append(replacement)
+            replacements.append(write_replacement(stack, path, content, mode))
+            if path == paths.program:
+                facts = os.fstat(replacements[-1].file.fileno())
+                code = compiled_code(content, path, facts)
+                replacements.append(write_replacement(stack, paths.compiled, code, 0o644))
         for replacement in replacements:
             replacement.commit()
-        stamped = py_compile.PycInvalidationMode.TIMESTAMP
-        py_compile.compile(paths.program, doraise=True, invalidation_mode=stamped)
+        try:
+            require_working_launcher(paths)
+        except OAuthError:
+            for path, content in previous.items():
+                if not content:
+                    remove_file(path)
+            raise
+    for path, names in edited.items():
+        if names:
+            text = f"the installed copy had edited settings: {', '.join(names)}"
+            session.notify("warning", text)
+            session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
+
+
+def write_replacement(
+    stack: contextlib.ExitStack, path: str, content: bytes, mode: int
+) -> Replacement:
+    """Write the replacement of a file. It is discarded at the end of `stack`. Raises OSError."""
+    replacement = Replacement(path, mode)
+    stack.callback(replacement.discard)
+    replacement.write(content)
+    replacement.sync()
+    return replacement
+
+
+def compiled_code(source: bytes, path: str, facts: os.stat_result) -> bytes:
+    """Return the compiled code that Python caches for the program at `path` (PEP 552).
+
+    `facts` are those of the file with the `source`. The module py_compile isn't used, because it
+    doesn't notice that the disk is full.
+    """
+    import importlib.util
+    import marshal
+
+    code = compile(source, path, "exec", dont_inherit=True, optimize=0)
+    flags = 0
+    numbers = (flags, int(facts.st_mtime), facts.st_size)
+    header = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
+    return importlib.util.MAGIC_NUMBER + header + marshal.dumps(code)
+
+
+def require_working_launcher(paths: InstallPaths) -> None:
+    """Run the installed command once. Raises StorageError if it doesn't print its version."""
+    import subprocess
+
+    version = f"chatgpt_oauth {__version__}"
+    try:
+        result = subprocess.run(  # noqa: S603 - our own launcher, no shell
+            [paths.launcher, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=FIRST_RUN_TIMEOUT,
+        )
+    except PermissionError:
+        raise StorageError(
+            f"{paths.bin_directory} does not allow programs (is it mounted noexec?)",
+            "to use another directory, run",
+            "install --bin DIR",
+        ) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        fault = str(error)
+    else:
+        if result.stdout.decode(errors="replace").strip() == version:
+            return
+        lines = result.stderr.decode(errors="replace").split("\n")
+        fault = " ".join(lines[-2:]).strip() or f"exit code {result.returncode}"
+    raise StorageError(f"{paths.launcher} does not work: {fault}")
+
+
+def lock_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> int:
+    """Make the program's directory, lock it and return the lock. Raises OSError and OAuthError."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            make_own_directory(paths.directory, made)
+            return _acquire_lock_file(paths.lock, deadline)
+        except FileNotFoundError:
+            # `uninstall` has just removed the directory.
+            if time.monotonic() >= deadline:
+                raise
+
+
+def unlock(lock: int, paths: InstallPaths, directories: Set[str]) -> None:
+    """Release the lock and remove the `directories` that are empty.
+
+    If nothing is installed, the lock's file is removed, too. A process that waits for the lock
+    notices that: see _acquire.
+    """
+    # The lock's file is in the last ones. The others are removed before another process gets it.
+    last = {path for path in directories if paths.lock.startswith(os.path.join(path, ""))}
+    remove_empty_directories(directories - last)
+    is_needed = os.path.lexists(paths.record)
+    # Windows can't remove an open file. Another `install` may have it open.
+    if sys.platform == "win32":
+        _release(lock)
+    if not is_needed:
+        with contextlib.suppress(OSError):
+            os.unlink(paths.lock)
+    if sys.platform != "win32":
+        _release(lock)
+    remove_empty_directories(last)
+
+
+def remove_empty_directories(paths: Set[str]) -> None:
+    # The longest path is first, so that a directory comes before its parent.
+    for path in sorted(paths, key=len, reverse=True):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def make_directories(contents: Dict[str, bytes], paths: InstallPaths, made: Set[str]) -> None:
+    """Make the directories of all files, and add them to `made`. Raises OSError, StorageError."""
+    make_own_directory(os.path.dirname(paths.compiled), made)
+    # Other programs use this directory, too.
+    make_directory(os.path.dirname(paths.launcher), made)
+    if paths.plugin in contents:
+        make_directory(paths.code_puppy, made, 0o700)
+        make_own_directory(paths.plugin_directory, made)
+
+
+def make_directory(path: str, made: Set[str], mode: int = 0o755) -> None:
+    """Make a directory and its missing parents, and add them to `made`. Raises OSError."""
+    missing = path
+    while not os.path.isdir(missing) and missing != os.path.dirname(missing):
+        made.add(missing)
+        missing = os.path.dirname(missing)
+    _make_directory(path, mode)
+
+
+def make_own_directory(path: str, made: Set[str]) -> None:
+    """Make a directory, and make sure that only its owner can write to it.
+
+    It and its missing parents are added to `made`. Raises OSError, and StorageError if the
+    directory belongs to another user.
+    """
+    make_directory(path, made)
+    if sys.platform == "win32":
+        return
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    if os.geteuid() == 0:
+        # The user in whose home directory root installs could link to any directory.
+        flags |= os.O_NOFOLLOW
+    descriptor = os.open(path, flags)
+    try:
+        facts = os.fstat(descriptor)
+        require_owner(path, facts)
+        if facts.st_mode & WRITE_BY_OTHERS:
+            # Some file systems have no permissions.
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, stat.S_IMODE(facts.st_mode) & ~WRITE_BY_OTHERS)
+    finally:
+        os.close(descriptor)
+
+
+def require_own_file(path: str) -> None:
+    """Raise StorageError if there is a file of another user at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        require_owner(path, os.lstat(path))
+
+
+def require_owner(path: str, facts: os.stat_result) -> None:
+    """Raise StorageError unless this user owns `path`. If we are root: whoever owns its directory.
+
+    Anyone else could replace what the launcher executes.
+    """
+    if sys.platform == "win32":
+        return
+    user = os.geteuid()
+    if user == 0:
+        user = os.stat(os.path.dirname(path)).st_uid
+    if facts.st_uid != user:
+        raise StorageError(
+            f"{path}: owned by another user (uid {facts.st_uid})", "remove it, then try again"
+        )
 
 
 def report_next_steps(session: Session, paths: InstallPaths) -> None:
-    """Report whether the shell finds the command, and which lines to add to its profile."""
+    """Report which lines to add to the shell's profile, and the command to type next."""
     import shutil
 
     notify, settings = session.notify, session.settings
@@ -6255,54 +6548,103 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     profile = SHELLS[shell].names.get(persons_shell, "~/.profile")
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
-        notify("warning", f"{paths.bin_directory} is not in PATH")
+        notify("warning", f"{paths.bin_directory} is not on your PATH")
+        notify("info", f"To change that, add this line to {profile}:")
         line = SHELLS[shell].search.format(
             path=quote_path(paths.bin_directory, shell),
             quoted=shell_quote(shell, paths.bin_directory),
         )
-        notify("info", f"To add it, put this line into {profile}:")
         notify("info", f"    {line}")
     elif not os.path.samefile(found, paths.launcher):
-        notify("warning", f"another {COMMAND} comes first in PATH: {found}")
-        notify("hint", f"remove that one, or put {paths.bin_directory} before it in PATH")
-    else:
-        notify("info", f"{paths.bin_directory} is in PATH; to see what it can do, run", "--help")
-    notify("info", f"To have the API key in each new shell, put this line into {profile}:")
-    line = profile_line(shell, program_name(absolute=True, shell=shell), settings.api_key_env_var)
-    notify("info", f"    {line}")
-    notify("info", "Then open a new terminal.")
+        notify("warning", f"another {COMMAND} comes first on your PATH: {found}")
+        notify("hint", f"remove that one, or put {paths.bin_directory} before it")
+    api_key, next_step = None, Hint("To see who is signed in, run:", "status")
+    try:
+        api_key = session.tokens().api_key
+    except OfficialOnlyError:
+        pass
+    except NotSignedInError as error:
+        next_step = Hint("To sign in, run:", error.command)
+    except StorageError:
+        # `status` reports what is wrong with the file.
+        pass
+    if api_key:
+        program = program_name(absolute=True, shell=shell)
+        line = profile_line(shell, program, settings.api_key_env_var)
+        notify("info", f"To have the API key in each new shell, add this line to {profile}:")
+        notify("info", f"    {line}")
+    notify("info", next_step.text)
+    notify("info", f"    {program_name(shell=shell)} {next_step.command}")
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:
     """Remove the files and directories that `install` created."""
-    directory, name = os.path.split(os.path.realpath(sys.argv[0]))
-    if name in LAUNCHERS and not options.bin:
-        # The person ran the installed command, so remove that one, wherever it is.
-        options.bin = directory
     paths = InstallPaths(session.settings.environ, options)
-    if options.bin and not os.path.lexists(paths.launcher):
+    started = os.path.realpath(sys.argv[0])
+    if os.path.basename(started) in LAUNCHERS and not options.bin:
+        # The person ran the installed command, so remove that one, wherever it is.
+        paths.launcher = started
+    launcher = paths.content(paths.launcher)
+    if options.bin and not launcher:
         hint = "use --bin with the directory that was given to install"
         raise UsageError(f"there is no command {paths.launcher}", hint)
-    installed = [path for path, mark in paths.files.items() if installed_content(path, mark)]
+    # It may be elsewhere if XDG_DATA_HOME was different then.
+    paths.set_directory(launched_directory(launcher) or paths.directory)
+    try:
+        removed = remove_installation(paths, session, options)
+    except OSError as error:
+        raise storage_error("remove", error.filename or paths.directory, error) from None
     was_registered = remove_registration(session.official_session())
-    if not installed:
+    if not removed:
         if not was_registered:
             session.notify("info", "Not installed; nothing to do.")
         return
-    for path in installed:
-        remove_program(path)
-        session.notify("done", f"Removed {path}")
-    # On Windows another `install` may have it open.
-    with contextlib.suppress(OSError):
-        os.unlink(paths.lock)
-    for directory in (paths.plugin_directory, paths.directory):
-        # A directory that holds other files stays.
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
+    if paths.plugin in removed:
+        session.notify("info", RESTART_CODE_PUPPY)
     for sign_in in session.all_sessions():
         if os.path.lexists(sign_in.token_file.path):
             session.notify("info", f"Your sign-in stays in {sign_in.token_file.path}")
-    session.notify("info", "If your shell's profile has a line for it, remove that, too.")
+    session.notify("info", "If you added a line for it to your shell's profile, remove that line.")
+
+
+def remove_installation(paths: InstallPaths, session: Session, options: Namespace) -> List[str]:
+    """Remove the installation, and return the paths of the files that were there.
+
+    With --bin, if there are other launchers of the same program, only that launcher is removed.
+    Raises OSError and OAuthError.
+    """
+    places = (paths.launcher, paths.program, paths.record, paths.plugin)
+    if not any(os.path.lexists(path) for path in places):
+        return []
+    plugins = os.path.dirname(paths.plugin_directory)
+    directories = {paths.directory, paths.plugin_directory, plugins}
+    with contextlib.ExitStack() as stack:
+        lock = lock_directory(paths, session.settings.lock_timeout, directories)
+        stack.callback(unlock, lock, paths, directories)
+        record = Record(paths)
+        directories.update(record.directories)
+        others = [path for path in record.launchers if is_launcher_of(path, paths)]
+        files = [paths.launcher]
+        if not options.bin or others in ([], [paths.launcher]):
+            files += [path for path in others if path != paths.launcher]
+            files += [paths.program, paths.program + KEPT_SUFFIX, paths.record]
+            if not options.no_code_puppy:
+                files += [paths.plugin, paths.plugin + KEPT_SUFFIX]
+        # Other people's files are an error before anything is removed.
+        removed = [path for path in files if paths.content(path)]
+        for path in files:
+            remove_file(path)
+            if path in removed and path != paths.record:
+                session.notify("done", f"Removed {path}")
+    return removed
+
+
+def is_launcher_of(path: str, paths: InstallPaths) -> bool:
+    """Whether the file at `path` is a launcher of the program."""
+    try:
+        return launched_directory(paths.content(path)) == paths.directory
+    except StorageError:
+        return False
 
 
 def remove_registration(official: Session) -> bool:
@@ -6322,24 +6664,26 @@ def remove_registration(official: Session) -> bool:
     return True
 
 
-def remove_program(path: str) -> None:
-    """Remove the file at `path` and its compiled versions. Raises StorageError."""
+def remove_file(path: str) -> None:
+    """Remove the file at `path`, its temporary file and its compiled code. May raise OSError."""
+    # An `install` that was killed leaves its temporary file.
+    for each in (path, path + TEMPORARY_SUFFIX):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(each)
+    if path.endswith(".py"):
+        remove_compiled_code(path)
+        # The directory may be missing, or hold the compiled code of other files.
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(os.path.dirname(path), "__pycache__"))
+
+
+def remove_compiled_code(path: str) -> None:
+    """Remove the compiled code of the file at `path`. May raise OSError."""
     import pathlib
 
     file = pathlib.Path(path)
-    cache = file.parent / "__pycache__"
-    try:
-        file.unlink()
-        for compiled in cache.glob(f"{file.stem}.*.pyc"):
-            compiled.unlink()
-        # An `install` that was killed leaves its temporary file.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + ".tmp")
-        # The directory may be missing, or hold the compiled code of other files.
-        with contextlib.suppress(OSError):
-            cache.rmdir()
-    except OSError as error:
-        raise storage_error("remove", path, error) from None
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+        compiled.unlink()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7377,8 +7721,8 @@ OPTIONS = {
         "DIR",
         read=lambda text: _DIRECTORY.check("--bin", text),
     ),
-    "--code-puppy": Option("with the Code Puppy plugin, even where there is no ~/.code_puppy"),
-    "--no-code-puppy": Option("without the Code Puppy plugin"),
+    "--code-puppy": Option("install the Code Puppy plugin even if Code Puppy is not found"),
+    "--no-code-puppy": Option("do not install or remove the Code Puppy plugin"),
 }
 # Options that can't be used together.
 EXCLUSIVE = (
@@ -7463,14 +7807,14 @@ COMMANDS = {
     ),
     "install": Command(
         command_install,
-        "make this file the command chatgpt-oauth, and Code Puppy's plugin",
+        "install this file as the chatgpt-oauth command and as a Code Puppy plugin",
         "--bin --code-puppy --no-code-puppy",
         "{0}",
         "{0} --bin ~/bin",
     ),
     "uninstall": Command(
         command_uninstall,
-        "remove what install made; the sign-in stays",
+        "remove what install added; you stay signed in",
         "--bin --code-puppy --no-code-puppy",
         "{0}",
     ),

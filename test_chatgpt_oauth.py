@@ -7195,9 +7195,7 @@ class InstallTest(Case):
         self.store(api_key="sk-1")
         messages = self.install("--no-code-puppy")
         self.assertIn(f"Installed the command {self.launcher}\n", messages)
-        self.assertIn(
-            f"{self.bin} is in PATH; to see what it can do, run: chatgpt-oauth -", messages
-        )
+        self.assertTrue(messages.endswith("who is signed in, run:\n    chatgpt-oauth status\n"))
         # A profile may run before PATH is complete, as ~/.bashrc does on Debian.
         self.assertIn(f"{quoted_path(self.launcher)} env --shell ", messages)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
@@ -7401,6 +7399,8 @@ class InstallTest(Case):
                 each.mkdir(parents=True, exist_ok=True)
             for each in self.folder.rglob("*"):
                 each.chmod(0o777)
+                if os.geteuid() == 0:
+                    os.chown(each, 65534, 65534)
             unwritable.chmod(0o555)
             with self.as_unprivileged_user():
                 result = self.call("install", "--code-puppy")
@@ -7452,15 +7452,36 @@ class InstallTest(Case):
         self.assertEqual(self.read_files(), {})
 
     def test_the_plugin_is_installed_if_code_puppy_exists(self):
-        self.install()
+        # These are no sign of Code Puppy.
+        self.store()
+        (self.home / "plugins" / "empty").mkdir(parents=True)
+        (self.home / "accounts" / "work").mkdir(parents=True)
+        for name in ("chatgpt_models.json.lock", "accounts/work/chatgpt_plan.json"):
+            (self.home / name).touch()
+        self.assertNotIn("Code Puppy", self.install())
         self.assertFalse(self.plugin.exists())
-        self.home.mkdir()
+        (self.home / "puppy.cfg").touch()
         self.assertNotIn("Code Puppy", self.install("--no-code-puppy"))
         self.assertFalse(self.plugin.exists())
-        self.assertIn(f"Installed the Code Puppy plugin {self.plugin}\n", self.install())
+        messages = self.install()
+        self.assertIn(f"Installed the Code Puppy plugin {self.plugin}\n", messages)
+        self.assertIn("If Code Puppy is running, restart it.\n", messages)
         self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         both = self.run_program("install", "--code-puppy", "--no-code-puppy")
         self.assert_fails(both, 2, "--no-code-puppy")
+        # From now on the plugin is updated with the program.
+        (self.home / "puppy.cfg").unlink()
+        self.plugin.write_bytes(self.plugin.read_bytes() + b"# old\n")
+        self.install()
+        self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
+        self.assertIn("running, restart it.\n", self.assert_done(self.run_program("uninstall")).err)
+
+    def test_the_command_code_puppy_is_a_sign_of_code_puppy(self):
+        command = self.folder / ("code-puppy" if POSIX else "code-puppy.exe")
+        command.touch(mode=0o755)
+        path = os.pathsep.join((str(self.bin), str(self.folder), PATH))
+        self.install(environ={"PATH": path})
+        self.assertTrue(self.plugin.exists())
 
     @needs_modes
     def test_a_new_code_puppy_directory_is_private(self):
@@ -7481,7 +7502,7 @@ class InstallTest(Case):
 
     def test_uninstall_removes_everything_except_the_sign_in(self):
         before = self.store(api_key="sk-1")
-        self.install()
+        self.install("--code-puppy")
         self.run_installed("status", environ={"PYTHONDONTWRITEBYTECODE": None})
         (self.plugin.parent / "__pycache__").mkdir()
         (self.plugin.parent / "__pycache__" / "register_callbacks.cpython-312.pyc").touch()
@@ -7514,8 +7535,7 @@ class InstallTest(Case):
         self.assertEqual(list(self.read_files()), before)
 
     def test_uninstall_keeps_files_of_others(self):
-        self.home.mkdir()
-        self.install()
+        self.install("--code-puppy")
         mine = [self.program.parent / "mine", self.plugin.parent / "mine", self.bin / "mine"]
         for each in mine:
             each.touch()
@@ -7523,6 +7543,212 @@ class InstallTest(Case):
         self.assertTrue(self.plugin.exists())
         self.assert_done(self.run_program("uninstall"))
         self.assertEqual(set(self.read_files()), set(map(str, mine)))
+
+    def paths(self):
+        """Return the paths of all files and directories under the folder."""
+        return {str(path) for path in self.folder.rglob("*")}
+
+    def test_uninstall_removes_the_directories_that_install_made(self):
+        before = self.paths()
+        self.install("--code-puppy", "--bin", str(self.folder / "a" / "b"))
+        self.assert_done(self.run_program("uninstall"))
+        self.assertEqual(self.paths(), before)
+        (self.home / "plugins").mkdir(parents=True)
+        self.bin.mkdir(parents=True)
+        before = self.paths() - {str(self.home / "plugins")}
+        self.install("--code-puppy")
+        self.assert_done(self.run_installed("uninstall"))
+        self.assertEqual(self.paths(), before)
+
+    def test_uninstall_removes_each_command_of_the_program(self):
+        first, second = self.folder / "first", self.folder / "second"
+        launchers = [folder / self.launcher.name for folder in (first, second)]
+        before = self.paths()
+        for folder in (first, second, self.bin):
+            self.install("--bin", str(folder))
+        # With --bin, the other commands keep working.
+        messages = self.assert_done(self.run_program("uninstall", "--bin", str(second))).err
+        self.assertIn(f"Removed {launchers[1]}\n", messages)
+        self.assertFalse(second.exists())
+        self.assertEqual(self.run_command([str(launchers[0]), "-V"]).code, 0)
+        self.assertEqual(self.run_installed("-V").code, 0)
+        # The person's own program is left alone.
+        launchers[0].write_text("#!/bin/sh\n")
+        self.assert_done(self.run_installed("uninstall"))
+        self.assertEqual(self.paths() - before, {str(first), str(launchers[0])})
+
+    def test_uninstall_finds_the_program_in_another_data_directory(self):
+        name = "XDG_DATA_HOME" if POSIX else "LOCALAPPDATA"
+        before = self.paths()
+        for data in ("it's %PATH% data", "data", '"$HOME\'s"' if POSIX else "c d"):
+            with self.subTest(data):
+                environ = {name: str(self.folder / data)}
+                self.install("--bin", str(self.bin), environ=environ)
+                self.assertFalse(self.program.exists())
+                self.assert_done(self.run_program("uninstall", "--bin", str(self.bin)))
+                self.assertEqual(self.paths(), before)
+
+    def test_an_edited_configuration_is_kept(self):
+        source = pathlib.Path(PROGRAM).read_text(encoding="utf-8")
+        edited = self.folder / "edited.py"
+        version = oauth.CHATGPT_OAUTH_CONFIG["codex_client_version"]
+        # Values of earlier releases aren't edits.
+        older = source.replace(f'_version": "{version}"', '_version": "0.169.0"')
+        older = older.replace('"default_context_length": None', '"default_context_length": 128000')
+        for text, names in (
+            (source, ""),
+            (older, ""),
+            (older.replace('"home": None', '"home": "/h"'), "home"),
+            (source.replace('"prefix": "chatgpt-"', '"prefix": "x" + "y"'), "CHATGPT_OAUTH_CONFIG"),
+        ):
+            with self.subTest(names):
+                edited.write_text(text, encoding="utf-8")
+                start = [sys.executable, str(edited), "install", "--code-puppy"]
+                self.run_command(start)
+                self.assertEqual(self.program.read_text(encoding="utf-8"), text)
+                messages = self.install()
+                for place in (self.program, self.plugin):
+                    kept = pathlib.Path(f"{place}.old")
+                    self.assertEqual(kept.exists(), bool(names))
+                    if names:
+                        warning = f"warning: the installed copy had edited settings: {names}\n"
+                        self.assertIn(f"{warning}That copy is kept as {kept}\n", messages)
+                        self.assertEqual(kept.read_text(encoding="utf-8"), text)
+                self.assert_done(self.run_program("uninstall"))
+                self.assertEqual(self.paths(), {str(edited)})
+
+    def test_install_and_uninstall_at_once_leave_all_or_nothing(self):
+        for _ in range(2):
+            commands = ["install", "uninstall"] * 3
+            running = [self.start(command, "--code-puppy") for command in commands]
+            for each in running:
+                result = each.result()
+                # A launcher that is removed before its first run makes its `install` fail.
+                self.assertIn(result.code, (0, 6), result.err)
+                self.assertNotIn("internal error", result.err)
+            files = [self.launcher.exists(), self.program.exists(), self.plugin.exists()]
+            self.assertEqual(len(set(files)), 1, files)
+            if self.launcher.exists():
+                self.assertEqual(self.run_installed("-V").code, 0)
+        self.run_program("uninstall")
+        # One process may have made these when another one found them.
+        self.assertLessEqual(self.paths(), {str(self.data), str(self.data.parent)})
+
+    def test_damaged_compiled_code_is_ignored_and_replaced(self):
+        self.install()
+        (compiled,) = self.program.parent.glob("__pycache__/*.pyc")
+        content = compiled.read_bytes()
+        for damaged in (content[:-1000], content[:16], content[:16] + bytes(99), b""):
+            compiled.write_bytes(damaged)
+            self.assertEqual(self.run_installed("-V")[::2], (0, ""))
+            self.assertEqual(self.run_installed("-V")[::2], (0, ""))
+            self.assertEqual(compiled.stat().st_size, len(content))
+        # It can't be removed, either.
+        compiled.unlink()
+        compiled.mkdir()
+        self.assertEqual(self.run_installed("-V")[::2], (0, ""))
+
+    def run_in_mount(self, options, code):
+        """Run `code` with a new file system at self.folder. `install` there runs the program."""
+        self.require(can_mount(), "no mounts here")
+        start = " ".join(map(shlex.quote, [*PROGRAM_COMMAND, "install"]))
+        folder = shlex.quote(str(self.folder))
+        mount = f"mount -t tmpfs -o {options} none {folder} && cd /"
+        code = f"{mount}; install() {{ {start}; }}; {code}"
+        return self.run_command(["unshare", "-m", "sh", "-c", code])
+
+    def test_a_directory_without_programs_is_an_error(self):
+        folder = shlex.quote(str(self.folder))
+        code = f"install || code=$?; find {folder} -mindepth 1; exit $code"
+        result = self.run_in_mount("noexec", code)
+        hint = "hint: to use another directory, run: "
+        self.assert_fails(result, 6, f"{self.bin} does not allow programs", hint)
+        self.assertIn("install --bin DIR\n", result.err)
+
+    def test_a_full_disk_leaves_a_working_command_or_nothing(self):
+        folder, launcher = shlex.quote(str(self.folder)), shlex.quote(str(self.launcher))
+        code = f"if install; then {launcher} -V; else find {folder} -mindepth 1; exit 6; fi"
+        codes = set()
+        for size in (300, 500, 1000):
+            result = self.run_in_mount(f"size={size}k", code)
+            codes.add(result.code)
+            if result.code:
+                self.assert_fails(result, 6, "cannot write ", "No space left")
+            else:
+                self.assertEqual(result.out, f"chatgpt_oauth {oauth.__version__}\n")
+        self.assertEqual(codes, {0, 6})
+
+    @needs_modes
+    def test_nothing_that_install_makes_is_writable_by_others(self):
+        for umask in (0, 0o002):
+            self.assert_done(
+                self.run_shell(
+                    f"umask {umask:o}; exec {self.shell_command('install', '--code-puppy')}"
+                )
+            )
+            for path in (self.program.parent, *self.folder.rglob("*")):
+                self.assertFalse(path.stat().st_mode & 0o022, path)
+            self.assert_done(self.run_program("uninstall"))
+        # What is already there is tightened, and compiled code of others is removed.
+        cache = self.program.parent / "__pycache__"
+        cache.mkdir(parents=True)
+        planted = cache / "chatgpt_oauth.cpython-399.pyc"
+        planted.touch()
+        for path in (cache, cache.parent):
+            path.chmod(0o777)
+        self.install()
+        for path in (cache.parent, *cache.parent.rglob("*")):
+            self.assertFalse(path.stat().st_mode & 0o022, path)
+        self.assertFalse(planted.exists())
+
+    @needs_root
+    def test_root_installs_for_the_owner_of_the_home_directory(self):
+        os.chown(self.folder, 65534, 65534)
+        self.install("--code-puppy")
+        self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {65534})
+        with self.as_unprivileged_user():
+            self.assertEqual(self.call("uninstall").code, 0)
+        self.assertEqual(self.paths(), set())
+
+    @needs_root
+    def test_directories_and_files_of_another_user_are_refused(self):
+        cache = self.program.parent / "__pycache__"
+        for path in (self.program.parent, cache):
+            cache.mkdir(parents=True)
+            os.chown(path, 65534, 65534)
+            before = self.paths()
+            error = f"{path}: owned by another user (uid 65534)"
+            self.assert_fails(self.call("install"), 6, error)
+            self.assertEqual(self.paths(), before)
+            shutil.rmtree(self.folder / ".local")
+        for path in (self.launcher, self.program):
+            self.install()
+            os.chown(path, 65534, 65534)
+            self.assert_fails(self.call("install"), 6, f"{path}: owned by another user")
+            self.assert_done(self.call("uninstall"))
+
+    @needs_root
+    def test_root_does_not_follow_a_link_to_another_directory(self):
+        target = self.folder / "target"
+        target.mkdir(mode=0o777)
+        self.data.mkdir(parents=True)
+        self.program.parent.symlink_to(target)
+        self.assert_fails(self.call("install"), 6, f"cannot write {self.program.parent}")
+        self.assertEqual(list(target.iterdir()), [])
+
+    def test_there_is_no_profile_line_without_an_api_key(self):
+        for case in ("signed out", "no key", "broken"):
+            with self.subTest(case):
+                if case == "no key":
+                    self.store()
+                elif case == "broken":
+                    self.token_file.write_text("{")
+                command = "auth" if case == "signed out" else "status"
+                messages = self.install()
+                self.assertNotIn(" env ", messages)
+                self.assertTrue(messages.endswith(f", run:\n    chatgpt-oauth {command}\n"))
+                messages = self.install(environ={"PATH": PATH})
+                self.assertTrue(messages.endswith(f", run:\n    {self.launcher} {command}\n"))
 
     def test_another_command_with_the_name_is_a_warning(self):
         first = self.folder / "first"
@@ -7532,7 +7758,7 @@ class InstallTest(Case):
         other.chmod(0o755)
         path = os.pathsep.join((str(first), self.environ["PATH"]))
         messages = self.install(environ={"PATH": path})
-        warning = f"warning: another chatgpt-oauth comes first in PATH: {other}\n"
+        warning = f"warning: another chatgpt-oauth comes first on your PATH: {other}\n"
         # On Windows the suffix comes from PATHEXT, which is in capitals.
         self.assertIn(warning.lower(), messages.lower())
 
@@ -7563,9 +7789,12 @@ class InstallTest(Case):
                 self.require(shell, f"no {name} here")
                 environ = {"PATH": PATH, "SHELL": f"/usr/bin/{name}"}
                 messages = self.install(environ=environ)
-                self.assertIn(f"warning: {self.bin} is not in PATH\n", messages)
-                self.assertEqual(messages.count(f" put this line into {profile}:\n"), 2)
-                lines = re.findall(r"(?m)^    (.+)$", messages)
+                self.assertIn(f"warning: {self.bin} is not on your PATH\n", messages)
+                self.assertEqual(messages.count(f" add this line to {profile}:\n"), 2)
+                *lines, next_command = re.findall(r"(?m)^    (.+)$", messages)
+                # This one works in a shell that hasn't read the new lines.
+                out = self.run_command([shell, "-c", next_command], environ).out
+                self.assertIn("ChatGPT OAuth: Authenticated", out)
                 lines += [show.get(name, "echo $CHATGPT_OAUTH_API_KEY"), "chatgpt-oauth --version"]
                 command = [shell, "-c", "\n".join(lines)]
                 out = self.assert_quiet(self.run_command(command, environ)).out
