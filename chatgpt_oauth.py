@@ -541,6 +541,9 @@ PUBLIC_FIELDS = (
 LONG_WORD = r"[A-Za-z0-9._~+/=%-]{32,}"
 # How deeply the arrays and objects of a response may be nested if Python can't parse all of it.
 DEPTH_LIMIT = 20
+# The longest token or key, in characters. No server accepts a longer one in a header, and a file of
+# tokens stays well below the size that can be read.
+TOKEN_LIMIT = 65536
 # The limit of what counts as a number of seconds, in an interval or since 1970 (the year 5138). It
 # keeps later arithmetic with times from overflowing.
 NUMBER_LIMIT = 1e11
@@ -595,7 +598,9 @@ def is_b64token(value: object) -> bool:
 
     Such a string needs no quoting in an HTTP header or in a shell.
     """
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
+    if not isinstance(value, str) or len(value) > TOKEN_LIMIT:
+        return False
+    return re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", value) is not None
 
 
 def is_loopback(url: str) -> bool:
@@ -609,13 +614,23 @@ def parse_json(content: bytes) -> Any:
     Arrays and objects that are nested too deeply for Python's parser are taken as empty, so that a
     useless member of a response doesn't cost the tokens beside it.
     """
+    # A byte order mark may come first (RFC 8259 §8.1).
+    text = content.decode("utf-8", "replace").lstrip("\ufeff")
     try:
         try:
-            return json.loads(content)
+            return json.loads(text, parse_int=parse_digits)
         except RecursionError:
-            return json.loads(without_deep_parts(content.decode("utf-8", "replace")))
+            return json.loads(without_deep_parts(text), parse_int=parse_digits)
     except ValueError:
         return None
+
+
+def parse_digits(digits: str) -> float:
+    """Return the value of an integer in a JSON text.
+
+    int() raises ValueError for thousands of digits (Python 3.11), so a long one becomes a float.
+    """
+    return int(digits) if len(digits) < 20 else float(digits)
 
 
 def without_deep_parts(text: str) -> str:
@@ -2486,7 +2501,12 @@ class JsonFile:
         can't be replaced, then raises StorageError before a refresh token is spent. The caller must
         hold the lock.
         """
-        size = len(encode(present)) + RESERVE
+        contents = encode(present)
+        # New tokens fit into the other half.
+        if len(contents) > self.limit // 2:
+            hint = "remove what other programs have stored in it, then try again"
+            raise StorageError(f"{self.path}: too large for new tokens", hint)
+        size = len(contents) + RESERVE
         # A request that had no effect has left it.
         self._discard_reserved()
         try:
@@ -2537,6 +2557,11 @@ class JsonFile:
         Raises NotReplacedError if `value` is on disk beside the file, and StorageError if it isn't.
         """
         data = encode(value)
+        if len(data) > self.limit:
+            text = f"cannot write {self.path}: it would be larger than {self.limit // MEBIBYTE} MiB"
+            raise StorageError(
+                text, "keep fewer models in it (see models --include), then try again"
+            )
         try:
             replacement = self.reserved or self._replacement()
             self.reserved = None

@@ -3261,6 +3261,34 @@ os._exit(0)
 # ---------------------------------------------------------------------------------------------
 
 
+class LimitsTest(Case):
+    def test_a_token_that_no_server_accepts_is_not_a_token(self):
+        for length, good in ((65536, True), (65537, False)):
+            before = self.store(lifetime=-10)
+            response = {**self.double.tokens(), "id_token": "x" * length}
+            self.fault("refresh", 200, json.dumps(response).encode())
+            result = self.call("token")
+            self.assertEqual(result.code, 0, result.err)
+            self.assertEqual(self.stored()["id_token"] != before["id_token"], good)
+
+    def test_a_token_file_that_has_no_room_spends_no_token(self):
+        for size, exit_code in ((500000, 0), (530000, 6)):
+            self.store(lifetime=-10, theirs="x" * size)
+            result = self.call("token")
+            self.assertEqual(result.code, exit_code, result.err)
+            self.assert_nothing_lost()
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_a_models_file_that_cannot_be_read_is_never_written(self):
+        self.store()
+        names = [f"gpt-{number:05}" for number in range(40000)]
+        self.double.codex_models = [{"slug": name, "visibility": "list"} for name in names]
+        result = self.call("models", "--source", "codex")
+        self.assert_fails(result, 6, "larger than 8 MiB", "--include")
+        self.assertFalse(self.models_file.exists())
+        self.assertEqual(self.call("status").code, 0)
+
+
 class SessionTest(Case):
     def test_a_fresh_token_is_printed_without_a_refresh(self):
         stored = self.store(lifetime=1000)
