@@ -1793,12 +1793,42 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     """
     if is_b64token(response.members.get("access_token")):
         return None
-    # A response with status 200 can contain such a code, too.
-    if response.status < 500 and response.code in INVALID_GRANT_CODES:
-        return InvalidGrantError(response.code, client.sign_in_command)
-    # The server has refused the request for another reason, so the refresh token is still good.
-    if 400 <= response.status < 500 and response.data:
-        return response.error(REFRESH)
+    reason = end_reason(response)
+    if reason:
+        return InvalidGrantError(reason, client.sign_in_command)
+    if response.is_success:
+        return unusable_response_error(response)
+    error = response.error(REFRESH)
+    # The network, the region or the server is the reason, not the sign-in.
+    if isinstance(error, UnavailableError):
+        return error
+    if response.code.lower() in REQUEST_ERROR_CODES:
+        hint = "check the settings: CHATGPT_OAUTH_CONFIG and the CHATGPT_OAUTH_... variables"
+        return OAuthError(str(error), hint)
+    is_refusal = response.status in (400, 403) and bool(response.code or response.text)
+    # The Codex CLI takes every 401 of this endpoint as the end.
+    if is_refusal or response.status == 401:
+        return SignInEndedError(str(error), client.sign_in_command)
+    # The server may have used up the refresh token. A RequestError says that this isn't known.
+    return RequestError(str(error))
+
+
+def end_reason(response: Response) -> str:
+    """Return the code with which the token endpoint says that a sign-in has ended, or "".
+
+    It comes in any letter case and at several places. A response with status 200 can contain it.
+    """
+    if response.status >= 500 or response.status == 429:
+        return ""
+    for text in (response.code, response.detail):
+        code = text.lower()
+        if code in INVALID_GRANT_CODES or any(word in code for word in END_WORDS):
+            return code
+    return ""
+
+
+def unusable_response_error(response: Response) -> OAuthError:
+    """Return the error for a refresh's response with status 200 that has no access token."""
     try:
         token_response(response, REFRESH)
     except UnavailableError as error:
@@ -2776,6 +2806,10 @@ CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 BRIEF_LOCK_TIMEOUT = 2.0  # seconds
 
 
+# The access tokens that had already expired by this machine's clock when they arrived in this run.
+_arrived_expired: Set[str] = set()
+
+
 def to_log(kind: str, text: str, command: str = "") -> None:
     """Log a message to the logger `chatgpt_oauth`. Programs that import the module use this."""
     import logging
@@ -2805,6 +2839,10 @@ class Session:
         self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
         # The registration of a client that `registers`. A sign-out leaves it.
         self.registration_file = JsonFile(self.settings, notify, "chatgpt_agent.json")
+        # The tokens of the last request.
+        self.used_tokens: Optional[Tokens] = None
+        # A refresh token that was refused in this run, and the refusal.
+        self._refusal: Optional[Tuple[Optional[str], SignInEndedError]] = None
         # The names of the models that this session has imported.
         self.imported: List[str] = []
         # Whether a server has refused the access token although it was a new one.
@@ -2845,6 +2883,8 @@ class Session:
         unless `refresh` is true. Raises OAuthError.
         """
         stored = self.tokens()
+        if not refresh and stored.access_token in _arrived_expired:
+            return stored
         if refresh or not stored.valid_for(0):
             return self._refreshed(stored, retry=True)
         if stored.is_fresh():
@@ -2870,10 +2910,10 @@ class Session:
         this raises SignInEndedError, and this session refreshes nothing more because of a 401.
         `what` names the request in that error. Raises OAuthError.
         """
-        tokens = self.valid_tokens()
+        self.used_tokens = tokens = self.valid_tokens()
         response = send(tokens)
         if response.is_unauthorized and not self.is_rejected:
-            tokens = self.refresh_after_401(tokens.access_token)
+            self.used_tokens = tokens = self.refresh_after_401(tokens.access_token)
             response = send(tokens)
             self.is_rejected = response.is_unauthorized
         if response.is_unauthorized:
@@ -2892,25 +2932,48 @@ class Session:
         stored = self.tokens()
         if stored.access_token != rejected:
             return self.valid_tokens()
-        return self._refreshed(stored, retry=True)
+        return self._refreshed(stored, retry=True, rejected=True)
 
-    def _refreshed(self, old: Tokens, retry: bool, timeout: Optional[float] = None) -> Tokens:
-        """Return newer tokens than `old`, from another process's refresh or from our own."""
+    def _refreshed(
+        self,
+        old: Tokens,
+        retry: bool,
+        timeout: Optional[float] = None,
+        rejected: bool = False,
+    ) -> Tokens:
+        """Return newer tokens than `old`, from another process's refresh or from our own.
+
+        `rejected` is true if a server has refused the access token, whatever its expiry says.
+        """
         with self.token_file.lock(timeout):
             tokens = self.tokens()
-            if tokens.access_token != old.access_token and tokens.is_fresh():
-                return tokens
+            # Another process has stored these a moment ago, while we waited for the lock.
+            if tokens.access_token != old.access_token:
+                return self.trust(tokens)
             self.require_refreshable(tokens)
+            if self._refusal and self._refusal[0] == tokens.refresh_token:
+                raise self._refusal[1]
             allowed_at = parse_timestamp(tokens.fields.get("earliest_refresh_at")) or 0.0
-            if allowed_at > time.time():
-                if tokens.valid_for(0):
-                    return tokens
-                raise UnavailableError(
-                    "the access token has expired, and OpenAI allows no refresh before "
-                    f"{timestamp(allowed_at)}",
-                    "try again then",
-                )
-            return self._refresh_with_retry(tokens, retry)
+            # The date matters only while the access token is good. It must not lock anybody out,
+            # because it or the clock may be wrong.
+            if allowed_at > time.time() and tokens.valid_for(0) and not rejected:
+                return tokens
+            try:
+                return self.trust(self._refresh_with_retry(tokens, retry))
+            except SignInEndedError as error:
+                self._refusal = (tokens.refresh_token, error)
+                raise
+
+    def trust(self, tokens: Tokens) -> Tokens:
+        """Return `tokens`, which have just arrived, and use them for the rest of this run.
+
+        If the clock is ahead, they seem to have expired. Refreshing them again wouldn't help.
+        """
+        if not tokens.valid_for(0) and tokens.access_token not in _arrived_expired:
+            _arrived_expired.add(tokens.access_token)
+            text = "the new access token has expired by this computer's clock; is it right?"
+            self.notify("warning", text)
+        return tokens
 
     def require_refreshable(self, tokens: Tokens) -> None:
         """Raise SignInEndedError if it is already known that a refresh will fail."""
@@ -2984,6 +3047,13 @@ class Session:
         brought no access token.
         """
         refusal = refresh_error(self.client, response)
+        if refusal and self._is_too_early(refusal, old):
+            allowed_at = parse_timestamp(old.fields.get("earliest_refresh_at")) or 0.0
+            raise UnavailableError(
+                f"{refusal}; OpenAI allows no refresh before {timestamp(allowed_at)}",
+                "try again then; if that fails, run",
+                self.client.sign_in_command,
+            )
         if isinstance(refusal, InvalidGrantError) and new is old:
             self._store_end(refusal.reason, old)
         if refusal:
@@ -3001,6 +3071,16 @@ class Session:
             self._store_end(OTHER_ACCOUNT, kept)
             raise InvalidGrantError(OTHER_ACCOUNT, self.client.sign_in_command)
         return new
+
+    def _is_too_early(self, refusal: OAuthError, tokens: Tokens) -> bool:
+        """Whether `refusal` may only mean that the refresh came before the date that OpenAI set.
+
+        OpenAI documents no code for that, so every general one counts.
+        """
+        allowed_at = parse_timestamp(tokens.fields.get("earliest_refresh_at")) or 0.0
+        if allowed_at <= time.time() or isinstance(refusal, UnavailableError):
+            return False
+        return not isinstance(refusal, InvalidGrantError) or refusal.reason == "invalid_grant"
 
     def _store_end(self, reason: str, tokens: Tokens) -> None:
         """Store `tokens`, marked as ended for `reason`."""
@@ -4163,6 +4243,9 @@ def import_models(
     settings = session.settings
     payer, source = resolve_source(session, models.source)
     tokens, listed = payer.tokens(), list_models(payer, source)
+    # Without account IDs, only the tokens tell accounts apart, and the request may have refreshed
+    # them.
+    tokens = payer.used_tokens or tokens
     prefix = settings.prefix + payer.client.model_prefix
     entries = {
         prefix + name: model_entry(settings, source, name, described)
@@ -4385,7 +4468,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     Revokes the `old` sign-in if it belongs to another account. Failures are warnings, except that
     it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
-    client, tokens = session.client, session.tokens()
+    client, tokens = session.client, session.trust(session.tokens())
     try:
         store_registration(session, text_or_none(tokens.fields.get("sub")))
     except OAuthError as error:

@@ -4727,6 +4727,17 @@ class ModelsTest(Case):
         self.assertEqual(self.call("models", "--source", "codex", "--dry-run")[0], 0)
         self.assertEqual((self.double.count("codex"), self.double.count("refresh")), (2, 0))
 
+    def test_a_refresh_of_an_unknown_account_is_not_taken_for_another_one(self):
+        self.store(lifetime=-10, account_id=None, access_token="opaque", id_token=None)
+        opaque = {"access_token": "new", "refresh_token": "rt_new", "expires_in": 3600}
+        self.double.access_tokens["new"] = "acct-1"
+        self.fault("refresh", 200, json.dumps(opaque).encode())
+        body = json.dumps({"models": self.double.codex_models}).encode()
+        self.fault("codex", 200, body)
+        result = self.call("models", "--source", "codex")
+        self.assertEqual((result.code, result.err.count("another account")), (0, 0), result.err)
+        self.assertEqual(self.stored()["access_token"], "new")
+
     def test_a_rejected_access_token_is_refreshed_once(self):
         def counts():
             return self.double.count("refresh"), self.double.count("codex")
