@@ -739,8 +739,9 @@ def without_secrets(value: object, private: Set[str]) -> str:
 class Response:
     """A server's response: its `status`, its `data` (parsed JSON or None), and its error.
 
-    `code` and `text` are the error's code and description, or "". They are printable, and secrets
-    are removed: the values in `private`, and anything that looks like a token.
+    `code` and `text` are the error's code and description, or "". `detail` is the Codex backend's
+    description, which may be a code. They are printable, and secrets are removed: the values in
+    `private`, and anything that looks like a token.
     """
 
     def __init__(self, status: int, body: bytes, retry_after: str, private: Set[str]) -> None:
@@ -757,7 +758,12 @@ class Response:
         error = outer.get("error")
         inner = error if isinstance(error, dict) else {"code": error}
         text = inner.get("message") or outer.get("error_description") or outer.get("detail")
-        self.code = without_secrets(inner.get("code") or inner.get("type"), private)
+        code = inner.get("code") or inner.get("type") or outer.get("code")
+        self.code = without_secrets(code, private)
+        detail = outer.get("detail")
+        if isinstance(detail, dict):
+            detail = detail.get("code")
+        self.detail = without_secrets(detail, private)
         self.text = without_secrets(text, private)
 
     def error(self, what: str) -> OAuthError:
@@ -1331,6 +1337,16 @@ INVALID_GRANT_CODES = {
     "invalid_grant": "it has expired or was revoked",
     "invalid_refresh_token": "it has expired or was revoked",
 }
+# An unknown code with one of these words means the same, for example app_session_terminated.
+END_WORDS = ("expired", "invalidated", "revoked", "reused", "terminated")
+# RFC 6749 §5.2's codes for a request that is wrong, although the sign-in may be good.
+REQUEST_ERROR_CODES = (
+    "invalid_request",
+    "invalid_client",
+    "unauthorized_client",
+    "unsupported_grant_type",
+    "invalid_scope",
+)
 # The reason that is stored when a refresh has brought tokens of another account. No server sends
 # it.
 OTHER_ACCOUNT = "other_account"
@@ -1344,9 +1360,13 @@ class InvalidGrantError(SignInEndedError):
     """The end of a sign-in. `reason` is the server's code for it, or OTHER_ACCOUNT."""
 
     def __init__(self, reason: str, command: str) -> None:
-        why = INVALID_GRANT_CODES.get(reason, INVALID_GRANT_CODES["invalid_grant"])
+        why = INVALID_GRANT_CODES["invalid_grant"]
         if reason == OTHER_ACCOUNT:
             why = "the last refresh brought tokens of another account"
+        elif reason in INVALID_GRANT_CODES:
+            why = INVALID_GRANT_CODES[reason]
+        elif "expired" in reason:
+            why = "it has expired"
         super().__init__(f"your session has ended: {why}", command)
         self.reason = reason
 
@@ -1694,7 +1714,8 @@ def token_response(response: Response, what: str) -> Fields:
     """
     fields = response.json_object(what)
     if not is_b64token(fields.get("access_token")):
-        raise OAuthError(f"could not {what}: the response has no valid access_token")
+        reason = ": ".join(part for part in (response.code, response.text) if part)
+        raise OAuthError(f"could not {what}: {reason or 'the response has no valid access_token'}")
     return fields
 
 
@@ -1733,7 +1754,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     what = "exchange the authorization code"
     url = client.settings.issuer + client.token_path
     response = request_json(client.settings, url, what, form)
-    if response.code == "invalid_grant" and client.invalid_grant_hint:
+    if response.code.lower() == "invalid_grant" and client.invalid_grant_hint:
         hint = f"{client.invalid_grant_hint}; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
     return bearer_response(response, what)
@@ -1788,8 +1809,11 @@ def request_refresh(client: Client, tokens: Tokens) -> Response:
 def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     """Return the reason why a refresh brought no access token, or None if it brought one.
 
-    It is an InvalidGrantError if the refresh token was refused, a RequestError if there is no
-    usable response, and another OAuthError for any other refusal.
+    - InvalidGrantError: the sign-in has ended, which is worth remembering.
+    - SignInEndedError: the server refuses the refresh token for another reason.
+    - RequestError: there is no usable response, and the refresh token may be spent.
+    - UnavailableError: only the access token is missing.
+    - any other OAuthError: the request is wrong, and the refresh token is still good.
     """
     if is_b64token(response.members.get("access_token")):
         return None
@@ -1838,7 +1862,7 @@ def unusable_response_error(response: Response) -> OAuthError:
             return UnavailableError(str(error), "try again")
         # The server may have used up the refresh token. A RequestError says that this isn't known.
         return RequestError(str(error))
-    return None
+    return OAuthError(f"could not {REFRESH}")
 
 
 def revoke(client: Client, tokens: Tokens) -> None:
@@ -2041,15 +2065,21 @@ class Tokens:
         return {**auth_claims(self.access_token), **auth_claims(self.id_token)}
 
     def expires_at(self) -> Optional[float]:
-        """Return when the access token expires (seconds since 1970), or None if unknown."""
-        expiry = number_or_none(decode_claims(self.access_token).get("exp"))
-        if expiry:
-            return expiry
+        """Return when the access token expires (seconds since 1970), or None if unknown.
+
+        That is the earlier of its own date and the one that came with it.
+        """
+        claimed = number_or_none(decode_claims(self.access_token).get("exp"))
         stored = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
-        if stored is None and refreshed is not None:
-            return refreshed + ASSUMED_LIFETIME
-        return stored
+        # Code Puppy's own plugin stores new tokens without changing `expires_at`.
+        if stored is not None and refreshed is not None and stored < refreshed:
+            stored = None
+        if claimed and stored is not None:
+            return min(claimed, stored)
+        if claimed or stored is not None:
+            return claimed or stored
+        return None if refreshed is None else refreshed + ASSUMED_LIFETIME
 
     def valid_for(self, seconds: float) -> bool:
         """Whether the access token is valid for more than `seconds` from now.
