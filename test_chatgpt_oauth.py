@@ -3875,7 +3875,10 @@ thread.join()
         import termios
 
         environ = self.environ_with({"TERM": "dumb"})
-        line = shlex.join([*PROGRAM_COMMAND, "token"]) + "\n"
+        # tcsh takes no argument with several lines, so the command is in a file.
+        script = self.folder / "token.sh"
+        script.write_text("exec " + shlex.join([*PROGRAM_COMMAND, "token"]))
+        line = shlex.join(["sh", str(script)]) + "\n"
         self.double.delay = 0.1
 
         def take_terminal():
