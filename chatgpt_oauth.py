@@ -6732,7 +6732,9 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         removed = remove_installation(paths, session, options)
     except OSError as error:
         raise storage_error("remove", error.filename or paths.directory, error) from None
-    was_registered = remove_registration(session.official_session())
+    # If another command stays, it needs the registration.
+    is_in_use = os.path.lexists(paths.program)
+    was_registered = not is_in_use and remove_registration(session.official_session())
     if not removed:
         if not was_registered:
             session.notify("info", "Not installed; nothing to do.")
@@ -6761,11 +6763,10 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
         stack.callback(unlock, lock, paths, directories)
         record = Record(paths)
         directories.update(record.directories)
-        others = [path for path in record.launchers if is_launcher_of(path, paths)]
+        others = [path for path in sorted(record.launchers) if is_other_launcher(path, paths)]
         files = [paths.launcher]
-        if not options.bin or others in ([], [paths.launcher]):
-            files += [path for path in others if path != paths.launcher]
-            files += [paths.program, paths.program + KEPT_SUFFIX, paths.record]
+        if not (options.bin and others):
+            files += [*others, paths.program, paths.program + KEPT_SUFFIX, paths.record]
             if not options.no_code_puppy:
                 files += [paths.plugin, paths.plugin + KEPT_SUFFIX]
         # Other people's files are an error before anything is removed.
@@ -6777,12 +6778,15 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
     return removed
 
 
-def is_launcher_of(path: str, paths: InstallPaths) -> bool:
-    """Whether the file at `path` is a launcher of the program."""
-    try:
-        return launched_directory(paths.content(path)) == paths.directory
-    except StorageError:
+def is_other_launcher(path: str, paths: InstallPaths) -> bool:
+    """Whether the file at `path` is another launcher of the program than `paths.launcher`."""
+    # One of the paths may lead through a symbolic link.
+    if os.path.realpath(path) == os.path.realpath(paths.launcher):
         return False
+    with contextlib.suppress(StorageError):
+        directory = launched_directory(paths.content(path))
+        return directory is not None and os.path.samefile(directory, paths.directory)
+    return False
 
 
 def remove_registration(official: Session) -> bool:

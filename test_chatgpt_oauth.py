@@ -7698,8 +7698,20 @@ class InstallTest(Case):
             started = self.folder / "link"
             started.symlink_to(launcher)
         messages = self.assert_done(self.run_command([str(started), "uninstall"])).err
-        self.assertIn(f"Removed {launcher}\n", messages)
+        self.assertEqual(messages.count(str(launcher)), 1, messages)
         self.assertFalse(launcher.exists() or self.program.exists())
+
+    @needs_modes
+    def test_the_home_directory_may_be_a_symlink(self):
+        real, link = self.folder / "real", self.folder / "link"
+        real.mkdir()
+        link.symlink_to(real)
+        self.use_home(link)
+        for folder in (self.bin, link / "bin"):
+            self.install("--bin", str(folder))
+        messages = self.assert_done(self.run_installed("uninstall")).err
+        self.assertEqual(len(re.findall("Removed .*/chatgpt-oauth\n", messages)), 2, messages)
+        self.assertEqual(self.paths(), {str(real), str(link)})
 
     def test_uninstall_from_another_directory_removes_nothing(self):
         self.install()
@@ -7738,17 +7750,23 @@ class InstallTest(Case):
         first, second = self.folder / "first", self.folder / "second"
         launchers = [folder / self.launcher.name for folder in (first, second)]
         before = self.paths()
+        registration = self.home / "chatgpt_agent.json"
+        self.home.mkdir()
+        registration.touch()
         for folder in (first, second, self.bin):
             self.install("--bin", str(folder))
         # With --bin, the other commands keep working.
         messages = self.assert_done(self.run_program("uninstall", "--bin", str(second))).err
         self.assertIn(f"Removed {launchers[1]}\n", messages)
         self.assertFalse(second.exists())
+        self.assertTrue(registration.exists())
         self.assertEqual(self.run_command([str(launchers[0]), "-V"]).code, 0)
         self.assertEqual(self.run_installed("-V").code, 0)
         # The person's own program is left alone.
         launchers[0].write_text("#!/bin/sh\n")
         self.assert_done(self.run_installed("uninstall"))
+        self.assertFalse(registration.exists())
+        shutil.rmtree(self.home)
         self.assertEqual(self.paths() - before, {str(first), str(launchers[0])})
 
     def test_uninstall_finds_the_program_in_another_data_directory(self):
