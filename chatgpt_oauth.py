@@ -2649,7 +2649,7 @@ class JsonFile:
         """
         path = self.real_path
         try:
-            for name in (self.temporary, path + ".bad", self.path, path):
+            for name in (self.temporary, self.path, path, path + ".bad"):
                 with contextlib.suppress(FileNotFoundError):
                     _retry_on_windows(os.unlink, name)
         except OSError as error:
