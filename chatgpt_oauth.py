@@ -3404,6 +3404,8 @@ HEAD_LIMIT = 65536  # bytes
 TLS_HANDSHAKE = b"\x16"
 # The time for the browser to fetch the page that follows the redirect.
 SUCCESS_PAGE_TIMEOUT = 5.0  # seconds
+# The errors of an address that this system doesn't have.
+MISSING_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 STYLE = (
     ":root{color-scheme:light dark}"
     "body{margin:0;min-height:100vh;display:grid;place-items:center;background:#f6f7f8;"
@@ -3683,8 +3685,8 @@ class Callback:
             server.server_close()
 
 
-def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
-    """Return a server on `port` for each of the loopback `addresses` that this system has.
+def open_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
+    """Return a server on `port` for each of the `addresses` that this system has.
 
     With `port` 0 the system chooses one. Raises OSError if the port is taken on any address,
     because the browser could resolve `localhost` to that address and reach the other program.
@@ -3699,11 +3701,14 @@ def loopback_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
             try:
                 server = server_class(family, (address, port))
             except OSError as error:
-                # A system without IPv6 is fine as long as IPv4 works.
-                if servers and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    continue
-                raise
+                if error.errno not in MISSING_ADDRESS:
+                    raise
+                # A system may have only IPv4 or only IPv6.
+                missing = error
+                continue
             servers.append(opened.enter_context(server))
+        if not servers:
+            raise missing
         # All servers are open, so the caller closes them.
         opened.pop_all()
     return servers
@@ -4349,6 +4354,12 @@ PORT_OWNERS = {
     "darwin": "lsof -nP -iTCP:{0} -sTCP:LISTEN",
     "linux": "ss -ltnp 'sport = :{0}'",
 }
+# The command that shows which ports the system keeps from ordinary programs. Hyper-V reserves whole
+# ranges of them on Windows, and Linux keeps the ports below 1024 for root.
+RESERVED_PORTS = {
+    "win32": "netsh interface ipv4 show excludedportrange protocol=tcp",
+    "linux": "sysctl net.ipv4.ip_unprivileged_port_start",
+}
 
 
 def prepare_sign_in(session: Session) -> None:
@@ -4967,23 +4978,33 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
 
 
 def open_port(client: Client) -> Tuple[int, List[Any]]:
-    """Return a port of the client's and its servers. Raises OAuthError if all ports are taken."""
-    hint, reason = client.without_port, ""
+    """Return a port of the client's and its servers. Raises OAuthError if no port works."""
+    faults = []
     for port in client.ports:
         try:
-            servers = loopback_servers(client.addresses, port)
+            servers = open_servers(client.addresses, port)
         except OSError as error:
-            reason = reason or error.strerror or "error"
+            faults.append(error)
         else:
             # Port 0 is replaced by the one that the system has chosen.
             return servers[0].socket.getsockname()[1], servers
-    if client.ports == (0,):
-        fault = f"cannot listen on {client.addresses[0]} ({reason})"
-        raise OAuthError(fault, hint.text, hint.command)
+    raise port_error(client, faults[0])
+
+
+def port_error(client: Client, error: OSError) -> OAuthError:
+    """Return the error for a client none of whose ports works."""
+    hint, reason = client.without_port, error.strerror or "error"
+    if error.errno == errno.EADDRINUSE:
+        explanation, commands = "; to see what uses them, run: ", PORT_OWNERS
+    elif error.errno == errno.EACCES:
+        explanation, commands = "; the system reserves them, as this shows: ", RESERVED_PORTS
+    else:
+        fault = f"cannot listen on {' or '.join(client.addresses)} ({reason})"
+        return OAuthError(fault, hint.text, hint.command)
     ports = " or ".join(str(port) for port in client.ports)
-    owner = PORT_OWNERS.get(sys.platform, PORT_OWNERS["linux"]).format(client.ports[0])
-    fault = f"cannot listen on port {ports} ({reason}); to see what uses them, run: {owner}"
-    raise OAuthError(fault, hint.text, hint.command)
+    command = commands.get(sys.platform, commands["linux"]).format(client.ports[0])
+    fault = f"cannot listen on port {ports} ({reason}){explanation}{command}"
+    return OAuthError(fault, hint.text, hint.command)
 
 
 def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional[float]) -> None:

@@ -4222,24 +4222,69 @@ class PortTest(Case):
         self.assertEqual(len(refused), 1)
         self.assertNotIn("Exception", err)
 
-    def test_without_ipv6_it_listens_on_ipv4_only(self):
-        bind_to = socket.socket.bind
-        for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EADDRINUSE):
-            bound = []
+    @contextlib.contextmanager
+    def failing_bind(self, number, *families):
+        """Make `bind` fail with the error `number` for these address families."""
+        bind_to, bound = socket.socket.bind, []
 
-            def no_ipv6(listening, address, number=number, bound=bound):
-                if listening.family == socket.AF_INET6:
-                    raise OSError(number, os.strerror(number))
-                bind_to(listening, address)
-                bound.append(listening.getsockname())
+        def bind_or_fail(listening, address):
+            if listening.family in families:
+                raise OSError(number, os.strerror(number))
+            bind_to(listening, address)
+            bound.append(listening.getsockname()[0])
 
-            with mock.patch.object(socket.socket, "bind", no_ipv6):
-                result = self.call("auth", "--no-browser", browser=visit)
-            if number == errno.EADDRINUSE:
-                self.assert_fails(result, 1, PORT_TAKEN)
-            else:
-                self.assert_done(result)
-                self.assertEqual(bound, [("127.0.0.1", self.ports[0])])
+        with mock.patch.object(socket.socket, "bind", bind_or_fail):
+            yield bound
+
+    def test_it_listens_with_ipv4_or_ipv6_alone(self):
+        def visit_ipv6(url):
+            visit(authorization_response(url).replace("localhost", "[::1]"))
+
+        for number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            with self.failing_bind(number, socket.AF_INET6) as bound:
+                self.assert_done(self.call("auth", "--no-browser", browser=visit))
+            self.assertEqual(bound, ["127.0.0.1"])
+            with self.failing_bind(number, socket.AF_INET, socket.AF_INET6):
+                result = self.call("auth", "--no-browser")
+            self.assert_fails(result, 1, "cannot listen on 127.0.0.1 or ::1")
+            try:
+                bind("::1").close()
+            except OSError:
+                continue
+            with self.failing_bind(number, socket.AF_INET) as bound:
+                self.assert_done(self.call("auth", "--no-browser", browser=visit_ipv6))
+            self.assertEqual(bound, ["::1"])
+
+    def test_ports_that_the_system_reserves_are_explained(self):
+        for families in ([socket.AF_INET], [socket.AF_INET6]):
+            with self.failing_bind(errno.EACCES, *families):
+                result = self.call("auth", "--no-browser")
+            listing = "netsh interface ipv4 show excludedportrange protocol=tcp"
+            if POSIX:
+                listing = "sysctl net.ipv4.ip_unprivileged_port_start"
+            words = (f"listen on port {self.ports[0]} or {self.ports[1]}", "the system reserves")
+            self.assert_fails(result, 1, *words, listing, "to sign in without a port, run")
+
+    def test_it_can_listen_on_another_address(self):
+        for address, is_public in (("0.0.0.0", True), ("127.0.0.1", False), ("::1", False)):
+            for option in ("--no-browser", "--official"):
+                with self.subTest(address, option=option):
+                    environ = {"CHATGPT_OAUTH_CALLBACK_BIND": address}
+                    running = self.start("auth", "--no-browser", option, environ=environ)
+                    try:
+                        callback_url = authorization_response(running.wait_for_url())
+                    except AssertionError:
+                        self.assertIn("cannot listen on ::1", running.err)
+                        continue
+                    self.assertIn(f":{self.ports[0]}/", callback_url)
+                    # Only a listener on all addresses can be reached on this one.
+                    host = "127.0.0.2" if is_public and sys.platform == "linux" else address
+                    host = host.replace("0.0.0.0", "127.0.0.1").replace("::1", "[::1]")
+                    path = callback_url[callback_url.index("/auth/") :]
+                    self.assertEqual(visit(f"http://{host}:{self.ports[0]}{path}")[-1][1], 200)
+                    warning = f"reach this sign-in on 0.0.0.0, port {self.ports[0]}"
+                    err = self.assert_done(running.result()).err
+                    self.assertEqual(warning in err, is_public, err)
 
     def test_two_sign_ins_use_both_ports(self):
         first = self.start("auth", "--no-browser")
