@@ -107,6 +107,9 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "redirect_path": "auth/callback",
     "required_port": 1455,
     "fallback_port": 1457,
+    # An address to listen on instead of the loopback addresses, such as 0.0.0.0 for the published
+    # port of a container. Other machines may be able to reach it.
+    "callback_bind": "",
     # Seconds for the whole sign-in in the browser.
     "callback_timeout": 120,
     "api_base_url": "https://api.openai.com",
@@ -197,6 +200,8 @@ _URL = Rule(
 _WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
 _SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
 _PORT = Rule(_INTEGER, "a number from 1 to 65535", int, 1, 65535)
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
+_ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
 _GLOBS = "glob patterns separated by commas"
 _DIRECTORY = Rule(r"[^\0]+", "the path of a directory")
 _WORKSPACE = Rule(r"[\w.-]{1,128}", "a workspace ID (letters, digits and . _ -)")
@@ -211,6 +216,7 @@ RULES = {
     "redirect_path": Rule(r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
     "required_port": _PORT,
     "fallback_port": _PORT,
+    "callback_bind": Rule(f"(?:{_ADDRESS})?", "an IP address"),
     "callback_timeout": _SECONDS,
     "api_base_url": _URL,
     "codex_base_url": _URL,
@@ -250,6 +256,7 @@ class Settings:
     redirect_path: str
     required_port: int
     fallback_port: int
+    callback_bind: str
     callback_timeout: float
     api_base_url: str
     codex_base_url: str
@@ -1416,6 +1423,8 @@ class Client:
         self.client_id, self.scope = settings.client_id, settings.scope
         self.redirect_host = settings.redirect_host
         self.ports: Tuple[int, ...] = (settings.required_port, settings.fallback_port)
+        if settings.callback_bind:
+            self.addresses = (settings.callback_bind,)
         # The ID of the only workspace to sign in to, or "" to allow any.
         self.workspace: str = settings.workspace
         # Additional parameters of token requests.
@@ -1531,8 +1540,9 @@ class OfficialClient(Client):
         self.subject = self.email = ""
         self.scope = f"openid profile email offline_access resource.invoke {PLAN_SCOPE}"
         self.redirect_host = "http://127.0.0.1"
-        # Port 0 lets the system choose one.
-        self.ports = (0,)
+        # Port 0 lets the system choose one. A container can't publish such a port.
+        if not settings.callback_bind:
+            self.ports = (0,)
         # The setting applies only to the Codex CLI's client.
         self.workspace = ""
         self.token_parameters = {"resource": settings.api_base_url + "/v1"}
@@ -3386,11 +3396,12 @@ def get_api_key() -> Optional[str]:
 # ---------------------------------------------------------------------------------------------
 #
 # This room promises one authorization response whose state and issuer have been checked. It has no
-# access to tokens and never sends a request. It listens on loopback addresses only, answers GET
-# requests only, and trusts nothing in a request: a response with the wrong state, a prefetch, or a
-# foreign host name gets a page and changes nothing. Nothing from a request is logged. A browser tab
-# that brings the response waits until the sign-in has set the outcome, and then shows it. The
-# listener answers until the sign-in is finished, so that every such tab gets its last page.
+# access to tokens and never sends a request. It listens on loopback addresses only, unless the
+# setting callback_bind names another one. It answers GET requests only, and trusts nothing in a
+# request: a response with the wrong state, a prefetch, or a foreign host name gets a page and
+# changes nothing. Nothing from a request is logged. A browser tab that brings the response waits
+# until the sign-in has set the outcome, and then shows it. The listener answers until the sign-in
+# is finished, so that every such tab gets its last page.
 
 # One listener keeps at most this many connections whose request isn't complete yet. Browsers open
 # spare connections, and a local program that opens many must not exhaust our threads.
@@ -4828,6 +4839,8 @@ class BrowserSignIn:
             notify("warning", str(error))
             # The redirect URI must have a port. Port 0 means any, so there it can be this one.
             port = client.ports[0] or client.settings.required_port
+        if servers and client.settings.callback_bind:
+            self._warn_of_bind(port)
         callback = Callback(AuthorizationRequest(client, port), servers)
         try:
             deadline = time.monotonic() + self.timeout
@@ -4905,6 +4918,12 @@ class BrowserSignIn:
             "to try again with more time, run",
             f"{self.session.client.sign_in_command} --timeout {longer:g}",
         )
+
+    def _warn_of_bind(self, port: int) -> None:
+        address = self.session.settings.callback_bind
+        if not is_loopback(f"http://{address}") and address != "::1":
+            text = f"other machines may reach this sign-in on {address}, port {port}"
+            self.session.notify("warning", text)
 
     def _paste(self, callback: Callback, line: str) -> None:
         """Accept the response in a `line` of the input ("" at its end), or read another line."""
