@@ -4394,7 +4394,9 @@ def prepare_sign_in(session: Session) -> None:
         if not tokens.valid_for(0):
             session.require_refreshable(tokens)
         who = identity(tokens)["email"] or "an account without an email address"
-        session.notify("info", f"You are signed in as {who}; a new sign-in replaces that.")
+        session.notify(
+            "info", f"You are signed in as {who}. Signing in again replaces that sign-in."
+        )
 
 
 def move_registration(session: Session) -> None:
@@ -5114,7 +5116,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     session.notify("done", f"Signed out{owner}{session.client.label}{removed}")
     if tokens and tokens.api_key:
         url = "https://platform.openai.com/api-keys"
-        session.notify("info", f"The API key stays valid; delete it at {url}")
+        session.notify("info", f"The API key stays valid until you delete it at {url}")
     if failure:
         raise failure
     return True

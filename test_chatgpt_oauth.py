@@ -5007,7 +5007,7 @@ class SignInTest(Case):
         self.assertNotIn("replaces", self.sign_in())
         self.double.email = "bob@example.com"
         err = self.sign_in()
-        self.assertTrue(err.startswith("You are signed in as ada@example.com; "), err)
+        self.assertTrue(err.startswith("You are signed in as ada@example.com. "), err)
         self.assertIn("Signed in as bob@example.com\n", err)
         self.store(lifetime=-10, refresh_token="rt_unknown")
         self.assert_fails(self.call("token"), 4, "session has ended")
@@ -6443,7 +6443,7 @@ class SignOutTest(Case):
         self.store(api_key="sk-1")
         self.models_file.write_text("[")
         err = self.assert_fails(self.call("logout"), 6, "not valid JSON", after_messages=True).err
-        self.assertIn("Signed out of ada@example.com\nThe API key stays valid", err)
+        self.assertIn("Signed out of ada@example.com\nThe API key stays valid until you", err)
         self.assertEqual(err.count("not valid JSON"), 1)
         # There was no official sign-in to end.
         self.assertNotIn("official", err)
