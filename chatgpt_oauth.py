@@ -3272,20 +3272,28 @@ def read_reply(session: Session, pipe: Any) -> bytes:
         raise
 
 
+def own_python() -> str:
+    """Return the path of this Python interpreter, or "" if it can't be started as one.
+
+    A frozen program, or a program that embeds Python, isn't an interpreter and would start itself.
+    """
+    python = sys.executable or ""
+    is_python = re.match("python|pypy|graalpy", os.path.basename(python).lower())
+    if getattr(sys, "frozen", False) or not is_python:
+        return ""
+    return python
+
+
 def child_command() -> List[str]:
     """Return the command that runs this file as a child process, or [] if there is none.
 
-    A frozen program, or a program that embeds Python, isn't an interpreter and must not be started
-    again. A program that is read from standard input has no file. Windows can't inherit a lock. The
-    end of process 1 of a container would kill a child.
+    A program that is read from standard input has no file. Windows can't inherit a lock. The end of
+    process 1 of a container would kill a child.
     """
-    program = str(globals().get("__file__", ""))
-    python = sys.executable or ""
-    is_python = re.match("python|pypy", os.path.basename(python).lower())
-    is_frozen = getattr(sys, "frozen", False)
+    program, python = str(globals().get("__file__", "")), own_python()
     if sys.platform == "win32" or os.getpid() == 1:
         return []
-    if is_frozen or not is_python or not os.path.isfile(program):
+    if not python or not os.path.isfile(program):
         return []
     # -I -S keeps Python from running code from the current directory, PYTHONPATH or site-packages.
     # -B keeps it from writing a compiled file. -X makes it decode paths the way this process does.
@@ -4810,6 +4818,8 @@ class BrowserSignIn:
         browser: bool,
         reading: bool = False,
     ) -> None:
+        from concurrent.futures import Future
+
         self.session, self.models, self.browser = session, models, browser
         self.timeout = timeout or session.settings.callback_timeout
         # This imports ssl before any thread starts. In Python 3.8, two threads that import from a
@@ -4821,6 +4831,8 @@ class BrowserSignIn:
         self.pastes_left = PASTE_LIMIT
         # The last lines that were pasted. Together they may be one URL.
         self.pasted = ""
+        # Gets an explanation if the command that opens the browser fails.
+        self.browser_failure: AnyFuture = Future()
 
     def run(self) -> None:
         """Sign in. Raises OAuthError, also when the time is up."""
@@ -4856,28 +4868,33 @@ class BrowserSignIn:
 
     def _show_url(self, callback: Callback) -> None:
         notify, url = self.session.notify, callback.request.url
-        obstacle = open_browser(self.session, url) if self.browser else "--no-browser was given"
-        lead = "To sign in, open" if obstacle else "Opening your browser. If nothing opens, visit"
+        obstacle: Optional[str] = None
+        if self.browser:
+            obstacle = open_browser(self.session, url, self.browser_failure)
+        is_opening = self.browser and not obstacle
+        lead = "Opening your browser. If nothing opens, visit" if is_opening else "To sign in, open"
         notify("info", f"{lead} this URL within {self.timeout:g} seconds:")
         notify("verbatim", url)
-        if obstacle or not callback.servers:
-            self._show_ways(obstacle, callback)
+        if obstacle:
+            notify("info", f"No browser was opened ({obstacle}). Use a browser on any machine:")
+        if not is_opening or not callback.servers:
+            self._show_ways(callback)
         elif self.stdin.is_terminal:
             page = "If the browser ends on an error page, paste that page's URL here"
             notify("info", f"{page}{self.paste_note}.")
         if self.stdin.is_terminal:
             notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
 
-    def _show_ways(self, obstacle: Optional[str], callback: Callback) -> None:
+    def _show_ways(self, callback: Callback) -> None:
         """Explain how to sign in when the browser runs on another machine."""
         notify, port = self.session.notify, callback.request.port
-        if obstacle:
-            notify("info", f"No browser was opened: {obstacle}. Any browser will do:")
         if self.stdin.usable:
             page = "- If the browser ends on a page that does not load, paste its URL here"
             notify("info", f"{page}{self.paste_note}.")
-        if callback.servers:
-            notify("info", "- To let it reach this machine, first run this where the browser is:")
+        # Forwarding with SSH doesn't lead into a container.
+        if callback.servers and not is_in_container():
+            lead = "- Or forward" if self.stdin.usable else "- Forward"
+            notify("info", f"{lead} the port first. On the machine with the browser, run:")
             notify("info", f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE")
         if self.session.client.device_command:
             notify("info", "- To sign in with a code instead, press Ctrl-C and run:")
@@ -4892,7 +4909,10 @@ class BrowserSignIn:
 
         countdown = Countdown(self.session.notify, deadline)
         # What to do when one of these is done.
-        reports = {callback.tls_attempt: self._report_tls}
+        reports = {
+            callback.tls_attempt: self._report_tls,
+            self.browser_failure: self._report_browser_failure,
+        }
         while not callback.response.done():
             seconds = countdown.update()
             if not seconds:
@@ -4903,6 +4923,10 @@ class BrowserSignIn:
                 report()
             if self.stdin.line.done():
                 self._paste(callback, self.stdin.line.result())
+
+    def _report_browser_failure(self) -> None:
+        self.session.notify("warning", self.browser_failure.result())
+        self.session.notify("hint", "open the URL above in any browser")
 
     def _report_tls(self) -> None:
         """Explain what to do if the browser uses https for localhost."""
@@ -5122,21 +5146,38 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     return True
 
 
+# A command that opens a browser and fails does so within this time. Most take longer to succeed.
+BROWSER_WATCH = 2.0  # seconds
+# The arguments with which Python opens a URL. -I keeps it from importing anything from the current
+# directory.
+PYTHON_OPENER = ("-I", "-c", "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))")
+_RUNDLL = ("rundll32.exe", "url.dll,FileProtocolHandler")
+# The commands that open a URL in the default browser, by sys.platform, in the order in which they
+# are tried. All systems that aren't listed use Linux's.
+URL_OPENERS = {
+    "win32": (PYTHON_OPENER, _RUNDLL),
+    "darwin": (("open",), PYTHON_OPENER),
+    "linux": (("termux-open-url",), ("xdg-open",), PYTHON_OPENER),
+    "wsl": (("wslview",), _RUNDLL),
+}
 # These browsers run in the terminal, which `auth` needs, and can't show OpenAI's page.
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
 
 
-def open_browser(session: Session, url: str) -> Optional[str]:
-    """Open `url` in the person's browser. Return the reason if that failed, otherwise None."""
+def open_browser(session: Session, url: str, failure: AnyFuture) -> Optional[str]:
+    """Open `url` in the person's browser. Return the reason if that failed, otherwise None.
+
+    If the command exits with an error soon after its start, `failure` gets an explanation.
+    """
     import subprocess
     import threading
 
-    command, obstacle = browser_command(session.settings.environ)
+    command, obstacle = browser_command(session.settings.environ, url)
     if not command:
         return obstacle
     try:
         process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
-            [*command, url],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -5144,8 +5185,20 @@ def open_browser(session: Session, url: str) -> Optional[str]:
             start_new_session=True,
         )
     except OSError as error:
-        return f"it could not be started ({error.strerror})"
-    threading.Thread(target=process.wait, daemon=True).start()
+        return f"it could not be started: {error.strerror}"
+
+    def watch() -> None:
+        try:
+            code = process.wait(BROWSER_WATCH)
+        except subprocess.TimeoutExpired:
+            # The command is the browser itself, or has one open.
+            process.wait()
+            return
+        if code:
+            name = os.path.basename(command[0])
+            failure.set_result(f"the browser did not open ({name}: exit code {code})")
+
+    threading.Thread(target=watch, daemon=True).start()
     return None
 
 
@@ -5165,31 +5218,64 @@ def browser_environ(session: Session) -> Dict[str, str]:
     }
 
 
-def browser_command(environ: Dict[str, str]) -> Tuple[List[str], str]:
-    """Return a command that opens a URL here, or an empty one and the reason for that."""
-    browsers = [part for part in environ.get("BROWSER", "").split(os.pathsep) if part.strip()]
-    names = {os.path.basename(browser.split()[0]) for browser in browsers}
-    if names & TEXT_BROWSERS:
-        return [], "BROWSER is a text browser, which cannot show OpenAI's page"
-    if not browsers and ("WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ):
-        import shutil
+def browser_command(environ: Dict[str, str], url: str) -> Tuple[List[str], str]:
+    """Return a command that opens `url` here, or an empty one and the reason for that."""
+    import shutil
 
-        for command in (["wslview"], ["rundll32.exe", "url.dll,FileProtocolHandler"]):
-            if shutil.which(command[0], path=environ.get("PATH")):
-                return command, ""
-        return [], "WSL without wslview or rundll32.exe in PATH"
-    if not browsers and ("SSH_CONNECTION" in environ or "SSH_TTY" in environ):
-        return [], "this is an SSH session"
+    path = environ.get("PATH")
+    if environ.get("BROWSER", "").strip():
+        return chosen_browser(environ["BROWSER"], url, path)
+    openers = URL_OPENERS.get(sys.platform, URL_OPENERS["linux"])
     has_display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
-    needs_display = sys.platform not in ("win32", "darwin", "cygwin")
-    if not browsers and needs_display and not has_display:
-        if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
-            return [], "this is a container"
-        return [], "there is no display"
-    if not sys.executable:
-        return [], "Python cannot find its own executable"
-    # With -I, Python doesn't import modules from the current directory.
-    return [sys.executable, "-I", "-m", "webbrowser"], ""
+    # Termux opens URLs in a browser of Android.
+    is_termux = shutil.which("termux-open-url", path=path) is not None
+    if "WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ:
+        openers = URL_OPENERS["wsl"]
+    elif "SSH_CONNECTION" in environ or "SSH_TTY" in environ:
+        return [], "this is an SSH session"
+    elif openers == URL_OPENERS["linux"] and not has_display and not is_termux:
+        return [], "this is a container" if is_in_container() else "there is no display"
+    for opener in openers:
+        if opener == PYTHON_OPENER:
+            python = own_python()
+            if python:
+                return [python, *opener, url], ""
+        elif shutil.which(opener[0], path=path):
+            return [*opener, url], ""
+    return [], "no program that opens URLs was found"
+
+
+def chosen_browser(value: str, url: str, path: Optional[str]) -> Tuple[List[str], str]:
+    """Return the command for `url` in `value`, which is BROWSER's. See browser_command.
+
+    It is a command line in which %s stands for the URL. Without a %s, the URL is appended. An older
+    convention is a list of such command lines, separated like the directories of PATH.
+    """
+    import shlex
+    import shutil
+
+    for line in (value, *value.split(os.pathsep)):
+        try:
+            # A backslash doesn't escape anything in a path on Windows.
+            words = shlex.split(line, posix=sys.platform != "win32")
+        except ValueError:
+            # A quotation mark is missing.
+            continue
+        words = [word.strip("\"'") for word in words if word != "&"]
+        if not words:
+            continue
+        if os.path.basename(words[0]) in TEXT_BROWSERS:
+            return [], "OpenAI's page needs a graphical browser"
+        program = shutil.which(words[0], path=path)
+        if program:
+            arguments = words[1:] if "%s" in line else [*words[1:], "%s"]
+            return [program, *(word.replace("%s", url) for word in arguments)], ""
+    return [], f"BROWSER names no program that is installed: {value}"
+
+
+def is_in_container() -> bool:
+    """Whether this looks like a container of Docker or Podman."""
+    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
 def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:

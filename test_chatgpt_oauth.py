@@ -1058,6 +1058,8 @@ INTERACTIVE_SHELLS = [
     ("tcsh", "-f", "-i"),
     ("sh", "-i"),
 ]
+IN_CONTAINER = os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
+
 needs_signals = unittest.skipUnless(POSIX, "Windows has no POSIX signals")
 needs_modes = unittest.skipUnless(POSIX, "Windows has no POSIX owners and modes")
 needs_terminal = unittest.skipUnless(has_terminals(), "no pseudo-terminals here")
@@ -5018,10 +5020,12 @@ class SignInTest(Case):
         port = self.ports[0]
         tunnel, device = f"ssh -L {port}:localhost:{port}", "auth --device"
         err = self.sign_in()
-        self.assertIn(tunnel, err)
+        # SSH doesn't lead into a container.
+        self.assertEqual(tunnel in err, not IN_CONTAINER)
         self.assertIn(device, err)
-        with mock.patch.object(subprocess, "Popen"):
-            environ = {"DISPLAY": ":0", "BROWSER": None}
+        with mock.patch.object(subprocess, "Popen") as popen:
+            popen.return_value.wait.return_value = 0
+            environ = {"BROWSER": shell_line(sys.executable)}
             err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
         self.assertIn("Opening your browser", err)
         self.assertNotIn(tunnel, err)
@@ -6668,38 +6672,114 @@ class ShellTest(Case):
 
 
 class TerminalTest(Case):
-    def test_no_browser_is_started_where_it_cannot_open(self):
-        windows = self.folder / "rundll32.exe"
-        windows.write_text("#!/bin/sh\n")
-        windows.chmod(0o755)
-        display = {"DISPLAY": ":0"}
-        ours = [sys.executable, "-I", "-m", "webbrowser"]
-        for environ, opened, words in (
-            ({"SSH_CONNECTION": "1", **display}, [], "SSH"),
-            ({"SSH_TTY": "/dev/pts/1"}, [], "SSH"),
-            ({"BROWSER": "lynx", **display}, [], "text browser"),
-            ({"BROWSER": "/usr/bin/w3m %s", **display}, [], "text browser"),
-            ({"BROWSER": "firefox", "SSH_TTY": "x"}, ours, ""),
-            (display, ours, ""),
-            ({"WAYLAND_DISPLAY": "w"}, ours, ""),
-            ({"WSL_DISTRO_NAME": "x", "PATH": "/none"}, [], "WSL"),
-            ({"WSL_DISTRO_NAME": "x", "PATH": str(self.folder)}, ["rundll32.exe"], ""),
-        ):
-            with self.subTest(environ), mock.patch.object(subprocess, "Popen") as popen:
-                err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
-                commands = [each[0][0][: len(opened)] for each in popen.call_args_list]
-                self.assertEqual(commands, [opened] if opened else [])
-                self.assertIn(words, err)
-        with self.subTest("no display"):
-            self.require(sys.platform.startswith("linux"), "only Linux can be without a display")
-            err = self.assert_done(self.call("auth", browser=visit)).err
-            self.assertRegex(err, "display|container")
+    def add_programs(self, *names, code="exit 0"):
+        """Add shell scripts with these names to a new directory, and return the directory."""
+        directory = self.folder / "-".join(("programs", *names))
+        directory.mkdir()
+        for name in names:
+            script = directory / name
+            script.write_text(f"#!/bin/sh\n{code}\n")
+            script.chmod(0o755)
+        return str(directory)
 
-    def test_a_python_without_an_executable_opens_no_browser(self):
-        environ = {"DISPLAY": ":0"}
-        with mock.patch.object(sys, "executable", ""), mock.patch.object(subprocess, "Popen"):
-            err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
-        self.assertIn("No browser was opened: Python cannot find its own executable", err)
+    @unittest.skipUnless(POSIX, "Windows has one way to open a URL")
+    def test_the_browser_is_opened_with_the_program_for_it(self):
+        display = {"DISPLAY": ":0"}
+        firefox, xdg = self.add_programs("firefox"), self.add_programs("xdg-open")
+        windows, termux = self.add_programs("rundll32.exe"), self.add_programs("termux-open-url")
+        for environ, opened, words in (
+            ({"SSH_CONNECTION": "1", **display}, [], "(this is an SSH session)"),
+            ({"SSH_TTY": "/dev/pts/1"}, [], "(this is an SSH session)"),
+            ({"BROWSER": "lynx", **display}, [], "needs a graphical browser)"),
+            ({"BROWSER": "/usr/bin/w3m %s", **display}, [], "needs a graphical browser)"),
+            ({"BROWSER": "none -x", **display}, [], "no program that is installed: none -x)"),
+            ({"BROWSER": "firefox", "SSH_TTY": "x", "PATH": firefox}, [f"{firefox}/firefox"], ""),
+            ({"BROWSER": "none:firefox &", "PATH": firefox}, [f"{firefox}/firefox"], ""),
+            ({"WSL_DISTRO_NAME": "x", "PATH": "/none"}, [], "(no program that opens URLs"),
+            ({"WSL_DISTRO_NAME": "x", "PATH": windows}, ["rundll32.exe"], ""),
+            ({"PATH": termux}, ["termux-open-url"], ""),
+            ({"PATH": xdg, **display}, ["xdg-open"], ""),
+            ({"PATH": xdg, "WAYLAND_DISPLAY": "w"}, ["xdg-open"], ""),
+            (
+                {"PATH": xdg},
+                [],
+                "(this is a container)" if IN_CONTAINER else "(there is no display)",
+            ),
+        ):
+            if sys.platform == "darwin" and not opened and "DISPLAY" not in environ:
+                continue
+            with self.subTest(environ), mock.patch.object(subprocess, "Popen") as popen:
+                popen.return_value.wait.return_value = 0
+                err = self.assert_done(self.call("auth", environ=environ, browser=visit)).err
+                commands = [each[0][0] for each in popen.call_args_list]
+                self.assertEqual(
+                    [each[: len(opened)] for each in commands], [opened] * bool(opened)
+                )
+                url = re.search(AUTHORIZATION_URL, err, re.M)[0]
+                self.assertEqual([each[-1] for each in commands], [url] * bool(opened))
+                self.assertIn(words, err)
+                self.assertEqual("No browser was opened (" in err, not opened)
+
+    @unittest.skipUnless(POSIX, "Windows has one way to open a URL")
+    def test_without_xdg_open_python_finds_a_browser(self):
+        directory = self.add_programs("firefox", code='echo "$@" > "$HOME/arguments"')
+        running = self.start("auth", environ={"DISPLAY": ":0", "PATH": directory})
+        url = running.wait_for_url()
+        arguments = self.folder / "arguments"
+        wait_for(lambda: arguments.exists() and url in arguments.read_text())
+        visit(url)
+        self.assert_done(running.result())
+
+    @unittest.skipUnless(POSIX, "Windows has one way to open a URL")
+    def test_a_program_that_is_not_python_does_not_start_itself_as_a_browser(self):
+        self.environ.update(DISPLAY=":0", PATH="/none")
+        for change in ("frozen = True", "executable = '/opt/app'", "executable = None"):
+            with self.subTest(change):
+                code = f"import chatgpt_oauth; sys.{change}; sys.exit(chatgpt_oauth.main(['auth']))"
+                running = self.start_python(code)
+                visit(running.wait_for_url())
+                err = self.assert_done(running.result()).err
+                self.assertIn("No browser was opened (no program that opens URLs was found)", err)
+
+    @unittest.skipUnless(POSIX, "needs a shell script as the browser")
+    def test_BROWSER_is_a_command_line(self):  # noqa: N802
+        directory = self.add_programs("my browser", code='printf "%s\\n" "$@" > "$HOME/arguments"')
+        program, arguments = f"'{directory}/my browser'", self.folder / "arguments"
+        is_complete = lambda: arguments.exists() and arguments.read_text().endswith("\n")  # noqa: E731
+        for value, before, after in (
+            (program, [], []),
+            (f'{program} --new-window "a b"', ["--new-window", "a b"], []),
+            (f"{program} --app=%s -x", [], ["-x"]),
+        ):
+            with self.subTest(value):
+                running = self.start("auth", environ={"BROWSER": value})
+                url = running.wait_for_url()
+                wait_for(is_complete)
+                shown = [*before, f"--app={url}" if after else url, *after]
+                self.assertEqual(arguments.read_text().splitlines(), shown)
+                arguments.unlink()
+                visit(url)
+                self.assertNotIn("did not open", self.assert_done(running.result()).err)
+
+    @unittest.skipUnless(POSIX, "needs a shell script as the browser")
+    def test_a_browser_command_that_fails_at_once_is_reported(self):
+        environ = {"BROWSER": self.add_programs("broken", code="exit 3") + "/broken"}
+        running = self.start("auth", environ=environ)
+        url = running.wait_for_url()
+        running.wait_for_line(r"^warning: the browser did not open \(broken: exit code 3\)$", 5)
+        running.wait_for_line("^hint: open the URL above in any browser$")
+        visit(url)
+        self.assert_done(running.result())
+
+    def test_without_a_browser_each_other_way_is_shown(self):
+        running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        visit(running.wait_for_url())
+        err = self.assert_done(running.result()).err
+        self.assertNotIn("No browser was opened", err)
+        self.assertIn("paste its URL here", err)
+        # SSH doesn't lead into a container.
+        self.assertEqual("- Or forward the port first." in err, not IN_CONTAINER)
+        self.assertEqual(f"ssh -L {self.ports[0]}:localhost" in err, not IN_CONTAINER)
 
     def test_the_browser_process_receives_no_secret(self):
         self.store(api_key="sk-before")
