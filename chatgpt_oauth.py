@@ -5146,7 +5146,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     return True
 
 
-# A command that opens a browser and fails does so within this time. Most take longer to succeed.
+# A command that can't open a browser fails within this time.
 BROWSER_WATCH = 2.0  # seconds
 # The arguments with which Python opens a URL. -I keeps it from importing anything from the current
 # directory.
@@ -5157,6 +5157,7 @@ _RUNDLL = ("rundll32.exe", "url.dll,FileProtocolHandler")
 URL_OPENERS = {
     "win32": (PYTHON_OPENER, _RUNDLL),
     "darwin": (("open",), PYTHON_OPENER),
+    "cygwin": (("cygstart",), PYTHON_OPENER),
     "linux": (("termux-open-url",), ("xdg-open",), PYTHON_OPENER),
     "wsl": (("wslview",), _RUNDLL),
 }

@@ -6750,6 +6750,7 @@ class TerminalTest(Case):
             (program, [], []),
             (f'{program} --new-window "a b"', ["--new-window", "a b"], []),
             (f"{program} --app=%s -x", [], ["-x"]),
+            (f"{program} \"it's 'quoted'\"", ["it's 'quoted'"], []),
         ):
             with self.subTest(value):
                 running = self.start("auth", environ={"BROWSER": value})
