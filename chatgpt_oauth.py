@@ -5545,6 +5545,9 @@ LAUNCHERS = (COMMAND, COMMAND + ".cmd")
 ESCAPES = 4
 # SGR parameters (ECMA-48 §8.3.117): green, yellow and red.
 COLORS = {"done": 32, "warning": 33, "error": 31}
+# A URL that can be clicked although the terminal breaks it into lines (OSC 8):
+# https://gist.github.com/egmontkob/eb114294efbcd5adb1944c9f3cb5feda
+HYPERLINK = "\033]8;;{0}\033\\{0}\033]8;;\033\\"
 # In characters. An authorization URL, the longest text that isn't cut before, has about 800.
 MESSAGE_LIMIT = 5000
 
@@ -5633,6 +5636,8 @@ class Terminal:
         self.live = (
             not is_dumb and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
         )
+        # The console of Linux shows parts of such a sequence.
+        self.links = self.live and environ.get("TERM") != "linux"
         self.color = self.live and not environ.get("NO_COLOR")
         # This is b"" if the encoding has no check mark.
         tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")
@@ -5645,10 +5650,12 @@ class Terminal:
         command (`text` is a command to type).
         """
         if kind == "command":
-            text = f"    {program_name()} {text}"
+            text = f"    {typed_command(text)}"
         elif command:
-            text = f"{text}: {program_name()} {command}"
+            text = f"{text}: {typed_command(command)}"
         text = self._lead(kind) + printable(text, MESSAGE_LIMIT)
+        if self.links and text.startswith("http"):
+            text = HYPERLINK.format(text)
         self._print(f"\n{text}\n" if kind == "verbatim" else text)
 
     def _lead(self, kind: str) -> str:

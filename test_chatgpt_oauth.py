@@ -6859,6 +6859,20 @@ class TerminalTest(Case):
             self.assertIn(b"not signed in", screen)
             self.assertEqual(b"\x1b" in screen, colored, screen)
 
+    @needs_terminal
+    def test_the_authorization_url_is_a_hyperlink_on_a_live_terminal(self):
+        for term, is_link in (("xterm", True), ("linux", False), ("dumb", False)):
+            with self.subTest(term):
+                leader, follower = os.openpty()
+                self.addCleanup(os.close, leader)
+                with open(follower, "wb") as stream:
+                    arguments = ("auth", "--no-browser", "--timeout", "0.2")
+                    self.run_program(*arguments, environ={"TERM": term}, stderr=stream)
+                screen = os.read(leader, 65536).decode().replace("\r\n", "\n")
+                link = r"^\x1b\]8;;(http\S+/oauth/authorize\?\S+)\x1b\\\1\x1b\]8;;\x1b\\$"
+                self.assertEqual(bool(re.search(link, screen, re.M)), is_link, screen)
+                self.assertEqual("\x1b]" in screen, is_link)
+
     def test_a_limited_encoding_does_not_crash(self):
         self.double.email = "\u00e4d\u00e4\u202e@example.com"
         for encoding in ("ascii", "cp1252", "utf-8"):
