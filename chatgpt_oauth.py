@@ -4680,6 +4680,11 @@ def workspace_label(tokens: Tokens) -> str:
     return f" (workspace {name})"
 
 
+def is_read_from_stdin() -> bool:
+    """Whether Python has read this program from standard input."""
+    return __name__ == "__main__" and sys.argv[:1] in (["-"], [""])
+
+
 def is_terminal(descriptor: int, mode: int = 0) -> bool:
     """Whether `descriptor` is a terminal.
 
@@ -4699,8 +4704,11 @@ def is_terminal(descriptor: int, mode: int = 0) -> bool:
     return not mode or bool(kernel.SetConsoleMode(handle, before.value | mode))
 
 
-class StandardInput:
+class PastedInput:
     """A reader that fetches one line of standard input at a time, in a thread.
+
+    If the program itself was read from standard input, as in `curl ... | python3 - auth`, it reads
+    from the process's terminal instead.
 
     `usable` is true if a line can arrive, and `is_terminal` if a person types there. Both are false
     unless `reading`. The thread is necessary because a Windows console has no other way to wait.
@@ -4714,6 +4722,8 @@ class StandardInput:
         # Standard input may be closed, or an object without a descriptor.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
+            if is_read_from_stdin() and not is_terminal(self.descriptor):
+                self.descriptor = os.open("/dev/tty", os.O_RDONLY)
             if reading:
                 self._examine()
         self.ask()
@@ -4827,7 +4837,7 @@ class BrowserSignIn:
         tls_context(session.settings)
         # A proxy that can't be used must be reported before the person signs in.
         new_connection(session.settings, session.settings.issuer, session.settings.request_timeout)
-        self.stdin = StandardInput(reading)
+        self.stdin = PastedInput(reading)
         self.pastes_left = PASTE_LIMIT
         # The last lines that were pasted. Together they may be one URL.
         self.pasted = ""
@@ -5257,12 +5267,15 @@ def chosen_browser(value: str, url: str, path: Optional[str]) -> Tuple[List[str]
 
     for line in (value, *value.split(os.pathsep)):
         try:
-            # A backslash doesn't escape anything in a path on Windows.
             words = shlex.split(line, posix=sys.platform != "win32")
         except ValueError:
             # A quotation mark is missing.
             continue
-        words = [word.strip("\"'") for word in words if word != "&"]
+        if sys.platform == "win32":
+            # There, shlex leaves backslashes alone, but keeps the quotation marks.
+            words = [word.strip("\"'") for word in words]
+        if words[-1:] == ["&"]:
+            words.pop()
         if not words:
             continue
         if os.path.basename(words[0]) in TEXT_BROWSERS:
@@ -5559,8 +5572,8 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     (a key of SHELLS), they are quoted for that shell.
     """
     path = sys.argv[0] if sys.argv else ""
-    # Python was started with -c, or it read the program from standard input.
-    if path in ("", "-", "-c"):
+    # Python was started with -c, or it read the program from standard input or another pipe.
+    if path in ("", "-", "-c") or not has_program_file():
         path = "chatgpt_oauth.py"
     name = os.path.basename(path)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -5579,6 +5592,23 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     if shell and quoted != path:
         return SHELLS[shell].call + quoted
     return quoted
+
+
+def typed_command(command: str) -> str:
+    """Return `command` as a person types it here, with a note if that needs a file first."""
+    note = "" if has_program_file() else " (download that file first)"
+    return f"{program_name()} {command}{note}"
+
+
+def has_program_file() -> bool:
+    """Whether this program was started from a file, with which it can be started again."""
+    if is_read_from_stdin():
+        return False
+    try:
+        # A shell passes the name of a pipe in `python3 <(curl ...)`.
+        return __name__ != "__main__" or not stat.S_ISFIFO(os.stat(sys.argv[0]).st_mode)
+    except (IndexError, OSError):
+        return True
 
 
 def python_name() -> str:
@@ -6108,12 +6138,13 @@ def command_auth(session: Session, options: Namespace) -> None:
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
     line = SHELLS[key].profile.format(command=f"{program_name(shell=key)} env")
-    session.notify("info", f"To use the API key in this shell: {line}")
+    need = "" if has_program_file() else ", download chatgpt_oauth.py, then run"
+    session.notify("info", f"To use the API key in this shell{need}: {line}")
 
 
 def command_status(session: Session, options: Namespace) -> int:
     """Print who is signed in."""
-    status = Status(session, lambda command: f"{program_name()} {command}", options.online)
+    status = Status(session, typed_command, options.online)
     print_result(status.text(options.json, sys.stdout.isatty()))
     return status.exit_code
 
@@ -6527,8 +6558,7 @@ def own_source() -> bytes:
     if PROGRAM_MARK not in source or b"\0" in source:
         raise UsageError(
             "the program was not started from a file that could be installed",
-            "download chatgpt_oauth.py, then run",
-            "install",
+            f"download chatgpt_oauth.py, then run: {python_name()} chatgpt_oauth.py install",
         )
     return source
 

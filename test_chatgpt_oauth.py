@@ -5591,6 +5591,60 @@ class PasteTest(Case):
         self.assert_done(running.result())
         self.assertTrue(self.stored()["access_token"])
 
+    def start_from_pipe(self, *arguments, terminal=None):
+        """Start the program as `curl ... | python3 -` does, in a session with this terminal."""
+
+        def take_terminal():
+            import fcntl
+            import termios
+
+            os.setsid()
+            if terminal is not None:
+                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+        with open(PROGRAM, "rb") as source:
+            options = {"stdin": source, "preexec_fn": take_terminal, "pass_fds": [terminal or 2]}
+            running = Process([sys.executable, "-", *arguments], self.environ, **options)
+        self.addCleanup(running.close)
+        return running
+
+    @needs_terminal
+    def test_a_program_from_a_pipe_reads_the_url_from_the_terminal(self):
+        leader, follower = os.openpty()
+        self.addCleanup(os.close, leader)
+        self.addCleanup(os.close, follower)
+        running = self.start_from_pipe("auth", "--no-browser", terminal=follower)
+        callback_url = authorization_response(running.wait_for_url())
+        running.wait_for_line("paste its URL here")
+        running.wait_for_line(
+            r"^    \S+ chatgpt_oauth.py auth --device \(download that file first\)$"
+        )
+        os.write(leader, callback_url.encode() + b"\n")
+        err = self.assert_done(running.result()).err
+        self.assertRegex(
+            err, r'download chatgpt_oauth.py, then run: eval "\$\(\S+ chatgpt_oauth.py env'
+        )
+
+    @needs_signals
+    def test_a_program_from_a_pipe_without_a_terminal_offers_no_pasting(self):
+        running = self.start_from_pipe("auth", "--no-browser")
+        visit(running.wait_for_url())
+        self.assertNotIn("paste", self.assert_done(running.result()).err)
+
+    @needs_signals
+    def test_hints_of_a_program_from_a_pipe_say_to_download_it(self):
+        hint = r"chatgpt_oauth.py auth \(download that file first\)$"
+        self.assertRegex(self.start_from_pipe("token").result().err, hint)
+        self.assertRegex(self.start_from_pipe("status").result().out, "(?m)" + hint)
+        # A shell starts the program in this way for `python3 <(curl ...)`.
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        running = Process([sys.executable, str(pipe), "token"], self.environ)
+        self.addCleanup(running.close)
+        with open(pipe, "wb") as sink:
+            sink.write(pathlib.Path(PROGRAM).read_bytes())
+        self.assertRegex(running.result().err, hint)
+
     @needs_terminal
     def test_many_wrong_lines_at_a_terminal_do_not_end_the_reading(self):
         leader, running = self.start_at_terminal("20", environ={"TERM": "xterm"})
