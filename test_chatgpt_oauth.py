@@ -9684,6 +9684,8 @@ class SpecificationTest(Case):
 
     # The shipped values of what no command shows within the time of a test.
     CONSTANTS = {
+        # A browser command that fails later isn't reported.
+        "BROWSER_WATCH": 2.0,
         # A spare connection of a browser or a slow one may stay this long.
         "HEAD_TIMEOUT": 10.0,
         # The end of the process waits this much longer than a request may take.
