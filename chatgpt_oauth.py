@@ -3887,7 +3887,6 @@ def read_head(connection: Socket) -> bytes:
 # ---------------------------------------------------------------------------------------------
 # Models: the models that the account can use, and Code Puppy's entries for them
 # ---------------------------------------------------------------------------------------------
-#
 # This room lists models and rewrites our entries in the models file. An entry is ours if it has our
 # `oauth_source`, our prefix, and the type that belongs to the sign-in. All other entries stay as
 # they are. Entries change only under the models file's lock. They refer to the API key by the name
@@ -3897,7 +3896,8 @@ OAUTH_SOURCE = "chatgpt-oauth-plugin"
 # The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
 # models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
-# A context length in the catalogue that is out of this range must be a mistake and is ignored.
+# A context length in the catalogue outside these limits must be a mistake and is ignored. They are
+# our own, far below and far above the window of every known model.
 MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH = 16000, 10**10 - 1  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
@@ -3963,7 +3963,7 @@ def base_url(settings: Settings, source: str) -> str:
 
 
 def account_headers(tokens: Tokens) -> Dict[str, str]:
-    """Return the headers with which the Codex backend is told whose request it is.
+    """Return the headers that identify the account to the Codex backend.
 
     A workspace whose data must stay in one region has a residency in its access token. Without the
     header, OpenAI answers 401 ("Workspace is not authorized in this region"). The Codex CLI sends
@@ -4131,7 +4131,7 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
 
 
 def _list_error(session: Session, source: str, response: Response, error: OAuthError) -> OAuthError:
-    """Return `error`, for a response that has no list of models, with its next step."""
+    """Return the error for a failed listing: `error` with a hint, or a more specific one."""
     if response.status not in (401, 403):
         error.set_default_hint("status --online", "to see what OpenAI accepts, run")
         return error
@@ -4277,7 +4277,7 @@ def _context_length(settings: Settings, listed: Fields) -> int:
     The Codex backend lists the whole window and the percentage of it that is effective.
     """
     percent = number_or_none(listed.get("effective_context_window_percent")) or 0
-    # The Codex CLI's default.
+    # If the percentage is missing or invalid, use the Codex CLI's default.
     if not 0 < percent <= 100:
         percent = 95
     for name in ("context_window", "max_context_window"):
@@ -5752,8 +5752,7 @@ class SignInStatus:
         self.path = session.token_file.path
         self.tokens: Optional[Tokens] = None
         self.problem: Optional[OAuthError] = None
-        # The check comes first, because it may refresh the tokens or end the sign-in. Without
-        # tokens or without the plan, it fails before it sends anything, and it doesn't count.
+        # The check comes first, because it may refresh the tokens or end the sign-in.
         check = check_online(session, session.client.model_source or "codex") if online else None
         try:
             self.tokens = session.tokens()
@@ -5762,21 +5761,25 @@ class SignInStatus:
             self.problem = error
         self.fields = self.tokens.fields if self.tokens else {}
         self.plan_allowed = session.client.can_use_plan(self.fields)
+        # Without tokens or without the plan, the check has failed before it sent anything.
         self.check = check if self.tokens and self.plan_allowed else None
         self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
         # A broken file counts as a sign-in that exists.
         not_signed_in = isinstance(self.problem, NotSignedInError)
         self.exists = os.path.lexists(self.path) and not not_signed_in
+        # Tokens that aren't allowed to use the plan are usable, so this comes before that problem.
         self.usable = self._is_usable()
         if not self.problem and not self.plan_allowed:
             self.problem = plan_not_allowed_error()
 
-    def is_refused(self) -> bool:
-        """Whether OpenAI was asked and didn't accept the tokens."""
-        return self.check is not None and self.check.result == "refused"
+    def refusal(self) -> Optional[OAuthError]:
+        """Return the error with which OpenAI refused the tokens, or None if it didn't."""
+        if self.check and self.check.result == "refused":
+            return self.check.error
+        return None
 
     def _is_usable(self) -> bool:
-        if not self.tokens or self.is_refused():
+        if not self.tokens or self.refusal():
             return False
         # Even if the tokens can't be refreshed, the access token works until it expires.
         return not self.problem or self.tokens.valid_for(0)
@@ -5813,31 +5816,34 @@ class Status:
         self.problem, self.exit_code = self._verdict()
 
     def _verdict(self) -> Tuple[Optional[OAuthError], int]:
-        """Return the main problem and the exit code.
-
-        The sign-in decides first, then OpenAI's answers, then the models file. A problem of a
-        sign-in that can still be used is shown, but the exit code is 0.
-        """
+        """Return the main problem and the exit code."""
         stored, official = self.stored, self.official
         main = official if official.exists and not stored.exists else stored
         problem = main.problem
-        if problem and not main.usable:
-            replaced = official.usable and isinstance(problem, SignInEndedError)
-            if not replaced:
-                return problem, problem.exit_code
-        if main.check and main.is_refused():
-            return problem or main.check.error, SignInEndedError.exit_code
+        # Nobody is signed in, the file is broken, or the sign-in has ended. An ended sign-in
+        # doesn't fail the command while the official one works.
+        is_replaced = official.usable and isinstance(problem, SignInEndedError)
+        if problem and not main.usable and not is_replaced:
+            return problem, problem.exit_code
+        # OpenAI was asked and refused the tokens.
+        refusal = main.refusal()
+        if refusal:
+            return problem or refusal, SignInEndedError.exit_code
+        # OpenAI was asked and nothing got an answer, so the network or the server is down.
         checks = [each for each in (stored.check, official.check, self.api_key_check) if each]
         if checks and all(each.result == "unreachable" for each in checks):
             return problem or checks[0].error, UnavailableError.exit_code
         if self.models_error:
             return problem or self.models_error, self.models_error.exit_code
+        # The sign-in can be used. It may have a problem anyway: it has no access to the plan, say,
+        # or can't be refreshed but is valid for a while.
         return problem, 0
 
     @property
     def facts(self) -> Fields:
         """The object that `status --json` prints. It holds no secret."""
         stored, official, settings = self.stored, self.official, self.session.settings
+        # If nobody is signed in, these are the issuer and the client that `auth` would use.
         signed_out = {"issuer": settings.issuer, "client_id": settings.client_id}
         tokens = stored.tokens or Tokens(signed_out)
         facts: Fields = {
@@ -5911,7 +5917,7 @@ class Status:
         return "\n".join(map(printable, lines))
 
     def _headlines(self) -> List[str]:
-        """Return the first lines, in the setup guide's words, and then the problem."""
+        """Return the lines above the rows: the state, in the words of README.md, and problems."""
         tokens = self.stored.tokens
         lines = ["ChatGPT OAuth: Not authenticated"]
         if self.stored.usable or self.official.usable:
@@ -6010,9 +6016,11 @@ def duration(seconds: float, is_exact: bool = False) -> str:
     Unless it `is_exact`, it is rounded so that it has at most two units.
     """
     left = round(abs(seconds))
-    for limit, unit in ((86400, 3600), (3600, 60)):
-        if left >= limit and not is_exact:
-            left = (left + unit // 2) // unit * unit
+    # From a day on, round to hours. From an hour on, round to minutes.
+    if left >= 86400 and not is_exact:
+        left = (left + 1800) // 3600 * 3600
+    elif left >= 3600 and not is_exact:
+        left = (left + 30) // 60 * 60
     words = []
     for name, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         count, left = divmod(left, size)
