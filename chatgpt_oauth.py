@@ -6094,7 +6094,7 @@ def sign_in_with_options(
     reading: bool,
     browser_sign_in: Type[BrowserSignIn] = BrowserSignIn,
 ) -> None:
-    """Sign in as the options of `auth` say.
+    """Sign in according to the options of `auth`.
 
     `reading` says whether a URL may be pasted into standard input.
     """
@@ -6182,13 +6182,13 @@ def command_env(session: Session, options: Namespace) -> int:
 
 
 def exported_variables(
-    session: Session, options: Namespace, keyless: str, unset: bool = False
+    session: Session, options: Namespace, command_without_key: str, unset: bool = False
 ) -> Dict[str, Optional[str]]:
     """Return the variables that `env` and `exec` set, by name.
 
     They hold the API key or, with --access-token, a valid access token and the account ID. With
-    `unset`, all values are None. `keyless` is the command that works without an API key, for the
-    hint. Raises OAuthError.
+    `unset`, all values are None. Raises OAuthError. If there is no API key, its hint names
+    `command_without_key`.
     """
     token_name, account_name = "CHATGPT_OAUTH_ACCESS_TOKEN", "CHATGPT_OAUTH_ACCOUNT_ID"
     name = options.name
@@ -6207,12 +6207,12 @@ def exported_variables(
     api_key = session.tokens().api_key
     if not api_key:
         hint = f"{ORGANIZATION_HINT} and sign in again; to do without, run"
-        raise OAuthError(NO_API_KEY, hint, keyless)
+        raise OAuthError(NO_API_KEY, hint, command_without_key)
     return {name: api_key}
 
 
 def command_exec(session: Session, options: Namespace) -> int:
-    """Run a command with the API key in its environment, which the shell never gets."""
+    """Run a command with the API key in its environment. The shell itself never sees the key."""
     # An empty name counts as missing: `exec -- "$EDITOR"` passes one if EDITOR isn't set.
     if not any(options.command[:1]):
         raise UsageError("no command to run was given", "to run one, type", "exec -- COMMAND")
@@ -7963,7 +7963,6 @@ def is_plugin() -> bool:
 # OPTIONS and COMMANDS describe the command line. Both option readers and all help texts use these
 # tables. Errors become messages and exit codes only here, after everything else has finished.
 
-
 # The kinds of options: present or absent, with a value, with a value and repeatable.
 FLAG, VALUE, REPEATABLE = "flag", "value", "repeatable"
 
@@ -7971,8 +7970,8 @@ FLAG, VALUE, REPEATABLE = "flag", "value", "repeatable"
 class Option:
     """An option of the command line, as both option readers use it.
 
-    `summary` is for the help, as is `metavar`, the word that stands for the value. `read` turns the
-    text into the value and raises UsageError if that isn't possible.
+    `summary` is for the help, in which %% means a percent sign. So is `metavar`, the word that
+    stands for the value. `read` turns the text into the value, or raises UsageError.
     """
 
     def __init__(
@@ -8323,8 +8322,8 @@ def run(arguments: List[str], notify: Notify) -> int:
     """Run the command line and return its exit code. Raises OAuthError."""
     if arguments[:1] == ["help"]:
         # `help COMMAND` means `COMMAND --help`. `help help` means `help`.
-        command = [each for each in arguments[1:2] if each != "help"]
-        arguments = [*command, "--help"]
+        command = arguments[1:2]
+        arguments = ["--help"] if command == ["help"] else [*command, "--help"]
     if not arguments:
         print(usage(), file=sys.stderr)
         return UsageError.exit_code
@@ -8387,7 +8386,7 @@ def run_program() -> NoReturn:
 
 
 def run_task() -> NoReturn:
-    """Be the child process of `carry_out`: read an order, carry it out, and print the reply."""
+    """Run as the child process of `carry_out`: read an order, carry it out, print the reply."""
     import signal
 
     # Nobody needs to stop this process, because the time for its request is limited.
@@ -8418,13 +8417,18 @@ def carry_out_order(order: Fields) -> Fields:
         messages.append(message)
 
     CHATGPT_OAUTH_CONFIG.update(order["config"])
+    # The parent has checked its settings. __init__ would read them from the environment again.
     settings = Settings.__new__(Settings)
     vars(settings).update(order["settings"], environ=dict(os.environ))
-    client = (OfficialClient if order["client"] == OfficialClient.__name__ else Client)(settings)
+    is_official = order["client"] == OfficialClient.__name__
+    client = OfficialClient(settings) if is_official else Client(settings)
     vars(client).update(order["client_members"])
     session = Session(settings, notify, client)
-    task = {each.__name__: each for each in (refresh_and_store, exchange_once)}[order["task"]]
+    task: Callable[..., Optional[Fields]] = refresh_and_store
+    if order["task"] == exchange_once.__name__:
+        task = exchange_once
     try:
+        # The parent holds the locks.
         with as_oauth_errors(), session.token_file.holding([]):
             return {"messages": messages, "result": task(session, *order["arguments"])}
     except Exception as error:
