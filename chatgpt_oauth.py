@@ -1995,6 +1995,8 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # space and replace the file by itself (which proves that this works), send the request, write the
 # response to the reserved space beside the file, rename it. If the process is killed or the rename
 # fails, the next process that reads the file or takes the lock renames it.
+# Nothing is written that couldn't be read again: `save` refuses what exceeds the limit of `read`,
+# and what comes from a server is stored as a typed value.
 # A symbolic link is kept, and root never follows or changes another user's link.
 
 # How long to retry on Windows while another program, such as a virus scanner, has a file open.
@@ -2821,6 +2823,7 @@ class TokenFile(JsonFile):
 # child can be started, signals and the end of the program wait instead.
 # The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
+# Neither a date nor a wrong clock locks anybody out: see `_refreshed` and `trust`.
 
 # When the program exits, it waits for a refresh in a thread: a request's timeout plus this.
 EXIT_GRACE = 5.0  # seconds
