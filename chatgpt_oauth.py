@@ -3405,7 +3405,6 @@ def get_api_key() -> Optional[str]:
 # ---------------------------------------------------------------------------------------------
 # Callback: the loopback listener that receives the authorization response
 # ---------------------------------------------------------------------------------------------
-#
 # This room promises one authorization response whose state and issuer have been checked. It has no
 # access to tokens and never sends a request. It listens on loopback addresses only, unless the
 # setting callback_bind names another one. It answers GET requests only, and trusts nothing in a
@@ -3426,6 +3425,8 @@ HEAD_LIMIT = 65536  # bytes
 TLS_HANDSHAKE = b"\x16"
 # The time for the browser to fetch the page that follows the redirect.
 SUCCESS_PAGE_TIMEOUT = 5.0  # seconds
+# The time for the waiting tabs to load the page about a failure.
+FAILURE_PAGE_TIMEOUT = 2.0  # seconds
 # The errors of an address that this system doesn't have.
 MISSING_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 STYLE = (
@@ -3502,7 +3503,7 @@ class AuthorizationRequest:
         state = response.get("state", "").encode("utf-8", "replace")
         if not hmac.compare_digest(state, self.state.encode()):
             raise ValueError("it belongs to a different sign-in")
-        # A repeated issuer counts as one without a name.
+        # If iss appears more than once, treat it as an empty issuer, which isn't ours.
         if "iss" in fields:
             response.setdefault("iss", "")
         # A response from another issuer ends the sign-in, whatever else it contains.
@@ -3536,14 +3537,16 @@ class AuthorizationRequest:
 
     def _parse_pasted_url(self, url: str) -> Dict[str, str]:
         start, _, query = url.partition("#")[0].rpartition("?")
-        # The beginning of the URL may be missing.
-        if not start.endswith(self.path) and not self.path.endswith(start):
+        # The paste may start in the middle of the path.
+        if not (start.endswith(self.path) or self.path.endswith(start)):
             raise ValueError(f"it must contain {self.path}?code=")
         found = re.search("(?:^|&)state=([^&]*)", query)
         state = found[1] if found else ""
+        if not state and "code=" in query:
+            raise ValueError("it has no state; copy all of it from the address bar")
+        # Only the beginning of our state has been pasted, or nothing of it.
         if state != self.state and self.state.startswith(state):
-            fault = "it is not complete" if state or "code=" not in query else "it has no state"
-            raise ValueError(f"{fault}; copy all of it from the address bar")
+            raise ValueError("it is not complete; copy all of it from the address bar")
         return self.parse_response(query)
 
 
@@ -3579,7 +3582,7 @@ def is_served_host(hosts: List[str]) -> bool:
 
 
 class Answer:
-    """The answer to one request at the listener. `is_last` if its tab has then seen the outcome."""
+    """The answer to one request at the listener. `is_last` if its tab needs no further answer."""
 
     def __init__(self, status: int, page: bytes = b"", is_last: bool = False) -> None:
         self.status, self.page, self.is_last = status, page, is_last
@@ -3648,7 +3651,7 @@ class Callback:
             if self.request.state in query:
                 text += " To sign in anyway, paste this page's URL into the terminal."
             return Answer(400, stray_page(text))
-        if path == "/success" and self.outcome.done() and not self._failure_page():
+        if path == "/success" and self.outcome.done() and not self._wait_for_failure_page():
             text = "You can close this tab and return to your terminal."
             page = render_page("You're signed in", text, kind="yes")
             # An image on another site's page can request this URL, too.
@@ -3663,13 +3666,13 @@ class Callback:
             return Answer(400, stray_page(f"This request was ignored: {error}."))
         self.count_tab(1)
         self.set_response(response)
-        failure_page = self._failure_page()
+        failure_page = self._wait_for_failure_page()
         if failure_page:
             return Answer(400, failure_page, is_last=True)
         # A redirect to /success removes the code from the address bar.
         return Answer(303)
 
-    def _failure_page(self) -> bytes:
+    def _wait_for_failure_page(self) -> bytes:
         """Wait for the outcome and return the page that explains a failure, b"" after success."""
         from concurrent.futures import CancelledError
 
@@ -3862,7 +3865,8 @@ def callback_handler_class() -> Any:
 def read_head(connection: Socket) -> bytes:
     """Return a request line and its headers, or b"" if the client hangs up before their end.
 
-    If the client speaks TLS, the beginning of its first message is returned at once.
+    If the client speaks TLS, the beginning of its first message is returned at once. A browser that
+    was told to use https for localhost (HSTS) sends that and waits for an answer.
 
     Everything beyond HEAD_LIMIT bytes is dropped. Raises OSError if the connection breaks or the
     head isn't complete after HEAD_TIMEOUT seconds, however often the client sends something.
@@ -3871,8 +3875,8 @@ def read_head(connection: Socket) -> bytes:
     # The newest bytes, and the two before them: the blank line may arrive in pieces.
     tail = b""
     deadline = time.monotonic() + HEAD_TIMEOUT
-    # A browser that was told to use https for localhost (HSTS) would wait for a TLS handshake.
-    while not head.startswith(TLS_HANDSHAKE) and b"\n\r\n" not in tail and b"\n\n" not in tail:
+    is_complete = False
+    while not is_complete:
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             raise TimeoutError("the request is not complete")
@@ -3883,6 +3887,8 @@ def read_head(connection: Socket) -> bytes:
         tail = tail[-2:] + part
         # The one extra byte makes http.server reject a request line that is too long.
         head = (head + part)[: HEAD_LIMIT + 1]
+        has_blank_line = re.search(rb"\n\r?\n", tail) is not None
+        is_complete = has_blank_line or head.startswith(TLS_HANDSHAKE)
     connection.settimeout(HEAD_TIMEOUT)
     return head
 
@@ -4351,7 +4357,6 @@ def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
 # ---------------------------------------------------------------------------------------------
 # Sign-in: browser, paste and device code
 # ---------------------------------------------------------------------------------------------
-#
 # Each way of signing in ends in exchange_and_store and then complete_sign_in. The old sign-in stays
 # until the new tokens are stored, and room for them is reserved before the code is spent. After
 # they are stored, a failure is a warning. Tokens that can't be stored are revoked. Nothing here
@@ -4367,7 +4372,8 @@ TIME_LEFT_MARKS = (90, 60, 30, 10)  # seconds
 PASTE_LIMIT = 20
 # The longest pasted line. An authorization response is shorter.
 LINE_LIMIT = 8192  # bytes
-# A plan with one of these words in its name belongs to a workspace, not to a single person.
+# A plan with one of these words in its name belongs to a workspace, not to a single person. The
+# newest Enterprise plan is called `ent26`.
 WORKSPACE_PLANS = ("team", "business", "enterprise", "ent26", "edu")
 # The command that shows which program listens on a port, by sys.platform. All systems that aren't
 # listed use Linux's.
@@ -4411,9 +4417,9 @@ def prepare_sign_in(session: Session) -> None:
 
 
 def move_registration(session: Session) -> None:
-    """Move the registration that version 1.1.0 has stored in the token file to its own file.
+    """Move the registration that earlier versions stored in the token file to its own file.
 
-    After a sign-out, version 1.1.0 left it there without tokens. Raises StorageError.
+    After a sign-out, they left it there without tokens. Raises StorageError.
     """
     token_file, file = session.token_file, session.registration_file
     if not session.client.registers or "host_id" not in token_file.read():
@@ -4466,7 +4472,7 @@ def exchange_and_store(
                 # The code may have been exchanged already.
                 session.notify(
                     "warning",
-                    "you may be signed in all the same; to sign out, run",
+                    "you may be signed in anyway; to sign out, run",
                     session.client.sign_out_command,
                 )
                 raise
@@ -4534,10 +4540,8 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
     client, tokens = session.client, session.trust(session.tokens())
-    try:
+    with errors_as_warnings(session):
         store_registration(session, text_or_none(tokens.fields.get("sub")))
-    except OAuthError as error:
-        report_error(session.notify, error, "warning")
     email = identity(tokens)["email"]
     name = f" as {email}" if email else ""
     session.notify("done", f"Signed in{name}{workspace_label(tokens)}")
@@ -4624,7 +4628,7 @@ def obtain_api_key(session: Session) -> None:
         current = session.token_file.load()
         # Another process may have signed in to another account in the meantime.
         if current and tokens.same_account(current):
-            fields = {k: value for k, value in current.fields.items() if k != "api_key"}
+            fields = without(current.fields, "api_key")
             if api_key:
                 fields["api_key"] = api_key
             session.token_file.save(fields)
@@ -4648,9 +4652,9 @@ def is_api_key_refused(settings: Settings, tokens: Tokens) -> bool:
 def identity(tokens: Tokens) -> Dict[str, Optional[str]]:
     """Return `email`, `plan` and `organization_id` from the tokens' claims, None if unknown."""
     auth = tokens.auth_claims()
-    # OpenAI's access tokens have the email address in a claim of their own.
     email = text_or_none(decode_claims(tokens.id_token).get("email"))
     if not email:
+        # OpenAI's access tokens have the email address in a claim named `profile`.
         email = text_or_none(auth_claims(tokens.access_token, "profile").get("email"))
     organization = auth.get("organization_id") or _organization(auth).get("id")
     return {
@@ -4688,14 +4692,19 @@ def is_read_from_stdin() -> bool:
     return __name__ == "__main__" and sys.argv[:1] in (["-"], [""])
 
 
-def is_terminal(descriptor: int, mode: int = 0) -> bool:
-    """Whether `descriptor` is a terminal.
+def is_terminal(descriptor: int) -> bool:
+    """Whether `descriptor` is a terminal."""
+    # Windows' isatty is also true for NUL, which isn't a console.
+    return os.isatty(descriptor) and add_console_mode(descriptor, 0)
 
-    On Windows, `mode` bits are added to the console's mode, and the result is False if the console
-    doesn't support them. Windows' isatty is also true for NUL, which isn't a console.
+
+def add_console_mode(descriptor: int, bits: int) -> bool:
+    """Add `bits` to the mode of a Windows console. On other systems, do nothing and return True.
+
+    Returns False if `descriptor` isn't a console or the console doesn't support the bits.
     """
-    if sys.platform != "win32" or not os.isatty(descriptor):
-        return os.isatty(descriptor)
+    if sys.platform != "win32":
+        return True
     import ctypes
     import msvcrt
 
@@ -4704,7 +4713,7 @@ def is_terminal(descriptor: int, mode: int = 0) -> bool:
     before = ctypes.c_ulong()
     if not kernel.GetConsoleMode(handle, ctypes.byref(before)):
         return False
-    return not mode or bool(kernel.SetConsoleMode(handle, before.value | mode))
+    return not bits or bool(kernel.SetConsoleMode(handle, before.value | bits))
 
 
 class PastedInput:
@@ -4820,7 +4829,7 @@ class BrowserSignIn:
     and `reading` whether a URL can be pasted into standard input.
     """
 
-    # A subclass adds here how pasting works in its place.
+    # Appended to the request to paste the URL. A subclass explains how to paste in its environment.
     paste_note = ""
 
     def __init__(
@@ -4844,7 +4853,7 @@ class BrowserSignIn:
         self.pastes_left = PASTE_LIMIT
         # The last lines that were pasted. Together they may be one URL.
         self.pasted = ""
-        # Gets an explanation if the command that opens the browser fails.
+        # Its result is an explanation, if the command that opens the browser fails.
         self.browser_failure: AnyFuture = Future()
 
     def run(self) -> None:
@@ -4864,7 +4873,8 @@ class BrowserSignIn:
             if not self.stdin.usable:
                 raise
             notify("warning", str(error))
-            # The redirect URI must have a port. Port 0 means any, so there it can be this one.
+            # The redirect URI needs a port even without a listener. A client that accepts any port
+            # (0) gets the Codex CLI's.
             port = client.ports[0] or client.settings.required_port
         if servers and client.settings.callback_bind:
             self._warn_of_bind(port)
@@ -4921,7 +4931,7 @@ class BrowserSignIn:
         from concurrent.futures import FIRST_COMPLETED, wait
 
         countdown = Countdown(self.session.notify, deadline)
-        # What to do when one of these is done.
+        # The functions to call when one of these futures is done.
         reports = {
             callback.tls_attempt: self._report_tls,
             self.browser_failure: self._report_browser_failure,
@@ -4931,9 +4941,10 @@ class BrowserSignIn:
             if not seconds:
                 raise self._timeout_error()
             wait([callback.response, self.stdin.line, *reports], seconds, FIRST_COMPLETED)
-            for event in [each for each in reports if each.done()]:
-                report = reports.pop(event)
-                report()
+            for future, report in list(reports.items()):
+                if future.done():
+                    del reports[future]
+                    report()
             if self.stdin.line.done():
                 self._paste(callback, self.stdin.line.result())
 
@@ -4951,6 +4962,7 @@ class BrowserSignIn:
             notify("hint", "in its address bar, change https://localhost to http://127.0.0.1")
 
     def _timeout_error(self) -> OAuthError:
+        # Twice as long, but at least four minutes and at most what the option allows.
         longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
         return OAuthError(
             f"timed out after {self.timeout:g} seconds waiting for you to sign in",
@@ -5011,8 +5023,7 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     except OAuthError as error:
         error.set_default_hint(session.client.sign_in_command)
         callback.outcome.set_exception(error)
-        # A tab gets this page as the answer to the response that it brought.
-        callback.wait_until_shown(2.0)
+        callback.wait_until_shown(FAILURE_PAGE_TIMEOUT)
         raise
     callback.outcome.set_result(None)
     # The browser fetches the success page while the rest is being done.
@@ -5036,7 +5047,7 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
 
 
 def open_port(client: Client) -> Tuple[int, List[Any]]:
-    """Return a port of the client's and its servers. Raises OAuthError if no port works."""
+    """Return one of the client's ports and the servers on it. Raises OAuthError if none works."""
     faults = []
     for port in client.ports:
         try:
@@ -5121,7 +5132,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     everything else is done if the model entries can't be removed.
     """
     token_file = session.token_file
-    # A broken file must be removed, too.
+    # This stays true if the file is broken.
     has_file = True
     with contextlib.suppress(StorageError):
         # Reading recovers tokens that a killed process received.
@@ -5130,7 +5141,6 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         has_file = os.path.lexists(token_file.path)
     if not has_file and not registered_entries(session):
         return False
-    failure: Optional[OAuthError] = None
     with token_file.lock():
         tokens = None
         try:
@@ -5143,10 +5153,7 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         try:
             token_file.remove()
         finally:
-            try:
-                register_models(session, {})
-            except OAuthError as error:
-                failure = error
+            failure = remove_models(session)
     email = identity(tokens)["email"] if tokens else None
     owner = f" of {email}" if email else ""
     removed = "" if failure else "; imported models removed"
@@ -5157,6 +5164,15 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
     if failure:
         raise failure
     return True
+
+
+def remove_models(session: Session) -> Optional[OAuthError]:
+    """Remove the sign-in's model entries, and return the error if that fails."""
+    try:
+        register_models(session, {})
+    except OAuthError as error:
+        return error
+    return None
 
 
 # A command that can't open a browser fails within this time.
@@ -5260,7 +5276,7 @@ def browser_command(environ: Dict[str, str], url: str) -> Tuple[List[str], str]:
 
 
 def chosen_browser(value: str, url: str, path: Optional[str]) -> Tuple[List[str], str]:
-    """Return the command for `url` in `value`, which is BROWSER's. See browser_command.
+    """Return what browser_command returns if the environment variable BROWSER is `value`.
 
     It is a command line in which %s stands for the URL. Without a %s, the URL is appended. An older
     convention is a list of such command lines, separated like the directories of PATH.
@@ -5275,7 +5291,7 @@ def chosen_browser(value: str, url: str, path: Optional[str]) -> Tuple[List[str]
             # A quotation mark is missing.
             continue
         if sys.platform == "win32":
-            # There, shlex leaves backslashes alone, but keeps the quotation marks.
+            # In this mode, shlex leaves backslashes alone, but keeps the quotation marks.
             words = [word.strip("\"'") for word in words]
         if words[-1:] == ["&"]:
             words.pop()
@@ -5296,7 +5312,7 @@ def is_in_container() -> bool:
 
 
 def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
-    """Finish an interrupted sign-in at the host's prompt with the URL that its browser ended on.
+    """Finish an interrupted sign-in at Code Puppy's prompt with the URL that its browser ended on.
 
     Raises OAuthError.
     """
@@ -5316,7 +5332,7 @@ def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
 
 
 class PromptSignIn(BrowserSignIn):
-    """A sign-in at the host's prompt, where people may keep typing commands."""
+    """A sign-in at Code Puppy's prompt, where people may keep typing commands."""
 
     paste_note = " and press Enter (it does not show while you paste)"
     # The request of the last sign-in in this process if it was interrupted or timed out. The URL
@@ -5662,12 +5678,12 @@ class Terminal:
 
     def __init__(self, environ: Dict[str, str]) -> None:
         # Without TERM, it is unknown whether the terminal understands escape sequences. A Windows
-        # console has no TERM, but is_terminal asks it.
+        # console has no TERM, but add_console_mode asks it.
         default = "console" if sys.platform == "win32" else "dumb"
         is_dumb = environ.get("TERM", default) == "dumb"
         # Whether standard error is a terminal that understands escape sequences.
         self.live = (
-            not is_dumb and sys.stderr.isatty() and is_terminal(sys.stderr.fileno(), ESCAPES)
+            not is_dumb and sys.stderr.isatty() and add_console_mode(sys.stderr.fileno(), ESCAPES)
         )
         # The console of Linux shows parts of such a sequence.
         self.links = self.live and environ.get("TERM") != "linux"

@@ -5282,7 +5282,7 @@ class SignInTest(Case):
             self.assertEqual((result.code, result.out), (130, ""))
             command = " ".join(["logout", *flags])
             self.assertRegex(
-                result.err, f"(?m)^warning: you may be signed in all the same; .*: .* {command}$"
+                result.err, f"(?m)^warning: you may be signed in anyway; .*: .* {command}$"
             )
         wait_for(self.token_file.exists)
         self.assertEqual(self.call("token").code, 0)
