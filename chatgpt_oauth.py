@@ -2825,15 +2825,17 @@ class TokenFile(JsonFile):
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
 # Neither a date nor a wrong clock locks anybody out: see `_refreshed` and `trust`.
 
-# When the program exits, it waits for a refresh in a thread: a request's timeout plus this.
+# At exit, the program waits for a refresh that runs in a thread, for at most the request timeout
+# plus this.
 EXIT_GRACE = 5.0  # seconds
-# Signals that ask a process to end. They are delayed even if the host handles them.
+# Signals that ask a process to end. They are delayed even if the program that imports this module
+# handles them.
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-# Signals that end a process only if it doesn't handle them. A host's handler, for example of an
-# alarm, keeps running without delay.
+# Signals that end a process only if it doesn't handle them. That program's handler, for example of
+# an alarm, is called without delay.
 OTHER_SIGNALS = ("SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM", "SIGPROF")
-# The code that a child process runs. It imports this file, whatever its name, because Python then
-# uses the compiled code of the installed program or of the plugin.
+# The code that a child process runs. It imports this file instead of running it, so that Python can
+# use the compiled code of the installed program or of the plugin. The file may have any name.
 CHILD_CODE = """
 import sys
 from importlib.machinery import SourceFileLoader
@@ -2847,8 +2849,6 @@ module.run_task()
 CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 # How long to wait for the lock if the access token is still valid for a while.
 BRIEF_LOCK_TIMEOUT = 2.0  # seconds
-
-
 # The access tokens that had already expired by this machine's clock when they arrived in this run.
 _arrived_expired: Set[str] = set()
 
@@ -2884,8 +2884,8 @@ class Session:
         self.registration_file = JsonFile(self.settings, notify, "chatgpt_agent.json")
         # The tokens of the last request.
         self.used_tokens: Optional[Tokens] = None
-        # A refresh token that was refused in this run, and the refusal.
-        self._refusal: Optional[Tuple[Optional[str], SignInEndedError]] = None
+        # The refusals in this run, by the refresh token that was refused.
+        self._refusals: Dict[Optional[str], SignInEndedError] = {}
         # The names of the models that this session has imported.
         self.imported: List[str] = []
         # Whether a server has refused the access token although it was a new one.
@@ -2950,7 +2950,7 @@ class Session:
         """Return the response to `send(tokens)`, a request with the access token.
 
         After a 401 the request is sent once more, with another token. If that one is refused, too,
-        this raises SignInEndedError, and this session refreshes nothing more because of a 401.
+        this raises SignInEndedError, and later 401s no longer trigger a refresh in this session.
         `what` names the request in that error. Raises OAuthError.
         """
         self.used_tokens = tokens = self.valid_tokens()
@@ -2964,7 +2964,7 @@ class Session:
         return response
 
     def refresh_after_401(self, rejected: str) -> Tokens:
-        """Return other tokens than the access token `rejected`, which a server answered with 401.
+        """Return new tokens after a server has answered 401 to the access token `rejected`.
 
         A 401 means that a token is invalid, whatever its expiry says. If another process has stored
         a newer token meanwhile, return that one and spend nothing. Otherwise refresh. Many
@@ -2994,8 +2994,8 @@ class Session:
             if tokens.access_token != old.access_token:
                 return self.trust(tokens)
             self.require_refreshable(tokens)
-            if self._refusal and self._refusal[0] == tokens.refresh_token:
-                raise self._refusal[1]
+            if tokens.refresh_token in self._refusals:
+                raise self._refusals[tokens.refresh_token]
             allowed_at = parse_timestamp(tokens.fields.get("earliest_refresh_at")) or 0.0
             # The date matters only while the access token is good. It must not lock anybody out,
             # because it or the clock may be wrong.
@@ -3004,7 +3004,7 @@ class Session:
             try:
                 return self.trust(self._refresh_with_retry(tokens, retry))
             except SignInEndedError as error:
-                self._refusal = (tokens.refresh_token, error)
+                self._refusals[tokens.refresh_token] = error
                 raise
 
     def trust(self, tokens: Tokens) -> Tokens:
@@ -3039,6 +3039,7 @@ class Session:
         tries = Retry(self.settings.retry_window if retry else 0.0)
         while True:
             try:
+                # This calls _refresh_once in a child process.
                 return Tokens(carry_out(self, refresh_and_store, old.fields))
             except RequestError as error:
                 if not error.unprocessed:
@@ -3068,9 +3069,10 @@ class Session:
         raise refresh_error(self.client, response) or OAuthError(text, "try again")
 
     def _store(self, response: Fields, current: Tokens) -> Tokens:
-        """Store the valid tokens of a refresh's response, and return what is stored then.
+        """Store the valid tokens of a refresh's response, and return the resulting tokens.
 
-        A refresh token without an access token is stored, too, because the one before is spent.
+        A refresh token without an access token is stored, too, because the one before is spent. If
+        there is nothing to store, the `current` tokens are returned.
         """
         received = received_tokens(response)
         if not ("access_token" in received or "refresh_token" in received):
@@ -3097,11 +3099,12 @@ class Session:
                 "try again then; if that fails, run",
                 self.client.sign_in_command,
             )
-        if isinstance(refusal, InvalidGrantError) and new is old:
+        was_stored = new is not old
+        if isinstance(refusal, InvalidGrantError) and not was_stored:
             self._store_end(refusal.reason, old)
         if refusal:
             raise refusal
-        report_odd_members(response.members, self.notify)
+        warn_about_invalid_members(response.members, self.notify)
         fault = self.client.id_token_fault(new)
         if fault:
             self.notify("warning", f"ignored the id_token in the response, which {fault}")
@@ -3153,7 +3156,7 @@ def merged(fields: Fields, response: Fields) -> Fields:
     return new
 
 
-def report_odd_members(response: Fields, notify: Notify) -> None:
+def warn_about_invalid_members(response: Fields, notify: Notify) -> None:
     """Report the members of a stored token response that aren't what they should be."""
     for name in TOKEN_NAMES:
         value = response.get(name)
@@ -3164,7 +3167,7 @@ def report_odd_members(response: Fields, notify: Notify) -> None:
 
 
 def refresh_and_store(session: Session, fields: Fields) -> Fields:
-    """Refresh the tokens in `fields` and return the fields that are stored then (a task)."""
+    """Refresh the tokens in `fields` and return the resulting fields. A task for `carry_out`."""
     # The refresh token can be used only once. Reserve room for its successor first.
     session.token_file.reserve(fields)
     return session._refresh_once(Tokens(fields)).fields
@@ -3177,7 +3180,7 @@ def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> An
     is possible. The caller must hold the lock of the token file. The arguments and the result must
     be JSON values. Raises the task's errors. After a KeyboardInterrupt, the task may still go on.
     """
-    # Settings come from texts, so the configuration may hold any value that has the right text.
+    # The configuration may contain any object whose str() matches its rule, so send the strings.
     config = {
         key: value if value is None else str(value) for key, value in CHATGPT_OAUTH_CONFIG.items()
     }
@@ -3189,6 +3192,7 @@ def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> An
         "client": type(session.client).__name__,
         "client_members": without(vars(session.client), "settings"),
     }
+    # If ask_child is interrupted, this stays true, and the child keeps the locks.
     session.token_file.are_locks_shared = True
     reply = ask_child(session, json.dumps(order).encode() + b"\n")
     session.token_file.are_locks_shared = False
@@ -3214,8 +3218,8 @@ def without(members: Fields, name: str) -> Fields:
 def ask_child(session: Session, order: bytes) -> Optional[bytes]:
     """Start a process that carries out `order` (see run_task), and return its reply.
 
-    Returns None if no such process has got the order, so that nothing has been sent. The order goes
-    through a pipe, because other users can read a command line.
+    Returns None if the process couldn't be started or didn't receive the whole order, so nothing
+    has been sent. The order goes through a pipe, because other users can read a command line.
     """
     import subprocess
 
@@ -3369,7 +3373,7 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(number, handler)
         if wakeup != -1:
             signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        # The stack goes on with the next signal if a handler raises an exception.
+        # The stack calls in reverse order, and goes on if a handler raises an exception.
         with contextlib.ExitStack() as stack:
             for number in reversed(delayed):
                 stack.callback(signal.raise_signal, number)
@@ -4481,7 +4485,7 @@ def exchange_and_store(
 def exchange_once(
     session: Session, code: str, verifier: str, redirect_uri: str, nonce: str
 ) -> Optional[Fields]:
-    """Exchange the code, store the tokens, and return the previous fields (a task)."""
+    """Exchange the code, store the tokens, return the previous fields. A task for `carry_out`."""
     old = None
     try:
         old = session.token_file.load()
@@ -4516,7 +4520,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         if not same_client:
             revoke_or_warn(session, tokens)
         raise
-    report_odd_members(response, session.notify)
+    warn_about_invalid_members(response, session.notify)
 
 
 def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:
@@ -5577,11 +5581,11 @@ LAUNCHERS = (COMMAND, COMMAND + ".cmd")
 ESCAPES = 4
 # SGR parameters (ECMA-48 §8.3.117): green, yellow and red.
 COLORS = {"done": 32, "warning": 33, "error": 31}
-# A URL that can be clicked although the terminal breaks it into lines (OSC 8):
+# A URL that can be clicked even if the terminal breaks it into lines (OSC 8):
 # https://gist.github.com/egmontkob/eb114294efbcd5adb1944c9f3cb5feda
 HYPERLINK = "\033]8;;{0}\033\\{0}\033]8;;\033\\"
-# In characters. An authorization URL, the longest text that isn't cut before, has about 800.
-MESSAGE_LIMIT = 5000
+# The longest message. An authorization URL, the longest one that is needed, has about 800.
+MESSAGE_LIMIT = 5000  # characters
 
 
 def program_name(absolute: bool = False, shell: str = "") -> str:
@@ -5595,17 +5599,17 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     if path in ("", "-", "-c") or not has_program_file():
         path = "chatgpt_oauth.py"
     name = os.path.basename(path)
+    is_launcher = name in LAUNCHERS
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    module = spec.name if spec else "__main__"
-    # With -m, Python searches the current directory, so a profile needs the path of the file.
-    if module != "__main__" and name not in LAUNCHERS and not absolute:
-        return f"{python_name()} -m {module}"
-    if not absolute and is_in_search_path(path):
-        return COMMAND if name in LAUNCHERS else quote_path(name)
     if absolute:
         path = os.path.abspath(path)
+    # With -m, Python searches the current directory, so the module's name isn't absolute.
+    elif spec and spec.name != "__main__" and not is_launcher:
+        return f"{python_name()} -m {spec.name}"
+    elif is_in_search_path(path):
+        return COMMAND if is_launcher else quote_path(name)
     quoted = quote_path(path, shell)
-    if name not in LAUNCHERS:
+    if not is_launcher:
         return f"{python_name()} {quoted}"
     # Some shells run a command in quotes only after a call operator.
     if shell and quoted != path:
@@ -5633,8 +5637,7 @@ def has_program_file() -> bool:
 def python_name() -> str:
     """Return the command that starts this Python, for hints."""
     # A person who typed "python3.11" must not be advised to type "python3", which may be an older
-    # version. sys.orig_argv exists since Python 3.10.
-    # It is empty in a program that embeds Python.
+    # version. sys.orig_argv exists since Python 3.10. It is empty in a program that embeds Python.
     started = (getattr(sys, "orig_argv", None) or [""])[0]
     if started and not os.path.dirname(started):
         return quote_path(started)
@@ -5662,6 +5665,7 @@ def quote_path(path: str, shell: str = "") -> str:
     if sys.platform == "win32" and shell != "powershell":
         return f'"{path}"'
     quoted = shell_quote(shell, path)
+    # In a xonsh command, @() inserts the value of a Python expression, here a string.
     return f"@({quoted})" if shell == "xonsh" else quoted
 
 
@@ -5685,7 +5689,7 @@ class Terminal:
         self.live = (
             not is_dumb and sys.stderr.isatty() and add_console_mode(sys.stderr.fileno(), ESCAPES)
         )
-        # The console of Linux shows parts of such a sequence.
+        # Whether URLs become hyperlinks. The console of Linux shows parts of their sequences.
         self.links = self.live and environ.get("TERM") != "linux"
         self.color = self.live and not environ.get("NO_COLOR")
         # This is b"" if the encoding has no check mark.
