@@ -36,7 +36,8 @@ Unofficial: not made, endorsed or supported by OpenAI.  License: MIT.
 
 from __future__ import annotations
 
-# Python before 3.8 stops at the next line with a syntax error that shows it.
+# On Python before 3.8, the next line is a syntax error. Its traceback shows this name, which tells
+# the person what is needed.
 (PYTHON_3_8_OR_LATER_IS_NEEDED := True)
 
 # Heavier modules than these (HTTP, TLS, argparse, even base64) are imported in the functions that
@@ -45,8 +46,10 @@ from __future__ import annotations
 import sys  # noqa: E402
 
 # Python puts the directory of a script first in its search path, or the current directory if it
-# was started with -m or reads the script from standard input. Without this, a file named json.py in
-# a downloads folder would be imported instead of Python's own module.
+# was started with -m or reads the script from standard input. That entry is removed, because
+# otherwise a file named json.py in a downloads folder would be imported instead of Python's own
+# module. With the options -I and -P there is no such entry. In a frozen program (PyInstaller), the
+# first entry holds Python's own modules.
 IS_SAFE_PATH = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
 if __name__ == "__main__" and not IS_SAFE_PATH and not hasattr(sys, "frozen"):
     del sys.path[0]
@@ -66,8 +69,8 @@ except ImportError as error:
         raise
     sys.exit(f"error: this Python has no module {error.name}\nhint: {COMPLETE_PYTHON}")
 
-# Type checkers take this name to be true. Importing it from `typing` would slow down each start by
-# several milliseconds.
+# Type checkers treat TYPE_CHECKING as true. Importing it from `typing` would slow down each start
+# by several milliseconds.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
