@@ -125,24 +125,30 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # None means $XDG_DATA_HOME/code_puppy if that variable is set, otherwise ~/.code_puppy. Code
     # Puppy chooses its directory the same way.
     "home": None,
+    # Comes first in the name of each model that is imported into Code Puppy.
     "prefix": "chatgpt-",
     # Tokens, for models whose context length is unknown. None means API_CONTEXT_LENGTH for models
     # of the API and PLAN_CONTEXT_LENGTH for those of the ChatGPT plan.
     "default_context_length": None,
+    # Models that match a pattern and no exclusion are imported.
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
-    # API models that Code Puppy asks at /v1/chat/completions. It asks all others at /v1/responses,
-    # because chat completions refuse tools together with a reasoning effort since gpt-5.4.
+    # API models that Code Puppy calls through /v1/chat/completions. It calls all others through
+    # /v1/responses, because since gpt-5.4 the chat completions endpoint rejects requests that
+    # combine tools with a reasoning effort.
     "chat_patterns": "gpt-3*,gpt-4*",
+    # Where the models come from: "api" (billed to the API account), "codex" or "official" (covered
+    # by the ChatGPT plan), or "auto" for the first one that this sign-in has: see resolve_source.
     "model_source": "auto",
     # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
     "workspace": "",
     # The name of this app at the official sign-in.
     "agent_name": "Code Puppy (chatgpt_oauth)",
+    # The name of this program, as the Codex CLI's sign-in page and the Codex backend receive it.
     "originator": "chatgpt_oauth",
     # Seconds for one whole request, name lookup included.
     "request_timeout": 30,
-    # Seconds after the start of a refresh in which it may be tried again.
+    # Seconds from the first try of a refresh in which it may be repeated.
     "retry_window": 20,
     # Seconds to wait for another process's refresh or sign-in.
     "lock_timeout": 60,
@@ -159,9 +165,9 @@ HOST_NAME = r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?"
 class Rule:
     """The format of a setting: a regular expression, and a description of it for error messages.
 
-    If the pattern has a group 1, that group is the value. The value is converted to the type
-    `kind`. A group named `number` must be between `low` and `high`. If the setting is `optional`,
-    None is valid, too, and stays None.
+    If the pattern has a group 1, that group is the value. The value is converted by calling `kind`.
+    A group named `number` must be between `low` and `high`. If the setting is `optional`, None is
+    valid, too, and stays None.
     """
 
     def __init__(
@@ -192,11 +198,14 @@ class Rule:
 
 _DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 _INTEGER = r"(?P<number>[0-9]{1,10})"
-# The path is matched lazily to keep trailing slashes out of group 1. The paths of endpoints, which
-# start with a slash, are appended to the URL. The limits apply to the port.
+_SCHEME_AND_HOST = rf"(?:https://{HOST_NAME}|https?://{LOOPBACK})"
+_PATH = r"/[\w.~%/-]*"
+# Trailing slashes are removed because the paths of endpoints, which start with a slash, are
+# appended to the URL. The limits apply to the port.
 _URL = Rule(
-    rf"((?:https://{HOST_NAME}|https?://{LOOPBACK})(?::{_INTEGER})?(?:/[\w.~%/-]*?)??)/*",
+    rf"({_SCHEME_AND_HOST}(?::{_INTEGER})?(?:{_PATH})?)",
     "an https URL (http is allowed for localhost only)",
+    kind=lambda url: url.rstrip("/"),
     low=1,
     high=65535,
 )
@@ -225,6 +234,7 @@ RULES = {
     "codex_base_url": _URL,
     "usage_url": _URL,
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.171.0"),
+    # Settings expands a leading ~ first. If it is still there, it couldn't be expanded.
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
     "default_context_length": Rule(
@@ -289,7 +299,8 @@ class Settings:
             if variable in self.environ:
                 name, value = variable, self.environ[variable]
             if key == "home":
-                # Inside Code Puppy the plugin sets the key, so errors always name the variable.
+                # Errors name the variable even if the value comes from the configuration, because
+                # inside Code Puppy the plugin sets that key.
                 name = variable
                 value = self._default_home() if value is None else os.path.expanduser(str(value))
             setattr(self, key, rule.check(name, value))
@@ -324,7 +335,7 @@ def original_environ() -> Dict[str, str]:
     If there isn't a locale, as in cron, Python sets LC_CTYPE to one of three values, and the
     programs that we start would inherit that.
     """
-    # An environment can hold a variable without a name, which no other process could be given.
+    # A variable whose name is empty is dropped because it can't be passed to another process.
     environ = {name: value for name, value in os.environ.items() if name}
     if environ.get("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8") or environ.get("LC_ALL"):
         return environ
@@ -332,13 +343,15 @@ def original_environ() -> Dict[str, str]:
         with os.fdopen(os.open("/proc/self/environ", os.O_RDONLY), "rb") as file:
             entries = file.read().decode(errors="surrogateescape").split("\0")
     except OSError:
-        # Python uses its UTF-8 mode if it has added the locale, but not if the person has set it.
-        entries = [] if sys.flags.utf8_mode else ["LC_CTYPE=" + environ["LC_CTYPE"]]
-    kept = [entry for entry in entries if entry.startswith("LC_CTYPE=")]
-    if kept:
-        environ["LC_CTYPE"] = kept[0].partition("=")[2]
-    else:
-        del environ["LC_CTYPE"]
+        # Without /proc, UTF-8 mode is the sign that Python has added the locale. Python doesn't
+        # turn that mode on for a locale that the person has set.
+        if sys.flags.utf8_mode:
+            del environ["LC_CTYPE"]
+        return environ
+    del environ["LC_CTYPE"]
+    for entry in entries:
+        if entry.startswith("LC_CTYPE="):
+            environ["LC_CTYPE"] = entry.partition("=")[2]
     return environ
 
 
@@ -427,7 +440,7 @@ class NotSignedInError(OAuthError):
 
 
 class OfficialOnlyError(NotSignedInError):
-    """A request for tokens when the only sign-in is official, and those tokens aren't shared."""
+    """The only sign-in is the official one, and its tokens can't be used for this command."""
 
     exit_code = 1
 
