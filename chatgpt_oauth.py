@@ -531,9 +531,8 @@ def report_error(notify: Notify, error: OAuthError, kind: str = "error") -> None
 # redirect, and reads a limited number of bytes. A failure is an OAuthError whose text contains
 # nothing secret. A RequestError tells whether the server may have processed the request, because a
 # refresh token or an authorization code must not be sent twice unless it certainly wasn't used.
-# Nothing is sent without time for its answer: connecting may use half of the timeout, and
-# `exchange` sends nothing after that.
-# Nothing here reads or writes a file of ours.
+# A request is sent only if at least half of its timeout is left for the response. Nothing here
+# reads or writes a file of ours.
 
 MEBIBYTE = 1 << 20
 # The largest list of models that is read from a server or a file, in bytes.
@@ -567,8 +566,8 @@ DEPTH_LIMIT = 20
 # The longest token or key, in characters. No server accepts a longer one in a header, and a file of
 # tokens stays well below the size that can be read.
 TOKEN_LIMIT = 65536
-# The limit of what counts as a number of seconds, in an interval or since 1970 (the year 5138). It
-# keeps later arithmetic with times from overflowing.
+# Larger numbers aren't accepted as seconds, because arithmetic with them could overflow. As a time
+# since 1970, this is the year 5138.
 NUMBER_LIMIT = 1e11
 # 3000-12-31T23:59:59Z in seconds since 1970, the latest time that Windows can convert.
 LAST_MOMENT = 32535215999
@@ -659,8 +658,9 @@ def parse_digits(digits: str) -> float:
 def without_deep_parts(text: str) -> str:
     """Return a JSON text without what is nested more than DEPTH_LIMIT levels deep."""
     kept, depth = [], 0
-    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[^"\[\]{}]+|.', text, re.DOTALL):
-        part = found[0]
+    # Each part is a string, text without strings and brackets, or a single bracket.
+    for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^"\[\]{}]+|.', text, re.DOTALL):
+        # Both brackets of an array or object belong to the level that contains it.
         if part in ("]", "}"):
             depth -= 1
         if depth < DEPTH_LIMIT:
@@ -681,6 +681,7 @@ def decode_claims(jwt: Optional[str]) -> Fields:
 
     try:
         _, payload, _ = (jwt or "").split(".")
+        # A JWT leaves out the padding (RFC 7515 §2), and a2b_base64 ignores padding in excess.
         claims = parse_json(a2b_base64(payload.replace("-", "+").replace("_", "/") + "=="))
     except ValueError:
         claims = {}
@@ -793,11 +794,10 @@ class Response:
         """Return the error that reports this response as the reason why we could not `what`."""
         failed = f"could not {what} (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
-            busy = "too many requests" if self.status == 429 else "server error"
+            text = f"{failed}: {'too many requests' if self.status == 429 else 'server error'}"
             # A server that answers 429 or 503 did not process the request (RFC 6585 §4, RFC 9110
             # §15.6.4). With the code temporarily_unavailable it may have processed a part.
             unprocessed = self.status in (429, 503) and self.code != "temporarily_unavailable"
-            text = f"{failed}: {busy}"
             return RequestError(text, "try again later", unprocessed, self.retry_after)
         if self.code == "unsupported_country_region_territory":
             return RequestError(
@@ -849,9 +849,11 @@ def tls_context(settings: Settings) -> Any:
     # Every request needs this module, and importing it takes time as well.
     import urllib.request  # noqa: F401
 
-    # This is "" if none of the variables is set, and then the path is "", too.
-    variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
-    path = settings.environ.get(variable, "")
+    variable = path = ""
+    for name in CA_VARIABLES:
+        if settings.environ.get(name):
+            variable, path = name, settings.environ[name]
+            break
     if path not in _tls_contexts:
         _tls_contexts[path] = new_tls_context(settings, variable, path)
     return _tls_contexts[path]
@@ -870,14 +872,16 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
     try:
         context = ssl.create_default_context()
     except OSError as error:
-        # PyPy raises this without a file name if the system has no CA certificates.
-        if not path and not error.filename:
-            text = f"cannot set up TLS: CA certificates: {os_reason(error)}"
-            raise tls_error(text, untrusted_ca_hint(settings)) from None
-        fault = f"SSLKEYLOGFILE={settings.environ.get('SSLKEYLOGFILE')}"
-        text = f"cannot set up TLS: {fault}: {os_reason(error)}"
-        raise tls_error(text, "unset SSLKEYLOGFILE, or make the file writable") from None
-    # OpenSSL reads the file by itself but ignores one without certificates.
+        # Either SSLKEYLOGFILE can't be opened, or this is PyPy, which raises an error without a
+        # file name if the system has no CA certificates.
+        if error.filename:
+            fault = f"SSLKEYLOGFILE={settings.environ.get('SSLKEYLOGFILE')}"
+            hint = "unset SSLKEYLOGFILE, or make the file writable"
+        else:
+            fault, hint = "CA certificates", untrusted_ca_hint(settings)
+        raise tls_error(f"cannot set up TLS: {fault}: {os_reason(error)}", hint) from None
+    # OpenSSL doesn't know CODEX_CA_CERTIFICATE. It reads SSL_CERT_FILE on its own, but silently
+    # ignores a file without certificates.
     if path:
         try:
             context.load_verify_locations(path)
@@ -1076,16 +1080,19 @@ def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -
                 # The socket becomes writable when the attempt succeeds or fails.
                 attempts.register(attempt, selectors.EVENT_WRITE)
             seconds = max(0.0, deadline - time.monotonic())
-            ended = attempts.select(min(seconds, ATTEMPT_DELAY) if waiting else seconds)
+            pause = min(seconds, ATTEMPT_DELAY) if waiting else seconds
+            ended = attempts.select(pause)
             for key, _ in ended:
                 attempt = key.fileobj  # type: ignore[assignment]
                 attempts.unregister(attempt)
                 code = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
+                    # This limits each step of TLS and of the proxy. 0 would mean not to wait.
                     attempt.settimeout(max(seconds, WAIT_SLICE))
                     return attempt
                 attempt.close()
                 failure = OSError(code, socket_error_text(code))
+            # The deadline has passed.
             if not ended and not seconds:
                 raise TimeoutError
         raise failure
@@ -1141,8 +1148,8 @@ def exchange(
 ) -> None:
     """Send the request, and put the status, the body and Retry-After into `answered`.
 
-    When the connection to the server is ready, including the proxy and TLS, and before the request
-    is sent, `connected` gets the socket. If there is no connection, it is cancelled. At most
+    `connected` receives the socket once the connection, including the proxy and TLS, is
+    established, before the request is sent. It is cancelled if connecting fails. At most
     `limit` + 1 bytes of the body are read, which shows whether it is larger than `limit`.
     """
     import http.client
@@ -1166,7 +1173,7 @@ def exchange(
             answered.set_result((response.status, body, response.getheader("Retry-After", "")))
     except Exception as error:
         answered.set_exception(error)
-        # This does nothing once there was a connection. Otherwise the caller still waits for it.
+        # If connecting failed, the caller still waits for `connected`, and this wakes it up.
         if connected.cancel():
             connected.set_running_or_notify_cancel()
     finally:
@@ -1189,9 +1196,10 @@ def request_json(
 
     `what` is the purpose as error messages name it: "could not <what>". The whole request, from the
     name lookup to the last byte, may take `timeout` seconds, but never more than the setting
-    request_timeout. Connecting may take half of that, and later than that nothing is sent, so that
-    the answer always has as much time. `limit` is the largest body in bytes. The response may have
-    any status. Raises RequestError if there was no response, and OAuthError if it was too large.
+    request_timeout. If connecting takes more than half of that, nothing is sent, so the server
+    always has at least half of it to respond. `limit` is the largest body in bytes. The response
+    may have any status. Raises RequestError if there was no response, and OAuthError if it was too
+    large.
     """
     import threading
     from concurrent.futures import Future
@@ -1215,16 +1223,22 @@ def request_json(
         wait_for(connected, timeout / 2)
         # This succeeds only if there is no connection. The thread then sends nothing.
         if not connected.cancel():
-            wait_for(answered, max(timeout / 2, timeout - (time.monotonic() - began)))
+            # Time during which this process is suspended doesn't count, so even then half of the
+            # timeout is left for the response.
+            remaining = timeout - (time.monotonic() - began)
+            wait_for(answered, max(timeout / 2, remaining))
     finally:
         in_time = answered.done()
         unsent = connected.cancel()
         if not in_time and not unsent:
             hang_up(connected.result())
+    error: Optional[BaseException] = TimeoutError()
+    if in_time:
+        error = answered.exception()
     # Because we hung up, the thread returns the part of the body that has arrived. That can be the
     # whole body, if only the sign of its end is missing.
-    has_body = in_time or (not unsent and wait_for(answered, 0) and not answered.exception())
-    error = answered.exception() if has_body else TimeoutError()
+    elif not unsent and wait_for(answered, WAIT_SLICE) and not answered.exception():
+        error = None
     if isinstance(error, MemoryError):
         raise error
     if error:
@@ -1234,7 +1248,7 @@ def request_json(
         raise OAuthError(f"could not {what}: the response is too large")
     private = {value for name, value in fields.items() if name not in PUBLIC_FIELDS}
     response = Response(status, content, retry_after, private | {bearer})
-    # This was only a part of the body.
+    # Only a part of the body had arrived.
     if not in_time and response.data is None:
         raise connection_error(settings, url, what, timeout, TimeoutError(), unsent)
     return response
@@ -1292,10 +1306,10 @@ def connection_error(
         hint = f"check {place} and your network connection, then try again"
     retry_after = 0.0
     # In Python 3.8 and 3.9, socket.timeout is another class.
-    if isinstance(error, (TimeoutError, socket.timeout)) and unsent:
-        fault = f"no connection to {host} within {timeout / 2:g} seconds"
-    elif isinstance(error, (TimeoutError, socket.timeout)):
+    if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no complete response from {host} within {timeout:g} seconds"
+        if unsent:
+            fault = f"no connection to {host} within {timeout / 2:g} seconds"
     elif is_tls_fault(error):
         # Only an SSLCertVerificationError has this attribute.
         unverified = getattr(error, "verify_message", "")
@@ -1307,10 +1321,12 @@ def connection_error(
     elif isinstance(error, socket.gaierror):
         fault = f"could not resolve host {host}"
     elif isinstance(error, OSError):
-        # http.client appends the proxy's own text, which may contain our password.
+        why = printable(error.strerror or type(error).__name__, 100)
+        # Only the status is shown, because http.client appends the proxy's own text, which may
+        # contain our password.
         tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))
-        refused = f"the proxy answered HTTP {tunnel[1]}" if tunnel else type(error).__name__
-        why = printable(error.strerror or refused, 100)
+        if tunnel:
+            why = f"the proxy answered HTTP {tunnel[1]}"
         fault = f"connection to {host} failed ({why})"
     else:
         name = type(error).__name__
@@ -1319,7 +1335,7 @@ def connection_error(
 
 
 def is_tls_fault(error: BaseException) -> bool:
-    """Whether `error` comes from TLS. A Python without TLS can't have such an error."""
+    """Whether `error` comes from TLS. Always false if this Python has no TLS."""
     try:
         import ssl
     except ImportError:
