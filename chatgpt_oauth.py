@@ -1416,7 +1416,7 @@ class Client:
     This is the Codex CLI's client (RFC 6749 §2). OfficialClient is the other one.
     """
 
-    # Marks this client's sign-ins in messages that can be about either client's.
+    # Marks this client's sign-in in messages that can be about either one.
     label = ""
     file_name = "chatgpt_oauth.json"
     # Whether OpenAI registers each installation as a client of its own.
@@ -1466,7 +1466,7 @@ class Client:
         """Continue an earlier registration and the stored sign-in, if there are any."""
 
     def registration(self) -> Fields:
-        """Return what is stored about this installation's registration, nothing of it secret."""
+        """Return what is stored about this installation's registration. None of it is secret."""
         return {}
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
@@ -1485,7 +1485,7 @@ class Client:
         return parameters
 
     def accept_response(self, response: Dict[str, str]) -> None:
-        """Use the authorization response's other parameters. Raises OAuthError for wrong ones."""
+        """Process the parameters besides code and state. Raises OAuthError if one is invalid."""
 
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
         """Return what the token file stores from a sign-in's token response besides the tokens.
@@ -1584,7 +1584,7 @@ class OfficialClient(Client):
     def resume(self, registration: Fields, stored: Fields) -> None:
         """Continue an earlier registration and the stored sign-in, if there are any.
 
-        The ID of this installation is made only once, and stays over sign-outs.
+        The ID of this installation is generated once and survives sign-outs.
         """
         import uuid
 
@@ -1603,7 +1603,7 @@ class OfficialClient(Client):
             self.asks_consent_again = not self.can_use_plan(stored)
 
     def registration(self) -> Fields:
-        """Return what is stored about this installation's registration, nothing of it secret."""
+        """Return what is stored about this installation's registration. None of it is secret."""
         fields = {"host_id": self.host_id, "issuer": self.settings.issuer}
         if self.client_id != self.ENTRY_POINT:
             fields["client_id"] = self.client_id
@@ -1646,11 +1646,11 @@ class OfficialClient(Client):
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
         """Return who signed in, according to the ID token, and which scopes were granted.
 
-        Raises OAuthError if the ID token isn't valid for the request with this `nonce`, or if it is
-        for another account than the registration.
+        Raises OAuthError if the ID token isn't valid for the request with this `nonce`, or if it
+        belongs to a different account from the registration.
         """
         claims = decode_claims(text_or_none(response.get("id_token")))
-        fault = self._id_token_fault(claims, self.client_id)
+        fault = self._claims_fault(claims, self.client_id)
         if fault:
             raise id_token_error(fault)
         if claims.get("nonce") != nonce:
@@ -1695,7 +1695,7 @@ class OfficialClient(Client):
         # The response may omit the ID token.
         if not tokens.id_token:
             return ""
-        return self._id_token_fault(decode_claims(tokens.id_token), tokens.client_id)
+        return self._claims_fault(decode_claims(tokens.id_token), tokens.client_id)
 
     def is_other_account(self, old: Tokens, new: Tokens) -> bool:
         """Whether a refresh of the `old` tokens has brought an ID token for somebody else."""
@@ -1708,11 +1708,11 @@ class OfficialClient(Client):
         scopes = fields.get("scopes")
         return isinstance(scopes, list) and PLAN_SCOPE in scopes
 
-    def _id_token_fault(self, claims: Fields, client_id: str) -> str:
-        """Return "" for the claims of an ID token from our issuer for `client_id`.
+    def _claims_fault(self, claims: Fields, client_id: str) -> str:
+        """Return what is wrong with the issuer or the audience of an ID token, or "".
 
-        For any other ID token, return what is wrong. The signature isn't checked because the token
-        came straight from the token endpoint over TLS (OpenID Connect Core §3.1.3.7, 6).
+        The signature isn't checked because the token came straight from the token endpoint over TLS
+        (OpenID Connect Core §3.1.3.7, 6).
         """
         issuer = text_or_none(claims.get("iss")) or ""
         if issuer.rstrip("/") != self.settings.issuer:
@@ -1724,7 +1724,7 @@ class OfficialClient(Client):
 
 
 def id_token_error(fault: str) -> OAuthError:
-    """Return the error for an ID token that isn't valid because it `fault`."""
+    """Return the error for an ID token with the fault `fault`, such as "has expired"."""
     return OAuthError(f"could not check who signed in: the ID token {fault}")
 
 
@@ -1752,7 +1752,7 @@ def token_response(response: Response, what: str) -> Fields:
     """Return the JSON object of a token endpoint's response (RFC 6749 §5.1).
 
     Raises OAuthError unless it has a valid access token. Optional fields are checked where they are
-    used, so that an invalid one doesn't cost the access token.
+    used, so that the access token isn't lost if one of them is invalid.
     """
     fields = response.json_object(what)
     if not is_b64token(fields.get("access_token")):
@@ -1828,9 +1828,9 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
 def request_refresh(client: Client, tokens: Tokens) -> Response:
     """Use the refresh token (RFC 6749 §6) at the issuer that issued it, and return the response.
 
-    The response is returned unseen, so that its tokens can be stored before anything in it is
-    judged. Raises RequestError if there is no response. Its `unprocessed` is true only if the
-    refresh token certainly wasn't used.
+    The response is returned unchecked, because its tokens must be stored before anything else.
+    Raises RequestError if there is no response. Its `unprocessed` is true only if the refresh token
+    certainly wasn't used.
     """
     form = {
         "grant_type": "refresh_token",
@@ -1843,8 +1843,8 @@ def request_refresh(client: Client, tokens: Tokens) -> Response:
         return request_json(client.settings, url, REFRESH, form)
     except UnavailableError:
         raise
-    # The response is too large, and the server has used up the refresh token.
     except OAuthError as error:
+        # The response is too large, and the server has used up the refresh token.
         raise RequestError(str(error)) from None
 
 
@@ -1857,32 +1857,35 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     - UnavailableError: only the access token is missing.
     - any other OAuthError: the request is wrong, and the refresh token is still good.
     """
-    if is_b64token(response.members.get("access_token")):
+    try:
+        token_response(response, REFRESH)
         return None
+    except OAuthError as error:
+        failure = error
     reason = end_reason(response)
     if reason:
         return InvalidGrantError(reason, client.sign_in_command)
-    if response.is_success:
-        return unusable_response_error(response)
-    error = response.error(REFRESH)
     # The network, the region or the server is the reason, not the sign-in.
-    if isinstance(error, UnavailableError):
-        return error
-    if response.code.lower() in REQUEST_ERROR_CODES:
+    if isinstance(failure, UnavailableError):
+        return failure
+    # The response has a new refresh token, which can be used for the next try.
+    if is_b64token(response.members.get("refresh_token")):
+        return UnavailableError(str(failure), "try again")
+    if not response.is_success and response.code.lower() in REQUEST_ERROR_CODES:
         hint = "check the settings: CHATGPT_OAUTH_CONFIG and the CHATGPT_OAUTH_... variables"
-        return OAuthError(str(error), hint)
+        return OAuthError(str(failure), hint)
     is_refusal = response.status in (400, 403) and bool(response.code or response.text)
     # The Codex CLI takes every 401 of this endpoint as the end.
     if is_refusal or response.status == 401:
-        return SignInEndedError(str(error), client.sign_in_command)
-    # The server may have used up the refresh token. A RequestError says that this isn't known.
-    return RequestError(str(error))
+        return SignInEndedError(str(failure), client.sign_in_command)
+    # A RequestError means that the server may have used up the refresh token.
+    return RequestError(str(failure))
 
 
 def end_reason(response: Response) -> str:
     """Return the code with which the token endpoint says that a sign-in has ended, or "".
 
-    It comes in any letter case and at several places. A response with status 200 can contain it.
+    It comes in any letter case and in several places. A response with status 200 can contain it.
     """
     if response.status >= 500 or response.status == 429:
         return ""
@@ -1893,25 +1896,12 @@ def end_reason(response: Response) -> str:
     return ""
 
 
-def unusable_response_error(response: Response) -> OAuthError:
-    """Return the error for a refresh's response with status 200 that has no access token."""
-    try:
-        token_response(response, REFRESH)
-    except UnavailableError as error:
-        return error
-    except OAuthError as error:
-        if is_b64token(response.members.get("refresh_token")):
-            return UnavailableError(str(error), "try again")
-        # The server may have used up the refresh token. A RequestError says that this isn't known.
-        return RequestError(str(error))
-    return OAuthError(f"could not {REFRESH}")
-
-
 def revoke(client: Client, tokens: Tokens) -> None:
     """Revoke the refresh token, or the access token if there is no refresh token (RFC 7009 §2.1).
 
     Raises OAuthError.
     """
+    # The Codex CLI sends its client ID only with a refresh token.
     body = {"token": tokens.access_token, "token_type_hint": "access_token"}
     if tokens.refresh_token:
         body = {
@@ -1949,6 +1939,7 @@ class DeviceCode:
             interval = DEFAULT_POLL_INTERVAL
         self.interval = min(max(POLL_FLOOR, interval), POLL_CEILING)
         self.pause = self.interval
+        # Seconds until the code expires.
         lifetime = number_or_none(response.get("expires_in")) or DEVICE_CODE_LIFETIME
         self.lifetime = min(lifetime, DEVICE_CODE_LIFETIME)
 
@@ -1971,11 +1962,13 @@ class DeviceCode:
         # OpenAI puts this prefix before some of RFC 8628's codes.
         code = re.sub("^deviceauth_", "", response.code)
         is_pending = code in ("authorization_pending", "slow_down")
-        if response.is_html or (response.is_success and not is_pending):
+        if response.is_html:
+            raise response.error(what)
+        if response.is_success and not is_pending:
             return self._authorization(response.json_object(what))
         if code == "access_denied":
             raise device_code_error("the sign-in was denied in the browser")
-        # RFC 8628's code is expired_token. Any other code that says so means the same.
+        # RFC 8628 calls this expired_token. Every code that contains "expired" is treated the same.
         if "expired" in code.lower():
             raise device_code_error()
         # RFC 8628 §3.5: the longer interval applies to this poll and all later ones.
