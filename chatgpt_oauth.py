@@ -2016,13 +2016,19 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # Store: the token file and the models file, each with the lock under which it changes
 # ---------------------------------------------------------------------------------------------
 # Reading needs no lock. Everyone who changes a file holds its lock, and replaces the file as a
-# whole, so a reader sees the old or the new contents. The order for tokens is: lock, reserve disk
-# space and replace the file by itself (which proves that this works), send the request, write the
-# response to the reserved space beside the file, rename it. If the process is killed or the rename
-# fails, the next process that reads the file or takes the lock renames it.
-# Nothing is written that couldn't be read again: `save` refuses what exceeds the limit of `read`,
-# and what comes from a server is stored as a typed value.
-# A symbolic link is kept, and root never follows or changes another user's link.
+# whole, so a reader sees the old or the new contents. The order for tokens is:
+#
+#     1. Take the lock.
+#     2. Replace the file with a copy of itself, to prove that this works.
+#     3. Reserve disk space in a temporary file beside the file.
+#     4. Send the request.
+#     5. Write the response to the temporary file.
+#     6. Rename the temporary file into place.
+#
+# If the process is killed before it renames the file, or if it can't, the next process that reads
+# the file or takes the lock does so. Nothing is written that couldn't be read again: `save` refuses
+# what exceeds the limit of `read`, and what comes from a server is stored as a typed value. A
+# symbolic link is kept, and root never follows or changes another user's link.
 
 # How long to retry on Windows while another program, such as a virus scanner, has a file open.
 SHARING_SECONDS = 5.0
@@ -2075,26 +2081,26 @@ class Tokens:
         # copy when it refreshes. A JWT there is therefore an old access token.
         if self.api_key == self.access_token or decode_claims(self.api_key):
             self.api_key = None
-        account = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
-        self.account_id = account if is_b64token(account) else None
+        account_id = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
+        self.account_id = account_id if is_b64token(account_id) else None
         issuer = text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]
         self.issuer = issuer.rstrip("/")
         client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
         self.client_id = printable(client_id)
-        # `account` identifies the account, or is None if nothing in the file does. The official
-        # sign-in has `sub` for this, combined with the client ID, because one person may register
-        # several workspaces.
-        self.account: Optional[Tuple[str, ...]] = None
+        # `account_key` identifies the account, or is None if nothing in the file does. For the
+        # official sign-in that is `sub`, combined with the client ID, because one person may
+        # register several workspaces.
+        self.account_key: Optional[Tuple[str, ...]] = None
         sub = text_or_none(fields.get("sub"))
         if sub:
-            self.account = (self.issuer, self.client_id, sub)
+            self.account_key = (self.issuer, self.client_id, sub)
         elif self.account_id:
-            self.account = (self.issuer, self.account_id)
+            self.account_key = (self.issuer, self.account_id)
 
     def same_account(self, other: Tokens) -> bool:
         """Whether both belong to one account. If either doesn't say, compare the access tokens."""
-        if self.account and other.account:
-            return self.account == other.account
+        if self.account_key and other.account_key:
+            return self.account_key == other.account_key
         return self.access_token == other.access_token
 
     def auth_claims(self) -> Fields:
@@ -2285,7 +2291,7 @@ def _create(path: str, model: str, mode: int) -> int:
 
 
 def _overwrite(file: Any, data: bytes) -> None:
-    """Replace the contents of an open file by `data`."""
+    """Replace the contents of an open file with `data`."""
     # The file is cut to its new length last. If the process is killed before that, only the blanks
     # that `reserve` wrote follow the data, and JSON with trailing blanks is valid.
     file.seek(0)
@@ -2295,13 +2301,14 @@ def _overwrite(file: Any, data: bytes) -> None:
     file.truncate()
 
 
-def _owner(path: str) -> os.stat_result:
-    """Return the status of `path`, or of its directory if `path` doesn't exist."""
-    return os.stat(path if os.path.exists(path) else os.path.dirname(path))
+def _owner(path: str) -> Tuple[int, int]:
+    """Return the user and group ID of `path`, or of its directory if `path` doesn't exist."""
+    facts = os.stat(path if os.path.exists(path) else os.path.dirname(path))
+    return facts.st_uid, facts.st_gid
 
 
 def _is_own_file(path: str, model: str) -> bool:
-    """Whether `path` is a regular file of this user. If we are root: of the owner of `model`."""
+    """Whether `path` is a regular file of this user or, if we are root, of the owner of `model`."""
     try:
         facts = os.lstat(path)
     except FileNotFoundError:
@@ -2312,18 +2319,17 @@ def _is_own_file(path: str, model: str) -> bool:
         return True
     user = os.geteuid()
     if user == 0:
-        user = _owner(model).st_uid
+        user, _ = _owner(model)
     return facts.st_uid == user
 
 
 def _chown_like(descriptor: int, path: str) -> None:
     """If we are root, give a new file to the owner of `path`, or of its directory.
 
-    Otherwise, root in a container would lock out the user whose home directory is mounted there.
+    Without this, root in a container would lock out the user whose home directory is mounted there.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
-        owner = _owner(path)
-        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        os.fchown(descriptor, *_owner(path))
 
 
 def _make_directory(path: str, mode: int = 0o700) -> None:
@@ -2454,16 +2460,16 @@ class JsonFile:
             except OSError as error:
                 fault = f"cannot read: {error.strerror}"
                 # Windows denies access to a file at the moment when it is being replaced.
-                may_pass = sys.platform == "win32" and isinstance(error, PermissionError)
+                is_transient = sys.platform == "win32" and isinstance(error, PermissionError)
             except (ValueError, RecursionError):
                 fault = "not valid JSON"
                 # Another program may be writing the file.
-                may_pass = True
+                is_transient = True
             else:
                 if isinstance(value, dict):
                     return value
                 raise self.broken_error("not a JSON object")
-            if not may_pass or time.monotonic() > deadline:
+            if not is_transient or time.monotonic() > deadline:
                 raise self.broken_error(fault)
             time.sleep(0.02)
 
@@ -2495,7 +2501,7 @@ class JsonFile:
     def _check_link(self, path: str, facts: os.stat_result) -> None:
         """As root, raise StorageError if `path` is another user's link to a file they don't own.
 
-        Otherwise, the user could make root read or replace that file.
+        Without this check, that user could make root read or replace the file.
         """
         if sys.platform != "win32" and os.geteuid() == 0:
             owner = os.lstat(path).st_uid
@@ -2554,11 +2560,9 @@ class JsonFile:
     def _take_locks(self, locks: List[int], deadline: float) -> None:
         """Lock the lock file beside the file, then the file itself, then its temporary file.
 
-        The descriptors are added to `locks`.
-
-        The last two are needed if somebody deletes the lock file, or if the file is mounted into a
-        container, where the lock file beside it is a different one. A process holds the lock of
-        every temporary file that it creates, and so keeps the lock when it replaces the file.
+        The descriptors are added to `locks`. The lock file alone isn't enough if somebody deletes
+        it, or if only the file is mounted into a container, which then has another lock file beside
+        it. The temporary file is locked because it takes the place of the file when it is renamed.
         """
         for path in (self.settings.home, self.path):
             if os.path.exists(path):
@@ -2604,27 +2608,28 @@ class JsonFile:
             hint = "remove what other programs have stored in it, then try again"
             raise StorageError(f"{self.path}: too large for new tokens", hint)
         size = len(contents) + RESERVE
-        # A request that had no effect has left it.
+        # There is a reserved replacement already if an earlier request had no effect.
         self._discard_reserved()
         try:
-            self._replace_by_itself()
+            self._replace_with_copy()
             self.reserved = self._replacement()
             self.reserved.write(b" " * size)
             self.reserved.sync()
         except OSError as error:
             raise self._write_error(error) from None
 
-    def _replace_by_itself(self) -> None:
-        """Prove that the file can be replaced, by replacing it by a copy. May raise OSError.
+    def _replace_with_copy(self) -> None:
+        """Replace the file with a copy of itself to prove that it can be replaced.
 
         Renaming fails if only this file is mounted (a container), if it is immutable, or if the
-        directory is append-only.
+        directory is append-only. May raise OSError.
         """
         version = self._version()
         try:
             contents = _retry_on_windows(self._read_bytes) if version else b"{}\n"
         except (StorageError, IsADirectoryError, PermissionError):
-            # A sign-in moves a broken file out of the way before it spends anything.
+            # There is nothing to copy. A sign-in renames such a file (see `set_aside`) before it
+            # spends an authorization code.
             return
         copy = self._replacement()
         try:
@@ -2649,7 +2654,7 @@ class JsonFile:
         return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def save(self, value: Fields) -> None:
-        """Replace the contents of the file by `value`. The caller must hold the lock.
+        """Replace the contents of the file with `value`. The caller must hold the lock.
 
         Raises NotReplacedError if `value` is on disk beside the file, and StorageError if it isn't.
         """
@@ -2669,8 +2674,8 @@ class JsonFile:
                 raise
         except OSError as error:
             raise self._write_error(error) from None
-        # If this fails, the disk is failing. `value` may still reach it, and the old contents may
-        # be of no use any more.
+        # If this fails, go on anyway. The new contents may still reach the disk, and the old tokens
+        # may already be spent.
         with contextlib.suppress(OSError):
             replacement.sync()
         try:
@@ -2700,7 +2705,7 @@ class JsonFile:
     def require_removable(self) -> None:
         """Raise StorageError if the file can't be removed. The caller must hold the lock."""
         try:
-            self._replace_by_itself()
+            self._replace_with_copy()
         except OSError as error:
             # A full disk doesn't keep a file from being removed.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -2741,6 +2746,7 @@ class TokenFile(JsonFile):
         failure: Optional[StorageError] = None
         if self.locks is None and os.path.lexists(self.temporary):
             try:
+                # Taking the lock recovers the tokens.
                 with self.lock(timeout=0):
                     pass
             except UnavailableError:
@@ -2766,7 +2772,7 @@ class TokenFile(JsonFile):
     def _recover(self) -> None:
         """Rename a temporary file that holds newer tokens into place. May raise OSError.
 
-        A process was killed before it could do that. Only these tokens are good, because the
+        A process was killed before it could do that. Only these tokens are valid, because the
         refresh token in the file has been spent.
         """
         if self._holds_newer_tokens(self.temporary):
@@ -2802,7 +2808,7 @@ class TokenFile(JsonFile):
         if sys.platform == "win32":
             return
         facts = os.fstat(descriptor)
-        # A file of root's that others can't write is a secret that a container mounts.
+        # Containers mount secrets as files that belong to root and that nobody else can write.
         is_secret = facts.st_uid == 0 and not facts.st_mode & 0o022
         if os.geteuid() not in (0, facts.st_uid) and not is_secret:
             raise self.broken_error(f"owned by another user (uid {facts.st_uid})")
@@ -2816,10 +2822,10 @@ class TokenFile(JsonFile):
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
-        place = self.settings.home
-        if not home_hint(self.settings) or not self.holds_sign_in() or can_change_mode(place):
+        is_readable_only = home_hint(self.settings) and self.holds_sign_in()
+        if not is_readable_only or can_change_mode(self.settings.home):
             return super()._lock_error(error)
-        # The sign-in can be read, so the place is a read-only mount.
+        # The directory can't be made writable either, so it is a read-only mount.
         failure = storage_error("change", self.path, error)
         failure.hint = (
             "mount a writable directory with a sign-in of its own, and set CHATGPT_OAUTH_HOME to it"
@@ -4612,9 +4618,9 @@ def can_revoke_previous(old: Tokens, new: Tokens) -> bool:
     """
     if not old.refresh_token or old.refresh_token == new.refresh_token:
         return False
-    if not old.account or not new.account:
+    if not old.account_key or not new.account_key:
         return False
-    return old.account != new.account
+    return old.account_key != new.account_key
 
 
 def revoke_or_warn(session: Session, tokens: Tokens) -> None:
