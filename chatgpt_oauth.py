@@ -7059,25 +7059,37 @@ def remove_compiled_code(path: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # Prompts: requests to the models that a ChatGPT plan pays for
 # ---------------------------------------------------------------------------------------------
-# Code Puppy sends the prompts. This room knows what OpenAI expects and answers, and which tokens to
-# send. It gets the classes of pydantic-ai that it extends as arguments, and reaches into nothing of
-# the host. Only `response.completed` is a whole answer. A refusal that is final ends the prompt
-# with one message, and every other failure becomes a 503, which the host repeats.
+# Code Puppy, which these two rooms call the host, sends the prompts. This room builds the requests
+# that OpenAI accepts, checks its responses and picks the tokens. It gets the classes of pydantic-ai
+# that it extends as arguments and touches nothing else of the host. An answer is complete only
+# after the event `response.completed`. A refusal that is final ends the prompt with one message.
+# After every other failure, the host repeats the request. If the answer has begun already, we make
+# it do so by raising the error for a status 503. Version numbers are Code Puppy's.
 
-# After this time, a prompt that waits for a refresh says so.
+# A prompt that waits longer than this for a refresh shows a message.
 SILENT_WAIT = 2.0  # seconds
 # The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
 PLAN_REFUSED_FIELDS = (
-    *("background", "conversation", "max_output_tokens", "max_tool_calls", "metadata"),
-    *("moderation", "multi_agent", "previous_response_id", "prompt", "prompt_cache_options"),
-    *("prompt_cache_retention", "safety_identifier", "temperature", "top_logprobs", "top_p"),
-    *("truncation", "user"),
+    "background",
+    "conversation",
+    "max_output_tokens",
+    "max_tool_calls",
+    "metadata",
+    "moderation",
+    "multi_agent",
+    "previous_response_id",
+    "prompt",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "temperature",
+    "top_logprobs",
+    "top_p",
+    "truncation",
+    "user",
 )
 # Web search is the only tool hosted by OpenAI that a plan pays for.
 PLAN_TOOLS = ("function", "web_search")
-# These models, up to gpt-5.5, take function tools in `tools`. gpt-5.6 and later ones take them in
-# an input item of type `additional_tools`.
-FLAT_TOOLS_MODELS = r"gpt-(?:[1-4]|5(?:\.[0-5])?)(?![.0-9])|o[0-9]"
 
 
 def plan_request(body: Fields) -> Fields:
@@ -7088,7 +7100,7 @@ def plan_request(body: Fields) -> Fields:
         for item in kept.get("input", [])
     ]
     tools = [tool for tool in kept.pop("tools", None) or [] if tool.get("type") in PLAN_TOOLS]
-    if not re.match(FLAT_TOOLS_MODELS, str(kept.get("model"))):
+    if not takes_flat_tools(str(kept.get("model"))):
         functions = [tool for tool in tools if tool["type"] == "function"]
         tools = [tool for tool in tools if tool["type"] != "function"]
         if functions:
@@ -7102,8 +7114,20 @@ def plan_request(body: Fields) -> Fields:
     return {**kept, "input": items, "store": False, "stream": True}
 
 
+def takes_flat_tools(model: str) -> bool:
+    """Whether a model, up to gpt-5.5, takes function tools in `tools`.
+
+    gpt-5.6 and later ones take them in an input item of type `additional_tools`.
+    """
+    version = re.match(r"gpt-([0-9]+)(?:\.([0-9]+))?", model)
+    if version:
+        return (int(version[1]), int(version[2] or 0)) <= (5, 5)
+    # o1, o3 and o4-mini are older than gpt-5.
+    return re.match("o[0-9]", model) is not None
+
+
 async def shape_request(request: Any) -> None:
-    """Change a request of the host's HTTP client (an event hook) into what a plan pays for."""
+    """Rewrite a request so that the plan pays for it (an event hook of the host's HTTP client)."""
     if request.method == "POST":
         body = json.dumps(plan_request(json.loads(request.content))).encode()
         request.stream = http_library(request).ByteStream(body)
@@ -7111,23 +7135,22 @@ async def shape_request(request: Any) -> None:
 
 
 async def check_response(response: Any) -> None:
-    """Make the stream of a response (an event hook) raise ResponseError unless it ends well."""
+    """Make the stream of a response raise ResponseError unless it ends well (an event hook)."""
     is_encoded = "content-encoding" in response.headers
     if response.status_code == 200 and response.request.method == "POST" and not is_encoded:
         response.stream = checked_stream(response.stream, http_library(response))
 
 
 def http_library(message: Any) -> Any:
-    """Return the library of the host's HTTP client: httpx, since 0.0.800 httpx2."""
+    """Return the module of the host's HTTP client: httpx, or httpx2 since 0.0.800."""
     return sys.modules[type(message).__module__.partition(".")[0]]
 
 
 def checked_stream(source: Any, library: Any) -> Any:
     """Return a stream with the bytes of `source` that raises ResponseError unless it ends well.
 
-    The bytes are server-sent events. Only `response.completed` is a whole answer. openai's client
-    raises its own error for some failures, and pydantic-ai 2.51 silently ignores others. So they
-    are looked for here, before either sees them.
+    The bytes are server-sent events. The openai package raises its own error for some failures, and
+    pydantic-ai 2.51 silently ignores others, so they are found here, before either sees them.
     """
 
     class CheckedStream(library.AsyncByteStream):  # type: ignore[misc]
@@ -7136,9 +7159,9 @@ def checked_stream(source: Any, library: Any) -> Any:
             async for chunk in source:
                 *lines, unfinished = (unfinished + chunk).split(b"\n")
                 for line in lines:
-                    is_complete = is_complete or completes_response(line)
+                    is_complete = is_complete or check_event_line(line)
                 yield chunk
-            if not is_complete and not completes_response(unfinished):
+            if not is_complete and not check_event_line(unfinished):
                 raise ResponseError({}, "the connection ended early")
 
         async def aclose(self) -> None:
@@ -7147,8 +7170,11 @@ def checked_stream(source: Any, library: Any) -> Any:
     return CheckedStream()
 
 
-def completes_response(line: bytes) -> bool:
-    """Whether a line of the event stream completes the response. A failure raises ResponseError."""
+def check_event_line(line: bytes) -> bool:
+    """Return whether a line of the event stream completes the response.
+
+    Raises ResponseError if the line reports a failure.
+    """
     if not line.startswith(b"data:"):
         return False
     data = line[len(b"data:") :].strip()
@@ -7161,8 +7187,9 @@ def completes_response(line: bytes) -> bool:
         event = json.loads(data)
     except ValueError:
         return False
-    kind = event.get("type") if isinstance(event, dict) else None
-    response = event.get("response") if kind else None
+    if not isinstance(event, dict):
+        return False
+    kind, response = event.get("type"), event.get("response")
     response = response if isinstance(response, dict) else {}
     if kind == "error":
         nested = event.get("error")
@@ -7188,7 +7215,7 @@ class ResponseError(Exception):
 
 
 # Parts of the codes with which OpenAI refuses a prompt for good, each with a message and a hint.
-# A prompt that fails in any other way after its answer has begun is repeated by the host.
+# The first part that a code contains is used, so a longer part comes before a shorter one in it.
 PLAN_REFUSALS = {
     "workplace_individual_usage_limit": (
         "your workspace's usage limit for you is reached",
@@ -7207,11 +7234,11 @@ PLAN_REFUSALS = {
     "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
     "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
     "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
-    "invalid_prompt": ("OpenAI refused this prompt", "word it in another way"),
-    "policy": ("OpenAI refused this prompt", "word it in another way"),
+    "invalid_prompt": ("OpenAI refused this prompt", "rephrase it"),
+    "policy": ("OpenAI refused this prompt", "rephrase it"),
     "content_filter": ("the answer is incomplete: OpenAI's content filter ended it", ""),
     "max_output_tokens": (
-        "the answer is incomplete: it has reached the greatest length",
+        "the answer is incomplete: it reached the maximum length",
         "ask for the rest, or for less at a time",
     ),
 }
@@ -7258,7 +7285,7 @@ def reset_note(fields: Fields) -> str:
 
 
 class Prompts:
-    """What all plan models share: how to tell the person, and what has been refused.
+    """The state that all plan models share: how messages are shown, and which tokens were refused.
 
     `stop` shows an error and returns the exception that ends a prompt.
     """
@@ -7270,7 +7297,7 @@ class Prompts:
         self.refresh_failed = False
 
     def report_refresh(self, messages: List[Tuple[str, ...]]) -> None:
-        """Show `messages` about a failed refresh in short, once until a refresh succeeds."""
+        """Show `messages` about a failed refresh in short. Show no more until one succeeds."""
         if messages and not self.refresh_failed:
             for kind, text, *command in messages:
                 self.notify(kind, text.partition(";")[0], *command)
@@ -7278,7 +7305,7 @@ class Prompts:
 
 
 class PlanAccess:
-    """What the requests of one plan model need: a sign-in, and what to do about a refusal."""
+    """The headers for one plan model's requests, and the exceptions for their failures."""
 
     def __init__(self, prompts: Prompts, name: str, official: bool) -> None:
         self.prompts, self.name, self.official = prompts, name, official
@@ -7297,9 +7324,9 @@ class PlanAccess:
         return headers
 
     def model_settings(self, settings: Optional[Fields]) -> Fields:
-        """Return the settings of a request with what the host leaves out for our own type."""
+        """Return a request's settings with two that the host sends only for its own model type."""
         settings = dict(settings or {})
-        # /model_settings offers these two for both types. 0.0.946 sends them only for its own.
+        # /model_settings offers these two for our type as well (0.0.946).
         if self.official:
             settings.setdefault("openai_reasoning_summary", settings.get("summary", "auto"))
             settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
@@ -7333,19 +7360,11 @@ class PlanAccess:
             headers.update(account_headers(tokens))
         return headers
 
-    def may_refresh(self, error: Any, token: str, rejected: str) -> bool:
-        """Whether `error`, which answered a request with `token`, is worth a refresh.
-
-        `rejected` is the token that was tried before, or "". If the token after a refresh is
-        refused, too, no refresh would help, now or at the next prompt.
-        """
+    def is_refused(self, error: Any) -> bool:
+        """Whether `error` is OpenAI's refusal of an access token."""
         # A web page comes from a proxy, not from OpenAI.
         is_html = isinstance(error.body, str) and error.body.lstrip().startswith("<")
-        if error.status_code != 401 or is_html or token in self.prompts.rejected_tokens:
-            return False
-        if rejected:
-            self.prompts.rejected_tokens.add(token)
-        return not rejected
+        return error.status_code == 401 and not is_html
 
     def outcome(self, error: Any, http_error: Any) -> Exception:
         """Return what to raise in the host for `error`, which ended a request."""
@@ -7418,7 +7437,12 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
                 try:
                     return await stack.enter_async_context(opening)
                 except http_error as error:
-                    if not access.may_refresh(error, token, rejected):
+                    if not access.is_refused(error) or token in access.prompts.rejected_tokens:
+                        raise
+                    # If the token after a refresh is refused, too, no refresh will help, now or at
+                    # the next prompt.
+                    if rejected:
+                        access.prompts.rejected_tokens.add(token)
                         raise
                     rejected = token
 
@@ -7437,6 +7461,7 @@ def refusing_model(base: Any, name: str, refusal: Callable[[], Exception]) -> An
         @contextlib.asynccontextmanager
         async def request_stream(self, *_: Any, **__: Any) -> Any:
             raise refusal()
+            # This makes it an async generator, which asynccontextmanager requires.
             yield
 
     return RefusingModel()
@@ -7445,9 +7470,10 @@ def refusing_model(base: Any, name: str, refusal: Callable[[], Exception]) -> An
 class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: ignore[misc]
     """The end of a prompt without another try and without a traceback.
 
-    The host ends a prompt like that only after an InterruptedError, and shows it as a group of
-    exceptions, "(1 sub-exception)" (0.0.229 to 0.0.946, `except* InterruptedError`). A group that
-    comes with its own text isn't shown that way. Python has groups since 3.11, as the host does.
+    The host ends a prompt quietly only after an InterruptedError. It catches that with `except*`,
+    prints the group of exceptions that it gets, and adds "(1 sub-exception)" to the text
+    (0.0.229 to 0.0.946). This group prints its text alone. Both ExceptionGroup and the host need
+    Python 3.11. On an older Python, this class only has to exist.
     """
 
     def __init__(self, text: str, members: Any) -> None:

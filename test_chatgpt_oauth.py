@@ -9259,7 +9259,7 @@ class PuppyModelTest(PuppyCase):
         self.store()
         model = self.build_model()
         for reason, words in (
-            ("max_output_tokens", "it has reached the greatest length"),
+            ("max_output_tokens", "it reached the maximum length"),
             ("content_filter", "OpenAI's content filter ended it"),
             ("new_reason", "the answer is incomplete: new_reason"),
         ):
