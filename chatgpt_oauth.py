@@ -7495,14 +7495,16 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
 # ---------------------------------------------------------------------------------------------
 # Code Puppy: the commands and the plan's models inside Code Puppy (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
-# Code Puppy is "the host" in this room, and its own ChatGPT plugin is "the built-in one". The room
-# works through the host's public callbacks: it registers ours, then unregisters the built-in's and
-# keeps them for what we don't do, such as /codex-imagegen. `CodePuppy` holds everything that
-# touches the host. Its last methods use names that aren't public. Each says in which release it was
-# seen, why we need it, and what is lost without it. `CodePuppyPlugin` holds what we do there.
+# Code Puppy is "the host" in this room, its own ChatGPT plugin is "the built-in one", and versions
+# such as 0.0.946 are the host's. The room works through the host's public callbacks: it registers
+# ours, then unregisters the built-in's and keeps them for what we don't do, such as
+# /codex-imagegen. `CodePuppy` contains everything that touches the host. Its last methods use names
+# that aren't public. Each says in which release it was seen, why we need it, and what is lost
+# without it. `CodePuppyPlugin` contains what we do there.
 #
-# Nothing of ours raises into the host except a request to a plan model. Building a plan model never
-# fails, because the host would silently use another model, which somebody else pays for.
+# Our code never raises an exception into the host, except from a request to a plan model. Building
+# a plan model never fails, because the host would silently use another model, which may be billed
+# to another account.
 
 # Two threads of the host display its messages. The pause lets one finish before the next begins.
 MESSAGE_PAUSE = 0.05  # seconds
@@ -7512,10 +7514,7 @@ BUILTIN_OWNER = "chatgpt_oauth"
 BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 # The types of model entries that a ChatGPT plan pays for.
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
-NO_PLAN_MODELS = (
-    "this release of Code Puppy cannot use models that a ChatGPT plan pays for",
-    "to use them, update it: pip install --upgrade code-puppy",
-)
+
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, --official, or a URL)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
@@ -7539,6 +7538,14 @@ def has_module(name: str) -> bool:
     with contextlib.suppress(ImportError):
         return bool(host_module(name))
     return False
+
+
+def no_plan_models_error(consequence: str = "") -> OAuthError:
+    """Return the error for a host that has no models that a plan can pay for."""
+    text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for"
+    return OAuthError(
+        text + consequence, "to use them, update it: pip install --upgrade code-puppy"
+    )
 
 
 class CodePuppy:
@@ -7608,7 +7615,7 @@ class CodePuppy:
         module = str(getattr(callback, "__module__", ""))
         return owner_of(callback) == BUILTIN_OWNER or module.startswith(BUILTIN_MODULES)
 
-    def overriding_setting(self, name: str, value: Optional[str]) -> str:
+    def how_to_remove_override(self, name: str, value: Optional[str]) -> str:
         """Return how to remove the host's setting `name`, or "" if it doesn't override `value`.
 
         The host prefers a value that was stored with /set to the environment. 0.0.229 reads only
@@ -7677,9 +7684,9 @@ class CodePuppy:
         # 0.0.229 has no DATA_DIR and ignores XDG_DATA_HOME.
         home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
         CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
-        # 0.0.700 to 0.0.946: the set of types for custom endpoints, in which 0.0.598 and older
-        # releases lack one that our entries may have. Without the name, our entries use only the
-        # older type, as in those releases.
+        # _CUSTOM_OPENAI_MODEL_TYPES contains the types of entries with a custom endpoint (0.0.700
+        # to 0.0.946). Up to 0.0.598, custom_openai_responses isn't supported. If that type or the
+        # name is missing, all our entries get the older type custom_openai.
         factory = host_module("code_puppy.model_factory")
         if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
             CHATGPT_OAUTH_CONFIG["chat_patterns"] = "*"
@@ -7719,8 +7726,10 @@ class CodePuppyPlugin:
 
     def __init__(self, parse: AnyCallable) -> None:
         self.host, self.parse = CodePuppy(), parse
-        # The built-in plugin's callbacks by phase, or None while everything is left to it.
-        self.theirs: Optional[Dict[str, List[AnyCallable]]] = None
+        # Whether our callbacks are in use. Otherwise everything is left to the built-in plugin.
+        self.is_active = False
+        # The built-in plugin's callbacks by phase.
+        self.theirs: Dict[str, List[AnyCallable]] = {}
         # The API key that this plugin has exported, if any.
         self.exported: Optional[str] = None
         self.prompts = Prompts(self.notify, self.stop_prompt)
@@ -7739,14 +7748,15 @@ class CodePuppyPlugin:
             ours["register_model_type"] = self.model_types
         try:
             self.host.adapt()
-            self.theirs = self.host.take_over(ours)
+            theirs = self.host.take_over(ours)
         except Exception as error:
             to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
             with contextlib.suppress(Exception):
                 text = "chatgpt_oauth does not fit this release of Code Puppy, whose own commands"
                 self.notify("warning", f"{text} for ChatGPT are used instead")
             return
-        if self.theirs is not None:
+        if theirs is not None:
+            self.is_active, self.theirs = True, theirs
             with contextlib.suppress(Exception):
                 self.export_at_start()
 
@@ -7754,7 +7764,7 @@ class CodePuppyPlugin:
 
     def on_command(self, command: str, name: str) -> Any:
         """Run one of our commands and return True. Leave any other to the built-in plugin."""
-        if self.theirs is None:
+        if not self.is_active:
             return None
         if name not in PLUGIN_COMMANDS:
             return self._run_theirs(command, name)
@@ -7776,11 +7786,11 @@ class CodePuppyPlugin:
         return True
 
     def _run_theirs(self, command: str, name: str) -> Any:
-        if name in (entry[0].split()[0] for entry in self._their_help()):
+        if name in map(command_name, self._their_help()):
             # The built-in plugin would refresh an expired token without a lock.
             with contextlib.suppress(OAuthError):
                 Session(notify=self.notify).valid_tokens()
-        for theirs in (self.theirs or {})["custom_command"]:
+        for theirs in self.theirs["custom_command"]:
             result = theirs(command=command, name=name)
             if result is not None:
                 return result
@@ -7788,18 +7798,18 @@ class CodePuppyPlugin:
 
     def on_help(self) -> List[Tuple[str, str]]:
         """Return the names and descriptions of our commands, and of the built-in's others."""
-        if self.theirs is None:
+        if not self.is_active:
             return []
         return [*PLUGIN_COMMANDS.items(), *self._their_help()]
 
     def _their_help(self) -> List[Any]:
-        helps = [theirs() or [] for theirs in (self.theirs or {})["custom_command_help"]]
+        helps = [theirs() or [] for theirs in self.theirs["custom_command_help"]]
         entries = [entry for each in helps for entry in each]
-        return [entry for entry in entries if entry[0].split()[0] not in PLUGIN_COMMANDS]
+        return [entry for entry in entries if command_name(entry) not in PLUGIN_COMMANDS]
 
     def model_types(self) -> List[Fields]:
         """Return the types of models that we build, and the built-in's others."""
-        if self.theirs is None:
+        if not self.is_active:
             return []
         lists = [theirs() or [] for theirs in self.theirs["register_model_type"]]
         others = [entry for each in lists for entry in each if entry.get("type") not in PLAN_TYPES]
@@ -7839,8 +7849,7 @@ class CodePuppyPlugin:
     def export_at_start(self) -> None:
         """Export the stored API key to the host, which reads it from its environment.
 
-        A value that the person has set stays, unless it can't be a key. The setup guide's `jq`
-        line sets `null` if nobody is signed in.
+        A value that the person has set stays, unless it can't be a key.
         """
         variable, key = self._stored_key()
         if not can_be_api_key(os.environ.get(variable)):
@@ -7853,20 +7862,20 @@ class CodePuppyPlugin:
         is_overridden = self._warn_of_override(variable, key)
         if held == key:
             return
-        if key:
-            is_persons_own = held != self.exported and can_be_api_key(held)
-            if is_persons_own and not is_overridden:
-                text = f"{variable} held another API key; this session now uses the stored one"
-                self.notify("warning", text)
-        elif held != self.exported:
-            # Nobody is signed in, and the person has set this value.
+        is_persons_own = held != self.exported
+        # Nobody is signed in, so a key that the person has set stays.
+        if is_persons_own and not key:
             return
+        # Somebody is signed in, so the stored key replaces the person's.
+        if is_persons_own and can_be_api_key(held) and not is_overridden:
+            text = f"{variable} held another API key; this session now uses the stored one"
+            self.notify("warning", text)
         self._export(variable, key)
         self.host.reload_model()
 
     def _warn_of_override(self, variable: str, key: Optional[str]) -> bool:
         """Whether a setting of the host overrides the key. If so, also warn about it."""
-        way_out = self.host.overriding_setting(variable, key)
+        way_out = self.host.how_to_remove_override(variable, key)
         if way_out:
             text = f"the Code Puppy setting {variable.lower()} overrides this API key"
             self.notify("warning", text)
@@ -7912,7 +7921,7 @@ class CodePuppyPlugin:
             text = "    " + self.typed(text)
         elif command:
             text = f"{text}: {self.typed(command)}"
-        text = "\n".join(printable(line, 5000) for line in text.splitlines())
+        text = "\n".join(printable(line, MESSAGE_LIMIT) for line in text.splitlines())
         # The host would break a URL into lines.
         if kind == "verbatim" and not self.host.in_editor:
             print(f"\n{text}\n", flush=True)
@@ -7920,6 +7929,7 @@ class CodePuppyPlugin:
             self.host.emit(kind, f"hint: {text}" if kind == "hint" else text)
 
     def _run(self, name: str, command: str) -> None:
+        """Run one of our commands: `name` without its prefix, `command` as it was typed."""
         if name == "models":
             self._list_models()
             return
@@ -7938,27 +7948,38 @@ class CodePuppyPlugin:
         session = open_session(self.notify, options)
         in_use = self.host.model_in_use()
         if name == "status":
-            report = Status(session, self.typed, options.online).text(options.json)
-            self.notify("info", report)
-            self.export_again()
-            if not options.json:
-                self._warn_of_missing_model(session, in_use)
-            return
+            self._show_status(session, options, in_use)
+        elif name == "auth":
+            self._sign_in_and_export(session, options, urls)
+            self._report_models(session, in_use)
+            self._warn_of_override(*self._stored_key())
+        else:
+            try:
+                command_logout(session, options)
+            finally:
+                self._export_and_reload()
+            self._report_models(session, in_use)
+
+    def _show_status(self, session: Session, options: Namespace, in_use: Optional[str]) -> None:
+        report = Status(session, self.typed, options.online).text(options.json)
+        self.notify("info", report)
+        self.export_again()
+        if not options.json:
+            self._replace_missing_model(session, in_use)
+
+    def _sign_in_and_export(self, session: Session, options: Namespace, urls: List[str]) -> None:
         before = self._stored_tokens()
         try:
-            if name == "auth":
-                self._sign_in(session, options, urls)
-            else:
-                command_logout(session, options)
+            self._sign_in(session, options, urls)
         finally:
+            # A sign-in can fail after it has stored new tokens.
             after = self._stored_tokens()
-            is_same = before and after and before.fields == after.fields
-            if name == "logout" or (after and not is_same):
-                self._export(*self._stored_key())
-                self.host.reload_model()
-        self._report_models(session, in_use)
-        if name == "auth":
-            self._warn_of_override(*self._stored_key())
+            if after and (not before or before.fields != after.fields):
+                self._export_and_reload()
+
+    def _export_and_reload(self) -> None:
+        self._export(*self._stored_key())
+        self.host.reload_model()
 
     def _list_models(self) -> None:
         in_use = self.host.model_in_use()
@@ -7978,16 +7999,19 @@ class CodePuppyPlugin:
         types = {entry.get("type") for entry in entries.values()}
         is_usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
         if not is_usable:
-            text = f"{NO_PLAN_MODELS[0]}; prompts to them go to another provider"
-            report_error(self.notify, OAuthError(text, NO_PLAN_MODELS[1]), "warning")
-        is_missing = self._warn_of_missing_model(session, in_use, is_usable)
+            error = no_plan_models_error("; prompts to them go to another provider")
+            report_error(self.notify, error, "warning")
+        is_missing = self._replace_missing_model(session, in_use, is_usable)
         if session.imported and is_usable and not is_missing:
             self.notify("info", f"To use one of the models, type: /model {next(iter(entries))}")
 
-    def _warn_of_missing_model(
+    def _replace_missing_model(
         self, session: Session, in_use: Optional[str], is_usable: bool = True
     ) -> bool:
-        """Whether `in_use` was a model of ours and is gone. If so, also warn about it."""
+        """If `in_use` was a model of ours and is gone, warn about it and let the host choose one.
+
+        Returns whether it was. `is_usable` is false if our other models can't be used here.
+        """
         is_ours = in_use and in_use.startswith(session.settings.prefix)
         if not is_ours or in_use in self.host.model_names():
             return False
@@ -8003,7 +8027,7 @@ class CodePuppyPlugin:
     def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
         if options.official and not self.host.has_plan_models:
             # Nothing could use the tokens.
-            raise OAuthError(*NO_PLAN_MODELS)
+            raise no_plan_models_error()
         if self.host.is_answering():
             # The sign-in would hold up the answer until it has ended.
             text = "a prompt is being answered"
@@ -8023,8 +8047,16 @@ class CodePuppyPlugin:
             sign_in_with_options(session, options, is_reading, way)
 
 
+def command_name(entry: Any) -> str:
+    """Return the command of an entry in the host's help, which may name its arguments, too."""
+    return str(entry[0].split()[0])
+
+
 def can_be_api_key(value: Optional[str]) -> bool:
-    """Whether `value` can be an API key. A JWT can't, because it is an access token."""
+    """Whether `value` can be an API key. A JWT can't, because it is an access token.
+
+    "null" can't either. A `jq` line in a shell's profile sets that if nobody is signed in.
+    """
     return value != "null" and is_b64token(value) and not decode_claims(value)
 
 
