@@ -2112,16 +2112,16 @@ class Tokens:
 
         That is the earlier of its own date and the one that came with it.
         """
-        claimed = number_or_none(decode_claims(self.access_token).get("exp"))
+        # An `exp` of 0 counts as unknown.
+        claimed = number_or_none(decode_claims(self.access_token).get("exp")) or None
         stored = parse_timestamp(self.fields.get("expires_at"))
         refreshed = parse_timestamp(self.fields.get("last_refresh"))
         # Code Puppy's own plugin stores new tokens without changing `expires_at`.
         if stored is not None and refreshed is not None and stored < refreshed:
             stored = None
-        if claimed and stored is not None:
-            return min(claimed, stored)
-        if claimed or stored is not None:
-            return claimed or stored
+        dates = [date for date in (claimed, stored) if date is not None]
+        if dates:
+            return min(dates)
         return None if refreshed is None else refreshed + ASSUMED_LIFETIME
 
     def valid_for(self, seconds: float) -> bool:
