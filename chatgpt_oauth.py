@@ -868,7 +868,7 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
         import ssl
     except ImportError as error:
         text = f"this Python cannot use TLS ({error})"
-        raise tls_error(text, "use another Python") from None
+        raise cannot_send_error(text, "use another Python") from None
     try:
         context = ssl.create_default_context()
     except OSError as error:
@@ -879,7 +879,7 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
             hint = "unset SSLKEYLOGFILE, or make the file writable"
         else:
             fault, hint = "CA certificates", untrusted_ca_hint(settings)
-        raise tls_error(f"cannot set up TLS: {fault}: {os_reason(error)}", hint) from None
+        raise cannot_send_error(f"cannot set up TLS: {fault}: {os_reason(error)}", hint) from None
     # OpenSSL doesn't know CODEX_CA_CERTIFICATE. It reads SSL_CERT_FILE on its own, but silently
     # ignores a file without certificates.
     if path:
@@ -891,7 +891,7 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
                 reason = "it holds no certificate in PEM form"
             text = f"cannot set up TLS: {variable}={path}: {reason}"
             hint = f"set {variable} to a PEM file of CA certificates, or unset it"
-            raise tls_error(text, hint) from None
+            raise cannot_send_error(text, hint) from None
     # Python 3.10 made this the default.
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Python 3.13 turns on VERIFY_X509_STRICT, which rejects corporate CAs without a key usage
@@ -900,8 +900,8 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
     return context
 
 
-def tls_error(text: str, hint: str) -> RequestError:
-    """Return the error for TLS that can't be used, so that no request can be sent."""
+def cannot_send_error(text: str, hint: str) -> RequestError:
+    """Return the error for a request that can't be sent, now or later."""
     return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
 
 
@@ -1006,8 +1006,7 @@ def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
         fault = "it is not the URL of an HTTP proxy"
     if fault:
         text = f"cannot use the proxy in {place}: {fault}"
-        hint = "set HTTPS_PROXY to the URL of an HTTP proxy"
-        raise RequestError(text, hint, unprocessed=True, retry_after=NEVER)
+        raise cannot_send_error(text, "set HTTPS_PROXY to the URL of an HTTP proxy")
     headers = {}
     if parts.username:
         name = urllib.parse.unquote(parts.username)
@@ -1216,9 +1215,8 @@ def request_json(
     try:
         threading.Thread(target=exchange, args=arguments, daemon=True).start()
     # No more threads are allowed, or Python 3.12 is shutting down.
-    except RuntimeError as limit_reached:
-        text = f"could not {what}: {limit_reached}"
-        raise RequestError(text, "try again later", unprocessed=True, retry_after=NEVER) from None
+    except RuntimeError as error:
+        raise cannot_send_error(f"could not {what}: {error}", "try again later") from None
     try:
         wait_for(connected, timeout / 2)
         # This succeeds only if there is no connection. The thread then sends nothing.
@@ -1232,17 +1230,17 @@ def request_json(
         unsent = connected.cancel()
         if not in_time and not unsent:
             hang_up(connected.result())
-    error: Optional[BaseException] = TimeoutError()
+    fault: Optional[BaseException] = TimeoutError()
     if in_time:
-        error = answered.exception()
+        fault = answered.exception()
     # Because we hung up, the thread returns the part of the body that has arrived. That can be the
     # whole body, if only the sign of its end is missing.
     elif not unsent and wait_for(answered, WAIT_SLICE) and not answered.exception():
-        error = None
-    if isinstance(error, MemoryError):
-        raise error
-    if error:
-        raise connection_error(settings, url, what, timeout, error, unsent)
+        fault = None
+    if isinstance(fault, MemoryError):
+        raise fault
+    if fault:
+        raise connection_error(settings, url, what, timeout, fault, unsent)
     status, content, retry_after = answered.result()
     if len(content) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
