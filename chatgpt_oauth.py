@@ -7598,6 +7598,7 @@ class CodePuppy:
         return theirs
 
     def _unregister(self, phase: str, callback: AnyCallable) -> None:
+        # A host without this function is fine as long as there is nothing to unregister.
         self.callbacks.unregister_callback(phase, callback)
 
     def _all_callbacks(self, phase: str) -> List[AnyCallable]:
