@@ -117,6 +117,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "callback_timeout": 120,
     "api_base_url": "https://api.openai.com",
     "codex_base_url": "https://chatgpt.com/backend-api/codex",
+    # The plan's usage, for `status --online`. OpenAI doesn't document this endpoint.
     "usage_url": "https://chatgpt.com/backend-api/wham/usage",
     # The Codex backend lists only the models that this version of the Codex CLI supports. The
     # current one is the last release on https://github.com/openai/codex/releases, or what
@@ -126,11 +127,14 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # Puppy chooses its directory the same way.
     "home": None,
     # Comes first in the name of each model that is imported into Code Puppy.
+    # The name of each imported model begins with this.
     "prefix": "chatgpt-",
     # Tokens, for models whose context length is unknown. None means API_CONTEXT_LENGTH for models
     # of the API and PLAN_CONTEXT_LENGTH for those of the ChatGPT plan.
     "default_context_length": None,
     # Models that match a pattern and no exclusion are imported.
+    # Shell globs: which models are imported, and which of these are left out. They stand for
+    # --include and --exclude.
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
     # API models that Code Puppy calls through /v1/chat/completions. It calls all others through
@@ -139,12 +143,14 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "chat_patterns": "gpt-3*,gpt-4*",
     # Where the models come from: "api" (billed to the API account), "codex" or "official" (covered
     # by the ChatGPT plan), or "auto" for the first one that this sign-in has: see resolve_source.
+    # The same as --source: "api", "codex", "official" or "auto".
     "model_source": "auto",
     # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
     "workspace": "",
     # The name of this app at the official sign-in.
     "agent_name": "Code Puppy (chatgpt_oauth)",
     # The name of this program, as the Codex CLI's sign-in page and the Codex backend receive it.
+    # The name of this app at the authorization page and at the Codex backend.
     "originator": "chatgpt_oauth",
     # Seconds for one whole request, name lookup included.
     "request_timeout": 30,
@@ -152,6 +158,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "retry_window": 20,
     # Seconds to wait for another process's refresh or sign-in.
     "lock_timeout": 60,
+    # The variable that `env` and `exec` set, and that the models' entries refer to.
     "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
 }
 
@@ -8402,8 +8409,8 @@ USAGE_ENVIRONMENT = """
 environment:
   CHATGPT_OAUTH_<SETTING> overrides one setting of CHATGPT_OAUTH_CONFIG, at the
   top of the file, for one run: CHATGPT_OAUTH_CALLBACK_TIMEOUT=240
-  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE,
-  CODEX_CA_CERTIFICATE"""
+  Also read: BROWSER, NO_COLOR, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE,
+  SSL_CERT_DIR, CODEX_CA_CERTIFICATE"""
 
 
 def usage() -> str:
