@@ -10514,11 +10514,21 @@ DEMO = (
 )
 
 
+def list_current_models(double):
+    """Make `double` list models that exist in 2027, because the README shows them."""
+    families = ("sol", "terra", "luna")
+    double.api_models = [f"gpt-5.6-{each}" for each in families]
+    double.api_models += ["gpt-4o-mini-tts", "text-embedding-3-small"]
+    double.codex_models = [{"slug": slug, "visibility": "list"} for slug in double.api_models[:2]]
+    double.plan_models = double.codex_models
+
+
 def demo(simulate):
     """Run each step of the demo against the double and return the exit code."""
     deadline = time.monotonic() + DEMO_SECONDS
     with free_ports(2) as ports:
         double = Double(ports)
+    list_current_models(double)
     with contextlib.closing(double), tempfile.TemporaryDirectory() as home:
         page = os.path.join(home, "page.html")
         environ = demo_environment(home, double, ports)
