@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     # Receives a kind of message, a text, and optionally a command: see Terminal.notify.
     Notify = Callable[..., None]
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 
 # ---------------------------------------------------------------------------------------------
