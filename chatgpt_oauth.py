@@ -219,6 +219,7 @@ _URL = Rule(
 _WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
 _SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
 _PORT = Rule(_INTEGER, "a number from 1 to 65535", int, 1, 65535)
+# An IPv4 address, or roughly an IPv6 address.
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
 _GLOBS = "glob patterns separated by commas"
