@@ -9166,6 +9166,7 @@ class PuppyModelTest(PuppyCase):
         for name, moved_tools, tools in (
             ("gpt-5.5", [], [tool]),
             ("gpt-5", [], [tool]),
+            ("gpt-4.1", [], [tool]),
             ("o3", [], [tool]),
             ("gpt-5.6", [tools_message], None),
             ("gpt-5.10", [tools_message], None),
