@@ -6385,12 +6385,12 @@ KEPT_SUFFIX = ".old"
 OWN_FILES = r"chatgpt_(oauth|models|plan|agent)\.json(\.[a-z]+)?"
 # The permission of the group and of all other users to write.
 WRITE_BY_OTHERS = 0o022
-# The code that the launcher has Python run. At first sys.argv is ["-c", launcher, directory,
-# *arguments]. The code makes that [launcher, *arguments], as if the launcher were the program.
-# It imports the program, because Python caches the compiled code of an import. A script would be
+# The Python code in the launcher. It is started with sys.argv = ["-c", launcher, directory,
+# *arguments] and changes that to [launcher, *arguments], as if the launcher were the program. It
+# imports the program, because Python caches the compiled code of an import. A script would be
 # compiled at every start, which takes longer than everything else that `env` does. The directory
-# comes last in the search path, so that no file in it can stand in for a module of Python's own.
-# The code must not contain an apostrophe.
+# comes last in the search path, so that no file in it can hide a standard module. The code must not
+# contain an apostrophe.
 LAUNCH_CODE = """\
 import sys
 _, launcher, directory, *arguments = sys.argv
@@ -6680,8 +6680,8 @@ def command_install(session: Session, options: Namespace) -> None:
     paths = InstallPaths(environ, options)
     source = own_source()
     contents = {paths.program: source, paths.launcher: launcher_content(paths)}
-    has_host = options.code_puppy or has_code_puppy(paths, environ)
-    if has_host and not options.no_code_puppy:
+    wants_plugin = options.code_puppy or has_code_puppy(paths, environ)
+    if wants_plugin and not options.no_code_puppy:
         contents[paths.plugin] = source
     try:
         replace_files(contents, paths, session)
@@ -6714,8 +6714,12 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         # Windows can't replace a file that is open, and the launcher may be running now.
         if sys.platform == "win32" and previous[paths.launcher] == contents[paths.launcher]:
             del contents[paths.launcher]
-        edited = {path: edited_settings(content) for path, content in previous.items()}
-        kept = {path + KEPT_SUFFIX: previous[path] for path in edited if edited[path]}
+        edited = {}
+        for path, content in previous.items():
+            names = edited_settings(content)
+            if names:
+                edited[path] = names
+        kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
         record = Record(paths)
         record.launchers.add(paths.launcher)
         record.directories.update(directories)
@@ -6741,10 +6745,9 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
                     remove_file(path)
             raise
     for path, names in edited.items():
-        if names:
-            text = f"the installed copy had edited settings: {', '.join(names)}"
-            session.notify("warning", text)
-            session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
+        text = f"the installed copy had edited settings: {', '.join(names)}"
+        session.notify("warning", text)
+        session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
 
 
 def write_replacement(
@@ -6821,7 +6824,7 @@ def unlock(lock: int, paths: InstallPaths, directories: Set[str]) -> None:
     If nothing is installed, the lock's file is removed, too. A process that waits for the lock
     notices that: see _acquire.
     """
-    # The lock's file is in the last ones. The others are removed before another process gets it.
+    # The directories that contain the lock's file come last. The others are removed under the lock.
     last = {path for path in directories if paths.lock.startswith(os.path.join(path, ""))}
     remove_empty_directories(directories - last)
     is_needed = os.path.lexists(paths.record)
@@ -6894,7 +6897,7 @@ def require_own_file(path: str) -> None:
 
 
 def require_owner(path: str, facts: os.stat_result) -> None:
-    """Raise StorageError unless this user owns `path`. If we are root: whoever owns its directory.
+    """Raise StorageError unless this user, or for root the owner of its directory, owns `path`.
 
     Anyone else could replace what the launcher executes.
     """
@@ -6960,7 +6963,7 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     if options.bin and not launcher:
         hint = "use --bin with the directory that was given to install"
         raise UsageError(f"there is no command {paths.launcher}", hint)
-    # It may be elsewhere if XDG_DATA_HOME was different then.
+    # The program is elsewhere if XDG_DATA_HOME was different when it was installed.
     paths.set_directory(launched_directory(launcher) or paths.directory)
     try:
         removed = remove_installation(paths, session, options)
