@@ -126,15 +126,13 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # None means $XDG_DATA_HOME/code_puppy if that variable is set, otherwise ~/.code_puppy. Code
     # Puppy chooses its directory the same way.
     "home": None,
-    # Comes first in the name of each model that is imported into Code Puppy.
     # The name of each imported model begins with this.
     "prefix": "chatgpt-",
     # Tokens, for models whose context length is unknown. None means API_CONTEXT_LENGTH for models
     # of the API and PLAN_CONTEXT_LENGTH for those of the ChatGPT plan.
     "default_context_length": None,
-    # Models that match a pattern and no exclusion are imported.
-    # Shell globs: which models are imported, and which of these are left out. They stand for
-    # --include and --exclude.
+    # Shell globs: which models are imported, and which of these are left out. --include
+    # replaces both, and --exclude adds to the second.
     "model_patterns": "gpt-*,o1-*,o3-*",
     "model_excludes": "*-audio*,*-image*,*-realtime*,*-transcribe*,*-tts*",
     # API models that Code Puppy calls through /v1/chat/completions. It calls all others through
@@ -143,13 +141,11 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "chat_patterns": "gpt-3*,gpt-4*",
     # Where the models come from: "api" (billed to the API account), "codex" or "official" (covered
     # by the ChatGPT plan), or "auto" for the first one that this sign-in has: see resolve_source.
-    # The same as --source: "api", "codex", "official" or "auto".
     "model_source": "auto",
     # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
     "workspace": "",
     # The name of this app at the official sign-in.
     "agent_name": "Code Puppy (chatgpt_oauth)",
-    # The name of this program, as the Codex CLI's sign-in page and the Codex backend receive it.
     # The name of this app at the authorization page and at the Codex backend.
     "originator": "chatgpt_oauth",
     # Seconds for one whole request, name lookup included.
