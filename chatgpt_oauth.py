@@ -6513,7 +6513,8 @@ class Record:
             self.launchers.update(map(str, fields.get("launchers")))
             self.directories.update(map(str, fields.get("directories")))
 
-    def encode(self) -> bytes:
+    def content(self) -> bytes:
+        """Return the content of the file."""
         fields = {
             "comment": LAUNCHER_MARK,
             "launchers": sorted(self.launchers),
@@ -6723,7 +6724,7 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         remove_compiled_code(paths.program)
         replacements = []
         # The record comes first, so that it lists the launcher if this process is killed.
-        for path, content in {paths.record: record.encode(), **kept, **contents}.items():
+        for path, content in {paths.record: record.content(), **kept, **contents}.items():
             require_own_file(path)
             mode = 0o755 if path == paths.launcher else 0o644
             replacements.append(write_replacement(stack, path, content, mode))
@@ -7058,7 +7059,9 @@ def remove_compiled_code(path: str) -> None:
 
     file = pathlib.Path(path)
     for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
-        compiled.unlink()
+        # It may be the temporary file of a command that compiles the program at this moment.
+        with contextlib.suppress(FileNotFoundError):
+            compiled.unlink()
 
 
 # ---------------------------------------------------------------------------------------------

