@@ -3991,23 +3991,31 @@ time.sleep(0.2)
         self.assertEqual(self.call("token").code, 0)
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def interrupt_at(self, moment):
-        """Run `token` and press Ctrl-C before the line number `moment` after the refresh request.
+    def interrupt_at_new_line(self, seen):
+        """Run `token` and press Ctrl-C at the first line after the refresh request not in `seen`.
 
-        The count includes the lines of the program and of `contextlib`. Return None if fewer
-        lines than that were run.
+        Lines of the program and of `contextlib` count, once for each line of the program that calls
+        them. The line is added to `seen`. Return the line, or None if there was none, and the
+        Result.
         """
-        left = moment
+        interrupted_at = None
 
         def trace(frame, event, _):
-            nonlocal left
-            if frame.f_code.co_filename not in (oauth.__file__, contextlib.__file__):
+            nonlocal interrupted_at
+            code = frame.f_code
+            if code.co_filename not in (oauth.__file__, contextlib.__file__):
                 return None
-            if event == "return" and frame.f_code is oauth.main.__code__:
+            if event == "return" and code is oauth.main.__code__:
                 sys.settrace(None)
             if event == "line" and self.double.requests:
-                left -= 1
-                if left == 0:
+                caller = frame.f_back
+                while caller.f_code.co_filename == contextlib.__file__:
+                    caller = caller.f_back
+                line = code.co_filename, frame.f_lineno, caller.f_lineno
+                if line not in seen:
+                    seen.add(line)
+                    interrupted_at = line
+                    sys.settrace(None)
                     signal.raise_signal(signal.SIGINT)
             return trace
 
@@ -4017,28 +4025,27 @@ time.sleep(0.2)
             result = self.call("token")
         finally:
             sys.settrace(None)
-        return None if left > 0 else result
+        return interrupted_at, result
 
     # The program must not register exit handlers in the process that runs the tests.
     @needs_signals
     @mock.patch("atexit.register", mock.Mock())
     def test_ctrl_c_at_any_line_loses_no_response(self):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        moment = 1
+        seen = set()
         while True:
             # The interrupted run may still hold its lock, because this process goes on.
             shutil.rmtree(self.home, ignore_errors=True)
             self.store(lifetime=-10)
-            result = self.interrupt_at(moment)
-            if result is None:
+            line, result = self.interrupt_at_new_line(seen)
+            if line is None:
                 break
             interrupted = (130, "Interrupted.\n")
-            self.assertEqual((result.code, result.err), interrupted, f"at line {moment}")
+            self.assertEqual((result.code, result.err), interrupted, line)
             self.assert_nothing_lost()
             after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-            self.assertEqual(after, handlers, f"at line {moment}")
-            moment += 1
-        self.assertGreater(moment, 300)
+            self.assertEqual(after, handlers, line)
+        self.assertGreater(len(seen), 300)
 
     @needs_signals
     def test_ctrl_c_ends_the_pause_between_two_tries(self):
