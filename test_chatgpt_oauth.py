@@ -10454,22 +10454,32 @@ class DemoTest(unittest.TestCase):
 # ---------------------------------------------------------------------------------------------
 
 
+# The variable of the second process that holds the directory of claimed tests.
+CLAIMS = "TESTS_CLAIMED_IN"
+
+
 class TwoProcessSuite(unittest.TestSuite):
-    """All tests. Every other class runs in a second process, because most tests mostly wait."""
+    """All tests, in two processes, because most tests mostly wait.
+
+    Both processes go through all tests. Each test runs in the process that is the first to create
+    the file with its number, so neither process ends long before the other.
+    """
 
     def run(self, result, debug=False):
-        classes = [suite for suite in self if suite.countTestCases()]
-        module = pathlib.Path(TEST_FILE).stem
-        names = [f"{module}.{type(next(iter(suite))).__name__}" for suite in classes[1::2]]
+        claims = os.environ.get(CLAIMS)
+        if claims:
+            self.run_claimed(claims, result)
+            return result
         flags = ["-v"] if getattr(result, "showAll", False) else []
         warnings = [f"-W{each}" for each in sys.warnoptions]
-        command = [sys.executable, *warnings, "-m", "unittest", *flags, *names]
+        module = pathlib.Path(TEST_FILE).stem
+        command = [sys.executable, *warnings, "-m", "unittest", *flags, module]
         options = {"cwd": os.path.dirname(TEST_FILE), "stdin": subprocess.DEVNULL}
-        with tempfile.TemporaryFile() as output:
-            second = subprocess.Popen(command, stderr=output, **options)
+        with tempfile.TemporaryDirectory() as claims, tempfile.TemporaryFile() as output:
+            environ = {**os.environ, CLAIMS: claims}
+            second = subprocess.Popen(command, stderr=output, env=environ, **options)
             try:
-                for suite in classes[::2]:
-                    suite.run(result, debug)
+                self.run_claimed(claims, result)
                 second.wait(TEST_LIMIT)
             finally:
                 second.kill()
@@ -10478,6 +10488,18 @@ class TwoProcessSuite(unittest.TestSuite):
             text = output.read().decode("utf-8", "replace").replace("\r\n", "\n")
         self.add_output(result, text, second.returncode)
         return result
+
+    def run_claimed(self, claims, result):
+        """Run each test that the other process has not claimed in the directory `claims`."""
+        tests = [test for suite in self for test in suite]
+        for number, test in enumerate(tests):
+            if result.shouldStop:
+                break
+            try:
+                open(os.path.join(claims, str(number)), "x").close()
+            except FileExistsError:
+                continue
+            unittest.TestSuite([test]).run(result)
 
     def add_output(self, result, text, exit_code):
         """Add the output `text` of unittest in the second process to `result`."""
