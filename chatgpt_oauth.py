@@ -2880,6 +2880,8 @@ module.run_task()
 """
 # The first line that a child process prints. It shows that Python runs this release of the program.
 CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
+# How long a child process may take to start. A program that only looks like Python may never greet.
+GREETING_TIMEOUT = 10.0  # seconds
 # How long to wait for the lock if the access token is still valid for a while.
 BRIEF_LOCK_TIMEOUT = 2.0  # seconds
 # The access tokens that had already expired by this machine's clock when they arrived in this run.
@@ -3278,6 +3280,8 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
     # whole order already.
     with child:
         if not give_order(child, order):
+            # It may be another program, which doesn't end with its input.
+            child.kill()
             return None
         return read_reply(session, child.stdout)
 
@@ -3285,7 +3289,7 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
 def give_order(child: Any, order: bytes) -> bool:
     """Give a child process its order when it is ready, and return whether it got all of it."""
     try:
-        if child.stdout.readline() != CHILD_GREETING:
+        if not has_greeted(child.stdout):
             return False
         child.stdin.write(order)
         child.stdin.flush()
@@ -3296,6 +3300,24 @@ def give_order(child: Any, order: bytes) -> bool:
             child.stdin.close()
         return False
     return True
+
+
+def has_greeted(pipe: Any) -> bool:
+    """Whether a child process prints its greeting within GREETING_TIMEOUT."""
+    import selectors
+
+    deadline = time.monotonic() + GREETING_TIMEOUT
+    greeting = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while len(greeting) < len(CHILD_GREETING):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return False
+            part = os.read(pipe.fileno(), len(CHILD_GREETING) - len(greeting))
+            if not part:
+                return False
+            greeting += part
+    return greeting == CHILD_GREETING
 
 
 def read_reply(session: Session, pipe: Any) -> bytes:

@@ -4123,12 +4123,16 @@ asyncio.run(main())
                 self.assertEqual(running.result(), (0, "1\n", ""))
                 self.assertEqual(self.double.count("refresh"), 1)
 
-    def run_as(self, executable):
-        """Refresh in a program whose sys.executable is `executable`, and return its Result."""
+    def run_as(self, executable, change="__doc__"):
+        """Refresh in a program whose sys.executable is `executable`, and return its Result.
+
+        `change` is code that changes the module.
+        """
         self.double.requests.clear()
         self.store(lifetime=-10)
         code = "import chatgpt_oauth; sys.executable = sys.argv[1]; sys.argv[1:] = ['token']; "
-        return self.start_python(code + "chatgpt_oauth.run_program()", str(executable)).result()
+        code += f"chatgpt_oauth.{change}; chatgpt_oauth.run_program()"
+        return self.start_python(code, str(executable)).result()
 
     @needs_sh
     @needs_modes
@@ -4143,6 +4147,18 @@ asyncio.run(main())
             self.assertEqual(mark.exists(), is_started)
         for executable in ("", self.folder / "no" / "python3"):
             self.assert_fresh(self.run_as(executable))
+
+    @needs_sh
+    @needs_modes
+    def test_a_child_that_never_greets_does_not_hold_the_lock(self):
+        # The first prints nothing, the second begins a line, and the third ignores its input.
+        for code in ("", "printf chatgpt", "echo Welcome"):
+            with self.subTest(code):
+                program = self.folder / "python3"
+                program.write_text(f"#!/bin/sh\n{code}\nexec sleep {WAIT_LIMIT}\n")
+                program.chmod(0o700)
+                self.assert_fresh(self.run_as(program, "GREETING_TIMEOUT = 0.2"))
+                self.assertEqual(self.double.count("refresh"), 1)
 
     @needs_proc
     def test_no_command_line_or_environment_holds_a_secret(self):
@@ -9697,6 +9713,8 @@ class SpecificationTest(Case):
         "HEAD_TIMEOUT": 10.0,
         # The end of the process waits this much longer than a request may take.
         "EXIT_GRACE": 5.0,
+        # A child process that doesn't greet is replaced after this time.
+        "GREETING_TIMEOUT": 10.0,
         # Only Windows denies access to a file that another program has open.
         "SHARING_SECONDS": 5.0,
         # Code Puppy needs this long to show a message.
