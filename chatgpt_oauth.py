@@ -3681,23 +3681,9 @@ class Callback:
                 raise OAuthError(f"cannot listen for the browser: {error}", "try again") from None
             self.started.append(server)
 
-    def set_response(self, response: Dict[str, str]) -> None:
-        """Set the authorization response unless there already is one."""
-        from concurrent.futures import InvalidStateError
-
-        with contextlib.suppress(InvalidStateError):
-            self.response.set_result(response)
-
-    def report_tls(self) -> None:
-        """Report to the sign-in that a browser has tried to speak TLS."""
-        from concurrent.futures import InvalidStateError
-
-        with contextlib.suppress(InvalidStateError):
-            self.tls_attempt.set_result(None)
-
     def paste(self, line: str) -> None:
         """Accept the authorization response in a pasted line. Raises ValueError if it has none."""
-        self.set_response(self.request.parse_pasted(line))
+        set_once(self.response, self.request.parse_pasted(line))
 
     def answer(self, target: str, headers: Any) -> Answer:
         """Return the answer to a GET of `target`.
@@ -3724,7 +3710,7 @@ class Callback:
         except ValueError as error:
             return Answer(400, stray_page(f"This request was ignored: {error}."))
         self.count_tab(1)
-        self.set_response(response)
+        set_once(self.response, response)
         failure_page = self._wait_for_failure_page()
         if failure_page:
             return Answer(400, failure_page, is_last=True)
@@ -3767,6 +3753,14 @@ class Callback:
             server.shutdown()
         for server in self.servers:
             server.server_close()
+
+
+def set_once(future: AnyFuture, result: object) -> None:
+    """Set the result of `future` unless it is already done."""
+    from concurrent.futures import InvalidStateError
+
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(result)
 
 
 def open_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
@@ -3871,7 +3865,7 @@ def callback_handler_class() -> Any:
             super().setup()
             head = read_head(self.connection)
             if head.startswith(TLS_HANDSHAKE):
-                self.server.callback.report_tls()
+                set_once(self.server.callback.tls_attempt, True)
                 # Without a request, the connection is closed at once.
                 head = b""
             self.rfile = io.BytesIO(head)
@@ -4363,12 +4357,12 @@ def import_models(
     `dry_run` changes nothing. Raises OAuthError, also if patterns were given and none matches.
     """
     settings = session.settings
-    payer, source = resolve_source(session, models.source)
-    tokens, listed = payer.tokens(), list_models(payer, source)
+    source_session, source = resolve_source(session, models.source)
+    tokens, listed = source_session.tokens(), list_models(source_session, source)
     # Without account IDs, only the tokens tell accounts apart, and the request may have refreshed
     # them.
-    tokens = payer.used_tokens or tokens
-    prefix = settings.prefix + payer.client.model_prefix
+    tokens = source_session.used_tokens or tokens
+    prefix = settings.prefix + source_session.client.model_prefix
     entries = {
         prefix + name: model_entry(settings, source, name, described)
         for name, described in listed.items()
@@ -4387,10 +4381,10 @@ def import_models(
         return source, list(entries)
     # The token file's lock keeps other processes from signing in or out until the entries of this
     # account are written.
-    with payer.token_file.lock():
-        if not tokens.same_account(payer.tokens()):
+    with source_session.token_file.lock():
+        if not tokens.same_account(source_session.tokens()):
             raise OAuthError("another account has signed in meanwhile", "try again")
-        session.imported = register_models(payer, entries)
+        session.imported = register_models(source_session, entries)
     payment = "covered by your ChatGPT plan"
     if source == "api":
         payment = "billed to your OpenAI API account"
@@ -6113,11 +6107,6 @@ def distance(when: str) -> str:
     return f"{duration(seconds)} ago" if seconds < 0 else f"in {duration(seconds)}"
 
 
-def format_distance(when: str) -> str:
-    """Return the distance from now to a timestamp, and the timestamp: `in 10 days (...)`."""
-    return f"{distance(when)} ({when})"
-
-
 def format_expiry(when: Optional[str], refreshable: bool) -> str:
     """Describe when a token expires. `when` is a timestamp, or None if that is unknown."""
     if when is None:
@@ -7311,7 +7300,7 @@ def reset_note(fields: Fields) -> str:
     after = number_or_none(fields.get("resets_in_seconds"))
     if when is None and after is not None:
         when = time.time() + after
-    return "" if when is None else f"; it resets {format_distance(timestamp(when))}"
+    return "" if when is None else f"; it resets {distance(timestamp(when))} ({timestamp(when)})"
 
 
 class Prompts:
