@@ -2852,8 +2852,9 @@ class TokenFile(JsonFile):
 # sent again only if the server certainly hasn't processed the first request. From the request until
 # the response is on disk, nothing may interrupt: see `carry_out`. The request is sent and the
 # response stored by a child process that has a session of its own, ignores signals, and inherits
-# the lock. Whatever happens to the process that waits for it, the child finishes its work. If no
-# child can be started, signals and the end of the program wait instead.
+# the lock. Whatever happens to the process that waits for it, the child finishes its work. That
+# process delays signals too, because in a container its end may end all others. If no child can be
+# started, signals and the end of the program wait instead.
 # The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
 # Neither a date nor a wrong clock locks anybody out: see `_refreshed` and `trust`.
@@ -2882,6 +2883,8 @@ module.run_task()
 CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 # How long a child process may take to start. A program that only looks like Python may never greet.
 GREETING_TIMEOUT = 10.0  # seconds
+# How often to look for a Ctrl-C while a child process is at work.
+INTERRUPT_SLICE = 0.1  # seconds
 # How long to wait for the lock if the access token is still valid for a while.
 BRIEF_LOCK_TIMEOUT = 2.0  # seconds
 # The access tokens that had already expired by this machine's clock when they arrived in this run.
@@ -3278,12 +3281,12 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
         return None
     # If this is interrupted, the child gets the end of its input. That ends it, unless it has the
     # whole order already.
-    with child:
+    with signals_deferred() as delayed, child:
         if not give_order(child, order):
             # It may be another program, which doesn't end with its input.
             child.kill()
             return None
-        return read_reply(session, child.stdout)
+        return read_reply(session, child.stdout, delayed)
 
 
 def give_order(child: Any, order: bytes) -> bool:
@@ -3320,18 +3323,31 @@ def has_greeted(pipe: Any) -> bool:
     return greeting == CHILD_GREETING
 
 
-def read_reply(session: Session, pipe: Any) -> bytes:
-    """Return everything that comes from a child process.
+def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
+    """Return everything that comes from a child process. `delayed` gets the signals meanwhile.
 
-    After a Ctrl-C, wait for the end of the child anyway, because the end of this process may also
-    be the end of a container, which kills the child. A second Ctrl-C ends the wait.
+    After a Ctrl-C, or another signal, wait for the end of the child anyway, because the end of this
+    process may also be the end of a container, which kills the child. A second Ctrl-C ends the
+    wait.
     """
-    try:
-        return bytes(pipe.read())
-    except KeyboardInterrupt:
-        session.notify("info", "Waiting for the response first (Ctrl-C again to leave)...")
-        pipe.read()
-        raise
+    import selectors
+    import signal
+
+    reply, interrupts = b"", 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            if selector.select(INTERRUPT_SLICE):
+                part = os.read(pipe.fileno(), MEBIBYTE)
+                if not part:
+                    return reply
+                reply += part
+            before, interrupts = interrupts, delayed.count(signal.SIGINT)
+            if interrupts > 1:
+                raise KeyboardInterrupt
+            if interrupts > before:
+                text = "Waiting for the response first (Ctrl-C again to leave)..."
+                session.notify("info", text)
 
 
 def own_python() -> str:
@@ -3392,10 +3408,11 @@ def uninterrupted(settings: Settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_deferred() -> Iterator[None]:
+def signals_deferred() -> Iterator[List[int]]:
     """Delay signals that would end the process until the block is done.
 
-    Each of them then takes effect once.
+    The block gets a list to which each of them is added. Afterwards, each takes effect once. In a
+    thread other than the main one, nothing is delayed.
     """
     import signal
 
@@ -3421,7 +3438,7 @@ def signals_deferred() -> Iterator[None]:
             if must_wait(name, handler):
                 handlers[number] = signal.signal(number, hold)
     try:
-        yield
+        yield delayed
     finally:
         # SIGINT comes last, because it may raise KeyboardInterrupt as soon as its handler is back.
         for number, handler in reversed(list(handlers.items())):

@@ -4098,6 +4098,32 @@ time.sleep(0.2)
         self.assert_fresh(self.call("token"))
         self.assertEqual(self.double.count("refresh"), 1)
 
+    def test_a_signal_loses_no_response_in_a_container_with_an_init(self):
+        self.require(can_mount(), "no namespaces here")
+        # The first process of the container ends with the program, and that ends all others.
+        init = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+        command = ["unshare", "--pid", "--fork", sys.executable, "-c", init]
+
+        def child_of(process):
+            children = pathlib.Path(f"/proc/{process}/task/{process}/children").read_text()
+            return int(children.split()[0])
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(number):
+                self.double.requests.clear()
+                self.store(lifetime=-10)
+                released = self.hold_response("refresh")
+                running = Process([*command, *PROGRAM_COMMAND, "token"], self.environ)
+                self.addCleanup(running.close)
+                wait_for(lambda: self.double.count("refresh"))
+                for _ in range(2):
+                    os.kill(child_of(child_of(running.process.pid)), number)
+                    time.sleep(0.2)
+                released.set()
+                self.assertEqual(running.result().out, "")
+                self.assert_fresh(self.call("token"))
+                self.assertEqual(self.double.count("refresh"), 1)
+
     @needs_signals
     def test_each_signal_calls_the_handler_of_a_host_once(self):
         code = """
