@@ -756,9 +756,9 @@ def without_secrets(value: object, private: Set[str]) -> str:
         text = text.replace(secret, "[...]")
 
     def replacement(found: Any) -> str:
-        # Only lower-case letters, underscores and versions such as v2: this is an error code, not a
-        # token.
-        is_error_code = re.fullmatch(r"(?:[a-z_]|_v\d_)+", found[0]) is not None
+        # Only letters of one case, underscores and versions such as v2: this is an error code, not
+        # a token.
+        is_error_code = re.fullmatch(r"(?:[a-z_]|_v\d_)+|[A-Z_]+", found[0]) is not None
         return found[0] if is_error_code else "[...]"
 
     return printable(re.sub(LONG_WORD, replacement, text), 200)
