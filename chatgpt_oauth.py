@@ -3630,6 +3630,8 @@ def pasted_urls(text: str) -> List[str]:
     """Return the strings in pasted `text` that could be a URL, without what was added to it."""
     # Some terminals mark the beginning and the end of what is pasted ("bracketed paste").
     text = re.sub(r"\x1b\[20[01]~", "", text)
+    # A chat or a web page may add a space without width. The URL itself is ASCII.
+    text = re.sub(r"[^\x00-\x7f]", " ", text)
     # HTML, JSON and shells escape the & in different ways. The URL itself has no backslash.
     text = text.replace("&amp;", "&").replace("\\u0026", "&").replace("\\", "")
     words = text.split()

@@ -5495,6 +5495,11 @@ class PasteTest(Case):
             with self.subTest(escaped):
                 self.paste(lambda url, escaped=escaped: url.replace("&", escaped))
 
+    def test_a_url_can_be_pasted_with_other_characters_around_it(self):
+        for text in ("\u200b{}\u200b", "\u201c{}\u201d", "see:\u00a0{}\u2026"):
+            with self.subTest(text):
+                self.paste(text.format)
+
     def test_a_url_in_several_lines_can_be_pasted(self):
         for pieces in (
             lambda url: (url[:30], url[30:]),
