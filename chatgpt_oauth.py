@@ -400,21 +400,24 @@ class Hint:
 class OAuthError(Exception):
     """A reason why a command failed, in one line.
 
-    `hint` is the next step, or None. `command` is the command with which the hint ends, such as
-    "auth --device", or "". It doesn't include the program's name, which the caller that reports
-    the error adds. `exit_code` is the exit code of the command that failed.
+    `hint` is the next step. It is None for some errors with exit code 2 or 6. `command` is the
+    command with which the hint ends, such as "auth --device", or "". It doesn't include the
+    program's name, which the caller that reports the error adds. `exit_code` is the exit code of
+    the command that failed.
     """
 
     exit_code = 1
+    # The hint of an error that comes without one. Most of these are unexpected responses.
+    usual_hint = "try again later; if that does not help, update this program"
 
     def __init__(self, message: str, hint: str = "", command: str = "") -> None:
         super().__init__(printable(message))
-        self.hint = printable(hint) or None
+        self.hint = printable(hint or self.usual_hint) or None
         self.command = command
 
     def set_default_hint(self, command: str, text: str = "to try again, run") -> None:
-        """Set the hint `text`, which ends with `command`, unless there is a hint already."""
-        if not self.hint:
+        """Replace the usual hint by `text` with `command`. A more specific hint stays."""
+        if self.hint == self.usual_hint:
             self.hint, self.command = text, command
 
     def to_members(self) -> Fields:
@@ -435,6 +438,7 @@ class UsageError(OAuthError):
     """An error in the command line or in a setting."""
 
     exit_code = 2
+    usual_hint = ""
 
 
 class NotSignedInError(OAuthError):
@@ -472,6 +476,7 @@ class StorageError(OAuthError):
     """A file that can't be read or written, or whose content isn't what it should be."""
 
     exit_code = 6
+    usual_hint = ""
 
 
 @contextlib.contextmanager
@@ -518,7 +523,8 @@ def unexpected_error(error: Exception) -> OAuthError:
     # The error's text might contain a secret, so only its type and line are reported.
     lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
     name = type(error).__name__
-    return OAuthError(f"internal error: {name} at line {lines[-1]}; this is a bug")
+    text = f"internal error: {name} at line {lines[-1]}; this is a bug"
+    return OAuthError(text, "report it, with the command and what --version prints")
 
 
 def report_error(notify: Notify, error: OAuthError, kind: str = "error") -> None:
@@ -815,7 +821,12 @@ class Response:
                 "check HTTPS_PROXY and your network, then try again",
             )
         if 300 <= self.status < 400:
-            return OAuthError(f"{failed}: unexpected redirect")
+            hint = "check HTTPS_PROXY and your network, then try again"
+            return OAuthError(f"{failed}: unexpected redirect", hint)
+        # Nothing was forwarded (RFC 9110 §15.5.8).
+        if self.status == 407:
+            text, hint = f"{failed}: a proxy asks for a password", proxy_password_hint("")
+            return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
         return OAuthError(": ".join(part for part in (failed, self.code, self.text) if part))
 
     @property
@@ -986,6 +997,12 @@ def find_proxy(settings: Settings, url: str) -> Tuple[str, str]:
         if settings.environ.get(variable) == proxy:
             return proxy, variable
     return proxy, "the system's settings"
+
+
+def proxy_password_hint(place: str) -> str:
+    """Return what to do if a proxy, which is set in `place`, doesn't accept our password."""
+    place = place or "HTTPS_PROXY"
+    return f"check the name and password in {place} (http://NAME:PASSWORD@HOST:PORT)"
 
 
 def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
@@ -1329,6 +1346,8 @@ def connection_error(
         tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))
         if tunnel:
             why = f"the proxy answered HTTP {tunnel[1]}"
+        if tunnel and tunnel[1] == "407":
+            hint = proxy_password_hint(place)
         fault = f"connection to {host} failed ({why})"
     else:
         name = type(error).__name__
@@ -1659,7 +1678,8 @@ class OfficialClient(Client):
             raise id_token_error("is for another sign-in")
         expiry = number_or_none(claims.get("exp")) or 0
         if expiry < time.time() - CLOCK_SKEW:
-            raise id_token_error("has expired; is this computer's clock right?")
+            hint = "check this computer's clock, then run"
+            raise id_token_error("has expired; is this computer's clock right?", hint)
         sub = text_or_none(claims.get("sub"))
         if sub is None:
             raise id_token_error("does not say whose it is")
@@ -1725,9 +1745,10 @@ class OfficialClient(Client):
         return ""
 
 
-def id_token_error(fault: str) -> OAuthError:
+def id_token_error(fault: str, hint: str = "to try again, run") -> OAuthError:
     """Return the error for an ID token with the fault `fault`, such as "has expired"."""
-    return OAuthError(f"could not check who signed in: the ID token {fault}")
+    text = f"could not check who signed in: the ID token {fault}"
+    return OAuthError(text, hint, OfficialClient.sign_in_command)
 
 
 def authorization_url(
@@ -4218,12 +4239,15 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
         return error
     if "scope_not_authorized" in response.code:
         return plan_not_allowed_error()
-    hint = "to use another account, run"
-    if source == "api":
+    hint, command = "to use another account, run", session.client.sign_in_command
+    if source == "api" and response.status == 403:
+        # `auth` would keep the key, because it is valid. It just isn't allowed to list models.
+        hint, command = "to use your plan's models, run", "models --source codex"
+    elif source == "api":
         hint = "to get a new API key, run"
     elif "invalid_authorization_context" in response.code:
         hint = "to sign in again, run"
-    return RefusedError(str(error), hint, session.client.sign_in_command)
+    return RefusedError(str(error), hint, command)
 
 
 def _models_response(session: Session, source: str, what: str) -> Response:
@@ -5153,7 +5177,12 @@ def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional
 
     `timeout` is in seconds, and the code's lifetime by default. Raises OAuthError.
     """
-    notify, device = session.notify, request_device_code(session.settings)
+    notify, client = session.notify, session.client
+    try:
+        device = request_device_code(session.settings)
+    except OAuthError as error:
+        error.set_default_hint(client.sign_in_command, "to sign in without a code, run")
+        raise
     notify("info", "To sign in, open this page in any browser:")
     notify("verbatim", device.page)
     minutes = int(device.lifetime // 60)
@@ -5163,11 +5192,11 @@ def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional
     notify("info", "Beware of phishing: use this code only if you started this sign-in yourself.")
     notify("info", "Waiting for you to enter the code... (Ctrl-C to cancel)")
     deadline = time.monotonic() + min(timeout or device.lifetime, device.lifetime)
-    code, verifier = await_device_code(session, device, deadline)
     try:
+        code, verifier = await_device_code(session, device, deadline)
         old = exchange_and_store(session, code, verifier, device.redirect_uri)
     except OAuthError as error:
-        error.set_default_hint(session.client.device_command)
+        error.set_default_hint(client.device_command)
         raise
     complete_sign_in(session, models, old)
 
@@ -6314,7 +6343,8 @@ def command_exec(session: Session, options: Namespace) -> int:
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         why = "command not found" if missing else f"cannot run it: {error.strerror}"
-        failed = OAuthError(f"{options.command[0]}: {why}")
+        hint = "check the spelling and PATH" if missing else "check the file and its permissions"
+        failed = OAuthError(f"{options.command[0]}: {why}", hint)
         # POSIX.1-2017, Shell Command Language, section 2.8.2
         failed.exit_code = 127 if missing else 126
         raise failed from None
@@ -7267,14 +7297,26 @@ PLAN_REFUSALS = {
         "the conversation is too long for this model",
         "to shorten it, type /compact; to start a new one, type /clear",
     ),
-    "user_not_eligible": ("OpenAI does not let this ChatGPT plan pay for requests here", ""),
-    "route_not_supported": ("OpenAI does not let a plan pay for this request", ""),
-    "unsupported_capability": ("OpenAI does not let a plan pay for this request", ""),
+    "user_not_eligible": (
+        "OpenAI does not let this ChatGPT plan pay for requests here",
+        "choose another model",
+    ),
+    "route_not_supported": (
+        "OpenAI does not let a plan pay for this request",
+        "choose another model",
+    ),
+    "unsupported_capability": (
+        "OpenAI does not let a plan pay for this request",
+        "choose another model",
+    ),
     "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
     "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
     "invalid_prompt": ("OpenAI refused this prompt", "rephrase it"),
     "policy": ("OpenAI refused this prompt", "rephrase it"),
-    "content_filter": ("the answer is incomplete: OpenAI's content filter ended it", ""),
+    "content_filter": (
+        "the answer is incomplete: OpenAI's content filter ended it",
+        "rephrase the prompt",
+    ),
     "max_output_tokens": (
         "the answer is incomplete: it reached the maximum length",
         "ask for the rest, or for less at a time",

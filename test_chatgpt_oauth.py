@@ -1232,6 +1232,25 @@ class Case(unittest.TestCase):
             err.wait()
         return Result(code, out.getvalue(), err.getvalue())
 
+    def run_command_for(self, endpoint):
+        """Run the command that uses `endpoint`, and return its Result."""
+        if self.token_file.exists():
+            self.token_file.unlink()
+        if "auth" not in ENDPOINTS[endpoint].command:
+            key = "sk-" + "k" * 40
+            self.double.api_keys.add(key)
+            self.store(lifetime=-10 if endpoint == "refresh" else None, api_key=key)
+        arguments = ENDPOINTS[endpoint].command.split()
+        if endpoint == "device":
+            arguments += ["--timeout", "0.15"]
+        result = self.call(*arguments)
+        if self.token_file.exists():
+            json.loads(self.token_file.read_text())
+        self.assertFalse(os.path.exists(f"{self.token_file}.tmp"))
+        if result.code:
+            self.assertEqual(result.out, "")
+        return result
+
     @contextlib.contextmanager
     def holding_lock(self, path=None):
         """Hold the lock of `path` (default: the token file), as a process that refreshes does."""
@@ -1361,16 +1380,13 @@ class Case(unittest.TestCase):
         self.assertEqual((result.code, result.out), (0, ""), result.err)
         return result
 
-    def assert_fails(
-        self, result, exit_code, *words, after_messages=False, one_line=False, hint_missing=False
-    ):
+    def assert_fails(self, result, exit_code, *words, after_messages=False, one_line=False):
         """Check that the command failed with nothing but an error that has all `words`.
 
         Standard output must be empty. Standard error must be the lines "error: …" and "hint: …",
         and only errors with exit code 2 or 6 can do without a hint. A sign-in shows instructions
         first. `after_messages` allows other messages before the error. `one_line` requires a hint
-        within the error line, as `env` prints it. `hint_missing` marks errors that should have a
-        hint but don't have one yet.
+        within the error line, as `env` prints it.
         """
         self.assertEqual(result.code, exit_code, result.err)
         self.assertEqual(result.out, "")
@@ -1383,7 +1399,7 @@ class Case(unittest.TestCase):
         hint = r"\nhint: .+"
         if one_line:
             hint = ""
-        elif hint_missing or exit_code not in EXIT_CODES_WITH_HINT:
+        elif exit_code not in EXIT_CODES_WITH_HINT:
             hint = f"({hint})?"
         self.assertRegex("\n".join(lines), rf"\Aerror: .+{hint}\Z", result.err)
         return result
@@ -1628,6 +1644,34 @@ class ErrorsTest(Case):
                 prepare()
                 self.assert_fails(self.call(*command.split()), exit_code)
 
+    def test_each_refusal_has_a_hint_that_fits(self):
+        status = r"hint: to see what OpenAI accepts, run: .* status --online\n"
+        refusal = b'{"error": "odd"}'
+        for endpoint, code, body, hint in (
+            ("usercode", 400, refusal, r"hint: to sign in without a code, run: .* auth\n"),
+            ("usercode", 200, b"{}", r"hint: to sign in without a code, run: .* auth\n"),
+            ("device", 400, refusal, r"hint: to try again, run: .* auth --device\n"),
+            ("code", 400, refusal, r"hint: to try again, run: .* auth --device\n"),
+            ("refresh", 302, b"", r"hint: try again; if that fails, run: .* auth\n"),
+            ("refresh", 407, b"", r"hint: check the name and password in HTTPS_PROXY \("),
+            ("api", 302, b"", "hint: check HTTPS_PROXY and your network, then try again\n"),
+            ("api", 407, b"", r"hint: check the name and password in HTTPS_PROXY \("),
+            ("api", 400, refusal, status),
+            ("api", 200, b"[]", status),
+            ("api", 200, b"{}", status),
+            ("api", 401, refusal, r"hint: to get a new API key, run: .* auth\n"),
+            (
+                "api",
+                403,
+                refusal,
+                r"hint: to use your plan's models, run: .* models --source codex",
+            ),
+            ("codex", 403, refusal, r"hint: to use another account, run: .* auth\n"),
+        ):
+            with self.subTest(endpoint, code=code, body=body):
+                self.double.faults = {endpoint: respond_with(code, body)}
+                self.assertRegex(self.run_command_for(endpoint).err, hint)
+
     def test_short_secrets_are_removed_from_server_messages(self):
         self.store(lifetime=-10, refresh_token="rt_1")
         self.fault(
@@ -1770,25 +1814,6 @@ class WireTest(Case):
             if entry["endpoint"] != "authorize":
                 self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
-    def run_command_for(self, endpoint):
-        """Run the command that uses `endpoint`, and return its Result."""
-        if self.token_file.exists():
-            self.token_file.unlink()
-        if "auth" not in ENDPOINTS[endpoint].command:
-            key = "sk-" + "k" * 40
-            self.double.api_keys.add(key)
-            self.store(lifetime=-10 if endpoint == "refresh" else None, api_key=key)
-        arguments = ENDPOINTS[endpoint].command.split()
-        if endpoint == "device":
-            arguments += ["--timeout", "0.15"]
-        result = self.call(*arguments)
-        if self.token_file.exists():
-            json.loads(self.token_file.read_text())
-        self.assertFalse(os.path.exists(f"{self.token_file}.tmp"))
-        if result.code:
-            self.assertEqual(result.out, "")
-        return result
-
     def check(self, answer):
         """Give `answer` at each endpoint in turn, and return how many seconds each command took."""
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.2"
@@ -1803,6 +1828,8 @@ class WireTest(Case):
             # `status` reports problems on standard output.
             text = result.out + result.err
             self.assertTrue(all(line.isprintable() for line in text.split("\n")), context)
+            if result.code in EXIT_CODES_WITH_HINT and "status" not in ENDPOINTS[endpoint].command:
+                self.assertRegex(result.err, r"(\A|\n)error: .+\nhint: .+\n\Z", context)
             # These two answers are valid at some endpoints.
             if answer not in ("lists of wrong types", "no content"):
                 self.assertEqual(result.code in (1, 4, 5), ENDPOINTS[endpoint].fatal, context)
@@ -5814,7 +5841,7 @@ class DeviceTest(Case):
     def test_an_error_code_is_shown_and_a_token_is_not(self):
         code, token = "deviceauth_something_nobody_has_heard_of", "Rt9" + "kq4_x" * 8
         self.fault("device", 400, json.dumps({"error": {"code": code, "message": token}}).encode())
-        err = self.assert_fails(self.call("auth", "--device"), 1, code, hint_missing=True).err
+        err = self.assert_fails(self.call("auth", "--device"), 1, code).err
         self.assertNotIn(token, err)
 
     def test_slow_down_lengthens_the_interval(self):
@@ -5842,7 +5869,7 @@ class DeviceTest(Case):
         ):
             body = json.dumps({"error": {"code": error}}).encode()
             self.fault("device", status, body)
-            self.assert_fails(self.call("auth", "--device"), 1, words, hint_missing=True)
+            self.assert_fails(self.call("auth", "--device"), 1, words)
         self.fault("device", 403, b"{}")
         result = self.call("auth", "--device", "--timeout", "0.1")
         self.assert_fails(result, 1, "timed out waiting for the code")
@@ -5866,7 +5893,7 @@ class DeviceTest(Case):
             return self.double.reply(handler, 400, b'{"error": "expired_token"}')
 
         self.double.faults["device"] = fault
-        err = self.assert_fails(self.call("auth", "--device"), 1, hint_missing=True).err
+        err = self.assert_fails(self.call("auth", "--device"), 1).err
         self.assertIn("\nWXYZ\n", err)
         sent = {"device_auth_id": "d", "user_code": "WXYZ"}
         self.assertEqual(self.double.requests_to("device"), [sent])
@@ -9344,7 +9371,7 @@ class PuppyModelTest(PuppyCase):
             self.assertIn(f"OpenAI refused this request ({reason})\n", self.message_text())
         with self.answer_with(ModelHTTPError(400, "gpt-6", {"message": "Unsupported: x"})):
             self.assert_request_stops(model, "OpenAI refused this request (Unsupported: x)")
-            self.assertNotIn("hint", self.message_text())
+            self.assertIn("hint: try again later; if that does not help, ", self.message_text())
 
     def test_a_model_that_cannot_be_built_refuses_at_the_request(self):
         self.store()
@@ -10037,7 +10064,7 @@ class SpecificationTest(Case):
         ):
             with self.subTest(status):
                 fault = self.polls(1, status, "odd")
-                times, err = self.poll_times(FakeClock(), fault, hint_missing=not is_pending)
+                times, err = self.poll_times(FakeClock(), fault)
                 self.assertEqual(len(times), 1 + is_pending)
                 self.assertEqual(f"(HTTP {status}): odd" in err, not is_pending)
 
@@ -10209,7 +10236,7 @@ class SpecificationTest(Case):
         self.assertEqual(re.findall(r"(\d+) seconds left", result.err), ["90", "60", "30", "10"])
         self.assertAlmostEqual(clock.elapsed, 120, delta=0.1)
 
-    def poll_times(self, clock, fault, hint_missing=False, **usercode):
+    def poll_times(self, clock, fault, **usercode):
         """Sign in with a device code and return when each poll came, in seconds, and the output.
 
         `fault` is called as the double's fault for each poll.
@@ -10224,7 +10251,7 @@ class SpecificationTest(Case):
 
         self.double.faults["device"] = poll
         result = self.call_at(clock, "auth", "--device")
-        return times, self.assert_fails(result, 1, hint_missing=hint_missing).err
+        return times, self.assert_fails(result, 1).err
 
     def polls(self, count, status, error, **headers):
         """Return a fault that answers `count` polls like this and ends the sign-in then."""
