@@ -207,20 +207,20 @@ _PATH = r"/[\w.~%/-]*"
 # appended to the URL. The limits apply to the port.
 _URL = Rule(
     rf"({_SCHEME_AND_HOST}(?::{_INTEGER})?(?:{_PATH})?)",
-    "an https URL (http is allowed for localhost only)",
+    "an https URL (http for localhost)",
     kind=lambda url: url.rstrip("/"),
     low=1,
     high=65535,
 )
-_WORD = Rule(r"[!-~]+", "printable ASCII characters without spaces")
-_SECONDS = Rule(_DECIMAL, "a number of seconds from 0.001 to 86400", float, 0.001, 86400)
+_WORD = Rule(r"[!-~]+", "printable ASCII without spaces")
+_SECONDS = Rule(_DECIMAL, "0.001 to 86400 seconds", float, 0.001, 86400)
 _PORT = Rule(_INTEGER, "a number from 1 to 65535", int, 1, 65535)
 # An IPv4 address, or roughly an IPv6 address.
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
 _GLOBS = "glob patterns separated by commas"
 _DIRECTORY = Rule(r"[^\0]+", "the path of a directory")
-_WORKSPACE = Rule(r"[\w.-]{1,128}", "a workspace ID (letters, digits and . _ -)")
+_WORKSPACE = Rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
 RULES = {
     "issuer": _URL,
     "client_id": _WORD,
@@ -240,9 +240,9 @@ RULES = {
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.171.0"),
     # Settings expands a leading ~ first. If it is still there, it couldn't be expanded.
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
-    "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 characters at most)"),
+    "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 at most)"),
     "default_context_length": Rule(
-        _INTEGER, "a number from 1 to 1000000000", int, 1, 10**9, optional=True
+        _INTEGER, "a number up to 1000000000", int, 1, 10**9, optional=True
     ),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
@@ -254,7 +254,7 @@ RULES = {
     "request_timeout": _SECONDS,
     "retry_window": _SECONDS,
     "lock_timeout": _SECONDS,
-    "api_key_env_var": Rule(r"[A-Za-z_][A-Za-z0-9_]*", "a variable name (letters, digits and _)"),
+    "api_key_env_var": Rule(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _"),
 }
 
 
@@ -583,6 +583,13 @@ NUMBER_LIMIT = 1e11
 LAST_MOMENT = 32535215999
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
+# OpenSSL's most common reasons for refusing a certificate (X509_V_ERR_…, which Python has no names
+# for), in one word. All others are shown in OpenSSL's words.
+CERTIFICATE_FAULTS = {
+    10: "expired",
+    **dict.fromkeys((18, 19, 20, 21), "untrusted"),
+    **dict.fromkeys((62, 64), "wrong"),
+}
 # The TLS contexts made so far, by the path of their CA certificates ("" for the system's).
 _tls_contexts: Dict[str, Any] = {}
 
@@ -619,7 +626,8 @@ class Retry:
         if not error.unprocessed or time.monotonic() + pause > self.deadline:
             raise error
         if self.notify:
-            self.notify("warning", f"{error}; still trying")
+            self.notify("warning", str(error))
+            self.notify("info", "Still trying...")
             self.notify = None
         time.sleep(pause)
         self.pause = min(self.pause * 2, RETRY_PAUSE_LIMIT)
@@ -810,15 +818,13 @@ class Response:
             unprocessed = self.status in (429, 503) and self.code != "temporarily_unavailable"
             return RequestError(text, "try again later", unprocessed, self.retry_after)
         if self.code == "unsupported_country_region_territory":
-            return RequestError(
-                f"{failed}: OpenAI does not serve the country or region of your network",
-                "use a network in a supported region, then try again",
-            )
+            text = f"{failed}: OpenAI does not serve your region"
+            hint = "use a network in a supported region, then try again"
+            return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
         if self.is_html:
             return RequestError(
-                f"{failed}: got a web page instead of JSON, probably from a proxy, a bot check or "
-                "a regional block",
-                "check HTTPS_PROXY and your network, then try again",
+                f"{failed}: got a web page, not JSON",
+                "a proxy, a bot check or a regional block sent it; check HTTPS_PROXY",
             )
         if 300 <= self.status < 400:
             hint = "check HTTPS_PROXY and your network, then try again"
@@ -903,7 +909,7 @@ def new_tls_context(settings: Settings, variable: str, path: str) -> Any:
         except OSError as error:
             reason = os_reason(error)
             if isinstance(error, ssl.SSLError):
-                reason = "it holds no certificate in PEM form"
+                reason = "it holds no PEM certificate"
             text = f"cannot set up TLS: {variable}={path}: {reason}"
             hint = f"set {variable} to a PEM file of CA certificates, or unset it"
             raise cannot_send_error(text, hint) from None
@@ -928,8 +934,7 @@ def os_reason(error: OSError) -> str:
 def certificate_hint(settings: Settings, code: int, place: str) -> str:
     """Return what to do if a server's certificate was refused.
 
-    `code` is OpenSSL's reason (X509_V_ERR_…), which Python has no names for. `place` is where the
-    proxy is set, or "".
+    `code` is OpenSSL's reason. `place` is where the proxy is set, or "".
     """
     # The certificate isn't valid yet, or it has expired.
     if code in (9, 10):
@@ -948,7 +953,7 @@ def untrusted_ca_hint(settings: Settings) -> str:
 
     for name in (*CA_VARIABLES, "SSL_CERT_DIR"):
         if settings.environ.get(name):
-            return f"{name} does not include the CA of this server; add it"
+            return f"{name} does not include the CA that signed it; add it"
     paths = ssl.get_default_verify_paths()
     has_certificates = bool(paths.cafile)
     if not has_certificates and paths.capath:
@@ -1326,32 +1331,36 @@ def connection_error(
     retry_after = 0.0
     # In Python 3.8 and 3.9, socket.timeout is another class.
     if isinstance(error, (TimeoutError, socket.timeout)):
-        fault = f"no complete response from {host} within {timeout:g} seconds"
+        fault = f"no answer from {host} in {timeout:g} s"
         if unsent:
-            fault = f"no connection to {host} within {timeout / 2:g} seconds"
+            fault = f"no connection to {host} in {timeout / 2:g} s"
     elif is_tls_fault(error):
-        # Only an SSLCertVerificationError has this attribute.
-        unverified = getattr(error, "verify_message", "")
-        why = unverified or getattr(error, "reason", "") or "SSLError"
-        fault = f"cannot set up a trusted TLS connection to {host} ({why})"
+        fault = f"no TLS with {host} ({getattr(error, 'reason', '') or 'SSLError'})"
         retry_after = NEVER
+        # Only an SSLCertVerificationError has these attributes.
+        unverified = getattr(error, "verify_message", "")
         if unverified:
-            hint = certificate_hint(settings, getattr(error, "verify_code", 0), place)
+            code = getattr(error, "verify_code", 0)
+            fault = f"bad certificate from {host} ({unverified})"
+            if code in CERTIFICATE_FAULTS:
+                fault = f"{CERTIFICATE_FAULTS[code]} certificate from {host}"
+            hint = certificate_hint(settings, code, place)
     elif isinstance(error, socket.gaierror):
-        fault = f"could not resolve host {host}"
+        fault = f"host {host} not found"
     elif isinstance(error, OSError):
-        why = printable(error.strerror or type(error).__name__, 100)
+        fault = f"{host}: {printable(error.strerror or type(error).__name__, 100)}"
         # Only the status is shown, because http.client appends the proxy's own text, which may
         # contain our password.
         tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))
         if tunnel:
-            why = f"the proxy answered HTTP {tunnel[1]}"
-        if tunnel and tunnel[1] == "407":
-            hint = proxy_password_hint(place)
-        fault = f"connection to {host} failed ({why})"
+            fault = f"the proxy answered HTTP {tunnel[1]}"
+            if tunnel[1] == "407":
+                hint = proxy_password_hint(place)
+        elif isinstance(error, ConnectionError) and not error.strerror:
+            # http.client raises this error without the system's text.
+            fault = f"{host}: connection closed"
     else:
-        name = type(error).__name__
-        fault = f"{host} closed the connection or did not send valid HTTP ({name})"
+        fault = f"no valid HTTP from {host}"
     return RequestError(f"could not {what}: {fault}", hint, unsent, retry_after)
 
 
@@ -1411,7 +1420,7 @@ REQUEST_ERROR_CODES = (
 # it.
 OTHER_ACCOUNT = "other_account"
 # What error messages call a refresh.
-REFRESH = "refresh the access token"
+REFRESH = "refresh the token"
 # Seconds. Signing out must not take long, even if the server doesn't answer.
 REVOKE_TIMEOUT = 10.0
 
@@ -1422,7 +1431,7 @@ class InvalidGrantError(SignInEndedError):
     def __init__(self, reason: str, command: str) -> None:
         why = INVALID_GRANT_CODES["invalid_grant"]
         if reason == OTHER_ACCOUNT:
-            why = "the last refresh brought tokens of another account"
+            why = "a refresh brought another account's tokens"
         elif reason in INVALID_GRANT_CODES:
             why = INVALID_GRANT_CODES[reason]
         elif "expired" in reason:
@@ -1573,8 +1582,8 @@ class OfficialClient(Client):
     without_port = Hint(
         "to paste the URL that the browser ends on, run in a terminal", sign_in_command
     )
-    invalid_grant_hint = "this account may not be eligible, because not every ChatGPT plan is"
-    unrevoked_hint = "end it in ChatGPT under Settings > Security and login > Sign in with ChatGPT"
+    invalid_grant_hint = "not every ChatGPT plan is eligible"
+    unrevoked_hint = "end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT"
     model_source = "official"
     # The type of this client's entries in the models file. No other entry has it.
     model_type = "chatgpt_plan"
@@ -1679,7 +1688,7 @@ class OfficialClient(Client):
         expiry = number_or_none(claims.get("exp")) or 0
         if expiry < time.time() - CLOCK_SKEW:
             hint = "check this computer's clock, then run"
-            raise id_token_error("has expired; is this computer's clock right?", hint)
+            raise id_token_error("has expired", hint)
         sub = text_or_none(claims.get("sub"))
         if sub is None:
             raise id_token_error("does not say whose it is")
@@ -1791,7 +1800,7 @@ def bearer_response(response: Response, what: str) -> Fields:
     """
     fields = token_response(response, what)
     if not has_bearer_type(fields):
-        raise OAuthError(f"could not {what}: the response has a token_type that is not Bearer")
+        raise OAuthError(f"could not {what}: the token_type is not Bearer")
     return fields
 
 
@@ -1816,7 +1825,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
         "code_verifier": verifier,
         **client.token_parameters,
     }
-    what = "exchange the authorization code"
+    what = "exchange the code"
     url = client.settings.issuer + client.token_path
     response = request_json(client.settings, url, what, form)
     if response.code.lower() == "invalid_grant" and client.invalid_grant_hint:
@@ -1932,7 +1941,7 @@ def revoke(client: Client, tokens: Tokens) -> None:
             "token_type_hint": "refresh_token",
             "client_id": tokens.client_id,
         }
-    what = "revoke the refresh token"
+    what = "revoke the token"
     url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
     response = request_json(
         client.settings, url, what, body, as_json=client.revokes_by_json, timeout=REVOKE_TIMEOUT
@@ -1973,7 +1982,7 @@ class DeviceCode:
         may continue, and OAuthError if it must end.
         """
         url = self.settings.issuer + "/api/accounts/deviceauth/token"
-        what = "check the device code"
+        what = "check the code"
         body = {"device_auth_id": self.device_auth_id, "user_code": self.user_code}
         try:
             response = request_json(self.settings, url, what, body, as_json=True)
@@ -2026,8 +2035,7 @@ def request_device_code(settings: Settings) -> DeviceCode:
     if response.status == 404:
         raise OAuthError(
             "device code sign-in is turned off for this account",
-            "turn it on in ChatGPT under Settings > Security (workspaces: ask an administrator), "
-            "or sign in without --device",
+            "turn it on in ChatGPT under Settings > Security, or ask your administrator",
         )
     device = DeviceCode(settings, response.json_object(what))
     if not (device.device_auth_id and device.user_code):
@@ -2223,7 +2231,7 @@ def home_hint(settings: Settings) -> str:
     variables = settings.home_variable
     if variables != "CHATGPT_OAUTH_HOME":
         variables += " or CHATGPT_OAUTH_HOME"
-    return f"{problem}; set {variables} to a directory of yours"
+    return f"{problem}; set {variables} to one of yours"
 
 
 def can_change_mode(path: str) -> bool:
@@ -2850,9 +2858,7 @@ class TokenFile(JsonFile):
             return super()._lock_error(error)
         # The directory can't be made writable either, so it is a read-only mount.
         failure = storage_error("change", self.path, error)
-        failure.hint = (
-            "mount a writable directory with a sign-in of its own, and set CHATGPT_OAUTH_HOME to it"
-        )
+        failure.hint = "set CHATGPT_OAUTH_HOME to a writable directory with its own sign-in"
         return failure
 
     def set_aside(self) -> str:
@@ -2958,9 +2964,8 @@ class Session:
         command = self.client.sign_in_command
         if self.client.can_share_tokens and self.official_session().token_file.holds_sign_in():
             raise OfficialOnlyError(
-                "there is only the official sign-in, and OpenAI's terms let its tokens serve "
-                "Code Puppy alone",
-                "to get tokens for other programs, run",
+                "the official sign-in works only in Code Puppy",
+                "for other programs, run",
                 command,
             )
         message, hint = "not signed in to ChatGPT", home_hint(self.settings)
@@ -3000,7 +3005,8 @@ class Session:
         except NotSignedInError:
             raise
         except OAuthError as error:
-            self.notify("warning", f"{error}; using the current one, which is still valid")
+            self.notify("warning", str(error))
+            self.notify("info", "Using the current token, which is still valid.")
             if isinstance(error, SignInEndedError):
                 self.notify("hint", error.hint or "", error.command)
             return stored
@@ -3103,8 +3109,8 @@ class Session:
             except RequestError as error:
                 if not error.unprocessed:
                     raise UnavailableError(
-                        f"{error}; you may have to sign in again",
-                        "try again; if that fails, run",
+                        str(error),
+                        "try again; if that fails, sign in again with",
                         self.client.sign_in_command,
                     ) from None
                 tries.wait(error)
@@ -4004,10 +4010,10 @@ MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH = 16000, 10**10 - 1  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# What error messages call a request for the list of models.
+LIST_MODELS = "list models"
 NO_API_KEY = "this account has no API key"
-ORGANIZATION_HINT = (
-    "to get one, create an organization and a project at https://platform.openai.com"
-)
+ORGANIZATION_HINT = "create an organization and a project at https://platform.openai.com"
 
 
 def no_api_key_error(message: str = NO_API_KEY) -> OAuthError:
@@ -4019,8 +4025,7 @@ def plan_not_allowed_error() -> OAuthError:
     """Return the error for an official sign-in that isn't allowed to use the ChatGPT plan."""
     return OAuthError(
         "this sign-in was not allowed to use your ChatGPT plan",
-        "allow it in ChatGPT under Settings > Security and login > Sign in with ChatGPT, or sign "
-        "in again and agree; to do so, run",
+        "allow it in ChatGPT under Settings > Security and login, or here with",
         OfficialClient.sign_in_command,
     )
 
@@ -4088,7 +4093,7 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     url = base_url(settings, source) + "/models"
     if source == "api":
         return request_json(
-            settings, url, "list the API models", bearer=tokens.api_key or "", limit=MODELS_LIMIT
+            settings, url, LIST_MODELS, bearer=tokens.api_key or "", limit=MODELS_LIMIT
         )
     url += f"?client_version={settings.codex_client_version}"
     headers = {}
@@ -4097,7 +4102,7 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     return request_json(
         settings,
         url,
-        "list the ChatGPT plan's models",
+        LIST_MODELS,
         bearer=tokens.access_token,
         headers=headers,
         limit=MODELS_LIMIT,
@@ -4127,7 +4132,7 @@ def request_usage(session: Session) -> Usage:
 
     The Codex CLI uses this endpoint. It is undocumented and may disappear.
     """
-    settings, what = session.settings, "get the plan's usage"
+    settings, what = session.settings, "get the usage"
     response = session.request(
         what,
         lambda tokens: request_json(
@@ -4199,7 +4204,7 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     server's order. The API's list has no order, so its models are sorted newest first. Raises
     OAuthError, also if `source` is "api" and the account has no API key.
     """
-    what = "list the models"
+    what = LIST_MODELS
     response = _models_response(session, source, what)
     try:
         listed = response.json_object(what).get("data" if source == "api" else "models")
@@ -4693,7 +4698,8 @@ def revoke_or_warn(session: Session, tokens: Tokens) -> None:
             time.sleep(RETRY_PAUSE)
             revoke(session.client, tokens)
     except OAuthError as error:
-        session.notify("warning", f"{error}; it may still be valid at OpenAI")
+        session.notify("warning", str(error))
+        session.notify("info", "The token may still be valid at OpenAI.")
         if session.client.unrevoked_hint:
             session.notify("hint", session.client.unrevoked_hint)
 
@@ -4714,12 +4720,12 @@ def obtain_api_key(session: Session) -> None:
         api_key = exchange_id_token(session.settings, tokens.id_token or "")
     # A network fault doesn't mean that the account can't have a key.
     except UnavailableError as error:
-        failure = OAuthError(f"no API key: {error}", "to try again, run", "auth")
+        failure = OAuthError(str(error), "to try again, run", "auth")
     except OAuthError as error:
         # An account that was made for a ChatGPT plan has no organization. That isn't a failure.
         has_organization = "missing organization_id" not in str(error)
         if has_organization:
-            failure = no_api_key_error(f"no API key: {error}")
+            failure = no_api_key_error(str(error))
     with session.token_file.lock():
         current = session.token_file.load()
         # Another process may have signed in to another account in the meantime.
@@ -5136,7 +5142,7 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
     if "missing_codex_entitlement" in description:
         return OAuthError(
             "Codex is not enabled for this workspace",
-            "ask your workspace administrator to enable Codex, or choose another workspace",
+            "ask your workspace administrator to enable it, or use another workspace",
         )
     reason = f"{code}: {description}" if description else code
     return OAuthError(f"authorization failed ({printable(reason, 200)})")
@@ -5160,9 +5166,9 @@ def port_error(client: Client, error: OSError) -> OAuthError:
     """Return the error for a client none of whose ports works."""
     hint, reason = client.without_port, error.strerror or "error"
     if error.errno == errno.EADDRINUSE:
-        explanation, commands = "; to see what uses them, run: ", PORT_OWNERS
+        explanation, commands = "; see: ", PORT_OWNERS
     elif error.errno == errno.EACCES:
-        explanation, commands = "; the system reserves them, as this shows: ", RESERVED_PORTS
+        explanation, commands = "; the system reserves them: ", RESERVED_PORTS
     else:
         fault = f"cannot listen on {' or '.join(client.addresses)} ({reason})"
         return OAuthError(fault, hint.text, hint.command)
@@ -5223,7 +5229,8 @@ def await_device_code(session: Session, device: DeviceCode, deadline: float) -> 
             # A fault that lasts is reported only once.
             if str(error) != last_fault:
                 last_fault = str(error)
-                session.notify("warning", f"{last_fault}; still trying")
+                session.notify("warning", last_fault)
+                session.notify("info", "Still trying...")
 
 
 def end_sign_in(session: Session, revoking: bool) -> bool:
@@ -5840,12 +5847,12 @@ SHOWN_MODELS = 10
 class OnlineCheck:
     """The result of asking a server whether it accepts a token or key.
 
-    `result` is accepted, refused or unreachable. `text` is the result in words, and `error` is the
-    reason if it isn't accepted.
+    `result` is accepted, refused or unreachable. `texts` is the result in words, one line each, and
+    `error` is the reason if it isn't accepted.
     """
 
-    def __init__(self, result: str, text: str, error: Optional[OAuthError] = None) -> None:
-        self.result, self.text, self.error = result, text, error
+    def __init__(self, result: str, texts: List[str], error: Optional[OAuthError] = None) -> None:
+        self.result, self.texts, self.error = result, texts, error
 
 
 def check_online(session: Session, source: str) -> OnlineCheck:
@@ -5855,9 +5862,9 @@ def check_online(session: Session, source: str) -> OnlineCheck:
     except OAuthError as error:
         is_refusal = isinstance(error, (RefusedError, SignInEndedError))
         result = "refused" if is_refusal else "unreachable"
-        return OnlineCheck(result, f"{result}: {error}", error)
+        return OnlineCheck(result, [result, str(error)], error)
     models = "1 model" if count == 1 else f"{count} models"
-    return OnlineCheck("accepted", f"accepted, {models}")
+    return OnlineCheck("accepted", [f"accepted, {models}"])
 
 
 class SignInStatus:
@@ -6047,12 +6054,20 @@ class Status:
         if tokens and tokens.api_key:
             lines.append("API key available")
         elif tokens:
-            lines.append(f"No API key; {ORGANIZATION_HINT}")
+            lines.append(f"No API key; to get one, {ORGANIZATION_HINT}")
         if isinstance(self.problem, NotSignedInError) and self.problem.command:
             lines.append(f"To sign in, run: {self.typed(self.problem.command)}")
         elif self.problem:
-            lines.append(f"Problem: {self._sentence(self.problem)}")
+            lines += self._problem_texts(self.problem)
         return lines
+
+    def _problem_texts(self, problem: OAuthError) -> List[str]:
+        """Return a line for the problem and, if it has a hint, another line for that."""
+        texts = [f"Problem: {problem}"]
+        if problem.hint:
+            command = f": {self.typed(problem.command)}" if problem.command else ""
+            texts.append(f"Hint: {problem.hint}{command}")
+        return texts
 
     def _rows(self, live: bool) -> List[Tuple[str, str]]:
         """Return the other lines as pairs of a label and a text.
@@ -6066,11 +6081,11 @@ class Status:
             refreshable = stored.usable and not stored.problem
             rows.append(("Account", who["email"] or "unknown"))
             rows.append(("Plan", who["plan"] or "unknown"))
-            rows.append(("Access token", format_expiry(stored.expires_at, refreshable)))
+            rows += labelled("Access token", expiry_texts(stored.expires_at, refreshable))
         if stored.check:
-            key = self.api_key_check.text if self.api_key_check else "there is none"
-            rows.append(("API key", key))
-            rows.append(("ChatGPT plan", stored.check.text))
+            key = self.api_key_check.texts if self.api_key_check else ["none"]
+            rows += labelled("API key", key)
+            rows += labelled("ChatGPT plan", stored.check.texts)
             rows += labelled("Usage", self._usage_texts(live))
             if self.usage and self.usage.credits:
                 rows.append(("Credits", self.usage.credits))
@@ -6086,7 +6101,7 @@ class Status:
         if self.usage:
             texts = [usage_line(each, live) for each in self.usage.windows]
             return texts or ["OpenAI reports no limits"]
-        return [f"unknown: {self.usage_error}"]
+        return ["unknown", str(self.usage_error)]
 
     def _official_rows(self) -> List[Tuple[str, str]]:
         official = self.official
@@ -6094,12 +6109,13 @@ class Status:
         if official.usable:
             plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
             rows.append(("", f"{plan}; {USAGE_PAGE}"))
-        rows.append(("Plan token", format_expiry(official.expires_at, not official.problem)))
+        rows += labelled("Plan token", expiry_texts(official.expires_at, not official.problem))
         # The main problem already stands in the first lines.
         if official.problem and official.problem is not self.problem:
-            rows.append(("", f"Problem: {self._sentence(official.problem)}"))
+            rows += labelled("", self._problem_texts(official.problem))
         if official.check:
-            rows.append(("", f"OpenAI says: {official.check.text}"))
+            first, *rest = official.check.texts
+            rows += labelled("", [f"OpenAI says: {first}", *rest])
         return rows
 
     def _model_texts(self) -> List[str]:
@@ -6155,16 +6171,20 @@ def distance(when: str) -> str:
     return f"{duration(seconds)} ago" if seconds < 0 else f"in {duration(seconds)}"
 
 
-def format_expiry(when: Optional[str], refreshable: bool) -> str:
-    """Describe when a token expires. `when` is a timestamp, or None if that is unknown."""
+def expiry_texts(when: Optional[str], refreshable: bool) -> List[str]:
+    """Describe when a token expires, and on a second line what happens then if it's `refreshable`.
+
+    `when` is a timestamp, or None if that is unknown.
+    """
+    note = "refreshes automatically"
     if when is None:
-        text, note = "expiry unknown", ", auto-refreshed"
+        text = "expiry unknown"
     elif (parse_timestamp(when) or 0.0) >= time.time():
         # The first 16 characters of a timestamp end with its minutes.
-        text, note = f"expires {distance(when)} ({when[:16]}Z)", ", auto-refreshed"
+        text = f"expires {distance(when)} ({when[:16]}Z)"
     else:
-        text, note = f"expired {distance(when)}", ", refreshed on next use"
-    return text + note if refreshable else text
+        text, note = f"expired {distance(when)}", "refreshes at its next use"
+    return [text, note] if refreshable else [text]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6321,7 +6341,7 @@ def exported_variables(
         return {name: None}
     api_key = session.tokens().api_key
     if not api_key:
-        hint = f"{ORGANIZATION_HINT} and sign in again; to do without, run"
+        hint = f"{ORGANIZATION_HINT} and sign in again, or run"
         raise OAuthError(NO_API_KEY, hint, command_without_key)
     return {name: api_key}
 
@@ -7377,10 +7397,10 @@ class Prompts:
         self.refresh_failed = False
 
     def report_refresh(self, messages: List[Tuple[str, ...]]) -> None:
-        """Show `messages` about a failed refresh in short. Show no more until one succeeds."""
+        """Show `messages` about a failed refresh. Show no more until one succeeds."""
         if messages and not self.refresh_failed:
             for kind, text, *command in messages:
-                self.notify(kind, text.partition(";")[0], *command)
+                self.notify(kind, text, *command)
         self.refresh_failed = bool(messages)
 
 
