@@ -1904,7 +1904,7 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     if is_b64token(response.members.get("refresh_token")):
         return UnavailableError(str(failure), "try again")
     if not response.is_success and response.code.lower() in REQUEST_ERROR_CODES:
-        hint = "check the settings: CHATGPT_OAUTH_CONFIG and the CHATGPT_OAUTH_... variables"
+        hint = "check the settings (CHATGPT_OAUTH_CONFIG, CHATGPT_OAUTH_... variables)"
         return OAuthError(str(failure), hint)
     is_refusal = response.status in (400, 403) and bool(response.code or response.text)
     # The Codex CLI takes every 401 of this endpoint as the end.
@@ -2968,7 +2968,8 @@ class Session:
                 "for other programs, run",
                 command,
             )
-        message, hint = "not signed in to ChatGPT", home_hint(self.settings)
+        message = f"not signed in (no tokens in {self.token_file.path})"
+        hint = home_hint(self.settings)
         if hint:
             # A sign-in could not be stored.
             raise NotSignedInError(message, hint)
@@ -3160,8 +3161,8 @@ class Session:
         if refusal and self._is_too_early(refusal, old):
             allowed_at = parse_timestamp(old.fields.get("earliest_refresh_at")) or 0.0
             raise UnavailableError(
-                f"{refusal}; OpenAI allows no refresh before {timestamp(allowed_at)}",
-                "try again then; if that fails, run",
+                "OpenAI does not refresh the token yet",
+                f"try again after {timestamp(allowed_at)}; if that fails, run",
                 self.client.sign_in_command,
             )
         was_stored = new is not old
@@ -4317,9 +4318,7 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
         after = {k: v for k, v in before.items() if not is_ours(session, k, v)}
         taken = sorted(name for name in entries if name in after)
         for name in taken:
-            session.notify(
-                "warning", f"kept the existing entry {name}, which was added by another program"
-            )
+            session.notify("warning", f"kept the entry {name}, which another program added")
         ours = {name: entry for name, entry in entries.items() if name not in taken}
         after.update(ours)
         # Lists are compared because the order of the entries counts, too.
@@ -4437,7 +4436,7 @@ def import_models(
     if source == "api":
         payment = "billed to your OpenAI API account"
     count = f"{len(session.imported)} of {len(listed)}"
-    session.notify("done", f"{count} models imported, {payment}")
+    session.notify("done", f"Imported {count} models for Code Puppy ({payment})")
     return source, session.imported
 
 
@@ -6434,7 +6433,8 @@ def command_logout(session: Session, options: Namespace) -> None:
     if failures:
         raise failures[0]
     if not ended:
-        session.notify("info", "Not signed in; nothing to do.")
+        home = session.settings.home
+        session.notify("info", f"Not signed in (no tokens in {home}); nothing to do.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6572,8 +6572,7 @@ class InstallPaths:
         if self.mark(path) not in content:
             raise StorageError(
                 f"{path}: not made by chatgpt_oauth, so it is left alone",
-                "rename or remove it, then try again (--bin DIR chooses another place for the "
-                "command, --no-code-puppy does without the plugin)",
+                "rename or remove it, or use --bin DIR or --no-code-puppy",
             )
         return content
 
@@ -8227,7 +8226,9 @@ OPTIONS = {
     "--all": Option("import every model"),
     "--dry-run": Option("print the models without importing them"),
     "--json": Option("output as JSON"),
-    "--online": Option("ask OpenAI, too: are key and token accepted, how much of the plan is used"),
+    "--online": Option(
+        "also ask OpenAI whether the key and token work and how much of the plan is used"
+    ),
     "--shell": Option(
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
         "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
@@ -8241,7 +8242,7 @@ OPTIONS = {
     "--refresh": Option("refresh it first, even if it is still valid"),
     "--api-key": Option("print the API key instead"),
     "--local": Option("do not revoke the tokens at OpenAI"),
-    "--official": Option("OpenAI's official sign-in (for Code Puppy alone), not the usual one"),
+    "--official": Option("use OpenAI's official sign-in (works only in Code Puppy)"),
     "--bin": Option(
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
@@ -8323,7 +8324,8 @@ COMMANDS = {
         command_token,
         "print a valid access token, refreshed if needed",
         "--refresh --api-key --json",
-        'curl -H "Authorization: Bearer $({0})" https://...',
+        "{0}",
+        "{0} --json",
         "{0} --api-key",
     ),
     "logout": Command(
@@ -8335,7 +8337,7 @@ COMMANDS = {
     ),
     "install": Command(
         command_install,
-        "install this file as the chatgpt-oauth command and as a Code Puppy plugin",
+        "install the chatgpt-oauth command and the Code Puppy plugin",
         "--bin --code-puppy --no-code-puppy",
         "{0}",
         "{0} --bin ~/bin",
@@ -8457,9 +8459,11 @@ def unknown_argument(name: str, unknown: List[str]) -> UsageError:
     from difflib import get_close_matches
 
     message = f"unknown option or argument: {' '.join(unknown)}"
-    near = get_close_matches(unknown[0].partition("=")[0], COMMANDS[name].options, 1)
+    # The dashes don't count, because otherwise --all and --local would be alike.
+    words = [flag[2:] for flag in COMMANDS[name].options]
+    near = get_close_matches(unknown[0].partition("=")[0].lstrip("-"), words, 1)
     if near:
-        return UsageError(message, "did you mean", f"{name} {near[0]}")
+        return UsageError(message, "did you mean", f"{name} --{near[0]}")
     if COMMANDS[name].tail:
         return UsageError(message, "to run a command, type", f"{name}{COMMANDS[name].tail}")
     return UsageError(message, "to see the options, run", f"{name} --help")
