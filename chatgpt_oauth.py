@@ -2414,16 +2414,23 @@ def _acquire(path: str, deadline: float) -> int:
         if is_current:
             return descriptor
         os.close(descriptor)
+        # On a file system without stable file IDs, it never is.
+        _pause_for_lock(path, deadline)
 
 
 def _wait_for_lock(descriptor: int, path: str, deadline: float) -> None:
     while not _try_lock(descriptor):
-        if time.monotonic() >= deadline:
-            raise UnavailableError(
-                f"timed out waiting for another process to release {path}",
-                "try again; if it keeps happening, stop the process that has this file open",
-            )
-        time.sleep(0.01)
+        _pause_for_lock(path, deadline)
+
+
+def _pause_for_lock(path: str, deadline: float) -> None:
+    """Wait until the next try to lock `path`. Raises UnavailableError after the `deadline`."""
+    if time.monotonic() >= deadline:
+        raise UnavailableError(
+            f"timed out waiting for another process to release {path}",
+            "try again; if it keeps happening, stop the process that has this file open",
+        )
+    time.sleep(0.01)
 
 
 def _acquire_lock_file(path: str, deadline: float) -> int:

@@ -3309,6 +3309,13 @@ os._exit(0)
         self.assertEqual(self.double.requests, [])
         self.assert_quiet(self.run_program("token"))
 
+    def test_a_file_system_without_stable_file_ids_does_not_hang(self):
+        self.store(lifetime=-10)
+        environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.3"}
+        with mock.patch("os.path.samestat", return_value=False):
+            self.assert_fails(self.call("token", environ=environ), 5, "timed out")
+        self.assertEqual(self.double.requests, [])
+
 
 # ---------------------------------------------------------------------------------------------
 # Session
