@@ -2200,7 +2200,9 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
     Its hint can't fail for the same reason as the call.
     """
     hint = "check the free space and the permissions, then try again"
-    if error.errno in (errno.EISDIR, errno.ELOOP):
+    # Windows reports a directory in the place of a file as a missing permission.
+    is_directory = sys.platform == "win32" and os.path.isdir(path)
+    if is_directory or error.errno in (errno.EISDIR, errno.ELOOP):
         hint = "remove it yourself, then try again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "make its directory writable, then try again"
