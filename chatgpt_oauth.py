@@ -7,6 +7,7 @@
     env       print shell code that exports the API key
     exec      run a command with the API key in its environment
     token     print a valid access token, refreshed if needed
+    accounts  list all accounts that are signed in here
     logout    sign out and remove the tokens and imported models
     install   install this file as the command chatgpt-oauth (uninstall removes it)
 
@@ -126,6 +127,8 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # None means $XDG_DATA_HOME/code_puppy if that variable is set, otherwise ~/.code_puppy. Code
     # Puppy chooses its directory the same way.
     "home": None,
+    # The name of the account to use, or "" for the account without a name.
+    "account": "",
     # The name of each imported model begins with this.
     "prefix": "chatgpt-",
     # Tokens, for models whose context length is unknown. None means API_CONTEXT_LENGTH for models
@@ -221,6 +224,13 @@ _ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.
 _GLOBS = "glob patterns separated by commas"
 _DIRECTORY = Rule(r"[^\0]+", "the path of a directory")
 _WORKSPACE = Rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
+# The name is part of a directory's path, of models' names and of variables' names. Windows reserves
+# the names of devices. The models of the account `plan` would be named like those of the official
+# sign-in, and the variable of the account `env-var` like that of a setting.
+_ACCOUNT = Rule(
+    r"(?!(?:plan|env-var|con|prn|aux|nul|(?:com|lpt)[0-9])$)[a-z0-9][a-z0-9-]{0,31}",
+    "1 to 32 of a-z, 0-9 and - (not plan or con)",
+)
 RULES = {
     "issuer": _URL,
     "client_id": _WORD,
@@ -240,6 +250,7 @@ RULES = {
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.171.0"),
     # Settings expands a leading ~ first. If it is still there, it couldn't be expanded.
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
+    "account": Rule(f"(?:{_ACCOUNT.pattern})?", _ACCOUNT.meaning),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 at most)"),
     "default_context_length": Rule(
         _INTEGER, "a number up to 1000000000", int, 1, 10**9, optional=True
@@ -259,7 +270,12 @@ RULES = {
 
 
 class Settings:
-    """The settings of this run: CHATGPT_OAUTH_CONFIG, overridden by environment variables.
+    """The settings of one account: CHATGPT_OAUTH_CONFIG, overridden by environment variables.
+
+    Everything that differs between accounts is decided here: `directory` is where the account's
+    files are, its name is part of `prefix` and `api_key_env_var`, and `suffix` ends the names of
+    its other variables. `account` is its name, "" for the account without a name. By default, it is
+    the account that the settings name.
 
     Each key of the configuration is an attribute. `environ` is a copy of the environment with which
     this process was started, and `home_variable` is the variable that decides where `home` is.
@@ -280,6 +296,7 @@ class Settings:
     usage_url: str
     codex_client_version: str
     home: str
+    account: str
     prefix: str
     default_context_length: Optional[int]
     model_patterns: str
@@ -294,7 +311,7 @@ class Settings:
     lock_timeout: float
     api_key_env_var: str
 
-    def __init__(self) -> None:
+    def __init__(self, account: Optional[str] = None) -> None:
         self.environ = original_environ()
         self.home_variable = "CHATGPT_OAUTH_HOME"
         for key, rule in RULES.items():
@@ -302,6 +319,8 @@ class Settings:
             name, value = f'CHATGPT_OAUTH_CONFIG["{key}"]', CHATGPT_OAUTH_CONFIG.get(key)
             if variable in self.environ:
                 name, value = variable, self.environ[variable]
+            if key == "account" and account is not None:
+                name, value = "account", account
             if key == "home":
                 # Errors name the variable even if the value comes from the configuration, because
                 # inside Code Puppy the plugin sets that key.
@@ -317,6 +336,19 @@ class Settings:
         # Windows turns device names such as CON, NUL and COM1 into paths that start like this.
         if self.home.startswith("\\\\.\\"):
             raise UsageError("CHATGPT_OAUTH_HOME must be a directory path, not a device's name")
+        self.directory, self.suffix = self.home, ""
+        if self.account:
+            self.directory = os.path.join(self.home, "accounts", self.account)
+            self.suffix = "_" + self.account.upper().replace("-", "_")
+            self.prefix += self.account + "-"
+            self.api_key_env_var += self.suffix
+
+    def account_names(self) -> List[str]:
+        """Return the names of all accounts that have a directory, starting with "" for no name."""
+        names: List[str] = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(os.path.join(self.home, "accounts"))
+        return ["", *sorted(name for name in names if re.fullmatch(_ACCOUNT.pattern, name))]
 
     def _default_home(self) -> str:
         base = self.environ.get("XDG_DATA_HOME")
@@ -378,6 +410,9 @@ def original_environ() -> Dict[str, str]:
 #     │   └── RequestError         5  a request got no usable response
 #     └── StorageError             6  a file cannot be read or written
 
+# The commands that have the option --account.
+ACCOUNT_COMMANDS = ("auth", "status", "models", "env", "exec", "token", "logout")
+
 
 def printable(text: str, limit: int = 2000) -> str:
     """Return `text`, cut after `limit` characters, with unprintable characters replaced by "?".
@@ -388,6 +423,28 @@ def printable(text: str, limit: int = 2000) -> str:
     if len(text) > limit:
         text = text[:limit] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def with_account(command: str, account: str) -> str:
+    """Return `command`, such as "auth --device", with the option that selects `account`.
+
+    It stays as it is if it already names an account, or if it is a command for all accounts.
+    """
+    name, space, rest = command.partition(" ")
+    if not account or name not in ACCOUNT_COMMANDS or "--account" in rest:
+        return command
+    return f"{name} --account {account}{space}{rest}"
+
+
+def for_account(notify: Notify, account: str) -> Notify:
+    """Return a function like `notify` that names `account` in the commands of its messages."""
+
+    def notify_for_account(kind: str, text: str, command: str = "") -> None:
+        if kind == "command":
+            text = with_account(text, account)
+        notify(kind, text, with_account(command, account))
+
+    return notify_for_account if account else notify
 
 
 class Hint:
@@ -497,18 +554,6 @@ def as_oauth_errors() -> Iterator[None]:
         if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
             raise
         raise UnavailableError(f"this system is at its limits ({error.strerror})", hint) from None
-
-
-@contextlib.contextmanager
-def as_module_errors() -> Iterator[None]:
-    """Raise only OAuthError, with the command written out in its hint, to callers of the module."""
-    try:
-        with as_oauth_errors():
-            yield
-    except OAuthError as error:
-        if error.command:
-            error.hint, error.command = f"{error.hint}: chatgpt_oauth.py {error.command}", ""
-        raise
 
 
 def unexpected_error(error: Exception) -> OAuthError:
@@ -2215,8 +2260,8 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
 
 
 def home_hint(settings: Settings) -> str:
-    """Return the next step if this user can't create files in `home`, otherwise ""."""
-    place = settings.home
+    """Return the next step if this user can't create the account's files, otherwise ""."""
+    place = settings.directory
     while not os.path.lexists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
     is_effective = os.access in os.supports_effective_ids
@@ -2226,10 +2271,10 @@ def home_hint(settings: Settings) -> str:
         return ""
     elif can_change_mode(place):
         return f"make {place} writable, or set CHATGPT_OAUTH_HOME to another directory"
-    elif place == settings.home:
+    elif place == settings.directory:
         problem = f"you cannot write to {place}"
     else:
-        problem = f"you cannot create {settings.home}"
+        problem = f"you cannot create {settings.directory}"
     variables = settings.home_variable
     if variables != "CHATGPT_OAUTH_HOME":
         variables += " or CHATGPT_OAUTH_HOME"
@@ -2462,7 +2507,7 @@ def _release(descriptor: int) -> None:
 
 
 class JsonFile:
-    """A JSON object in a file in `home`, read without a lock and replaced under a lock.
+    """A JSON object in a file below `home`, read without a lock and replaced under a lock.
 
     Every method may raise StorageError.
     """
@@ -2470,9 +2515,9 @@ class JsonFile:
     limit = MODELS_LIMIT  # bytes
     broken_hint = Hint("fix or delete the file, then try again")
 
-    def __init__(self, settings: Settings, notify: Notify, name: str) -> None:
-        self.settings, self.notify = settings, notify
-        self.path = os.path.join(settings.home, name)
+    def __init__(self, settings: Settings, notify: Notify, directory: str, name: str) -> None:
+        self.settings, self.notify, self.directory = settings, notify, directory
+        self.path = os.path.join(directory, name)
         self.reserved: Optional[Replacement] = None
         # The descriptors of the locks while this object holds them, otherwise None.
         self.locks: Optional[List[int]] = None
@@ -2604,7 +2649,10 @@ class JsonFile:
         it, or if only the file is mounted into a container, which then has another lock file beside
         it. The temporary file is locked because it takes the place of the file when it is renamed.
         """
-        for path in (self.settings.home, self.path):
+        places = [self.path]
+        while places[-1] != self.settings.home:
+            places.append(os.path.dirname(places[-1]))
+        for path in reversed(places):
             if os.path.exists(path):
                 self._check_link(path, os.stat(path))
             elif os.path.lexists(path):
@@ -2612,9 +2660,9 @@ class JsonFile:
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         try:
-            _make_directory(self.settings.home)
+            _make_directory(self.directory)
         except OSError as error:
-            failure = storage_error("create", error.filename or self.settings.home, error)
+            failure = storage_error("create", error.filename or self.directory, error)
             failure.hint = home_hint(self.settings) or failure.hint
             raise failure from None
         locks.append(_acquire_lock_file(self.real_path + ".lock", deadline))
@@ -2759,7 +2807,7 @@ class TokenFile(JsonFile):
     limit = MEBIBYTE
 
     def __init__(self, client: Client, notify: Notify) -> None:
-        super().__init__(client.settings, notify, client.file_name)
+        super().__init__(client.settings, notify, client.settings.directory, client.file_name)
         self.client = client
         hint = "to start over (the file is kept beside it as .bad), run"
         self.broken_hint = Hint(hint, client.sign_in_command)
@@ -2863,7 +2911,7 @@ class TokenFile(JsonFile):
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
         is_readable_only = home_hint(self.settings) and self.holds_sign_in()
-        if not is_readable_only or can_change_mode(self.settings.home):
+        if not is_readable_only or can_change_mode(self.directory):
             return super()._lock_error(error)
         # The directory can't be made writable either, so it is a read-only mount.
         failure = storage_error("change", self.path, error)
@@ -2941,7 +2989,7 @@ def to_log(kind: str, text: str, command: str = "") -> None:
 class Session:
     """A stored sign-in, which it refreshes when needed. By default, the Codex CLI client's.
 
-    Messages for the user go to `notify`.
+    `settings` decide whose it is. Messages for the user go to `notify`.
     """
 
     def __init__(
@@ -2950,12 +2998,15 @@ class Session:
         notify: Notify = to_log,
         client: Optional[Client] = None,
     ) -> None:
-        self.settings, self.notify = settings or Settings(), notify
-        self.client = client or Client(self.settings)
+        self.settings = settings = settings or Settings()
+        self.notify = notify = for_account(notify, settings.account)
+        self.client = client or Client(settings)
         self.token_file = TokenFile(self.client, notify)
-        self.models_file = JsonFile(self.settings, notify, "chatgpt_models.json")
+        self.models_file = JsonFile(settings, notify, settings.home, "chatgpt_models.json")
         # The registration of a client that `registers`. A sign-out leaves it.
-        self.registration_file = JsonFile(self.settings, notify, "chatgpt_agent.json")
+        self.registration_file = JsonFile(
+            settings, notify, settings.directory, "chatgpt_agent.json"
+        )
         # The tokens of the last request.
         self.used_tokens: Optional[Tokens] = None
         # The refusals in this run, by the refresh token that was refused.
@@ -2989,9 +3040,24 @@ class Session:
         return Session(self.settings, self.notify, OfficialClient(self.settings))
 
     def all_sessions(self) -> List[Session]:
-        """Return the sessions of all sign-ins that a user can have, starting with this one."""
+        """Return the sessions of all sign-ins of the account, starting with this one."""
         other = OfficialClient if type(self.client) is Client else Client
         return [self, Session(self.settings, self.notify, other(self.settings))]
+
+    def sessions_of_all_accounts(self) -> List[Session]:
+        """Return the sessions of all sign-ins that a user has, starting with the unnamed ones."""
+        names = self.settings.account_names()
+        each_account = [Session(Settings(name), self.notify) for name in names]
+        return [session for account in each_account for session in account.all_sessions()]
+
+    @contextlib.contextmanager
+    def naming_account(self) -> Iterator[Session]:
+        """Name the account in the command of an OAuthError that the block raises."""
+        try:
+            yield self
+        except OAuthError as error:
+            error.command = with_account(error.command, self.settings.account)
+            raise
 
     def valid_tokens(self, refresh: bool = False) -> Tokens:
         """Return the tokens after refreshing them if that is due, or in any case if `refresh`.
@@ -3488,31 +3554,49 @@ def signals_deferred() -> Iterator[List[int]]:
                 stack.callback(signal.raise_signal, number)
 
 
-@as_module_errors()
-def get_access_token(*, refresh: bool = False) -> str:
+@contextlib.contextmanager
+def module_session(account: Optional[str]) -> Iterator[Session]:
+    """Open the session of `account` for a caller of the module, who gets only OAuthErrors.
+
+    A command that helps is written out in the error's hint.
+    """
+    try:
+        with as_oauth_errors(), Session(Settings(account)).naming_account() as session:
+            yield session
+    except OAuthError as error:
+        if error.command:
+            error.hint, error.command = f"{error.hint}: chatgpt_oauth.py {error.command}", ""
+        raise
+
+
+def get_access_token(*, refresh: bool = False, account: Optional[str] = None) -> str:
     """Return a valid access token. Refresh it first if that is due, or if `refresh` is true.
+
+    In all functions of the module, `account` is the name of an account. None means the one that the
+    settings name, and "" the one without a name.
 
     Raises OAuthError: NotSignedInError, SignInEndedError, UnavailableError or StorageError.
     """
-    return Session().valid_tokens(refresh).access_token
+    with module_session(account) as session:
+        return session.valid_tokens(refresh).access_token
 
 
-@as_module_errors()
-def get_account_id() -> Optional[str]:
+def get_account_id(*, account: Optional[str] = None) -> Optional[str]:
     """Return the account ID that some requests must contain, or None if it is unknown.
 
     Raises NotSignedInError or StorageError.
     """
-    return Session().tokens().account_id
+    with module_session(account) as session:
+        return session.tokens().account_id
 
 
-@as_module_errors()
-def get_api_key() -> Optional[str]:
+def get_api_key(*, account: Optional[str] = None) -> Optional[str]:
     """Return the stored API key, or None if the account doesn't have one.
 
     Raises NotSignedInError or StorageError.
     """
-    return Session().tokens().api_key
+    with module_session(account) as session:
+        return session.tokens().api_key
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4006,7 +4090,7 @@ def read_head(connection: Socket) -> bytes:
 # Models: the models that the account can use, and Code Puppy's entries for them
 # ---------------------------------------------------------------------------------------------
 # This room lists models and rewrites our entries in the models file. An entry is ours if it has our
-# `oauth_source`, our prefix, and the type that belongs to the sign-in. All other entries stay as
+# `oauth_source`, our prefix, and the account and the type of the sign-in. All other entries stay as
 # they are. Entries change only under the models file's lock. They refer to the API key by the name
 # of its variable, so the models file contains no secret.
 
@@ -4296,6 +4380,8 @@ def is_ours(session: Session, name: str, entry: object) -> bool:
         return False
     if not name.startswith(session.settings.prefix):
         return False
+    if entry.get("account", "") != session.settings.account:
+        return False
     # Only entries of the official sign-in have its type.
     is_official_entry = entry.get("type") == OfficialClient.model_type
     is_official_session = session.client.model_source == "official"
@@ -4339,8 +4425,10 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
 def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
     """Return Code Puppy's entry for `model`. `listed` is the server's description of it."""
     if source == "api":
-        return _api_entry(settings, model)
-    return _plan_entry(settings, source, model, listed)
+        entry = _api_entry(settings, model)
+    else:
+        entry = _plan_entry(settings, source, model, listed)
+    return {**entry, "account": settings.account} if settings.account else entry
 
 
 def _api_entry(settings: Settings, model: str) -> Fields:
@@ -4449,18 +4537,17 @@ def import_models(
     return source, session.imported
 
 
-@as_module_errors()
-def fetch_chatgpt_models(*, source: str = "auto") -> List[str]:
+def fetch_chatgpt_models(*, source: str = "auto", account: Optional[str] = None) -> List[str]:
     """Return the IDs of all models of the account, unfiltered.
 
     `source` is "api" (the models that the API key pays for), "codex" (those that the ChatGPT plan
     pays for), "official" (the plan's, through the official sign-in) or "auto" ("api" if there is
     a key, otherwise the plan). Raises OAuthError.
     """
-    session = Session()
-    source = RULES["model_source"].check("source", source)
-    payer, source = resolve_source(session, source)
-    return list(list_models(payer, source))
+    with module_session(account) as session:
+        source = RULES["model_source"].check("source", source)
+        payer, source = resolve_source(session, source)
+        return list(list_models(payer, source))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5351,7 +5438,7 @@ def open_browser(session: Session, url: str, failure: AnyFuture) -> Optional[str
 def browser_environ(session: Session) -> Dict[str, str]:
     """Return the environment for a browser. It holds no token or key, under any name."""
     stored: Set[Optional[str]] = set()
-    for each in session.all_sessions():
+    for each in session.sessions_of_all_accounts():
         with contextlib.suppress(OAuthError):
             tokens = each.tokens()
             stored.update(getattr(tokens, key) for key in SECRET_KEYS)
@@ -5442,7 +5529,7 @@ def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
     except ValueError as error:
         raise UsageError(f"that URL does not work: {error}") from None
     PromptSignIn.unfinished = None
-    begun = Session(session.settings, session.notify, request.client)
+    begun = Session(request.client.settings, session.notify, request.client)
     redeem(begun, models, callback)
     session.imported = begun.imported
 
@@ -5511,7 +5598,7 @@ class Shell:
       `separator` stands between two such statements.
     - `profile` is the line for the profile that sets the API key. It evaluates what {command}
       prints. If `env` prints no statements for the family (`prints` is false), the line starts
-      {program} and sets {variable} itself.
+      {program} with {options}, which select the account, and sets {variable} itself.
     - `search` adds a directory to the search path. {path} is in quotes if it needs them, {quoted}
       always is.
     - `call` isn't a template. It stands before a quoted command.
@@ -5581,20 +5668,20 @@ SHELLS = {
     # running while nobody is signed in.
     "nu": Shell(
         {"nu": "$nu.config-path"},
-        profile="try {{ {program} env --shell json | from json | load-env }}",
+        profile="try {{ {program} env{options} --shell json | from json | load-env }}",
         search="$env.PATH = ($env.PATH | prepend {path})",
         call="^",
         prints=False,
     ),
     "elvish": Shell(
         {"elvish": "~/.config/elvish/rc.elv"},
-        profile="try {{ set-env {variable} ({program} token --api-key) }} catch e {{ }}",
+        profile="try {{ set-env {variable} ({program} token{options} --api-key) }} catch e {{ }}",
         search="set paths = [{path} $@paths]",
         prints=False,
     ),
     "xonsh": Shell(
         {"xonsh": "~/.xonshrc"},
-        profile="${variable} = !({program} token --api-key).out.strip()",
+        profile="${variable} = !({program} token{options} --api-key).out.strip()",
         search="$PATH.insert(0, {quoted})",
         prints=False,
     ),
@@ -5667,14 +5754,17 @@ def shell_code(key: str, variables: Dict[str, Optional[str]]) -> str:
     return shell.separator.join(statements)
 
 
-def profile_line(key: str, program: str, variable: str) -> str:
+def profile_line(key: str, program: str, variable: str, account: str = "") -> str:
     """Return the line for a shell's profile that sets the API key.
 
     `key` selects the shell in SHELLS. `program` is the text that starts this program there, and
     `variable` is the variable to set.
     """
-    command = f"{program} env --shell {key}"
-    return SHELLS[key].profile.format(command=command, program=program, variable=variable)
+    options = f" --account {account}" if account else ""
+    command = f"{program} env{options} --shell {key}"
+    return SHELLS[key].profile.format(
+        command=command, program=program, variable=variable, options=options
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5850,6 +5940,11 @@ class Terminal:
 
 # `status` lists this many models, each on one line.
 SHOWN_MODELS = 10
+# The facts of `status --json` that `accounts --json` has for each account.
+ACCOUNT_FACTS = (
+    *("account", "email", "plan", "authenticated", "has_api_key"),
+    *("access_token_expires_at", "official", "problem"),
+)
 
 
 class OnlineCheck:
@@ -5928,7 +6023,9 @@ class Status:
     """
 
     def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
-        self.session, self.typed, self.online = session, typed, online
+        self.session, self.online = session, online
+        account = session.settings.account
+        self.typed: Callable[[str], str] = lambda command: typed(with_account(command, account))
         self.stored = SignInStatus(session, online)
         self.official = SignInStatus(session.official_session(), online)
         self.api_key_check: Optional[OnlineCheck] = None
@@ -5982,6 +6079,7 @@ class Status:
         signed_out = {"issuer": settings.issuer, "client_id": settings.client_id}
         tokens = stored.tokens or Tokens(signed_out)
         facts: Fields = {
+            "account": settings.account or None,
             "authenticated": stored.usable or official.usable,
             **self._identity(tokens),
             "account_id": tokens.account_id,
@@ -6084,6 +6182,8 @@ class Status:
         """
         stored, official = self.stored, self.official
         rows: List[Tuple[str, str]] = []
+        if self.session.settings.account:
+            rows.append(("Name", self.session.settings.account))
         if stored.tokens:
             who = self._identity(stored.tokens)
             refreshable = stored.usable and not stored.problem
@@ -6133,6 +6233,55 @@ class Status:
         if len(self.models) > SHOWN_MODELS:
             texts.append(f"and {len(self.models) - SHOWN_MODELS} more")
         return texts or ["none imported"]
+
+    def account_facts(self) -> Fields:
+        """Return what `accounts --json` prints about the account."""
+        facts = {name: self.facts[name] for name in ACCOUNT_FACTS}
+        if self.online:
+            facts["usage"] = self.usage.windows if self.usage else []
+        return facts
+
+    def account_columns(self) -> List[str]:
+        """Return what `accounts` prints about the account: name, email, plan, and expiry."""
+        facts = self.facts
+        official = facts["official"] or {}
+        expires_at = self.stored.expires_at or official.get("access_token_expires_at")
+        state = f"expires {distance(expires_at)}" if expires_at else "expiry unknown"
+        if self.problem:
+            state = str(self.problem)
+        elif expires_at and (parse_timestamp(expires_at) or 0.0) < time.time():
+            state = f"expired {distance(expires_at)}, refreshed on next use"
+        email = facts["email"] or official.get("email") or "unknown"
+        return [facts["account"] or "(no name)", email, facts["plan"] or "unknown", state]
+
+
+def account_statuses(session: Session, typed: Callable[[str], str], online: bool) -> List[Status]:
+    """Return the status of each account that has a token file, the one without a name first.
+
+    With `online`, the requests for all accounts are made at the same time.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = session.settings.account_names()
+    sessions = [Session(Settings(name), session.notify) for name in names]
+    call_each = ThreadPoolExecutor(len(sessions)).map if online else map
+    statuses = call_each(lambda each: Status(each, typed, online), sessions)
+    return [each for each in statuses if each.stored.exists or each.official.exists]
+
+
+def accounts_text(statuses: List[Status]) -> str:
+    """Return one line for each account, followed by the usage windows of its plan if known."""
+    rows = [status.account_columns() for status in statuses]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for status, row in zip(statuses, rows):
+        columns = [text.ljust(width) for text, width in zip(row, widths)]
+        lines.append("  ".join(columns).rstrip())
+        if status.usage:
+            lines += ["    " + usage_line(window, live=True) for window in status.usage.windows]
+        elif status.usage_error:
+            lines.append(f"    usage unknown: {status.usage_error}")
+    return "\n".join(map(printable, lines))
 
 
 def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
@@ -6204,31 +6353,34 @@ def expiry_texts(when: Optional[str], refreshable: bool) -> List[str]:
 # stay fast.
 
 
-@as_module_errors()
 def sign_in(
-    *, device: bool = False, open_browser: bool = True, timeout: Optional[float] = None
+    *,
+    device: bool = False,
+    open_browser: bool = True,
+    timeout: Optional[float] = None,
+    account: Optional[str] = None,
 ) -> Dict[str, Any]:
     """Sign in, get the API key, import the models. Return the object that `status --json` prints.
 
     With `device`, a device code is used. If `open_browser` is false, the URL is only logged as a
     warning. `timeout` is in seconds (default: `callback_timeout`). Raises OAuthError.
     """
-    session = Session()
-    if timeout is not None:
-        timeout = _SECONDS.check("timeout", timeout)
-    models = ModelFilter(session.settings)
-    prepare_sign_in(session)
-    if device:
-        sign_in_with_device(session, models, timeout)
-    else:
-        BrowserSignIn(session, models, timeout, open_browser).run()
-    return Status(session, lambda command: f"chatgpt_oauth.py {command}").facts
+    with module_session(account) as session:
+        if timeout is not None:
+            timeout = _SECONDS.check("timeout", timeout)
+        models = ModelFilter(session.settings)
+        prepare_sign_in(session)
+        if device:
+            sign_in_with_device(session, models, timeout)
+        else:
+            BrowserSignIn(session, models, timeout, open_browser).run()
+        return Status(session, lambda command: f"chatgpt_oauth.py {command}").facts
 
 
-@as_module_errors()
-def sign_out(*, revoke: bool = True) -> None:
-    """Revoke the sign-in if possible, remove its file and our models. Raises OAuthError."""
-    end_sign_in(Session(), revoke)
+def sign_out(*, revoke: bool = True, account: Optional[str] = None) -> None:
+    """Revoke the sign-in if possible, remove its file and its models. Raises OAuthError."""
+    with module_session(account) as session:
+        end_sign_in(session, revoke)
 
 
 def sign_in_with_options(
@@ -6252,8 +6404,8 @@ def sign_in_with_options(
 
 def open_session(notify: Notify, options: Namespace) -> Session:
     """Return a session for the sign-in that the options select. Raises UsageError."""
-    settings = Settings()
     # Not every command has these options.
+    settings = Settings(getattr(options, "account", None))
     settings.workspace = getattr(options, "workspace", None) or settings.workspace
     if getattr(options, "official", False):
         return Session(settings, notify, OfficialClient(settings))
@@ -6271,7 +6423,8 @@ def printing_shell(settings: Settings, name: str) -> str:
         known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
         raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
     if not SHELLS[key].prints:
-        line = profile_line(key, program_name(shell=key), settings.api_key_env_var)
+        program, variable = program_name(shell=key), settings.api_key_env_var
+        line = profile_line(key, program, variable, settings.account)
         hint = f"use --shell with another name, or in {name}: {line}"
         raise UsageError(f"env prints no code for {name}", hint)
     return key
@@ -6288,7 +6441,8 @@ def command_auth(session: Session, options: Namespace) -> None:
     if key is None or not SHELLS[key].prints:
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
-    line = SHELLS[key].profile.format(command=f"{program_name(shell=key)} env")
+    command = with_account("env", session.settings.account)
+    line = SHELLS[key].profile.format(command=f"{program_name(shell=key)} {command}")
     need = "" if has_program_file() else ", download chatgpt_oauth.py, then run"
     session.notify("info", f"To use the API key in this shell{need}: {line}")
 
@@ -6298,6 +6452,18 @@ def command_status(session: Session, options: Namespace) -> int:
     status = Status(session, typed_command, options.online)
     print_result(status.text(options.json, sys.stdout.isatty()))
     return status.exit_code
+
+
+def command_accounts(session: Session, options: Namespace) -> int:
+    """Print all accounts that are signed in here."""
+    statuses = account_statuses(session, typed_command, options.online)
+    if options.json:
+        print_result(json.dumps([each.account_facts() for each in statuses], indent=2))
+    else:
+        nobody = f"No account is signed in. To sign in, run: {typed_command('auth')}"
+        print_result(accounts_text(statuses) or nobody)
+    can_use_one = any(each.facts["authenticated"] for each in statuses)
+    return 0 if can_use_one else NotSignedInError.exit_code
 
 
 def command_models(session: Session, options: Namespace) -> None:
@@ -6333,7 +6499,8 @@ def exported_variables(
     `unset`, all values are None. Raises OAuthError. If there is no API key, its hint names
     `command_without_key`.
     """
-    token_name, account_name = "CHATGPT_OAUTH_ACCESS_TOKEN", "CHATGPT_OAUTH_ACCOUNT_ID"
+    token_name = "CHATGPT_OAUTH_ACCESS_TOKEN" + session.settings.suffix
+    account_name = "CHATGPT_OAUTH_ACCOUNT_ID" + session.settings.suffix
     name = options.name
     if name is None:
         name = token_name if options.access_token else session.settings.api_key_env_var
@@ -7029,12 +7196,13 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
         # `status` reports what is wrong with the file.
         pass
     if api_key:
-        program = program_name(absolute=True, shell=shell)
-        line = profile_line(shell, program, settings.api_key_env_var)
+        program, variable = program_name(absolute=True, shell=shell), settings.api_key_env_var
+        line = profile_line(shell, program, variable, settings.account)
         notify("info", f"To have the API key in each new shell, add this line to {profile}:")
         notify("info", f"    {line}")
     notify("info", next_step.text)
-    notify("info", f"    {program_name(shell=shell)} {next_step.command}")
+    command = with_account(next_step.command, settings.account)
+    notify("info", f"    {program_name(shell=shell)} {command}")
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:
@@ -7054,16 +7222,18 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         removed = remove_installation(paths, session, options)
     except OSError as error:
         raise storage_error("remove", error.filename or paths.directory, error) from None
-    # If another command stays, it needs the registration.
+    sign_ins = session.sessions_of_all_accounts()
+    # If another command stays, it needs the registrations.
     is_in_use = os.path.lexists(paths.program)
-    was_registered = not is_in_use and remove_registration(session.official_session())
+    ended = [each for each in sign_ins if each.client.registers and not is_in_use]
+    removed_registrations = [remove_registration(each) for each in ended]
     if not removed:
-        if not was_registered:
+        if not any(removed_registrations):
             session.notify("info", "Not installed; nothing to do.")
         return
     if paths.plugin in removed:
         session.notify("info", RESTART_CODE_PUPPY)
-    for sign_in in session.all_sessions():
+    for sign_in in sign_ins:
         if os.path.lexists(sign_in.token_file.path):
             session.notify("info", f"Your sign-in stays in {sign_in.token_file.path}")
     session.notify("info", "If you added a line for it to your shell's profile, remove that line.")
@@ -7415,8 +7585,8 @@ class Prompts:
 class PlanAccess:
     """The headers for one plan model's requests, and the exceptions for their failures."""
 
-    def __init__(self, prompts: Prompts, name: str, official: bool) -> None:
-        self.prompts, self.name, self.official = prompts, name, official
+    def __init__(self, prompts: Prompts, name: str, official: bool, account: str) -> None:
+        self.prompts, self.name, self.official, self.account = prompts, name, official, account
 
     def program_headers(self) -> Dict[str, str]:
         """Return the headers that name the program."""
@@ -7456,7 +7626,8 @@ class PlanAccess:
 
     def _headers(self, rejected: str) -> Dict[str, str]:
         messages: List[Tuple[str, ...]] = []
-        session = Session(notify=lambda *message: messages.append(message))
+        settings = Settings(self.account)
+        session = Session(settings, lambda *message: messages.append(message))
         if self.official:
             session = session.official_session()
         tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
@@ -7497,6 +7668,7 @@ class PlanAccess:
         if isinstance(error, SignInEndedError):
             client = OfficialClient if self.official else Client
             error.command = client.sign_in_command
+        error.command = with_account(error.command, self.account)
         return self.prompts.stop(error)
 
 
@@ -7624,7 +7796,7 @@ BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
 
 PLUGIN_COMMANDS = {
-    "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, --official, or a URL)",
+    "chatgpt-auth": "Sign in with ChatGPT and import its models (a URL, or see --help)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
     "codex-auth": "The same as /chatgpt-auth",
@@ -7839,8 +8011,8 @@ class CodePuppyPlugin:
         self.is_active = False
         # The built-in plugin's callbacks by phase.
         self.theirs: Dict[str, List[AnyCallable]] = {}
-        # The API key that this plugin has exported, if any.
-        self.exported: Optional[str] = None
+        # The API keys that this plugin has exported, by variable.
+        self.exported: Dict[str, Optional[str]] = {}
         self.prompts = Prompts(self.notify, self.stop_prompt)
 
     def register(self) -> None:
@@ -7898,7 +8070,7 @@ class CodePuppyPlugin:
         if name in map(command_name, self._their_help()):
             # The built-in plugin would refresh an expired token without a lock.
             with contextlib.suppress(OAuthError):
-                Session(notify=self.notify).valid_tokens()
+                Session(Settings(""), self.notify).valid_tokens()
         for theirs in self.theirs["custom_command"]:
             result = theirs(command=command, name=name)
             if result is not None:
@@ -7926,7 +8098,8 @@ class CodePuppyPlugin:
 
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
         """Return the model for an entry that the plan pays for. This must not fail (see above)."""
-        access = PlanAccess(self.prompts, name, entry.get("type") == OfficialClient.model_type)
+        official, account = entry.get("type") == OfficialClient.model_type, entry.get("account")
+        access = PlanAccess(self.prompts, name, official, str(account or ""))
         try:
             return self.host.plan_model(name, entry, access)
         except Exception as error:
@@ -7956,22 +8129,23 @@ class CodePuppyPlugin:
     # The API key ----------------------------------------------------------------------------
 
     def export_at_start(self) -> None:
-        """Export the stored API key to the host, which reads it from its environment.
+        """Export each account's API key to the host, which reads it from its environment.
 
         A value that the person has set stays, unless it can't be a key.
         """
-        variable, key = self._stored_key()
-        if not can_be_api_key(os.environ.get(variable)):
-            self._export(variable, key)
+        for account in Settings().account_names():
+            variable, key = self._stored_key(account)
+            if not can_be_api_key(os.environ.get(variable)):
+                self._export(variable, key)
 
-    def export_again(self) -> None:
+    def export_again(self, account: str) -> None:
         """Export the key again in case another program has changed the sign-in."""
-        variable, key = self._stored_key()
+        variable, key = self._stored_key(account)
         held = os.environ.get(variable)
         is_overridden = self._warn_of_override(variable, key)
         if held == key:
             return
-        is_persons_own = held != self.exported
+        is_persons_own = held != self.exported.get(variable)
         # Nobody is signed in, so a key that the person has set stays.
         if is_persons_own and not key:
             return
@@ -7993,20 +8167,20 @@ class CodePuppyPlugin:
 
     def _export(self, variable: str, key: Optional[str]) -> None:
         """Set `variable` in the host's environment to `key`, or remove it if that is None."""
-        self.exported = key
+        self.exported[variable] = key
         os.environ.pop(variable, None)
         if key:
             os.environ[variable] = key
 
-    def _stored_key(self) -> Tuple[str, Optional[str]]:
+    def _stored_key(self, account: str) -> Tuple[str, Optional[str]]:
         """Return the variable for the API key, and the key or None."""
-        tokens = self._stored_tokens()
-        return Settings().api_key_env_var, tokens.api_key if tokens else None
+        tokens = self._stored_tokens(account)
+        return Settings(account).api_key_env_var, tokens.api_key if tokens else None
 
-    def _stored_tokens(self) -> Optional[Tokens]:
+    def _stored_tokens(self, account: str) -> Optional[Tokens]:
         # `status` reports what is wrong.
         with contextlib.suppress(OAuthError):
-            return Session(notify=self.notify).tokens()
+            return Session(Settings(account), self.notify).tokens()
         return None
 
     # Commands -------------------------------------------------------------------------------
@@ -8054,40 +8228,49 @@ class CodePuppyPlugin:
             # The options included --help.
             self.notify("info", printed.getvalue())
             return
-        session = open_session(self.notify, options)
+        if urls and PromptSignIn.unfinished:
+            # The URL belongs to the account for which that sign-in was started.
+            options.account = PromptSignIn.unfinished.client.settings.account
+        with open_session(self.notify, options).naming_account() as session:
+            self._run_in_session(session, name, options, urls)
+
+    def _run_in_session(
+        self, session: Session, name: str, options: Namespace, urls: List[str]
+    ) -> None:
         in_use = self.host.model_in_use()
         if name == "status":
             self._show_status(session, options, in_use)
         elif name == "auth":
             self._sign_in_and_export(session, options, urls)
             self._report_models(session, in_use)
-            self._warn_of_override(*self._stored_key())
+            self._warn_of_override(*self._stored_key(session.settings.account))
         else:
             try:
                 command_logout(session, options)
             finally:
-                self._export_and_reload()
+                self._export_and_reload(session.settings.account)
             self._report_models(session, in_use)
 
     def _show_status(self, session: Session, options: Namespace, in_use: Optional[str]) -> None:
         report = Status(session, self.typed, options.online).text(options.json)
         self.notify("info", report)
-        self.export_again()
+        self.export_again(session.settings.account)
         if not options.json:
             self._replace_missing_model(session, in_use)
 
     def _sign_in_and_export(self, session: Session, options: Namespace, urls: List[str]) -> None:
-        before = self._stored_tokens()
+        account = session.settings.account
+        before = self._stored_tokens(account)
         try:
             self._sign_in(session, options, urls)
         finally:
             # A sign-in can fail after it has stored new tokens.
-            after = self._stored_tokens()
+            after = self._stored_tokens(account)
             if after and (not before or before.fields != after.fields):
-                self._export_and_reload()
+                self._export_and_reload(account)
 
-    def _export_and_reload(self) -> None:
-        self._export(*self._stored_key())
+    def _export_and_reload(self, account: str) -> None:
+        self._export(*self._stored_key(account))
         self.host.reload_model()
 
     def _list_models(self) -> None:
@@ -8226,6 +8409,12 @@ OPTIONS = {
         "SOURCE",
         read=lambda text: RULES["model_source"].check("--source", text),
     ),
+    "--account": Option(
+        "another account than the one without a name",
+        VALUE,
+        "NAME",
+        read=lambda text: _ACCOUNT.check("--account", text),
+    ),
     "--workspace": Option(
         "sign in to this ChatGPT workspace only (its ID)",
         VALUE,
@@ -8296,35 +8485,44 @@ COMMANDS = {
     "auth": Command(
         command_auth,
         "sign in with ChatGPT and import its models",
-        "--device --no-browser --timeout --include --exclude --source --workspace --official",
+        "--account --device --no-browser --timeout --include --exclude --source --workspace "
+        "--official",
         "{0}",
         "{0} --device",
         "{0} --official",
+        "{0} --account work",
     ),
     "status": Command(
         command_status,
         "show the account, the API key and the imported models",
-        "--json --online",
+        "--account --json --online",
         "{0}",
         "{0} --online",
         "{0} --json",
     ),
+    "accounts": Command(
+        command_accounts,
+        "list all accounts that are signed in here",
+        "--json --online",
+        "{0}",
+        "{0} --online",
+    ),
     "models": Command(
         command_models,
         "list the account's models and import them into Code Puppy",
-        "--include --exclude --all --source --dry-run --json",
+        "--account --include --exclude --all --source --dry-run --json",
         "{0} --all --dry-run",
         "{0} --include 'gpt-5*' --exclude '*-mini'",
     ),
     "env": Command(
         command_env,
         "print shell code that exports the API key",
-        "--shell --name --access-token --unset",
+        "--account --shell --name --access-token --unset",
     ),
     "exec": Command(
         command_exec,
         "run a command with the API key in its environment",
-        "--name --access-token",
+        "--account --name --access-token",
         "{0} -- python3 my_script.py",
         "{0} --name OPENAI_API_KEY -- aider",
         tail=" -- COMMAND [ARGUMENT...]",
@@ -8332,7 +8530,7 @@ COMMANDS = {
     "token": Command(
         command_token,
         "print a valid access token, refreshed if needed",
-        "--refresh --api-key --json",
+        "--account --refresh --api-key --json",
         "{0}",
         "{0} --json",
         "{0} --api-key",
@@ -8340,7 +8538,7 @@ COMMANDS = {
     "logout": Command(
         command_logout,
         "sign out and remove the tokens and imported models",
-        "--local --official",
+        "--account --local --official",
         "{0}",
         "{0} --local",
     ),
@@ -8568,7 +8766,8 @@ def run(arguments: List[str], notify: Notify) -> int:
         # argparse has printed the help, which may still be in the buffer.
         print_result("", end="")
         return 0
-    return COMMANDS[name].run(open_session(notify, options), options) or 0
+    with open_session(notify, options).naming_account() as session:
+        return COMMANDS[name].run(session, options) or 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -1356,6 +1356,17 @@ class Case(unittest.TestCase):
 
     # Each of the following helpers that gets a Result returns it.
 
+    def account_file(self, name, file="chatgpt_oauth.json"):
+        """Return the path of a file of the account `name`."""
+        return self.home / "accounts" / name / file
+
+    def store_account(self, name, **changes):
+        """Write a token file for the account `name` (see store) and return its fields."""
+        path = self.account_file(name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with mock.patch.object(self, "token_file", path):
+            return self.store(**changes)
+
     def assert_no_secret(self, *texts):
         for secret in self.double.secrets():
             for text in texts:
@@ -1548,6 +1559,7 @@ class SettingsTest(Case):
             "usage_url": ("http://10.0.0.1",),
             "codex_client_version": ("", "a b", "a&b"),
             "home": ("", "~nobody-of-this-name/x"),
+            "account": ("Work", "plan", ".."),
             "prefix": ("", "-x", "a b"),
             "workspace": ("a b", "a/b", "x" * 129),
             "default_context_length": ("0", "x", "", "None", "1000000001"),
@@ -6699,6 +6711,340 @@ class SignOutTest(Case):
 
 
 # ---------------------------------------------------------------------------------------------
+# Several accounts
+# ---------------------------------------------------------------------------------------------
+
+
+class AccountsTest(Case):
+    def change_person(self, number, organization=None):
+        """Make the double sign in person `number` from now on."""
+        self.double.account, self.double.email = f"acct-{number}", f"p{number}@example.com"
+        self.double.organization, self.double.plan_subject = organization, f"user|{number}"
+
+    def entries(self):
+        return json.loads(self.models_file.read_text())
+
+    def official_sign_in(self, *arguments):
+        arguments = ("auth", "--official", "--no-browser", *arguments)
+        return self.call(*arguments, browser=visit)
+
+    def test_three_accounts_from_sign_in_to_sign_out(self):
+        self.sign_in()
+        first_entries, first_file = self.entries(), self.token_file.read_bytes()
+        self.assertEqual(
+            sorted(path.name for path in self.home.iterdir()),
+            [
+                *("chatgpt_models.json", "chatgpt_models.json.lock"),
+                *("chatgpt_oauth.json", "chatgpt_oauth.json.lock"),
+            ],
+        )
+        self.change_person(2, "org-2")
+        running = self.start("auth", "--no-browser", "--account", "work")
+        visit(running.wait_for_url())
+        err = self.assert_done(running.result()).err
+        for words in (
+            "Signed in as p2@example.com",
+            f"Tokens saved in {self.account_file('work')}",
+            " auth --account work --device\n",
+            " env --account work",
+        ):
+            self.assertIn(words, err)
+        self.assertNotIn("You are signed in as", err)
+        self.change_person(3)
+        self.assert_done(self.official_sign_in("--account", "my-plan"))
+        entries = self.entries()
+        self.assertEqual(list(entries.items())[:3], list(first_entries.items()))
+        self.assertEqual(
+            list(entries)[3:],
+            [
+                *("chatgpt-work-gpt-4o", "chatgpt-work-o1-mini", "chatgpt-work-o3-pro"),
+                *("chatgpt-my-plan-plan-gpt-6-astra", "chatgpt-my-plan-plan-gpt-5.5"),
+            ],
+        )
+        entry = first_entries["chatgpt-gpt-4o"]
+        endpoint = {**entry["custom_endpoint"], "api_key": "$CHATGPT_OAUTH_API_KEY_WORK"}
+        self.assertEqual(
+            entries["chatgpt-work-gpt-4o"],
+            {**entry, "custom_endpoint": endpoint, "account": "work"},
+        )
+        self.assertEqual(entries["chatgpt-my-plan-plan-gpt-5.5"]["account"], "my-plan")
+        self.assertEqual(entries["chatgpt-my-plan-plan-gpt-5.5"]["type"], "chatgpt_plan")
+        if POSIX:
+            for directory in (self.home / "accounts", self.account_file("work").parent):
+                self.assertEqual(directory.stat().st_mode & 0o777, 0o700)
+            self.assertEqual(self.account_file("work").stat().st_mode & 0o777, 0o600)
+
+        work = json.loads(self.account_file("work").read_text())
+        out = self.assert_quiet(self.call("token", "--account", "work")).out
+        self.assertEqual(out, work["access_token"] + "\n")
+        out = self.assert_quiet(self.call("token", "--account", "work", "--json")).out
+        self.assertEqual(json.loads(out)["account_id"], "acct-2")
+        out = self.assert_quiet(self.call("env", "--account", "work", "--shell", "sh")).out
+        self.assertEqual(out, f"export CHATGPT_OAUTH_API_KEY_WORK='{work['api_key']}'\n")
+        code = "import os; print(*sorted(n for n in os.environ if n[-5:] == '_WORK'))"
+        arguments = (
+            "exec",
+            "--account",
+            "work",
+            "--access-token",
+            "--",
+            sys.executable,
+            "-c",
+            code,
+        )
+        out = self.assert_quiet(self.run_program(*arguments)).out
+        self.assertEqual(out, "CHATGPT_OAUTH_ACCESS_TOKEN_WORK CHATGPT_OAUTH_ACCOUNT_ID_WORK\n")
+        out = self.assert_quiet(self.call("status", "--account", "work")).out
+        self.assertIn("\nName:         work\nAccount:      p2@example.com\n", out)
+        self.assertNotIn("chatgpt-gpt-4o", out)
+        facts = json.loads(self.call("status", "--account", "work", "--json").out)
+        self.assertEqual((facts["account"], len(facts["models"])), ("work", 3))
+        self.assertIsNone(json.loads(self.call("status", "--json").out)["account"])
+        self.double.requests.clear()
+        result = self.call("models", "--account", "work", "--include", "o1*")
+        self.assertEqual((result.code, result.out), (0, "chatgpt-work-o1-mini\n"))
+        self.assertEqual(
+            {each["headers"]["authorization"] for each in self.double.requests},
+            {"Bearer " + work["api_key"]},
+        )
+        left = [
+            name for name in entries if name not in ("chatgpt-work-gpt-4o", "chatgpt-work-o3-pro")
+        ]
+        self.assertEqual(sorted(self.entries()), sorted(left))
+
+        err = self.assert_done(self.call("logout", "--account", "work")).err
+        self.assertIn("Signed out of p2@example.com; imported models removed", err)
+        self.assertNotIn(work["refresh_token"], self.double.refresh_tokens)
+        self.assertEqual(os.listdir(self.account_file("work").parent), ["chatgpt_oauth.json.lock"])
+        self.assertTrue(self.account_file("my-plan", "chatgpt_plan.json").exists())
+        self.assert_done(self.call("logout", "--account", "my-plan"))
+        self.assertTrue(self.account_file("my-plan", "chatgpt_agent.json").exists())
+        self.assertEqual(self.entries(), first_entries)
+        self.assertEqual(self.token_file.read_bytes(), first_file)
+
+    def test_wrong_names_are_refused_and_nothing_changes(self):
+        names = ("Work", "a_b", "-a", "a" * 33, "..", "a/b", "a\\b", "\u00e4", "a\n", " a")
+        for name in (*names, "plan", "env-var", "con", "nul", "prn", "aux", "com1", "lpt9"):
+            with self.subTest(name):
+                result = self.call("auth", f"--account={name}")
+                self.assert_fails(result, 2, "--account must be 1 to 32 of a-z, 0-9 and -")
+                environ = {"CHATGPT_OAUTH_ACCOUNT": name}
+                self.assert_fails(self.call("token", environ=environ), 2, "CHATGPT_OAUTH_ACCOUNT")
+        self.assert_fails(self.call("logout", "--account", ""), 2, "--account must be")
+        self.assertFalse(self.home.exists())
+        for name in ("0", "a" * 32, "plan-b", "console", "a-b"):
+            result = self.call("token", "--account", name)
+            self.assert_fails(result, 3, f"auth --account {name}\n")
+
+    def test_the_setting_selects_an_account_and_the_option_another(self):
+        unnamed, work, home = self.store(), self.store_account("work"), self.store_account("home")
+        environ = {"CHATGPT_OAUTH_ACCOUNT": "work"}
+        for arguments, expected in (
+            (("token",), work),
+            (("token", "--account", "home"), home),
+        ):
+            result = self.call(*arguments, environ=environ)
+            self.assertEqual(result, (0, expected["access_token"] + "\n", ""))
+        result = self.call("token", environ={"CHATGPT_OAUTH_ACCOUNT": ""})
+        self.assertEqual(result, (0, unnamed["access_token"] + "\n", ""))
+
+    def test_hints_repeat_the_account(self):
+        for arguments, hint in (
+            (("token",), "auth --account work"),
+            (("models", "--source", "official"), "auth --account work --official"),
+            (("exec", "--access-token", "--", "true"), "auth --account work"),
+            (("exec",), "exec --account work -- COMMAND"),
+            (("env", "--account", "work"), "auth --account work"),
+        ):
+            command, *rest = arguments
+            result = self.call(command, "--account", "work", *rest)
+            self.assertRegex(result.err, rf": .+ {hint}\n")
+        self.assertIn(" auth --account work\n", self.call("status", "--account", "work").out)
+        self.store_account("work", lifetime=-10)
+        self.double.refresh_tokens.clear()
+        result = self.call("token", "--account", "work")
+        self.assert_fails(result, 4, " auth --account work\n")
+        self.assertIn(" auth --account work\n", self.call("status", "--account", "work").out)
+        self.store_account("work", lifetime=200)
+        self.double.refresh_tokens.clear()
+        result = self.call("token", "--account", "work")
+        self.assertIn("hint: ", result.err)
+        self.assertIn(" auth --account work\n", result.err)
+        self.assertEqual(result.code, 0)
+
+    def test_accounts_lists_every_account_and_its_problem(self):
+        self.assertEqual(self.call("accounts", "--json"), (3, "[]\n", ""))
+        result = self.call("accounts")
+        self.assertEqual((result.code, result.err), (3, ""))
+        self.assertRegex(result.out, r"\ANo account is signed in\. To sign in, run: .+ auth\n\Z")
+        self.store_account("broken")
+        self.account_file("broken").write_text("[")
+        result = self.call("accounts")
+        self.assertEqual((result.code, result.err), (3, ""))
+        self.store()
+        self.store_account("ended", lifetime=-10)
+        self.double.refresh_tokens.popitem()
+        self.call("token", "--account", "ended")
+        self.change_person(3)
+        self.official_sign_in("--account", "app")
+        self.account_file("empty").parent.mkdir()
+        (self.home / "accounts" / "Not-A-Name").mkdir()
+        result = self.assert_quiet(self.call("accounts"))
+        lines = result.out.splitlines()
+        self.assertEqual(
+            [re.split("  +", line)[:3] for line in lines],
+            [
+                ["(no name)", "ada@example.com", "plus"],
+                ["app", "p3@example.com", "unknown"],
+                ["broken", "unknown", "unknown"],
+                ["ended", "ada@example.com", "plus"],
+            ],
+        )
+        self.assertTrue(lines[0].endswith("  expires in 10 days"), lines[0])
+        self.assertTrue(lines[2].endswith("not valid JSON"), lines[2])
+        self.assertIn("session has ended", lines[3])
+        listed = json.loads(self.call("accounts", "--json").out)
+        keys = "account email plan authenticated has_api_key access_token_expires_at official"
+        self.assertEqual([set(each) for each in listed], [{*keys.split(), "problem"}] * 4)
+        self.assertEqual(
+            [(each["account"], each["authenticated"]) for each in listed],
+            [(None, True), ("app", True), ("broken", False), ("ended", False)],
+        )
+        self.assertEqual(listed[1]["official"]["email"], "p3@example.com")
+        self.assertIn(" auth --account ended", listed[3]["problem"])
+        self.assert_no_secret(result.out, json.dumps(listed))
+
+    def test_accounts_online_asks_for_all_accounts_at_the_same_time(self):
+        self.store()
+        for name in ("a", "b"):
+            self.store_account(name)
+        everyone = threading.Barrier(3)
+        self.double.faults["usage"] = lambda *_: everyone.wait(WAIT_LIMIT) < 0
+        result = self.assert_quiet(self.call("accounts", "--online"))
+        windows = [
+            "    5 hours: #......... 7.5%, resets in ",
+            "    7 days: ###....... 32%, resets in 1 day",
+        ]
+        for i, line in enumerate(result.out.splitlines()):
+            if i % 3:
+                self.assertTrue(line.startswith(windows[i % 3 - 1]), line)
+        self.assertEqual(len(result.out.splitlines()), 9)
+        listed = json.loads(self.assert_quiet(self.call("accounts", "--online", "--json")).out)
+        self.assertEqual([each["usage"][1]["used_percent"] for each in listed], [32] * 3)
+        self.fault("usage", 500)
+        result = self.assert_quiet(self.call("accounts", "--online"))
+        self.assertEqual(result.out.count("\n    usage unknown: "), 3)
+
+    def test_the_account_and_the_type_say_whose_an_entry_is(self):
+        self.double.organization = None
+        self.store_account("work")
+        self.store()
+        ours = {"oauth_source": "chatgpt-oauth-plugin", "type": "chatgpt_oauth", "name": "x"}
+        kept = {
+            "chatgpt-work-gpt-5.5": ours,
+            "chatgpt-other-x": {**ours, "account": "other"},
+            "chatgpt-odd": {**ours, "account": ["work"]},
+        }
+        self.models_file.write_text(
+            json.dumps({**kept, "chatgpt-work-old": {**ours, "account": "work"}})
+        )
+        result = self.call("models", "--account", "work")
+        self.assertEqual(result.code, 0)
+        self.assertIn("kept the entry chatgpt-work-gpt-5.5", result.err)
+        self.assertEqual(list(self.entries()), [*kept, "chatgpt-work-gpt-5.4"])
+        # The account without a name owns the entries that name no account.
+        self.call("logout")
+        self.assertEqual(
+            list(self.entries()), ["chatgpt-other-x", "chatgpt-odd", "chatgpt-work-gpt-5.4"]
+        )
+
+    def test_uninstall_removes_all_registrations_and_no_sign_in(self):
+        self.official_sign_in()
+        self.change_person(2)
+        self.official_sign_in("--account", "work")
+        agents = [self.agent_file, self.account_file("work", "chatgpt_agent.json")]
+        self.assertEqual([path.exists() for path in agents], [True, True])
+        err = self.assert_done(self.call("uninstall")).err
+        for path in agents:
+            self.assertIn(f"Removed {path}\n", err)
+            self.assertFalse(path.exists())
+        self.assertTrue(self.plan_file.exists())
+        self.assertTrue(self.account_file("work", "chatgpt_plan.json").exists())
+
+    def test_many_processes_refresh_two_accounts_once_each(self):
+        self.store(lifetime=-10)
+        self.double.account = "acct-2"
+        self.store_account("work", lifetime=-10)
+        self.double.delay = 0.2
+        started = [self.start("token", *(("--account", "work") * (i % 2))) for i in range(20)]
+        results = [each.result() for each in started]
+        self.assertEqual(self.double.count("refresh"), 2)
+        work = json.loads(self.account_file("work").read_text())
+        for stored, printed in ((self.stored(), results[::2]), (work, results[1::2])):
+            self.assertEqual(set(printed), {(0, stored["access_token"] + "\n", "")})
+        self.assertEqual((self.stored()["account_id"], work["account_id"]), ("acct-1", "acct-2"))
+
+    def test_a_browser_gets_no_key_of_any_account(self):
+        self.store_account("work", api_key="sk-work")
+        script = self.folder / "browser.py"
+        script.write_text("import os; print(*os.environ.values(), file=open('seen.txt', 'w'))")
+        environ = {
+            "BROWSER": shell_line(sys.executable, script) + " %s",
+            "OPENAI_API_KEY": "sk-work",
+            "KEPT": "kept",
+        }
+        seen = self.folder / "seen.txt"
+        self.start("auth", "--timeout", "15", environ=environ, cwd=self.folder).wait_for_url()
+        wait_for(lambda: seen.exists() and "kept" in seen.read_text())
+        self.assertNotIn("sk-work", seen.read_text())
+
+    def test_functions_of_the_module_take_an_account(self):
+        unnamed = self.store(api_key="sk-1")
+        self.double.account = "acct-2"
+        work = self.store_account("work", api_key="sk-2")
+        code = """
+import chatgpt_oauth as oauth
+for account in (None, "", "work", "nobody", "No!"):
+    for call in (oauth.get_access_token, oauth.get_account_id, oauth.get_api_key):
+        try:
+            print(call(account=account))
+        except oauth.OAuthError as error:
+            print(error.exit_code, error.hint)
+oauth.sign_out(account="work")
+"""
+        lines = self.start_python(code).result().out.splitlines()
+        names = ("access_token", "account_id", "api_key")
+        first = [unnamed[name] for name in names]
+        self.assertEqual(lines[:9], [*first, *first, *(work[name] for name in names)])
+        hint = "3 to sign in, run: chatgpt_oauth.py auth --account nobody"
+        self.assertEqual(lines[9:], [hint] * 3 + ["2 None"] * 3)
+        self.assertFalse(self.account_file("work").exists())
+        self.assertTrue(self.token_file.exists())
+
+    def test_profile_lines_name_the_account(self):
+        environ = {"CHATGPT_OAUTH_ACCOUNT": "work"}
+        for shell, words in (
+            ("nu", "env --account work --shell json"),
+            ("elvish", "set-env CHATGPT_OAUTH_API_KEY_WORK ("),
+            ("xonsh", "token --account work --api-key"),
+        ):
+            self.assert_fails(self.call("env", "--shell", shell, environ=environ), 2, words)
+
+    @needs_modes
+    def test_a_link_of_another_user_in_the_place_of_an_account_is_refused(self):
+        self.require(os.geteuid() == 0, "needs root to switch users")
+        target = self.folder / "target"
+        target.mkdir()
+        self.home.mkdir()
+        link = self.home / "accounts"
+        link.symlink_to(target)
+        os.lchown(link, 65534, 65534)
+        result = self.call("auth", "--account", "work", "--no-browser")
+        self.assert_fails(result, 6, f"{link}: another user")
+        self.assertEqual(os.listdir(target), [])
+
+
+# ---------------------------------------------------------------------------------------------
 # Shells
 # ---------------------------------------------------------------------------------------------
 
@@ -7122,7 +7468,8 @@ class CommandsTest(Case):
         out = self.call("status", "--json").out
         facts = json.loads(out)
         keys = (
-            "authenticated email plan account_id organization_id has_api_key has_refresh_token "
+            "account authenticated email plan account_id organization_id has_api_key "
+            "has_refresh_token "
             "access_token_expires_at last_refresh models token_file models_file model_source "
             "issuer "
             "client_id problem official"
@@ -8621,6 +8968,50 @@ class PuppyTest(PuppyCase):
         self.load_plugin("whatever")
         self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
 
+    def test_each_account_has_its_own_key_and_models(self):
+        self.start_host()
+        self.store(api_key="sk-1")
+        self.store_account("home", api_key="sk-2")
+        self.load_plugin()
+        exported = lambda: {k[22:]: v for k, v in os.environ.items() if k[:21] == KEY}  # noqa: E731
+        KEY = "CHATGPT_OAUTH_API_KEY"
+        self.assertEqual(exported(), {"": "sk-1", "HOME": "sk-2"})
+        self.dispatch("/chatgpt-auth --account work")
+        self.assertIn("/model chatgpt-work-gpt-4o", self.message_text())
+        work = json.loads(self.account_file("work").read_text())["api_key"]
+        self.assertEqual(exported(), {"": "sk-1", "HOME": "sk-2", "WORK": work})
+        self.dispatch("/chatgpt-status --account work")
+        self.assertIn("\nName:         work\n", self.message_text())
+        self.dispatch("/chatgpt-logout --account work")
+        self.assertEqual(exported(), {"": "sk-1", "HOME": "sk-2"})
+        self.assertEqual(self.puppy.models(), {"synthetic": {}})
+        self.dispatch("/chatgpt-logout")
+        self.assertEqual(exported(), {"HOME": "sk-2"})
+        self.store_account("home", api_key="sk-3")
+        self.dispatch("/codex-status --account home")
+        self.assertEqual(exported(), {"HOME": "sk-3"})
+        self.account_file("home").unlink()
+        self.dispatch("/chatgpt-status --account home")
+        self.assertIn("To sign in, run: /chatgpt-auth --account home", self.message_text())
+        self.assertEqual(exported(), {})
+        self.dispatch("/chatgpt-auth --account Home")
+        self.assertIn("--account must be", self.message_text())
+
+    def test_a_pasted_url_signs_in_the_account_of_that_sign_in(self):
+        self.start_host()
+        self.load_plugin()
+        urls = []
+        self.dispatch("/chatgpt-auth --account work --timeout 0.1", browser=urls.append)
+        self.assertIn("run: /chatgpt-auth --account work URL", self.message_text())
+        self.dispatch(f"/chatgpt-auth {authorization_response(urls[0])}")
+        self.assertIn("Signed in as", self.message_text())
+        self.assertFalse(self.token_file.exists())
+        key = json.loads(self.account_file("work").read_text())["api_key"]
+        self.assertEqual(os.environ.get("CHATGPT_OAUTH_API_KEY_WORK"), key)
+        self.assertEqual(
+            {entry.get("account") for entry in self.puppy.models().values()}, {None, "work"}
+        )
+
     def test_other_commands_of_the_builtin_plugin_stay(self):
         self.start_host()
         self.load_plugin()
@@ -9254,6 +9645,26 @@ class PuppyModelTest(PuppyCase):
         for word in words:
             self.assertIn(word, self.message_text())
 
+    def test_each_prompt_has_the_token_of_its_entrys_account(self):
+        stored = {"": self.store()}
+        for number, name in enumerate(("a", "b"), 2):
+            self.double.account = f"acct-{number}"
+            stored[name] = self.store_account(name, lifetime=-10)
+        self.environ["CHATGPT_OAUTH_ACCOUNT"] = "b"
+        self.start_host()
+        models = [self.build_model(account=name or None) for name in stored]
+        for model in models * 2:
+            self.assertEqual(self.send_requests(model), ["Hello"])
+        sent = [each["ChatGPT-Account-Id"] for each in self.headers]
+        self.assertEqual(sent, ["acct-1", "acct-2", "acct-3"] * 2)
+        self.assertEqual(self.double.count("refresh"), 2)
+        self.assertEqual(len({each["Authorization"] for each in self.headers}), 3)
+        self.assertEqual(self.headers[0]["Authorization"][7:], stored[""]["access_token"])
+        self.account_file("a").unlink()
+        self.assert_request_stops(models[1], "not signed in", "run: /chatgpt-auth --account a")
+        model = self.build_model(account="../a")
+        self.assert_request_stops(model, "account must be 1 to 32 of a-z")
+
     def test_signed_out_nothing_is_sent(self):
         model = self.build_model()
         self.assert_request_stops(model, "not signed in (no tokens in ", "/chatgpt-auth")
@@ -9802,6 +10213,7 @@ class SpecificationTest(Case):
         "usage_url": "https://chatgpt.com/backend-api/wham/usage",
         "codex_client_version": "0.171.0",
         "home": None,
+        "account": "",
         "prefix": "chatgpt-",
         "default_context_length": None,
         "model_patterns": "gpt-*,o1-*,o3-*",
