@@ -4698,9 +4698,9 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         tokens = Tokens({**tokens.fields, **client.sign_in_fields(response, nonce)})
         if client.workspace and tokens.account_id != client.workspace:
             raise OAuthError(
-                f"signed in to workspace {tokens.account_id or 'unknown'} instead of "
-                f"{client.workspace}; nothing was stored",
-                "try again, and choose that workspace in the browser",
+                f"signed in to the wrong workspace, {tokens.account_id or 'unknown'}",
+                f"choose {client.workspace} in the browser; to try again, run",
+                f"{client.sign_in_command} --workspace {client.workspace}",
             )
         session.token_file.save(_fields_to_store(tokens, old))
     except NotReplacedError:
@@ -6855,7 +6855,7 @@ def permanent_python() -> str:
     """
     python = sys.executable
     if not python:
-        raise OAuthError("Python cannot find its own executable")
+        raise OAuthError("Python cannot find its own executable", "start it by its full path")
     if sys.prefix == sys.base_prefix:
         return python
     if sys.platform == "win32":

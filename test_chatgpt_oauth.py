@@ -5175,13 +5175,13 @@ class SignInTest(Case):
             ((), {"CHATGPT_OAUTH_WORKSPACE": "acct-2"}),
         ):
             result = self.call("auth", "--no-browser", *arguments, environ=environ, browser=visit)
-            self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
+            self.assert_fails(result, 1, "the wrong workspace, acct-1\nhint: choose acct-2 in")
             self.assertEqual(
                 self.double.requests_to("authorize")[-1]["allowed_workspace_id"], "acct-2"
             )
             self.assertEqual(self.stored(), before)
         result = self.call("auth", "--device", "--workspace", "acct-2")
-        self.assert_fails(result, 1, "workspace acct-1 instead of acct-2")
+        self.assert_fails(result, 1, "the wrong workspace, acct-1\nhint: choose acct-2 in")
         self.assertEqual(self.stored(), before)
         # A revocation could end the grant of the stored sign-in.
         self.assertEqual(self.double.count("revoke"), 0)
@@ -6243,7 +6243,7 @@ class OfficialTest(Case):
         self.store(self.double.tokens(account="acct-2"), issuer=self.double.url)
         environ = {"CHATGPT_OAUTH_WORKSPACE": "acct-9"}
         result = self.call("auth", "--no-browser", browser=visit, environ=environ)
-        self.assert_fails(result, 1, "instead of acct-9")
+        self.assert_fails(result, 1, "choose acct-9 in the browser")
         self.assertEqual(self.stored_plan(), before)
         self.assertEqual((self.double.count("revoke"), self.double.count("plan_revoke")), (0, 0))
 
@@ -9191,7 +9191,7 @@ class PuppyTest(PuppyCase):
         urls = []
         self.dispatch("/chatgpt-auth --workspace acct-2 --timeout 0.1", browser=urls.append)
         self.dispatch(f"/chatgpt-auth {authorization_response(urls[0])}")
-        self.assertIn("workspace acct-1 instead of acct-2", self.message_text())
+        self.assertIn("the wrong workspace, acct-1\nhint: choose acct-2 in", self.message_text())
         self.assertFalse(self.token_file.exists())
 
     def test_ctrl_c_returns_to_the_prompt(self):
