@@ -2963,6 +2963,9 @@ module = module_from_spec(spec)
 spec.loader.exec_module(module)
 module.run_task()
 """
+# The file names of interpreters, such as python3.13t, python3-dbg, pythonw.exe and pypy3.10-c. The
+# name of an embedding program may begin in the same way.
+PYTHON_NAME = r"(python|pypy|graalpy)w?[0-9.]*[a-z]{0,2}(-(c|dbg|debug|intel64))?(\.exe)?"
 # The first line that a child process prints. It shows that Python runs this release of the program.
 CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 # How long a child process may take to start. A program that only looks like Python may never greet.
@@ -3459,8 +3462,9 @@ def own_python() -> str:
     A frozen program, or a program that embeds Python, isn't an interpreter and would start itself.
     """
     python = sys.executable or ""
-    is_python = re.match("python|pypy|graalpy", os.path.basename(python).lower())
-    if getattr(sys, "frozen", False) or not is_python:
+    if getattr(sys, "frozen", False):
+        return ""
+    if not re.fullmatch(PYTHON_NAME, os.path.basename(python).lower()):
         return ""
     return python
 

@@ -4251,7 +4251,17 @@ asyncio.run(main())
     @needs_modes
     def test_only_an_interpreter_is_started_again(self):
         mark = self.folder / "started"
-        for name, is_started in (("embedding-program", False), ("python3", True)):
+        for name, is_started in (
+            ("embedding-program", False),
+            ("pythonista", False),
+            ("python-monitor", False),
+            ("python3", True),
+            ("Python", True),
+            ("python3.14t", True),
+            ("pypy3.10-c", True),
+        ):
+            with contextlib.suppress(FileNotFoundError):
+                mark.unlink()
             program = self.folder / name
             program.write_text(f"#!/bin/sh\necho >{shlex.quote(str(mark))}\n")
             program.chmod(0o700)
