@@ -3797,14 +3797,17 @@ class Callback:
     Two futures connect the browser with the sign-in. The first valid authorization response sets
     `response`, whether it came from a browser or was pasted. The sign-in sets `outcome` when the
     tokens are stored or when it has failed. Every browser tab that brings the response waits for
-    `outcome` and shows it. The servers answer until `close`.
+    `outcome` and shows it. The servers answer until `close`. `can_paste` says whether a person can
+    paste a URL into the terminal.
     """
 
-    def __init__(self, request: AuthorizationRequest, servers: List[Any]) -> None:
+    def __init__(
+        self, request: AuthorizationRequest, servers: List[Any], can_paste: bool = False
+    ) -> None:
         import threading
         from concurrent.futures import Future
 
-        self.request, self.servers = request, servers
+        self.request, self.servers, self.can_paste = request, servers, can_paste
         self.response: AnyFuture = Future()
         self.outcome: AnyFuture = Future()
         # The number of tabs that have brought the response and haven't shown the outcome yet.
@@ -3837,7 +3840,7 @@ class Callback:
         path, _, query = target.partition("?")
         if not is_served_host(headers.get_all("Host") or []):
             text = "This host name is not served here."
-            if self.request.state in query:
+            if self.can_paste and self.request.state in query:
                 text += " To sign in anyway, paste this page's URL into the terminal."
             return Answer(400, stray_page(text))
         if path == "/success" and self.outcome.done() and not self._wait_for_failure_page():
@@ -5079,7 +5082,7 @@ class BrowserSignIn:
             port = client.ports[0] or client.settings.required_port
         if servers and client.settings.callback_bind:
             self._warn_of_bind(port)
-        callback = Callback(AuthorizationRequest(client, port), servers)
+        callback = Callback(AuthorizationRequest(client, port), servers, self.stdin.usable)
         try:
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)

@@ -4579,11 +4579,20 @@ class CallbackTest(Case):
         target = authorization_response(self.url).partition("/auth")[2]
         status, _, page = self.ask("/auth" + target, host="port-1455.example.com")
         self.assertEqual(status, 400)
-        self.assertIn("paste this page&#x27;s URL into the terminal", page)
+        self.assertNotIn("paste", page)
         # The browser leaves out port 80.
         self.assertEqual(self.ask("/auth" + target, host="localhost")[0], 303)
         self.assertEqual(self.ask("/success", host="localhost")[0], 200)
         self.assert_done(self.running.result())
+
+    def test_a_page_at_another_host_name_offers_to_paste_its_url_if_that_works(self):
+        self.finish()
+        self.running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
+        self.url = self.running.wait_for_url()
+        target = "/auth" + authorization_response(self.url).partition("/auth")[2]
+        page = self.ask(target, host="port-1455.example.com")[2]
+        self.assertIn("paste this page&#x27;s URL into the terminal", page)
+        self.finish()
 
     def test_a_tls_connection_is_closed_at_once_and_explained(self):
         context = ssl._create_unverified_context()
