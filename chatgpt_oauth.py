@@ -2534,6 +2534,11 @@ class JsonFile:
         """The path of the temporary file that replaces the file."""
         return self.real_path + TEMPORARY_SUFFIX
 
+    @property
+    def broken_copy(self) -> str:
+        """The path to which a sign-in moves the file if it is broken."""
+        return self.real_path + ".bad"
+
     def read(self) -> Fields:
         """Return the JSON object, or {} if the file doesn't exist."""
         deadline = time.monotonic() + REREAD_SECONDS
@@ -2779,7 +2784,7 @@ class JsonFile:
         """
         path = self.real_path
         try:
-            for name in (self.temporary, self.path, path, path + ".bad"):
+            for name in (self.temporary, self.path, path, self.broken_copy):
                 with contextlib.suppress(FileNotFoundError):
                     _retry_on_windows(os.unlink, name)
         except OSError as error:
@@ -2922,10 +2927,10 @@ class TokenFile(JsonFile):
         """Rename a broken file to `….bad` and return that path. The caller must hold the lock."""
         path = self.real_path
         try:
-            _retry_on_windows(os.replace, path, path + ".bad")
+            _retry_on_windows(os.replace, path, self.broken_copy)
         except OSError as error:
             raise storage_error("remove", path, error) from None
-        return path + ".bad"
+        return self.broken_copy
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5348,7 +5353,8 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         # Reading recovers tokens that a killed process received.
         token_file.read()
         move_registration(session)
-        has_file = os.path.lexists(token_file.path)
+        # A sign-in that failed may have left only the broken copy, which may hold tokens.
+        has_file = any(map(os.path.lexists, (token_file.path, token_file.broken_copy)))
     if not has_file and not registered_entries(session):
         return False
     with token_file.lock():

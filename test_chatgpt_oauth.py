@@ -2563,6 +2563,13 @@ class StoreTest(Case):
         self.assertEqual(self.call("logout").code, 0)
         left = ["chatgpt_models.json", "chatgpt_models.json.lock", "chatgpt_oauth.json.lock"]
         self.assertEqual(sorted(os.listdir(self.home)), left)
+        # A sign-in that fails leaves only the copy.
+        self.token_file.write_text("{")
+        self.fault("code", 400, b'{"error": "invalid_grant"}')
+        self.assertEqual(self.call("auth", "--no-browser", browser=visit).code, 1)
+        self.assertTrue((self.home / "chatgpt_oauth.json.bad").exists())
+        self.assert_done(self.call("logout"))
+        self.assertEqual(sorted(os.listdir(self.home)), left)
 
     def test_sign_in_moves_away_a_directory_in_place_of_the_file(self):
         self.token_file.mkdir(parents=True)
