@@ -536,10 +536,19 @@ class StorageError(OAuthError):
     usual_hint = ""
 
 
+# The errors of a system that is out of resources, and what to do then.
+AT_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+LIMITS_HINT = "close some programs, then try again"
+
+
+def limits_error(error: OSError) -> UnavailableError:
+    """Return the error for a system call that failed because the system is out of resources."""
+    return UnavailableError(f"this system is at its limits ({error.strerror})", LIMITS_HINT)
+
+
 @contextlib.contextmanager
 def as_oauth_errors() -> Iterator[None]:
     """Raise OAuthError if this Python lacks a module or the system is out of resources."""
-    hint = "close some programs, then try again"
     try:
         yield
     except ImportError as error:
@@ -549,11 +558,11 @@ def as_oauth_errors() -> Iterator[None]:
         # Some distributions split Python into packages and install only a part (python3-minimal).
         raise OAuthError(f"this Python has no module {error.name}", COMPLETE_PYTHON) from None
     except MemoryError:
-        raise UnavailableError("this program cannot get enough memory", hint) from None
+        raise UnavailableError("this program cannot get enough memory", LIMITS_HINT) from None
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+        if error.errno not in AT_LIMITS:
             raise
-        raise UnavailableError(f"this system is at its limits ({error.strerror})", hint) from None
+        raise limits_error(error) from None
 
 
 def unexpected_error(error: Exception) -> OAuthError:
@@ -2254,6 +2263,8 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
     # A mount of a single file, as in a container, can't be replaced or removed.
     elif error.errno == errno.EBUSY:
         hint = "mount the directory instead of the file, then try again"
+    elif error.errno in AT_LIMITS:
+        hint = LIMITS_HINT
     elif verb == "lock" and error.errno in CANNOT_LOCK:
         hint = "this file system has no locks; set CHATGPT_OAUTH_HOME to a local directory"
     return StorageError(f"cannot {verb} {path}: {error.strerror}", hint)
@@ -2548,6 +2559,9 @@ class JsonFile:
             except FileNotFoundError:
                 return {}
             except OSError as error:
+                # The file isn't broken, so a sign-in must not move it aside.
+                if error.errno in AT_LIMITS:
+                    raise limits_error(error) from None
                 fault = f"cannot read: {error.strerror}"
                 # Windows denies access to a file at the moment when it is being replaced.
                 is_transient = sys.platform == "win32" and isinstance(error, PermissionError)

@@ -2571,6 +2571,22 @@ class StoreTest(Case):
         self.assert_done(self.call("logout"))
         self.assertEqual(sorted(os.listdir(self.home)), left)
 
+    def test_sign_in_does_not_move_a_file_that_cannot_be_opened_now(self):
+        before = self.store()
+        open_file = os.open
+
+        def fail(path, *arguments, **options):
+            # The code has been brought, and the file is read for the last time before the exchange.
+            if self.double.codes and str(path) == str(self.token_file):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return open_file(path, *arguments, **options)
+
+        with mock.patch("os.open", fail):
+            result = self.call("auth", "--no-browser", browser=visit)
+        self.assert_fails(result, 5, "at its limits", after_messages=True)
+        self.assertEqual(self.stored(), before)
+        self.assertFalse((self.home / "chatgpt_oauth.json.bad").exists())
+
     def test_sign_in_moves_away_a_directory_in_place_of_the_file(self):
         self.token_file.mkdir(parents=True)
         self.sign_in()
@@ -7963,6 +7979,8 @@ sys.exit(oauth.main(["token"]))
                 self.assertNotIn("standard output", result.err)
                 self.assertNotIn("internal error", result.err)
                 self.assertEqual(bool(result.out), result.code == 0, result.err)
+                if "Too many open files" in result.err:
+                    self.assertIn("hint: close some programs", result.err)
 
     def test_importing_has_no_effect(self):
         code = (
