@@ -77,7 +77,19 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from concurrent.futures import Future
     from socket import socket as Socket  # noqa: N812
-    from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple, Type
+    from typing import (
+        Any,
+        Callable,
+        Dict,
+        Iterator,
+        List,
+        NoReturn,
+        Optional,
+        Set,
+        Tuple,
+        Type,
+        Union,
+    )
 
     # Python 3.8 cannot subscript Future, but it never runs this block. "novm" tells that to vermin,
     # the tool that checks which Python versions this file supports.
@@ -131,8 +143,8 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "account": "",
     # The name of each imported model begins with this.
     "prefix": "chatgpt-",
-    # Tokens, for models whose context length is unknown. None means API_CONTEXT_LENGTH for models
-    # of the API and PLAN_CONTEXT_LENGTH for those of the ChatGPT plan.
+    # The context length, in tokens, of models for which it's unknown. None means API_CONTEXT_LENGTH
+    # for models of the API and PLAN_CONTEXT_LENGTH for those of the ChatGPT plan.
     "default_context_length": None,
     # Shell globs: which models are imported, and which of these are left out. --include
     # replaces both, and --exclude adds to the second.
@@ -143,7 +155,8 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # combine tools with a reasoning effort.
     "chat_patterns": "gpt-3*,gpt-4*",
     # Where the models come from: "api" (billed to the API account), "codex" or "official" (covered
-    # by the ChatGPT plan), or "auto" for the first one that this sign-in has: see resolve_source.
+    # by the ChatGPT plan). "auto" means "official" if that is the only sign-in, otherwise "api" if
+    # there is an API key, otherwise "codex".
     "model_source": "auto",
     # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
     "workspace": "",
@@ -260,6 +273,7 @@ RULES = {
     "chat_patterns": Rule(r"[!-~]*", _GLOBS),
     "model_source": Rule("auto|api|codex|official", "auto, api, codex or official"),
     "workspace": Rule(f"(?:{_WORKSPACE.pattern})?", _WORKSPACE.meaning),
+    # OpenAI's limit for this name is unknown, so this one is our own.
     "agent_name": Rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)"),
     "originator": _WORD,
     "request_timeout": _SECONDS,
@@ -373,7 +387,9 @@ def original_environ() -> Dict[str, str]:
     """
     # A variable whose name is empty is dropped because it can't be passed to another process.
     environ = {name: value for name, value in os.environ.items() if name}
-    if environ.get("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8") or environ.get("LC_ALL"):
+    is_one_of_three = environ.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8")
+    # Python leaves LC_CTYPE alone if LC_ALL is set.
+    if not is_one_of_three or environ.get("LC_ALL"):
         return environ
     try:
         with os.fdopen(os.open("/proc/self/environ", os.O_RDONLY), "rb") as file:
@@ -448,7 +464,7 @@ def for_account(notify: Notify, account: str) -> Notify:
 
 
 class Hint:
-    """The next step: a text, and the command with which it ends, or ""."""
+    """A hint to give later: its text, and the command with which it ends, or ""."""
 
     def __init__(self, text: str, command: str = "") -> None:
         self.text, self.command = text, command
@@ -457,18 +473,20 @@ class Hint:
 class OAuthError(Exception):
     """A reason why a command failed, in one line.
 
-    `hint` is the next step. It is None for some errors with exit code 2 or 6. `command` is the
-    command with which the hint ends, such as "auth --device", or "". It doesn't include the
-    program's name, which the caller that reports the error adds. `exit_code` is the exit code of
-    the command that failed.
+    `hint` is the next step as a text. It is None for some errors with exit code 2 or 6. `command`
+    is the command with which the hint ends, such as "auth --device", or "". It doesn't include the
+    program's name, which the caller that reports the error adds. A Hint gives both at once.
+    `exit_code` is the exit code of the command that failed.
     """
 
     exit_code = 1
     # The hint of an error that comes without one. Most of these are unexpected responses.
     usual_hint = "try again later; if that does not help, update this program"
 
-    def __init__(self, message: str, hint: str = "", command: str = "") -> None:
+    def __init__(self, message: str, hint: Union[str, Hint] = "", command: str = "") -> None:
         super().__init__(printable(message))
+        if isinstance(hint, Hint):
+            command, hint = hint.command, hint.text
         self.hint = printable(hint or self.usual_hint) or None
         self.command = command
 
@@ -486,6 +504,7 @@ class OAuthError(Exception):
         """Return the error that `to_members` was called for."""
         members = dict(members)
         kind = globals()[members.pop("type")]
+        # __init__ isn't called, because the subclasses have different parameters.
         error: OAuthError = kind.__new__(kind, members.pop("message"))
         vars(error).update(members)
         return error
@@ -625,7 +644,7 @@ PUBLIC_FIELDS = (
 # A string of this form and length in a server's error message may be a token, or a part of a URL
 # that contains one.
 LONG_WORD = r"[A-Za-z0-9._~+/=%-]{32,}"
-# How deeply the arrays and objects of a response may be nested if Python can't parse all of it.
+# If a response is nested too deeply for Python's parser, everything below this level is dropped.
 DEPTH_LIMIT = 20
 # The longest token or key, in characters. No server accepts a longer one in a header, and a file of
 # tokens stays well below the size that can be read.
@@ -724,15 +743,19 @@ def parse_digits(digits: str) -> float:
 
     int() raises ValueError for thousands of digits (Python 3.11), so a long one becomes a float.
     """
-    return int(digits) if len(digits) < 20 else float(digits)
+    # Every signed 64-bit integer has at most 19 digits.
+    if len(digits) <= 19:
+        return int(digits)
+    return float(digits)
 
 
 def without_deep_parts(text: str) -> str:
-    """Return a JSON text without what is nested more than DEPTH_LIMIT levels deep."""
+    """Return a JSON text in which the arrays and objects at level DEPTH_LIMIT are empty."""
     kept, depth = [], 0
     # Each part is a string, text without strings and brackets, or a single bracket.
     for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^"\[\]{}]+|.', text, re.DOTALL):
-        # Both brackets of an array or object belong to the level that contains it.
+        # The depth falls before a closing bracket is judged and rises after an opening one, so that
+        # both are kept or both are dropped.
         if part in ("]", "}"):
             depth -= 1
         if depth < DEPTH_LIMIT:
@@ -848,17 +871,23 @@ class Response:
         self.is_unauthorized = status == 401 and not self.is_html
         self.retry_after = parse_retry_after(retry_after)
         self.data = parse_json(body)
-        # There are three forms of errors: OpenAI's {"error": {"code", "message"}}, RFC 6749's
-        # {"error", "error_description"}, and the Codex backend's {"detail"}.
         outer = self.data if isinstance(self.data, dict) else {}
-        error = outer.get("error")
-        inner = error if isinstance(error, dict) else {"code": error}
-        text = inner.get("message") or outer.get("error_description") or outer.get("detail")
-        code = inner.get("code") or inner.get("type") or outer.get("code")
-        self.code = without_secrets(code, private)
-        detail = outer.get("detail")
+        error, detail = outer.get("error"), outer.get("detail")
+        # OpenAI's errors have the form {"error": {"code", "message"}}.
+        if isinstance(error, dict):
+            code = error.get("code") or error.get("type")
+            text = error.get("message")
+        # RFC 6749 §5.2 has {"error", "error_description"}.
+        else:
+            code, text = error, None
+        code = code or outer.get("code")
+        text = text or outer.get("error_description")
+        # The Codex backend has {"detail"}, which is a text or another object with a code.
         if isinstance(detail, dict):
             detail = detail.get("code")
+        else:
+            text = text or detail
+        self.code = without_secrets(code, private)
         self.detail = without_secrets(detail, private)
         self.text = without_secrets(text, private)
 
@@ -866,10 +895,13 @@ class Response:
         """Return the error that reports this response as the reason why we could not `what`."""
         failed = f"could not {what} (HTTP {self.status})"
         if self.status == 429 or self.status >= 500:
-            text = f"{failed}: {'too many requests' if self.status == 429 else 'server error'}"
+            reason = "server error"
+            if self.status == 429:
+                reason = "too many requests"
             # A server that answers 429 or 503 did not process the request (RFC 6585 §4, RFC 9110
             # §15.6.4). With the code temporarily_unavailable it may have processed a part.
             unprocessed = self.status in (429, 503) and self.code != "temporarily_unavailable"
+            text = f"{failed}: {reason}"
             return RequestError(text, "try again later", unprocessed, self.retry_after)
         if self.code == "unsupported_country_region_territory":
             text = f"{failed}: OpenAI does not serve your region"
@@ -1077,12 +1109,13 @@ def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname or "", parts.port or 80
+        is_valid = parts.scheme in ("http", "https") and bool(host)
     except ValueError:
-        host = ""
+        is_valid = False
     fault = ""
     if url.lower().startswith("socks"):
         fault = "SOCKS is not supported"
-    elif not host or parts.scheme not in ("http", "https"):
+    elif not is_valid:
         fault = "it is not the URL of an HTTP proxy"
     if fault:
         text = f"cannot use the proxy in {place}: {fault}"
@@ -1135,7 +1168,7 @@ def new_connection(settings: Settings, url: str, timeout: float) -> Any:
     return connection
 
 
-def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -> Socket:
+def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object = None) -> Socket:
     """Connect to a host and port, and return the first connection that is established.
 
     If an address doesn't answer within ATTEMPT_DELAY, the next one is tried as well (RFC 8305 §5).
@@ -1144,7 +1177,7 @@ def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -
     import selectors
     import socket
 
-    waiting = in_turns(socket.getaddrinfo(*place, type=socket.SOCK_STREAM))
+    waiting = in_turns(socket.getaddrinfo(*host_and_port, type=socket.SOCK_STREAM))
     deadline = time.monotonic() + timeout
     failure: OSError = TimeoutError()
     attempts = selectors.DefaultSelector()
@@ -1166,7 +1199,8 @@ def connect_to_first(place: Tuple[str, int], timeout: float, _: object = None) -
                 attempts.unregister(attempt)
                 code = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
-                    # This limits each step of TLS and of the proxy. 0 would mean not to wait.
+                    # This limits each step of the TLS and proxy handshakes that follow. 0 would
+                    # make the socket non-blocking.
                     attempt.settimeout(max(seconds, WAIT_SLICE))
                     return attempt
                 attempt.close()
@@ -1252,11 +1286,58 @@ def exchange(
             answered.set_result((response.status, body, response.getheader("Retry-After", "")))
     except Exception as error:
         answered.set_exception(error)
-        # If connecting failed, the caller still waits for `connected`, and this wakes it up.
+        # If connecting failed, the caller still waits for `connected`. cancel() alone doesn't wake
+        # it up from concurrent.futures.wait(), but set_running_or_notify_cancel() does.
         if connected.cancel():
             connected.set_running_or_notify_cancel()
     finally:
         connection.close()
+
+
+def prevent_request(connected: AnyFuture) -> bool:
+    """Keep `exchange` from sending the request. Return false if there is a connection already."""
+    return connected.cancel()
+
+
+def await_exchange(
+    connected: AnyFuture, answered: AnyFuture, timeout: float
+) -> Tuple[Union[BaseException, Tuple[int, bytes, str]], bool]:
+    """Wait up to `timeout` seconds for `exchange`, and make it end if it isn't done by then.
+
+    Returns its outcome (the response or the error) and whether the request was sent.
+    """
+    began = time.monotonic()
+    try:
+        wait_for(connected, timeout / 2)
+        if not prevent_request(connected):
+            # If this process was suspended meanwhile, `remaining` may be negative. The server gets
+            # half of the timeout anyway.
+            remaining = timeout - (time.monotonic() - began)
+            wait_for(answered, max(timeout / 2, remaining))
+    # A KeyboardInterrupt also ends the exchange.
+    finally:
+        is_in_time = answered.done()
+        was_sent = not prevent_request(connected)
+        if was_sent and not is_in_time:
+            hang_up(connected.result())
+    outcome: Union[BaseException, Tuple[int, bytes, str]]
+    if is_in_time:
+        outcome = answered.exception() or answered.result()
+    # Because we hung up, the thread returns the part of the body that has arrived. That can be the
+    # whole JSON, if only the sign of its end is missing.
+    elif was_sent and wait_for(answered, WAIT_SLICE) and has_whole_json(answered):
+        outcome = answered.result()
+    else:
+        outcome = TimeoutError()
+    return outcome, was_sent
+
+
+def has_whole_json(answered: AnyFuture) -> bool:
+    """Whether `exchange` has brought a response whose body is complete JSON."""
+    if answered.exception():
+        return False
+    _, body, _ = answered.result()
+    return parse_json(body) is not None
 
 
 def request_json(
@@ -1291,45 +1372,21 @@ def request_json(
     connected: AnyFuture = Future()
     answered: AnyFuture = Future()
     arguments = (new_connection(settings, url, timeout / 2), request, limit, connected, answered)
-    began = time.monotonic()
     try:
         threading.Thread(target=exchange, args=arguments, daemon=True).start()
     # No more threads are allowed, or Python 3.12 is shutting down.
     except RuntimeError as error:
         raise cannot_send_error(f"could not {what}: {error}", "try again later") from None
-    try:
-        wait_for(connected, timeout / 2)
-        # This succeeds only if there is no connection. The thread then sends nothing.
-        if not connected.cancel():
-            # Time during which this process is suspended doesn't count, so even then half of the
-            # timeout is left for the response.
-            remaining = timeout - (time.monotonic() - began)
-            wait_for(answered, max(timeout / 2, remaining))
-    finally:
-        in_time = answered.done()
-        unsent = connected.cancel()
-        if not in_time and not unsent:
-            hang_up(connected.result())
-    fault: Optional[BaseException] = TimeoutError()
-    if in_time:
-        fault = answered.exception()
-    # Because we hung up, the thread returns the part of the body that has arrived. That can be the
-    # whole body, if only the sign of its end is missing.
-    elif not unsent and wait_for(answered, WAIT_SLICE) and not answered.exception():
-        fault = None
-    if isinstance(fault, MemoryError):
-        raise fault
-    if fault:
-        raise connection_error(settings, url, what, timeout, fault, unsent)
-    status, content, retry_after = answered.result()
-    if len(content) > limit:
+    outcome, was_sent = await_exchange(connected, answered, timeout)
+    if isinstance(outcome, MemoryError):
+        raise outcome
+    if isinstance(outcome, BaseException):
+        raise connection_error(settings, url, what, timeout, outcome, was_sent)
+    status, body, retry_after = outcome
+    if len(body) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
     private = {value for name, value in fields.items() if name not in PUBLIC_FIELDS}
-    response = Response(status, content, retry_after, private | {bearer})
-    # Only a part of the body had arrived.
-    if not in_time and response.data is None:
-        raise connection_error(settings, url, what, timeout, TimeoutError(), unsent)
-    return response
+    return Response(status, body, retry_after, private | {bearer})
 
 
 def build_request(
@@ -1371,7 +1428,7 @@ def hang_up(connection: Socket) -> None:
 
 
 def connection_error(
-    settings: Settings, url: str, what: str, timeout: float, error: BaseException, unsent: bool
+    settings: Settings, url: str, what: str, timeout: float, error: BaseException, was_sent: bool
 ) -> RequestError:
     """Return the error for a request that got no response because of `error`."""
     import socket
@@ -1386,7 +1443,7 @@ def connection_error(
     # In Python 3.8 and 3.9, socket.timeout is another class.
     if isinstance(error, (TimeoutError, socket.timeout)):
         fault = f"no answer from {host} in {timeout:g} s"
-        if unsent:
+        if not was_sent:
             fault = f"no connection to {host} in {timeout / 2:g} s"
     elif is_tls_fault(error):
         fault = f"no TLS with {host} ({getattr(error, 'reason', '') or 'SSLError'})"
@@ -1415,7 +1472,7 @@ def connection_error(
             fault = f"{host}: connection closed"
     else:
         fault = f"no valid HTTP from {host}"
-    return RequestError(f"could not {what}: {fault}", hint, unsent, retry_after)
+    return RequestError(f"could not {what}: {fault}", hint, not was_sent, retry_after)
 
 
 def is_tls_fault(error: BaseException) -> bool:
@@ -1518,7 +1575,7 @@ class Client:
     # Signs in without a listener. It is "" if this client has no device codes.
     device_command = "auth --device"
     # The next step if this client can't listen on a port.
-    without_port = Hint("to sign in without a port, run", device_command)
+    no_port_hint = Hint("to sign in without a port, run", device_command)
     # Another possible reason why an authorization code was refused, or "".
     invalid_grant_hint = ""
     # Where a person can end a sign-in that couldn't be revoked, or "".
@@ -1532,7 +1589,7 @@ class Client:
     # What to say about payment after a sign-in.
     payment_notice = ""
     # What to do after a sign-in without an API key.
-    next_step = Hint("To get an access token, run", "token")
+    next_step_hint = Hint("To get an access token, run", "token")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -1633,7 +1690,7 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
-    without_port = Hint(
+    no_port_hint = Hint(
         "to paste the URL that the browser ends on, run in a terminal", sign_in_command
     )
     invalid_grant_hint = "not every ChatGPT plan is eligible"
@@ -1644,7 +1701,7 @@ class OfficialClient(Client):
     model_prefix = "plan-"
     can_share_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
-    next_step = Hint("To use one of the models, type in Code Puppy: /model NAME")
+    next_step_hint = Hint("To use one of the models, type in Code Puppy: /model NAME")
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -2587,11 +2644,8 @@ class JsonFile:
 
     def broken_error(self, fault: str) -> StorageError:
         """Return the error for a file whose contents or type aren't acceptable."""
-        hint = self.broken_hint
-        home = home_hint(self.settings)
-        if home:
-            hint = Hint(home)
-        return StorageError(f"{self.path}: {fault}", hint.text, hint.command)
+        hint = home_hint(self.settings) or self.broken_hint
+        return StorageError(f"{self.path}: {fault}", hint)
 
     def _check(self, descriptor: int) -> None:
         """Raise StorageError unless the open file is a regular file within the size limit."""
@@ -5217,8 +5271,7 @@ class BrowserSignIn:
             self.stdin.close()
             if not callback.servers:
                 fault = "cannot listen on a port, and standard input is closed"
-                hint = self.session.client.without_port
-                raise OAuthError(fault, hint.text, hint.command)
+                raise OAuthError(fault, self.session.client.no_port_hint)
         self.stdin.ask()
 
     def _refuse_line(self, line: str, fault: str) -> None:
@@ -5285,18 +5338,18 @@ def open_port(client: Client) -> Tuple[int, List[Any]]:
 
 def port_error(client: Client, error: OSError) -> OAuthError:
     """Return the error for a client none of whose ports works."""
-    hint, reason = client.without_port, error.strerror or "error"
+    hint, reason = client.no_port_hint, error.strerror or "error"
     if error.errno == errno.EADDRINUSE:
         explanation, commands = "; see: ", PORT_OWNERS
     elif error.errno == errno.EACCES:
         explanation, commands = "; the system reserves them: ", RESERVED_PORTS
     else:
         fault = f"cannot listen on {' or '.join(client.addresses)} ({reason})"
-        return OAuthError(fault, hint.text, hint.command)
+        return OAuthError(fault, hint)
     ports = " or ".join(str(port) for port in client.ports)
     command = commands.get(sys.platform, commands["linux"]).format(client.ports[0])
     fault = f"cannot listen on port {ports} ({reason}){explanation}{command}"
-    return OAuthError(fault, hint.text, hint.command)
+    return OAuthError(fault, hint)
 
 
 def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional[float]) -> None:
@@ -6461,7 +6514,7 @@ def command_auth(session: Session, options: Namespace) -> None:
     """Sign in and show how to use the API key."""
     sign_in_with_options(session, options, reading=True)
     if not session.tokens().api_key:
-        step = session.client.next_step
+        step = session.client.next_step_hint
         session.notify("info", step.text, step.command)
         return
     key = shell_key(shell_name(session.settings, "auto"))
