@@ -4626,8 +4626,8 @@ def fetch_chatgpt_models(*, source: str = "auto", account: Optional[str] = None)
     """
     with module_session(account) as session:
         source = RULES["model_source"].check("source", source)
-        payer, source = resolve_source(session, source)
-        return list(list_models(payer, source))
+        source_session, source = resolve_source(session, source)
+        return list(list_models(source_session, source))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5594,26 +5594,6 @@ def is_in_container() -> bool:
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
-def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
-    """Finish an interrupted sign-in at Code Puppy's prompt with the URL that its browser ended on.
-
-    Raises OAuthError.
-    """
-    request = PromptSignIn.unfinished
-    if not request:
-        raise UsageError("no sign-in is in progress", "to start one, run", "auth")
-    # There is no listener, because the URL is already here.
-    callback = Callback(request, [])
-    try:
-        callback.paste(url)
-    except ValueError as error:
-        raise UsageError(f"that URL does not work: {error}") from None
-    PromptSignIn.unfinished = None
-    begun = Session(request.client.settings, session.notify, request.client)
-    redeem(begun, models, callback)
-    session.imported = begun.imported
-
-
 class PromptSignIn(BrowserSignIn):
     """A sign-in at Code Puppy's prompt, where people may keep typing commands."""
 
@@ -5660,6 +5640,26 @@ class PromptSignIn(BrowserSignIn):
         self.session.notify("info", text)
 
 
+def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
+    """Finish an interrupted sign-in at Code Puppy's prompt with the URL that its browser ended on.
+
+    Raises OAuthError.
+    """
+    request = PromptSignIn.unfinished
+    if not request:
+        raise UsageError("no sign-in is in progress", "to start one, run", "auth")
+    # There is no listener, because the URL is already here.
+    callback = Callback(request, [])
+    try:
+        callback.paste(url)
+    except ValueError as error:
+        raise UsageError(f"that URL does not work: {error}") from None
+    PromptSignIn.unfinished = None
+    begun = Session(request.client.settings, session.notify, request.client)
+    redeem(begun, models, callback)
+    session.imported = begun.imported
+
+
 # ---------------------------------------------------------------------------------------------
 # Shells: the statements that set and unset variables in each shell
 # ---------------------------------------------------------------------------------------------
@@ -5676,9 +5676,9 @@ class Shell:
 
     - `assign` sets the variable {name} to {value}, `unset` unsets the variable {name}, and
       `separator` stands between two such statements.
-    - `profile` is the line for the profile that sets the API key. It evaluates what {command}
-      prints. If `env` prints no statements for the family (`prints` is false), the line starts
-      {program} with {options}, which select the account, and sets {variable} itself.
+    - `profile` is the line for the profile that sets the API key. It evaluates the output of
+      {command}. For shells that `env` has no code for (`has_env_code` is false), it calls {program}
+      with {options}, which select the account, and sets {variable} itself.
     - `search` adds a directory to the search path. {path} is in quotes if it needs them, {quoted}
       always is.
     - `call` isn't a template. It stands before a quoted command.
@@ -5693,10 +5693,11 @@ class Shell:
         unset: str = "",
         separator: str = ";\n",
         call: str = "",
-        prints: bool = True,
+        has_env_code: bool = True,
     ) -> None:
         self.names, self.profile, self.search, self.call = names, profile, search, call
-        self.assign, self.unset, self.separator, self.prints = assign, unset, separator, prints
+        self.assign, self.unset, self.separator = assign, unset, separator
+        self.has_env_code = has_env_code
 
 
 # To support a new shell, add a row here and its way of quoting to `shell_quote`.
@@ -5751,19 +5752,19 @@ SHELLS = {
         profile="try {{ {program} env{options} --shell json | from json | load-env }}",
         search="$env.PATH = ($env.PATH | prepend {path})",
         call="^",
-        prints=False,
+        has_env_code=False,
     ),
     "elvish": Shell(
         {"elvish": "~/.config/elvish/rc.elv"},
         profile="try {{ set-env {variable} ({program} token{options} --api-key) }} catch e {{ }}",
         search="set paths = [{path} $@paths]",
-        prints=False,
+        has_env_code=False,
     ),
     "xonsh": Shell(
         {"xonsh": "~/.xonshrc"},
         profile="${variable} = !({program} token{options} --api-key).out.strip()",
         search="$PATH.insert(0, {quoted})",
-        prints=False,
+        has_env_code=False,
     ),
 }
 # Text that needs no quotes. The second pattern is the one that shlex.quote uses. Debian's
@@ -5800,7 +5801,7 @@ def shell_name(settings: Settings, name: str) -> str:
         environ = settings.environ
         name = os.path.basename(environ.get("SHELL") or "sh")
         if sys.platform == "win32":
-            # Git Bash and MSYS2 set MSYSTEM, and SHELL to a path that ends in .exe.
+            # Git Bash and MSYS2 set MSYSTEM. They also set SHELL, to a path that ends in .exe.
             name = os.path.splitext(name)[0]
             if not (environ.get("SHELL") or environ.get("MSYSTEM")):
                 name = "powershell"
@@ -6492,7 +6493,7 @@ def open_session(notify: Notify, options: Namespace) -> Session:
     return Session(settings, notify)
 
 
-def printing_shell(settings: Settings, name: str) -> str:
+def shell_with_env_code(settings: Settings, name: str) -> str:
     """Return the key in SHELLS for a shell that `env` can print statements for.
 
     Raises UsageError for any other shell.
@@ -6500,9 +6501,9 @@ def printing_shell(settings: Settings, name: str) -> str:
     name = shell_name(settings, name)
     key = shell_key(name)
     if key is None:
-        known = ", ".join(each for each, shell in SHELLS.items() if shell.prints)
+        known = ", ".join(each for each, shell in SHELLS.items() if shell.has_env_code)
         raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
-    if not SHELLS[key].prints:
+    if not SHELLS[key].has_env_code:
         program, variable = program_name(shell=key), settings.api_key_env_var
         line = profile_line(key, program, variable, settings.account)
         hint = f"use --shell with another name, or in {name}: {line}"
@@ -6518,7 +6519,7 @@ def command_auth(session: Session, options: Namespace) -> None:
         session.notify("info", step.text, step.command)
         return
     key = shell_key(shell_name(session.settings, "auto"))
-    if key is None or not SHELLS[key].prints:
+    if key is None or not SHELLS[key].has_env_code:
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
     command = with_account("env", session.settings.account)
@@ -6559,7 +6560,7 @@ def command_models(session: Session, options: Namespace) -> None:
 
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account ID."""
-    shell = printing_shell(session.settings, options.shell)
+    shell = shell_with_env_code(session.settings, options.shell)
     try:
         variables = exported_variables(session, options, "env --access-token", options.unset)
     except NotSignedInError as error:
