@@ -3505,9 +3505,8 @@ def has_greeted(pipe: Any) -> bool:
 def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
     """Return everything that comes from a child process. `delayed` gets the signals meanwhile.
 
-    After a Ctrl-C, or another signal, wait for the end of the child anyway, because the end of this
-    process may also be the end of a container, which kills the child. A second Ctrl-C ends the
-    wait.
+    No signal ends the wait, because the end of this process may also be the end of a container,
+    which kills the child. The child takes no longer than its request and the disk do.
     """
     import selectors
     import signal
@@ -3522,11 +3521,9 @@ def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
                     return reply
                 reply += part
             before, interrupts = interrupts, delayed.count(signal.SIGINT)
-            if interrupts > 1:
-                raise KeyboardInterrupt
             if interrupts > before:
-                text = "Waiting for the response first (Ctrl-C again to leave)..."
-                session.notify("info", text)
+                seconds = session.settings.request_timeout
+                session.notify("info", f"Waiting for the response first ({seconds:g} s at most)...")
 
 
 def own_python() -> str:
