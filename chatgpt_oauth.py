@@ -5880,14 +5880,15 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
         path = "chatgpt_oauth.py"
     name = os.path.basename(path)
     is_launcher = name in LAUNCHERS
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if not absolute:
+        # With -m, Python searches the current directory, so the module's name isn't absolute.
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if spec and spec.name != "__main__" and not is_launcher:
+            return f"{python_name()} -m {spec.name}"
+        if is_in_search_path(path):
+            return COMMAND if is_launcher else quote_path(name)
     if absolute:
         path = os.path.abspath(path)
-    # With -m, Python searches the current directory, so the module's name isn't absolute.
-    elif spec and spec.name != "__main__" and not is_launcher:
-        return f"{python_name()} -m {spec.name}"
-    elif is_in_search_path(path):
-        return COMMAND if is_launcher else quote_path(name)
     quoted = quote_path(path, shell)
     if not is_launcher:
         return f"{python_name()} {quoted}"
@@ -5907,11 +5908,15 @@ def has_program_file() -> bool:
     """Whether this program was started from a file, with which it can be started again."""
     if is_read_from_stdin():
         return False
+    # Another program imported this file.
+    if __name__ != "__main__":
+        return True
     try:
         # A shell passes the name of a pipe in `python3 <(curl ...)`.
-        return __name__ != "__main__" or not stat.S_ISFIFO(os.stat(sys.argv[0]).st_mode)
+        is_pipe = stat.S_ISFIFO(os.stat(sys.argv[0]).st_mode)
     except (IndexError, OSError):
         return True
+    return not is_pipe
 
 
 def python_name() -> str:
@@ -5966,15 +5971,14 @@ class Terminal:
         default = "console" if sys.platform == "win32" else "dumb"
         is_dumb = environ.get("TERM", default) == "dumb"
         # Whether standard error is a terminal that understands escape sequences.
-        self.live = (
-            not is_dumb and sys.stderr.isatty() and add_console_mode(sys.stderr.fileno(), ESCAPES)
-        )
+        is_terminal = not is_dumb and sys.stderr.isatty()
+        self.has_escapes = is_terminal and add_console_mode(sys.stderr.fileno(), ESCAPES)
         # Whether URLs become hyperlinks. The console of Linux shows parts of their sequences.
-        self.links = self.live and environ.get("TERM") != "linux"
-        self.color = self.live and not environ.get("NO_COLOR")
+        self.links = self.has_escapes and environ.get("TERM") != "linux"
+        self.color = self.has_escapes and not environ.get("NO_COLOR")
         # This is b"" if the encoding has no check mark.
         tick = "\u2713".encode(sys.stderr.encoding or "ascii", "ignore")
-        self.tick = "\u2713 " if self.live and tick else ""
+        self.tick = "\u2713 " if self.has_escapes and tick else ""
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
         """Print a message, followed by `command` as the person would type it here.
@@ -6001,7 +6005,7 @@ class Terminal:
 
     def interrupted(self) -> None:
         """Report that Ctrl-C was pressed, on a new line because the terminal shows ^C."""
-        self._print(("\n" if self.live else "") + "Interrupted.")
+        self._print(("\n" if self.has_escapes else "") + "Interrupted.")
 
     def _print(self, text: str) -> None:
         # If standard error is closed, nobody can read the message.
@@ -6057,28 +6061,23 @@ class SignInStatus:
     """
 
     def __init__(self, session: Session, online: bool) -> None:
-        self.path = session.token_file.path
-        self.tokens: Optional[Tokens] = None
-        self.problem: Optional[OAuthError] = None
-        # The check comes first, because it may refresh the tokens or end the sign-in.
+        # OpenAI is asked first, because that may refresh the tokens or end the sign-in.
         check = check_online(session, session.client.model_source or "codex") if online else None
-        try:
-            self.tokens = session.tokens()
-            session.require_refreshable(self.tokens)
-        except OAuthError as error:
-            self.problem = error
+        self.tokens, fault = stored_tokens(session)
         self.fields = self.tokens.fields if self.tokens else {}
         self.plan_allowed = session.client.can_use_plan(self.fields)
-        # Without tokens or without the plan, the check has failed before it sent anything.
-        self.check = check if self.tokens and self.plan_allowed else None
-        self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
-        # A broken file counts as a sign-in that exists.
-        not_signed_in = isinstance(self.problem, NotSignedInError)
-        self.exists = os.path.lexists(self.path) and not not_signed_in
-        # Tokens that aren't allowed to use the plan are usable, so this comes before that problem.
-        self.usable = self._is_usable()
-        if not self.problem and not self.plan_allowed:
+        # Without tokens or without the plan, nothing was sent, so the result isn't OpenAI's.
+        was_asked = self.tokens is not None and self.plan_allowed
+        self.check = check if was_asked else None
+        # Tokens that aren't allowed to use the plan are usable, so only `fault` counts here.
+        self.usable = self._is_usable(fault)
+        self.problem = fault
+        if not fault and not self.plan_allowed:
             self.problem = plan_not_allowed_error()
+        self.path = session.token_file.path
+        # A broken file counts as a sign-in that exists.
+        self.exists = os.path.lexists(self.path) and not isinstance(fault, NotSignedInError)
+        self.expires_at = timestamp_or_none(self.tokens.expires_at() if self.tokens else None)
 
     def refusal(self) -> Optional[OAuthError]:
         """Return the error with which OpenAI refused the tokens, or None if it didn't."""
@@ -6086,24 +6085,37 @@ class SignInStatus:
             return self.check.error
         return None
 
-    def _is_usable(self) -> bool:
+    def _is_usable(self, fault: Optional[OAuthError]) -> bool:
         if not self.tokens or self.refusal():
             return False
         # Even if the tokens can't be refreshed, the access token works until it expires.
-        return not self.problem or self.tokens.valid_for(0)
+        return not fault or self.tokens.valid_for(0)
+
+
+def stored_tokens(session: Session) -> Tuple[Optional[Tokens], Optional[OAuthError]]:
+    """Return the stored tokens, and what is wrong with them. Either one may be None."""
+    tokens = None
+    try:
+        tokens = session.tokens()
+        session.require_refreshable(tokens)
+    except OAuthError as error:
+        return tokens, error
+    return tokens, None
 
 
 class Status:
     """What is known about both sign-ins and, if `online`, OpenAI's answers about them.
 
-    `problem` is the main problem, or None. `exit_code` is the exit code of `status`. `typed` turns
-    a command into the text that a person types.
+    `problem` is the main problem, or None. `exit_code` is the exit code of `status`. `to_typed`
+    turns a command into the text that a person types.
     """
 
-    def __init__(self, session: Session, typed: Callable[[str], str], online: bool = False) -> None:
+    def __init__(
+        self, session: Session, to_typed: Callable[[str], str], online: bool = False
+    ) -> None:
         self.session, self.online = session, online
         account = session.settings.account
-        self.typed: Callable[[str], str] = lambda command: typed(with_account(command, account))
+        self.to_typed: Callable[[str], str] = lambda text: to_typed(with_account(text, account))
         self.stored = SignInStatus(session, online)
         self.official = SignInStatus(session.official_session(), online)
         self.api_key_check: Optional[OnlineCheck] = None
@@ -6123,13 +6135,17 @@ class Status:
             self.models = list(registered_entries(*session.all_sessions()))
         except StorageError as error:
             self.models_error = error
-        self.problem, self.exit_code = self._verdict()
-
-    def _verdict(self) -> Tuple[Optional[OAuthError], int]:
-        """Return the main problem and the exit code."""
+        # The official sign-in is the main one only if it's the only one.
         stored, official = self.stored, self.official
         main = official if official.exists and not stored.exists else stored
-        problem = main.problem
+        reason, self.exit_code = self._failure(main)
+        # If the main sign-in has a problem, it's reported even if the command fails for another
+        # reason, or succeeds.
+        self.problem = main.problem or reason
+
+    def _failure(self, main: SignInStatus) -> Tuple[Optional[OAuthError], int]:
+        """Return why `status` fails and its exit code, or None and 0. The first reason counts."""
+        stored, official, problem = self.stored, self.official, main.problem
         # Nobody is signed in, the file is broken, or the sign-in has ended. An ended sign-in
         # doesn't fail the command while the official one works.
         is_replaced = official.usable and isinstance(problem, SignInEndedError)
@@ -6138,16 +6154,16 @@ class Status:
         # OpenAI was asked and refused the tokens.
         refusal = main.refusal()
         if refusal:
-            return problem or refusal, SignInEndedError.exit_code
+            return refusal, SignInEndedError.exit_code
         # OpenAI was asked and nothing got an answer, so the network or the server is down.
         checks = [each for each in (stored.check, official.check, self.api_key_check) if each]
         if checks and all(each.result == "unreachable" for each in checks):
-            return problem or checks[0].error, UnavailableError.exit_code
+            return checks[0].error, UnavailableError.exit_code
         if self.models_error:
-            return problem or self.models_error, self.models_error.exit_code
+            return self.models_error, self.models_error.exit_code
         # The sign-in can be used. It may have a problem anyway: it has no access to the plan, say,
         # or can't be refreshed but is valid for a while.
-        return problem, 0
+        return None, 0
 
     @property
     def facts(self) -> Fields:
@@ -6214,15 +6230,15 @@ class Status:
         if error.hint:
             text += f"; {error.hint}"
         if error.command:
-            text += f": {self.typed(error.command)}"
+            text += f": {self.to_typed(error.command)}"
         return text
 
-    def text(self, as_json: bool, live: bool = False) -> str:
-        """Return the text that `status` prints. `live` means that it goes to a terminal."""
+    def text(self, as_json: bool, to_terminal: bool = False) -> str:
+        """Return the text that `status` prints. With `to_terminal`, usage is shown as bars."""
         if as_json:
             return json.dumps(self.facts, indent=2)
         lines = [*self._headlines(), ""]
-        for label, text in self._rows(live):
+        for label, text in self._rows(to_terminal):
             column = f"{label}:" if label else ""
             lines.append(f"{column:14}{text}")
         return "\n".join(map(printable, lines))
@@ -6240,7 +6256,7 @@ class Status:
         elif tokens:
             lines.append(f"No API key; to get one, {ORGANIZATION_HINT}")
         if isinstance(self.problem, NotSignedInError) and self.problem.command:
-            lines.append(f"To sign in, run: {self.typed(self.problem.command)}")
+            lines.append(f"To sign in, run: {self.to_typed(self.problem.command)}")
         elif self.problem:
             lines += self._problem_texts(self.problem)
         return lines
@@ -6249,11 +6265,11 @@ class Status:
         """Return a line for the problem and, if it has a hint, another line for that."""
         texts = [f"Problem: {problem}"]
         if problem.hint:
-            command = f": {self.typed(problem.command)}" if problem.command else ""
+            command = f": {self.to_typed(problem.command)}" if problem.command else ""
             texts.append(f"Hint: {problem.hint}{command}")
         return texts
 
-    def _rows(self, live: bool) -> List[Tuple[str, str]]:
+    def _rows(self, to_terminal: bool) -> List[Tuple[str, str]]:
         """Return the other lines as pairs of a label and a text.
 
         A pair without a label continues the one before.
@@ -6272,7 +6288,7 @@ class Status:
             key = self.api_key_check.texts if self.api_key_check else ["none"]
             rows += labelled("API key", key)
             rows += labelled("ChatGPT plan", stored.check.texts)
-            rows += labelled("Usage", self._usage_texts(live))
+            rows += labelled("Usage", self._usage_texts(to_terminal))
             if self.usage and self.usage.credits:
                 rows.append(("Credits", self.usage.credits))
         if official.exists:
@@ -6283,9 +6299,9 @@ class Status:
         rows.append(("Models file", self.session.models_file.path))
         return rows
 
-    def _usage_texts(self, live: bool) -> List[str]:
+    def _usage_texts(self, to_terminal: bool) -> List[str]:
         if self.usage:
-            texts = [usage_line(each, live) for each in self.usage.windows]
+            texts = [usage_line(each, to_terminal) for each in self.usage.windows]
             return texts or ["OpenAI reports no limits"]
         return ["unknown", str(self.usage_error)]
 
@@ -6333,7 +6349,9 @@ class Status:
         return [facts["account"] or "(no name)", email, facts["plan"] or "unknown", state]
 
 
-def account_statuses(session: Session, typed: Callable[[str], str], online: bool) -> List[Status]:
+def account_statuses(
+    session: Session, to_typed: Callable[[str], str], online: bool
+) -> List[Status]:
     """Return the status of each account that has a token file, the one without a name first.
 
     With `online`, the requests for all accounts are made at the same time.
@@ -6343,7 +6361,7 @@ def account_statuses(session: Session, typed: Callable[[str], str], online: bool
     names = session.settings.account_names()
     sessions = [Session(Settings(name), session.notify) for name in names]
     call_each = ThreadPoolExecutor(len(sessions)).map if online else map
-    statuses = call_each(lambda each: Status(each, typed, online), sessions)
+    statuses = call_each(lambda each: Status(each, to_typed, online), sessions)
     return [each for each in statuses if each.stored.exists or each.official.exists]
 
 
@@ -6356,7 +6374,9 @@ def accounts_text(statuses: List[Status]) -> str:
         columns = [text.ljust(width) for text, width in zip(row, widths)]
         lines.append("  ".join(columns).rstrip())
         if status.usage:
-            lines += ["    " + usage_line(window, live=True) for window in status.usage.windows]
+            lines += [
+                "    " + usage_line(window, to_terminal=True) for window in status.usage.windows
+            ]
         elif status.usage_error:
             lines.append(f"    usage unknown: {status.usage_error}")
     return "\n".join(map(printable, lines))
@@ -6367,11 +6387,11 @@ def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
     return [("" if i else label, text) for i, text in enumerate(texts)]
 
 
-def usage_line(window: Fields, live: bool) -> str:
+def usage_line(window: Fields, to_terminal: bool) -> str:
     """Describe a usage window of the plan: `5 hours: 32% used, resets in 2 hours 5 minutes`."""
     percent, resets_at = window["used_percent"], window["resets_at"]
     line = f"{duration(window['window_seconds'], is_exact=True)}: "
-    if live:
+    if to_terminal:
         tenths = min(10, max(0, round(percent / 10)))
         line += "#" * tenths + "." * (10 - tenths) + f" {percent:g}%"
     else:
@@ -6384,7 +6404,7 @@ def usage_line(window: Fields, live: bool) -> str:
 def duration(seconds: float, is_exact: bool = False) -> str:
     """Return a duration in words: `5 hours`, `1 hour 59 minutes`, `45 seconds`.
 
-    Unless it `is_exact`, it is rounded so that it has at most two units.
+    If `is_exact` is false, it's rounded so that at most two units are shown.
     """
     left = round(abs(seconds))
     # From a day on, round to hours. From an hour on, round to minutes.
@@ -6602,7 +6622,7 @@ def exported_variables(
 def command_exec(session: Session, options: Namespace) -> int:
     """Run a command with the API key in its environment. The shell itself never sees the key."""
     # An empty name counts as missing: `exec -- "$EDITOR"` passes one if EDITOR isn't set.
-    if not any(options.command[:1]):
+    if not options.command or not options.command[0]:
         raise UsageError("no command to run was given", "to run one, type", "exec -- COMMAND")
     variables = exported_variables(session, options, "exec --access-token -- COMMAND")
     environ = dict(session.settings.environ)
@@ -6646,7 +6666,7 @@ def run_instead(command: List[str], environ: Dict[str, str]) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             code = process.wait()
             break
-    # os._exit takes a signed number of 32 bits.
+    # run_program passes the code to os._exit, which takes a signed number of 32 bits.
     return code - (1 << 32) if code >= 1 << 31 else code
 
 
