@@ -1193,9 +1193,13 @@ class Case(unittest.TestCase):
         start = [*PROGRAM_COMMAND, *arguments]
         return self.run_command(["unshare", "-m", "sh", "-ec", mounts + '; exec "$0" "$@"', *start])
 
+    def require_injection(self):
+        """Skip the rest of the test if strace can't make system calls fail here."""
+        self.require(can_inject(), "no strace here that can inject faults")
+
     def run_injected(self, faults, *arguments):
         """Run the program under strace, which injects the `faults`. Return its Result."""
-        self.require(can_inject(), "no strace here that can inject faults")
+        self.require_injection()
         inject = [f"-einject={fault}" for fault in faults.split()]
         strace = ["strace", "-f", "-qq", "-o", os.devnull, *inject]
         return self.run_command([*strace, *PROGRAM_COMMAND, *arguments])
@@ -1632,19 +1636,16 @@ class SettingsTest(Case):
             self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME must be", "device")
 
     @unittest.skipUnless(POSIX, "Windows does not remove a directory in use")
-    def test_a_deleted_working_directory_is_refused_as_home(self):
-        code = "mkdir d; cd d; rmdir ../d; exec " + shlex.join([*PROGRAM_COMMAND, "status"])
-        environ = {"CHATGPT_OAUTH_HOME": "x"}
-        result = self.run_shell(code, environ, cwd=str(self.folder))
-        self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME")
-
-    @unittest.skipUnless(POSIX, "Windows does not remove a directory in use")
-    def test_a_deleted_working_directory_is_refused_as_bin_directory(self):
-        for command in ("install", "uninstall"):
-            line = shlex.join([*PROGRAM_COMMAND, command, "--bin", "x"])
-            code = f"mkdir d; cd d; rmdir ../d; exec {line}"
-            result = self.run_shell(code, cwd=str(self.folder))
-            self.assert_fails(result, 2, "x is a relative path", "the current directory is gone")
+    def test_a_deleted_working_directory_is_refused_in_a_setting_and_an_option(self):
+        relative = "x is a relative path", "the current directory is gone"
+        for words, environ, shown in (
+            (["status"], {"CHATGPT_OAUTH_HOME": "x"}, ("CHATGPT_OAUTH_HOME",)),
+            (["install", "--bin", "x"], {}, relative),
+            (["uninstall", "--bin", "x"], {}, relative),
+        ):
+            code = "mkdir d; cd d; rmdir ../d; exec " + shlex.join([*PROGRAM_COMMAND, *words])
+            result = self.run_shell(code, environ, cwd=str(self.folder))
+            self.assert_fails(result, 2, *shown)
 
     def test_a_trailing_slash_of_the_issuer_is_ignored(self):
         environ = {"CHATGPT_OAUTH_ISSUER": "https://example.com/a/"}
@@ -1879,7 +1880,8 @@ class WireTest(Case):
         self.assertGreaterEqual(len(BAD_RESPONSES), 25)
         command = [sys.executable, TEST_FILE, "bad-responses"]
         shares = [list(BAD_RESPONSES)[number::WORKERS] for number in range(WORKERS)]
-        for result in run_in_parallel(lambda share: self.run_command(command + share), shares):
+        run_share = lambda share: self.run_command(command + share, timeout=TEST_LIMIT)  # noqa: E731
+        for result in run_in_parallel(run_share, shares):
             self.assertLess(float(self.assert_quiet(result).out), 10)
 
     def test_an_html_error_names_the_proxy_and_the_region(self):
@@ -2909,6 +2911,7 @@ class StoreTest(Case):
             )
 
     def test_a_refresh_killed_at_any_step_keeps_the_sign_in(self):
+        self.require_injection()
         # The first rename and two calls of fsync replace the file by itself, and the third fsync
         # reserves room. The other calls store the response.
         before = ("/^rename:when=1", "fsync:when=1", "fsync:when=3", "sendto")
@@ -3141,6 +3144,7 @@ class StoreTest(Case):
         self.assertEqual(self.double.requests, [])
 
     def test_a_response_that_cannot_be_renamed_is_used_by_the_next_process(self):
+        self.require_injection()
         for error in ("EACCES", "EIO", "EBUSY"):
             with self.subTest(error):
                 self.double.requests.clear()
@@ -3179,6 +3183,7 @@ class StoreTest(Case):
         self.assertEqual(self.double.count("refresh"), 1)
 
     def test_a_failed_fsync_loses_nothing(self):
+        self.require_injection()
         # Number 2 and 5 sync the directory, 1 and 3 come before the request, 4 after it.
         for when, spent in (("1", 0), ("2", 1), ("3", 0), ("4", 1), ("4+", 1), ("5", 1)):
             with self.subTest(when):
