@@ -8630,7 +8630,9 @@ COMMANDS = {
         "print a valid access token, refreshed if needed",
         "--account --refresh --api-key --json",
         "{0}",
-        "{0} --json",
+        # Other users can see the arguments of curl, but not what a pipe carries.
+        "printf 'Authorization: Bearer %s' \"$({0})\" |",
+        "  curl -H @- https://...",
         "{0} --api-key",
     ),
     "logout": Command(
