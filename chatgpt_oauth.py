@@ -419,6 +419,7 @@ def original_environ() -> Dict[str, str]:
 #     ├── UsageError               2  the command line or a setting is wrong
 #     ├── NotSignedInError         3  nobody is signed in
 #     │   └── OfficialOnlyError    1  the only sign-in is the official one
+#     ├── NoApiKeyError            1  the account has no API key
 #     ├── SignInEndedError         4  only a new sign-in helps
 #     │   └── InvalidGrantError    4  the server refused the refresh token
 #     ├── RefusedError             1  the server refused the API key or the access token
@@ -527,6 +528,10 @@ class OfficialOnlyError(NotSignedInError):
     """The only sign-in is the official one, and its tokens can't be used for this command."""
 
     exit_code = 1
+
+
+class NoApiKeyError(OAuthError):
+    """The account has no API key."""
 
 
 class SignInEndedError(OAuthError):
@@ -4189,7 +4194,7 @@ ORGANIZATION_HINT = "create an organization and a project at https://platform.op
 
 def no_api_key_error(message: str = NO_API_KEY) -> OAuthError:
     """Return the error for an account that has no API key."""
-    return OAuthError(message, f"{ORGANIZATION_HINT}, then run", "auth")
+    return NoApiKeyError(message, f"{ORGANIZATION_HINT}, then run", "auth")
 
 
 def plan_not_allowed_error() -> OAuthError:
@@ -6580,7 +6585,7 @@ def command_env(session: Session, options: Namespace) -> int:
     shell = shell_with_env_code(session.settings, options.shell)
     try:
         variables = exported_variables(session, options, "env --access-token", options.unset)
-    except NotSignedInError as error:
+    except (NotSignedInError, NoApiKeyError) as error:
         # A profile runs `env` in every new shell, so this message takes only one line.
         session.notify("error", f"{error}; {error.hint}", error.command)
         return error.exit_code
@@ -6615,7 +6620,7 @@ def exported_variables(
     api_key = session.tokens().api_key
     if not api_key:
         hint = f"{ORGANIZATION_HINT} and sign in again, or run"
-        raise OAuthError(NO_API_KEY, hint, command_without_key)
+        raise NoApiKeyError(NO_API_KEY, hint, command_without_key)
     return {name: api_key}
 
 

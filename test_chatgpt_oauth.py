@@ -3877,12 +3877,12 @@ for command in ("status", "token"):
     def test_an_access_token_stored_as_the_api_key_is_ignored(self):
         fields = self.store()
         self.store({**fields, "api_key": fields["access_token"]})
-        self.assert_fails(self.call("env"), 1, "no API key")
+        self.assert_fails(self.call("env"), 1, "no API key", one_line=True)
         self.assertEqual(self.call("token", "--refresh").code, 0)
-        self.assert_fails(self.call("env"), 1, "no API key")
+        self.assert_fails(self.call("env"), 1, "no API key", one_line=True)
         # The plugin may also have left an older access token there.
         self.store({**fields, "api_key": self.double.tokens()["access_token"]})
-        self.assert_fails(self.call("env"), 1, "no API key")
+        self.assert_fails(self.call("env"), 1, "no API key", one_line=True)
 
     def stop_and_go(self, rounds, timeout):
         """Suspend a refresh for longer than the request timeout while its response arrives."""
@@ -5173,7 +5173,8 @@ class SignInTest(Case):
         result = self.run_program("status")
         self.assertEqual(result.code, 0)
         self.assertIn("\nNo API key; to get one, create an organization", result.out)
-        self.assert_fails(self.run_program("env"), 1, "no API key", "--access-token")
+        result = self.run_program("env")
+        self.assert_fails(result, 1, "no API key", "--access-token", one_line=True)
         self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
         out = self.run_program("env", "--access-token", "--shell", "json").out
         stored = self.stored()
