@@ -3039,7 +3039,7 @@ from importlib.util import module_from_spec, spec_from_loader
 spec = spec_from_loader("chatgpt_oauth", SourceFileLoader("chatgpt_oauth", sys.argv[1]))
 module = module_from_spec(spec)
 spec.loader.exec_module(module)
-module.run_task()
+module.child_main()
 """
 # The file names of interpreters, such as python3.13t, python3-dbg, pythonw.exe and pypy3.10-c. The
 # name of an embedding program may begin in the same way.
@@ -3438,7 +3438,7 @@ def without(members: Fields, name: str) -> Fields:
 
 
 def ask_child(session: Session, order: bytes) -> Optional[bytes]:
-    """Start a process that carries out `order` (see run_task), and return its reply.
+    """Start a process that carries out `order` (see child_main), and return its reply.
 
     Returns None if the process couldn't be started or didn't receive the whole order, so nothing
     has been sent. The order goes through a pipe, because other users can read a command line.
@@ -7881,9 +7881,9 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
 # Code Puppy is "the host" in this room, its own ChatGPT plugin is "the built-in one", and versions
 # such as 0.0.946 are the host's. The room works through the host's public callbacks: it registers
 # ours, then unregisters the built-in's and keeps them for what we don't do, such as
-# /codex-imagegen. `CodePuppy` contains everything that touches the host. Its last methods use names
-# that aren't public. Each says in which release it was seen, why we need it, and what is lost
-# without it. `CodePuppyPlugin` contains what we do there.
+# /codex-imagegen. The host calls a kind of callback a phase. `CodePuppy` contains everything that
+# touches the host. Its last methods use names that aren't public. Each says in which release it was
+# seen, why we need it, and what is lost without it. `CodePuppyPlugin` contains what we do there.
 #
 # Our code never raises an exception into the host, except from a request to a plan model. Building
 # a plan model never fails, because the host would silently use another model, which may be billed
@@ -7957,13 +7957,13 @@ class CodePuppy:
         time.sleep(MESSAGE_PAUSE)
 
     def take_over(self, ours: Dict[str, AnyCallable]) -> Optional[Dict[str, List[AnyCallable]]]:
-        """Register `ours` (by phase) and unregister the built-in plugin's callbacks for the phases.
+        """Register our callbacks and unregister the built-in plugin's for the same phases.
 
-        Returns the built-in's callbacks by phase, without those that are disabled. Returns None if
-        our plugin is disabled. If anything fails, every step is undone, so that the built-in plugin
-        works as if ours were not there.
+        `ours` has one callback for each phase. Returns the built-in's callbacks by phase, without
+        those that are disabled. Returns None if our plugin is disabled. If anything fails, every
+        step is undone, so that the built-in plugin works as if ours were not there.
         """
-        theirs: Dict[str, List[AnyCallable]] = {phase: [] for phase in ours}
+        builtin: Dict[str, List[AnyCallable]] = {phase: [] for phase in ours}
         with contextlib.ExitStack() as undo:
             for phase, callback in ours.items():
                 self.callbacks.register_callback(phase, callback)
@@ -7978,12 +7978,13 @@ class CodePuppy:
                     self._unregister(phase, each)
                     undo.callback(self.callbacks.register_callback, phase, each)
                     if each in enabled:
-                        theirs[phase].append(each)
+                        builtin[phase].append(each)
             undo.pop_all()
-        return theirs
+        return builtin
 
     def _unregister(self, phase: str, callback: AnyCallable) -> None:
-        # A host without this function is fine as long as there is nothing to unregister.
+        # If a host lacks this function, the AttributeError makes take_over undo its steps. A host
+        # that has nothing to unregister doesn't need it.
         self.callbacks.unregister_callback(phase, callback)
 
     def _all_callbacks(self, phase: str) -> List[AnyCallable]:
@@ -8002,8 +8003,8 @@ class CodePuppy:
     def how_to_remove_override(self, name: str, value: Optional[str]) -> str:
         """Return how to remove the host's setting `name`, or "" if it doesn't override `value`.
 
-        The host prefers a value that was stored with /set to the environment. 0.0.229 reads only
-        the environment.
+        A value that was stored with /set overrides the environment. 0.0.229 reads only the
+        environment.
         """
         if not hasattr(host_module("code_puppy.model_factory"), "get_api_key"):
             return ""
@@ -8094,7 +8095,7 @@ class CodePuppy:
         """Whether a prompt is being answered while a command runs.
 
         0.0.700 to 0.0.946: the host pauses the answer for the command. Without the name, a sign-in
-        that is started during an answer holds up the answer until it has ended.
+        during an answer delays that answer until the sign-in ends.
         """
         with contextlib.suppress(Exception):
             pausing = host_module("code_puppy.messaging.pause_controller").get_pause_controller()
@@ -8113,7 +8114,7 @@ class CodePuppyPlugin:
         # Whether our callbacks are in use. Otherwise everything is left to the built-in plugin.
         self.is_active = False
         # The built-in plugin's callbacks by phase.
-        self.theirs: Dict[str, List[AnyCallable]] = {}
+        self.builtin: Dict[str, List[AnyCallable]] = {}
         # The API keys that this plugin has exported, by variable.
         self.exported: Dict[str, Optional[str]] = {}
         self.prompts = Prompts(self.notify, self.stop_prompt)
@@ -8132,15 +8133,15 @@ class CodePuppyPlugin:
             ours["register_model_type"] = self.model_types
         try:
             self.host.adapt()
-            theirs = self.host.take_over(ours)
+            builtin = self.host.take_over(ours)
         except Exception as error:
             to_log("info", f"Code Puppy: {type(error).__name__}: {error}")
             with contextlib.suppress(Exception):
                 text = "chatgpt_oauth does not fit this release of Code Puppy, whose own commands"
                 self.notify("warning", f"{text} for ChatGPT are used instead")
             return
-        if theirs is not None:
-            self.is_active, self.theirs = True, theirs
+        if builtin is not None:
+            self.is_active, self.builtin = True, builtin
             with contextlib.suppress(Exception):
                 self.export_at_start()
 
@@ -8151,7 +8152,7 @@ class CodePuppyPlugin:
         if not self.is_active:
             return None
         if name not in PLUGIN_COMMANDS:
-            return self._run_theirs(command, name)
+            return self._run_builtin(command, name)
         import signal
 
         try:
@@ -8160,6 +8161,7 @@ class CodePuppyPlugin:
                 with contextlib.suppress(ValueError):
                     # The host ignores Ctrl-C. While we wait, it must interrupt the command.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+                    # It's None if the handler wasn't set from Python, which can't put that back.
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
                 self._run(name.rpartition("-")[2], command)
         except OAuthError as error:
@@ -8169,13 +8171,13 @@ class CodePuppyPlugin:
             self.notify("warning", "\nInterrupted.")
         return True
 
-    def _run_theirs(self, command: str, name: str) -> Any:
-        if name in map(command_name, self._their_help()):
+    def _run_builtin(self, command: str, name: str) -> Any:
+        if name in map(command_name, self._builtin_help()):
             # The built-in plugin would refresh an expired token without a lock.
             with contextlib.suppress(OAuthError):
                 Session(Settings(""), self.notify).valid_tokens()
-        for theirs in self.theirs["custom_command"]:
-            result = theirs(command=command, name=name)
+        for callback in self.builtin["custom_command"]:
+            result = callback(command=command, name=name)
             if result is not None:
                 return result
         return None
@@ -8184,10 +8186,10 @@ class CodePuppyPlugin:
         """Return the names and descriptions of our commands, and of the built-in's others."""
         if not self.is_active:
             return []
-        return [*PLUGIN_COMMANDS.items(), *self._their_help()]
+        return [*PLUGIN_COMMANDS.items(), *self._builtin_help()]
 
-    def _their_help(self) -> List[Any]:
-        helps = [theirs() or [] for theirs in self.theirs["custom_command_help"]]
+    def _builtin_help(self) -> List[Any]:
+        helps = [callback() or [] for callback in self.builtin["custom_command_help"]]
         entries = [entry for each in helps for entry in each]
         return [entry for entry in entries if command_name(entry) not in PLUGIN_COMMANDS]
 
@@ -8195,12 +8197,15 @@ class CodePuppyPlugin:
         """Return the types of models that we build, and the built-in's others."""
         if not self.is_active:
             return []
-        lists = [theirs() or [] for theirs in self.theirs["register_model_type"]]
+        lists = [callback() or [] for callback in self.builtin["register_model_type"]]
         others = [entry for each in lists for entry in each if entry.get("type") not in PLAN_TYPES]
         return [{"type": kind, "handler": self.plan_model} for kind in PLAN_TYPES] + others
 
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
-        """Return the model for an entry that the plan pays for. This must not fail (see above)."""
+        """Return the model for an entry that the plan pays for.
+
+        If this failed, the host would silently use another model.
+        """
         official, account = entry.get("type") == OfficialClient.model_type, entry.get("account")
         access = PlanAccess(self.prompts, name, official, str(account or ""))
         try:
@@ -8242,20 +8247,24 @@ class CodePuppyPlugin:
                 self._export(variable, key)
 
     def export_again(self, account: str) -> None:
-        """Export the key again in case another program has changed the sign-in."""
+        """Export the key again in case another program has changed the sign-in.
+
+        If a setting of the host overrides the key, that is reported.
+        """
         variable, key = self._stored_key(account)
         held = os.environ.get(variable)
         is_overridden = self._warn_of_override(variable, key)
         if held == key:
             return
-        is_persons_own = held != self.exported.get(variable)
-        # Nobody is signed in, so a key that the person has set stays.
-        if is_persons_own and not key:
-            return
-        # Somebody is signed in, so the stored key replaces the person's.
-        if is_persons_own and can_be_api_key(held) and not is_overridden:
-            text = f"{variable} held another API key; this session now uses the stored one"
-            self.notify("warning", text)
+        # The person has set or removed the variable.
+        if held != self.exported.get(variable):
+            # Nobody is signed in, so what the person did stays.
+            if not key:
+                return
+            # Somebody is signed in, so the stored key replaces the person's.
+            if can_be_api_key(held) and not is_overridden:
+                text = f"{variable} held another API key; this session now uses the stored one"
+                self.notify("warning", text)
         self._export(variable, key)
         self.host.reload_model()
 
@@ -8278,7 +8287,8 @@ class CodePuppyPlugin:
     def _stored_key(self, account: str) -> Tuple[str, Optional[str]]:
         """Return the variable for the API key, and the key or None."""
         tokens = self._stored_tokens(account)
-        return Settings(account).api_key_env_var, tokens.api_key if tokens else None
+        key = tokens.api_key if tokens else None
+        return Settings(account).api_key_env_var, key
 
     def _stored_tokens(self, account: str) -> Optional[Tokens]:
         # `status` reports what is wrong.
@@ -8405,10 +8415,11 @@ class CodePuppyPlugin:
     ) -> bool:
         """If `in_use` was a model of ours and is gone, warn about it and let the host choose one.
 
-        Returns whether it was. `is_usable` is false if our other models can't be used here.
+        Returns true if the model in use is gone. `is_usable` is false if our other models can't be
+        used here.
         """
-        is_ours = in_use and in_use.startswith(session.settings.prefix)
-        if not is_ours or in_use in self.host.model_names():
+        was_imported = in_use is not None and in_use.startswith(session.settings.prefix)
+        if not was_imported or in_use in self.host.model_names():
             return False
         entries = self._entries(session) if is_usable else {}
         self.notify("warning", f"the model in use, {in_use}, is no longer there")
@@ -8424,7 +8435,7 @@ class CodePuppyPlugin:
             # Nothing could use the tokens.
             raise no_plan_models_error()
         if self.host.is_answering():
-            # The sign-in would hold up the answer until it has ended.
+            # The sign-in would delay the answer until it ends.
             text = "a prompt is being answered"
             raise UsageError(text, "when the answer is complete, run", "auth")
         options.no_browser = options.no_browser or self.host.suppresses_browser()
@@ -8438,8 +8449,8 @@ class CodePuppyPlugin:
             redeem_pasted(session, models, urls[0])
         else:
             is_reading = sys.stdin is not None and sys.stdin.isatty()
-            way = PromptSignIn if self.host.has_prompt else BrowserSignIn
-            sign_in_with_options(session, options, is_reading, way)
+            sign_in_class = PromptSignIn if self.host.has_prompt else BrowserSignIn
+            sign_in_with_options(session, options, is_reading, sign_in_class)
 
 
 def command_name(entry: Any) -> str:
@@ -8477,8 +8488,8 @@ FLAG, VALUE, REPEATABLE = "flag", "value", "repeatable"
 class Option:
     """An option of the command line, as both option readers use it.
 
-    `summary` is for the help, in which %% means a percent sign. So is `metavar`, the word that
-    stands for the value. `read` turns the text into the value, or raises UsageError.
+    `summary` and `metavar` (the placeholder for the value) are shown in the help. In both, %%
+    stands for a percent sign. `read` turns the text into the value, or raises UsageError.
     """
 
     def __init__(
@@ -8493,11 +8504,15 @@ class Option:
         self.default, self.read = default, read
 
 
+# Defaults that the help mentions.
+DEFAULT_TIMEOUT = CHATGPT_OAUTH_CONFIG["callback_timeout"]
+DEFAULT_VARIABLE = CHATGPT_OAUTH_CONFIG["api_key_env_var"]
+
 OPTIONS = {
     "--device": Option("sign in with a one-time code, in a browser on any machine"),
     "--no-browser": Option("print the URL instead of opening a browser"),
     "--timeout": Option(
-        "how long to wait (default: 120; with --device: 900)",
+        f"how long to wait (default: {DEFAULT_TIMEOUT}; with --device: {DEVICE_CODE_LIFETIME:g})",
         VALUE,
         "SECONDS",
         read=lambda text: _SECONDS.check("--timeout", text),
@@ -8537,7 +8552,7 @@ OPTIONS = {
         "NAME",
         default="auto",
     ),
-    "--name": Option("variable to set (default: CHATGPT_OAUTH_API_KEY)", VALUE, "VAR"),
+    "--name": Option(f"variable to set (default: {DEFAULT_VARIABLE})", VALUE, "VAR"),
     "--access-token": Option("export the access token and account ID instead"),
     "--unset": Option("print code that unsets the variables"),
     "--refresh": Option("refresh it first, even if it is still valid"),
@@ -8759,11 +8774,11 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
         )
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise unknown_argument(name, unknown)
+        raise unknown_argument_error(name, unknown)
     return options
 
 
-def unknown_argument(name: str, unknown: List[str]) -> UsageError:
+def unknown_argument_error(name: str, unknown: List[str]) -> UsageError:
     """Return the error for an option that the command `name` doesn't have.
 
     Its hint is the option with the most similar spelling, if there is one.
@@ -8836,7 +8851,7 @@ def usage() -> str:
     return USAGE.format(program=program_name(), commands=commands)
 
 
-def unknown_command(name: str) -> UsageError:
+def unknown_command_error(name: str) -> UsageError:
     """Return the error for an unknown command, with the most similar command as its hint."""
     from difflib import get_close_matches
 
@@ -8864,7 +8879,7 @@ def run(arguments: List[str], notify: Notify) -> int:
         print_result(f"chatgpt_oauth {__version__}")
         return 0
     if name not in COMMANDS:
-        raise unknown_command(name)
+        raise unknown_command_error(name)
     try:
         options = parse(name, arguments[1:])
     except SystemExit:
@@ -8915,8 +8930,8 @@ def run_program() -> NoReturn:
     os._exit(exit_code)
 
 
-def run_task() -> NoReturn:
-    """Run as the child process of `carry_out`: read an order, carry it out, print the reply."""
+def child_main() -> NoReturn:
+    """Run as the child process of `carry_out`: read an order, run its task, print the reply."""
     import signal
 
     # Nobody needs to stop this process, because the time for its request is limited.
@@ -8931,7 +8946,7 @@ def run_task() -> NoReturn:
     # The parent process has ended, or was interrupted, before it gave the whole order.
     if not line.endswith(b"\n"):
         os._exit(OAuthError.exit_code)
-    reply = json.dumps(carry_out_order(json.loads(line))).encode() + b"\n"
+    reply = json.dumps(run_task(json.loads(line))).encode() + b"\n"
     # The parent process may have ended.
     with contextlib.suppress(OSError):
         pipe.write(reply)
@@ -8939,8 +8954,14 @@ def run_task() -> NoReturn:
     os._exit(0)
 
 
-def carry_out_order(order: Fields) -> Fields:
-    """Carry out the order that `carry_out` gives to a child process, and return the reply."""
+# The tasks that a child process can run, by name.
+TASKS: Dict[str, Callable[..., Optional[Fields]]] = {
+    each.__name__: each for each in (refresh_and_store, exchange_once)
+}
+
+
+def run_task(order: Fields) -> Fields:
+    """Run the task of an order from `carry_out`, and return the reply."""
     messages: List[Any] = []
 
     def notify(*message: str) -> None:
@@ -8954,9 +8975,7 @@ def carry_out_order(order: Fields) -> Fields:
     client = OfficialClient(settings) if is_official else Client(settings)
     vars(client).update(order["client_members"])
     session = Session(settings, notify, client)
-    task: Callable[..., Optional[Fields]] = refresh_and_store
-    if order["task"] == exchange_once.__name__:
-        task = exchange_once
+    task = TASKS[order["task"]]
     try:
         # The parent holds the locks.
         with as_oauth_errors(), session.token_file.holding([]):

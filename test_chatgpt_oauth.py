@@ -4320,7 +4320,7 @@ asyncio.run(main())
 
         self.double.faults["refresh"] = look
         self.assert_fresh(self.run_program("token"))
-        self.assertIn("module.run_task()", "".join(seen))
+        self.assertIn("module.child_main()", "".join(seen))
         self.assertNotIn(before["refresh_token"], "".join(seen))
 
     @needs_signals
