@@ -4176,6 +4176,7 @@ def read_head(connection: Socket) -> bytes:
 # they are. Entries change only under the models file's lock. They refer to the API key by the name
 # of its variable, so the models file contains no secret.
 
+# This line identifies our program files, too (PROGRAM_MARK), so it must never change.
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
 # The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
 # models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
@@ -6721,11 +6722,12 @@ def command_logout(session: Session, options: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 # `install` writes a copy of this program, a launcher for it, and the plugin, which is another copy.
 # A record beside the program lists every launcher and every directory that it made. Each file
-# contains a mark that no version changes. A file without its mark belongs to somebody else: neither
-# command touches it. Files are replaced atomically and all together, under one lock. Nothing that
-# the launcher executes is writable by other users. `uninstall` removes what `install` created and
-# never a sign-in.
+# contains a mark that is the same in every version. A file without its mark belongs to somebody
+# else: neither command touches it. Files are replaced atomically and all together, under one lock.
+# Nothing that the launcher executes is writable by other users. `uninstall` removes what `install`
+# created and never a sign-in.
 
+# The line of this file that sets OAUTH_SOURCE.
 PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
 LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
 # The values that earlier releases had as defaults. A person hasn't chosen them.
@@ -6759,8 +6761,9 @@ except Exception:
     damaged = importlib.util.cache_from_source(os.path.join(directory, "chatgpt_oauth.py"))
     with contextlib.suppress(OSError):
         os.unlink(damaged)
-    # No compiled code can be there, so Python compiles the program itself.
-    sys.dont_write_bytecode, sys.pycache_prefix = True, launcher
+    # The launcher is a file, so Python finds no compiled code below it and compiles the program.
+    sys.pycache_prefix = launcher
+    sys.dont_write_bytecode = True
     import chatgpt_oauth
 chatgpt_oauth.run_program()
 """
@@ -6911,10 +6914,10 @@ def launcher_content(paths: InstallPaths) -> bytes:
         )
         return os.fsencode(text)
     # A command of a batch file is one line, and a double quote would end the argument.
-    code = "exec({})".format(repr(LAUNCH_CODE).replace('"', r"\x22"))
+    literal = repr(LAUNCH_CODE).replace('"', r"\x22")
     text = WINDOWS_LAUNCHER.format(
         mark=LAUNCHER_MARK,
-        code=code,
+        code=f"exec({literal})",
         python=batch_quote(python),
         program=batch_quote(paths.program),
         directory=batch_quote(paths.directory),
@@ -7063,34 +7066,22 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
     with contextlib.ExitStack() as stack:
         lock = lock_directory(paths, session.settings.lock_timeout, directories)
         stack.callback(unlock, lock, paths, directories)
-        # Other people's files are an error before anything is written.
+        # This raises StorageError for a file that isn't ours, before anything is written.
         previous = {path: paths.content(path) for path in (*contents, paths.record)}
         make_directories(contents, paths, directories)
-        # Windows can't replace a file that is open, and the launcher may be running now.
-        if sys.platform == "win32" and previous[paths.launcher] == contents[paths.launcher]:
-            del contents[paths.launcher]
-        edited = {}
-        for path, content in previous.items():
-            names = edited_settings(content)
-            if names:
-                edited[path] = names
-        kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
         record = Record(paths)
         record.launchers.add(paths.launcher)
         record.directories.update(directories)
-        # Others may have written to this directory before it was tightened.
-        remove_compiled_code(paths.program)
-        replacements = []
+        edited = find_edited(previous)
+        kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
         # The record comes first, so that it lists the launcher if this process is killed.
-        for path, content in {paths.record: record.content(), **kept, **contents}.items():
-            require_own_file(path)
-            mode = 0o755 if path == paths.launcher else 0o644
-            replacements.append(write_replacement(stack, path, content, mode))
-            if path == paths.program:
-                facts = os.fstat(replacements[-1].file.fileno())
-                code = compiled_code(content, path, facts)
-                replacements.append(write_replacement(stack, paths.compiled, code, 0o644))
-        for replacement in replacements:
+        files = {paths.record: record.content(), **kept, **contents}
+        # Windows can't replace a file that is open, and the launcher may be running now.
+        if sys.platform == "win32" and previous[paths.launcher] == contents[paths.launcher]:
+            del files[paths.launcher]
+        # Others may have written to this directory before its permissions were restricted.
+        remove_compiled_code(paths.program)
+        for replacement in write_replacements(stack, files, paths):
             replacement.commit()
         try:
             require_working_launcher(paths)
@@ -7105,6 +7096,32 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
 
 
+def find_edited(contents: Dict[str, bytes]) -> Dict[str, List[str]]:
+    """Return the names of the edited settings of each file that has any."""
+    names = {path: edited_settings(content) for path, content in contents.items()}
+    return {path: edited for path, edited in names.items() if edited}
+
+
+def write_replacements(
+    stack: contextlib.ExitStack, files: Dict[str, bytes], paths: InstallPaths
+) -> List[Replacement]:
+    """Write the replacements of `files`, and of the program's compiled code.
+
+    They are discarded at the end of `stack`. Raises OSError and StorageError.
+    """
+    replacements = []
+    for path, content in files.items():
+        require_own_file(path)
+        mode = 0o755 if path == paths.launcher else 0o644
+        replacement = write_replacement(stack, path, content, mode)
+        replacements.append(replacement)
+        if path == paths.program:
+            info = os.fstat(replacement.file.fileno())
+            code = compiled_code(content, path, info)
+            replacements.append(write_replacement(stack, paths.compiled, code, 0o644))
+    return replacements
+
+
 def write_replacement(
     stack: contextlib.ExitStack, path: str, content: bytes, mode: int
 ) -> Replacement:
@@ -7116,10 +7133,10 @@ def write_replacement(
     return replacement
 
 
-def compiled_code(source: bytes, path: str, facts: os.stat_result) -> bytes:
+def compiled_code(source: bytes, path: str, info: os.stat_result) -> bytes:
     """Return the compiled code that Python caches for the program at `path` (PEP 552).
 
-    `facts` are those of the file with the `source`. The module py_compile isn't used, because it
+    `info` describes the file with the `source`. The module py_compile isn't used, because it
     doesn't notice that the disk is full.
     """
     import importlib.util
@@ -7127,7 +7144,7 @@ def compiled_code(source: bytes, path: str, facts: os.stat_result) -> bytes:
 
     code = compile(source, path, "exec", dont_inherit=True, optimize=0)
     flags = 0
-    numbers = (flags, int(facts.st_mtime), facts.st_size)
+    numbers = (flags, int(info.st_mtime), info.st_size)
     header = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
     return importlib.util.MAGIC_NUMBER + header + marshal.dumps(code)
 
@@ -7205,13 +7222,13 @@ def make_directories(contents: Dict[str, bytes], paths: InstallPaths, made: Set[
     """Make the directories of all files, and add them to `made`. Raises OSError, StorageError."""
     make_own_directory(os.path.dirname(paths.compiled), made)
     # Other programs use this directory, too.
-    make_directory(os.path.dirname(paths.launcher), made)
+    make_recorded_directory(os.path.dirname(paths.launcher), made)
     if paths.plugin in contents:
-        make_directory(paths.code_puppy, made, 0o700)
+        make_recorded_directory(paths.code_puppy, made, 0o700)
         make_own_directory(paths.plugin_directory, made)
 
 
-def make_directory(path: str, made: Set[str], mode: int = 0o755) -> None:
+def make_recorded_directory(path: str, made: Set[str], mode: int = 0o755) -> None:
     """Make a directory and its missing parents, and add them to `made`. Raises OSError."""
     missing = path
     while not os.path.isdir(missing) and missing != os.path.dirname(missing):
@@ -7226,21 +7243,22 @@ def make_own_directory(path: str, made: Set[str]) -> None:
     It and its missing parents are added to `made`. Raises OSError, and StorageError if the
     directory belongs to another user.
     """
-    make_directory(path, made)
+    make_recorded_directory(path, made)
     if sys.platform == "win32":
         return
     flags = os.O_RDONLY | os.O_DIRECTORY
     if os.geteuid() == 0:
-        # The user in whose home directory root installs could link to any directory.
+        # If root installs into another user's home directory, that user could make this path a
+        # link to any directory.
         flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags)
     try:
-        facts = os.fstat(descriptor)
-        require_owner(path, facts)
-        if facts.st_mode & WRITE_BY_OTHERS:
+        info = os.fstat(descriptor)
+        require_owner(path, info)
+        if info.st_mode & WRITE_BY_OTHERS:
             # Some file systems have no permissions.
             with contextlib.suppress(OSError):
-                os.fchmod(descriptor, stat.S_IMODE(facts.st_mode) & ~WRITE_BY_OTHERS)
+                os.fchmod(descriptor, stat.S_IMODE(info.st_mode) & ~WRITE_BY_OTHERS)
     finally:
         os.close(descriptor)
 
@@ -7251,7 +7269,7 @@ def require_own_file(path: str) -> None:
         require_owner(path, os.lstat(path))
 
 
-def require_owner(path: str, facts: os.stat_result) -> None:
+def require_owner(path: str, info: os.stat_result) -> None:
     """Raise StorageError unless this user, or for root the owner of its directory, owns `path`.
 
     Anyone else could replace what the launcher executes.
@@ -7261,9 +7279,9 @@ def require_owner(path: str, facts: os.stat_result) -> None:
     user = os.geteuid()
     if user == 0:
         user = os.stat(os.path.dirname(path)).st_uid
-    if facts.st_uid != user:
+    if info.st_uid != user:
         raise StorageError(
-            f"{path}: owned by another user (uid {facts.st_uid})", "remove it, then try again"
+            f"{path}: owned by another user (uid {info.st_uid})", "remove it, then try again"
         )
 
 
@@ -7288,13 +7306,14 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     elif not os.path.samefile(found, paths.launcher):
         notify("warning", f"another {COMMAND} comes first on your PATH: {found}")
         notify("hint", f"remove that one, or put {paths.bin_directory} before it")
-    api_key, next_step = None, Hint("To see who is signed in, run:", "status")
+    api_key = None
+    next_step, next_command = "To see who is signed in, run:", "status"
     try:
         api_key = session.tokens().api_key
     except OfficialOnlyError:
         pass
     except NotSignedInError as error:
-        next_step = Hint("To sign in, run:", error.command)
+        next_step, next_command = "To sign in, run:", error.command
     except StorageError:
         # `status` reports what is wrong with the file.
         pass
@@ -7303,8 +7322,8 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
         line = profile_line(shell, program, variable, settings.account)
         notify("info", f"To have the API key in each new shell, add this line to {profile}:")
         notify("info", f"    {line}")
-    notify("info", next_step.text)
-    command = with_account(next_step.command, settings.account)
+    notify("info", next_step)
+    command = with_account(next_command, settings.account)
     notify("info", f"    {program_name(shell=shell)} {command}")
 
 
@@ -7325,10 +7344,10 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         removed = remove_installation(paths, session, options)
     except OSError as error:
         raise storage_error("remove", error.filename or paths.directory, error) from None
-    sign_ins = session.sessions_of_all_accounts()
+    sessions = session.sessions_of_all_accounts()
     # If another command stays, it needs the registrations.
     is_in_use = os.path.lexists(paths.program)
-    ended = [each for each in sign_ins if each.client.registers and not is_in_use]
+    ended = [each for each in sessions if each.client.registers and not is_in_use]
     removed_registrations = [remove_registration(each) for each in ended]
     if not removed:
         if not any(removed_registrations):
@@ -7336,9 +7355,9 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         return
     if paths.plugin in removed:
         session.notify("info", RESTART_CODE_PUPPY)
-    for sign_in in sign_ins:
-        if os.path.lexists(sign_in.token_file.path):
-            session.notify("info", f"Your sign-in stays in {sign_in.token_file.path}")
+    for each in sessions:
+        if os.path.lexists(each.token_file.path):
+            session.notify("info", f"Your sign-in stays in {each.token_file.path}")
     session.notify("info", "If you added a line for it to your shell's profile, remove that line.")
 
 
@@ -7364,7 +7383,7 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
             files += [*others, paths.program, paths.program + KEPT_SUFFIX, paths.record]
             if not options.no_code_puppy:
                 files += [paths.plugin, paths.plugin + KEPT_SUFFIX]
-        # Other people's files are an error before anything is removed.
+        # This raises StorageError for a file that isn't ours, before anything is removed.
         removed = [path for path in files if paths.content(path)]
         for path in files:
             remove_file(path)
@@ -7432,8 +7451,9 @@ def remove_compiled_code(path: str) -> None:
 # that OpenAI accepts, checks its responses and picks the tokens. It gets the classes of pydantic-ai
 # that it extends as arguments and touches nothing else of the host. An answer is complete only
 # after the event `response.completed`. A refusal that is final ends the prompt with one message.
-# After every other failure, the host repeats the request. If the answer has begun already, we make
-# it do so by raising the error for a status 503. Version numbers are Code Puppy's.
+# After every other failure, the host repeats the request. If the answer has already begun, it
+# wouldn't, so we raise the error for status 503, after which it does. Version numbers are Code
+# Puppy's.
 
 # A prompt that waits longer than this for a refresh shows a message.
 SILENT_WAIT = 2.0  # seconds
@@ -7633,6 +7653,8 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
     fields = fault if isinstance(fault, dict) else {"message": fault}
     code = str(fields.get("code") or fields.get("type") or "").lower()
     reason = text_or_none(fields.get("message")) or text_or_none(fields.get("detail")) or ""
+    # A web page isn't a reason. It comes from a proxy, not from OpenAI.
+    is_html = "<" in reason
     if "exceeds the context window" in reason:
         code = "context_length"
     for part, (text, hint) in PLAN_REFUSALS.items():
@@ -7641,17 +7663,16 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
     if "scope_not_authorized" in code:
         return plan_not_allowed_error()
     must_sign_in = "invalid_user" in code or "invalid_authorization_context" in code
-    if must_sign_in or (status == 401 and "<" not in reason):
+    if must_sign_in or (status == 401 and not is_html):
         text = "OpenAI does not accept this sign-in any more"
         return SignInEndedError(text, Client.sign_in_command)
     # 408, 409, 425 and 429 ask for another try.
     if 400 <= status < 500 and status not in (408, 409, 425, 429):
-        # A web page isn't a reason.
-        shown = f" ({reason})" if reason and "<" not in reason else f" (HTTP {status})"
+        shown = f" ({reason})" if reason and not is_html else f" (HTTP {status})"
         error = OAuthError(f"OpenAI refused this request{shown}")
         if status == 403:
-            error.hint = "to see what it says about this sign-in, run"
-            error.command = "status --online"
+            text = "to see what it says about this sign-in, run"
+            error.set_default_hint("status --online", text)
         return error
     return None
 
@@ -7705,29 +7726,29 @@ class PlanAccess:
         return headers
 
     def model_settings(self, settings: Optional[Fields]) -> Fields:
-        """Return a request's settings with two that the host sends only for its own model type."""
+        """Return the settings for a request, with two that the host sets only for its own type."""
         settings = dict(settings or {})
-        # /model_settings offers these two for our type as well (0.0.946).
+        # /model_settings offers these two for our type of model as well (0.0.946).
         if self.official:
             settings.setdefault("openai_reasoning_summary", settings.get("summary", "auto"))
             settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
         return settings
 
-    async def headers(self, rejected: str) -> Dict[str, str]:
-        """Return the headers with which the plan pays for a request. Raises OAuthError.
+    async def authorize(self, rejected: str) -> Tuple[str, Dict[str, str]]:
+        """Return an access token, and the headers with which the plan pays for a request.
 
-        `rejected` is an access token that was answered with 401, or "".
+        Raises OAuthError. `rejected` is an access token that was answered with 401, or "".
         """
         import asyncio
 
         loop = asyncio.get_running_loop()
-        waiting = loop.run_in_executor(None, self._headers, rejected)
+        waiting = loop.run_in_executor(None, self._authorize, rejected)
         await asyncio.wait({waiting}, timeout=SILENT_WAIT)
         if not waiting.done():
             self.prompts.notify("info", "Waiting for OpenAI to refresh the sign-in...")
         return await waiting
 
-    def _headers(self, rejected: str) -> Dict[str, str]:
+    def _authorize(self, rejected: str) -> Tuple[str, Dict[str, str]]:
         messages: List[Tuple[str, ...]] = []
         settings = Settings(self.account)
         session = Session(settings, lambda *message: messages.append(message))
@@ -7740,7 +7761,7 @@ class PlanAccess:
         headers = {"Authorization": f"Bearer {tokens.access_token}"}
         if not self.official:
             headers.update(account_headers(tokens))
-        return headers
+        return tokens.access_token, headers
 
     def is_refused(self, error: Any) -> bool:
         """Whether `error` is OpenAI's refusal of an access token."""
@@ -7748,8 +7769,8 @@ class PlanAccess:
         is_html = isinstance(error.body, str) and error.body.lstrip().startswith("<")
         return error.status_code == 401 and not is_html
 
-    def outcome(self, error: Any, http_error: Any) -> Exception:
-        """Return what to raise in the host for `error`, which ended a request."""
+    def host_exception(self, error: Any, http_error: Any) -> Optional[Exception]:
+        """Return what to raise in the host instead of `error`, or None to raise `error` itself."""
         if isinstance(error, OAuthError):
             return self.stopped(error)
         if isinstance(error, ResponseError):
@@ -7763,7 +7784,7 @@ class PlanAccess:
             again: Exception = http_error(503, self.name, {"message": error.reason})
             return again
         refusal = plan_refusal(error.status_code, error.body)
-        return self.stopped(refusal) if refusal else error
+        return self.stopped(refusal) if refusal else None
 
     def stopped(self, error: OAuthError) -> Exception:
         """Show `error` and return an exception that ends the prompt."""
@@ -7795,26 +7816,25 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
             self, messages: Any, model_settings: Any, *rest: Any, **options: Any
         ) -> Any:
             settings = access.model_settings(model_settings)
-            outcome = None
+            host_exception = None
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     yield await self._open_stream(stack, messages, settings, *rest, **options)
             except (OAuthError, ResponseError, http_error) as error:
-                outcome = access.outcome(error, http_error)
-                if outcome is error:
+                host_exception = access.host_exception(error, http_error)
+                if host_exception is None:
                     raise
             # Raised outside of the `except`, because the host repeats a request if an exception
             # in the chain of causes is a 429.
-            if outcome:
-                raise outcome
+            if host_exception is not None:
+                raise host_exception
 
         async def _open_stream(
             self, stack: Any, messages: Any, settings: Fields, *rest: Any, **options: Any
         ) -> Any:
             rejected = ""
             while True:
-                headers = await access.headers(rejected)
-                token = headers["Authorization"].partition(" ")[2]
+                token, headers = await access.authorize(rejected)
                 wanted = {**settings, "extra_headers": headers}
                 opening = super().request_stream(messages, wanted, *rest, **options)
                 try:
@@ -7853,10 +7873,10 @@ def refusing_model(base: Any, name: str, refusal: Callable[[], Exception]) -> An
 class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: ignore[misc]
     """The end of a prompt without another try and without a traceback.
 
-    The host ends a prompt quietly only after an InterruptedError. It catches that with `except*`,
-    prints the group of exceptions that it gets, and adds "(1 sub-exception)" to the text
-    (0.0.229 to 0.0.946). This group prints its text alone. Both ExceptionGroup and the host need
-    Python 3.11. On an older Python, this class only has to exist.
+    This is a group of exceptions whose text doesn't end with "(1 sub-exception)". The host prints a
+    traceback for every exception except InterruptedError. It catches that with `except*`, so it
+    gets a group, and it prints the group (0.0.229 to 0.0.946). Both ExceptionGroup and the host
+    need Python 3.11. On an older Python, this class only has to exist.
     """
 
     def __init__(self, text: str, members: Any) -> None:
