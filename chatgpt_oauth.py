@@ -1582,9 +1582,9 @@ class Client:
     # The next step if this client can't listen on a port.
     no_port_hint = Hint("to sign in without a port, run", device_command)
     # Another possible reason why an authorization code was refused, or "".
-    invalid_grant_hint = ""
-    # Where a person can end a sign-in that couldn't be revoked, or "".
-    unrevoked_hint = ""
+    invalid_grant_reason = ""
+    # Where a person can end a sign-in that couldn't be revoked.
+    unrevoked_hint: Optional[Hint] = None
     # The only source of models, or None if there is a choice.
     model_source: Optional[str] = None
     # Comes after the setting `prefix` in the names of this client's models.
@@ -1698,8 +1698,8 @@ class OfficialClient(Client):
     no_port_hint = Hint(
         "to paste the URL that the browser ends on, run in a terminal", sign_in_command
     )
-    invalid_grant_hint = "not every ChatGPT plan is eligible"
-    unrevoked_hint = "end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT"
+    invalid_grant_reason = "not every ChatGPT plan is eligible"
+    unrevoked_hint = Hint("end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT")
     model_source = "official"
     # The type of this client's entries in the models file. No other entry has it.
     model_type = "chatgpt_plan"
@@ -1724,7 +1724,7 @@ class OfficialClient(Client):
         # The setting applies only to the Codex CLI's client.
         self.workspace = ""
         self.token_parameters = {"resource": settings.api_base_url + "/v1"}
-        # Whether OpenAI should ask again if the plan may be used.
+        # Whether to make OpenAI ask again for permission to use the plan.
         self.asks_consent_again = False
 
     def resume(self, registration: Fields, stored: Fields) -> None:
@@ -1944,8 +1944,8 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     what = "exchange the code"
     url = client.settings.issuer + client.token_path
     response = request_json(client.settings, url, what, form)
-    if response.code.lower() == "invalid_grant" and client.invalid_grant_hint:
-        hint = f"{client.invalid_grant_hint}; to try again, run"
+    if response.code.lower() == "invalid_grant" and client.invalid_grant_reason:
+        hint = f"{client.invalid_grant_reason}; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
     return bearer_response(response, what)
 
@@ -2001,7 +2001,8 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
 
     - InvalidGrantError: the sign-in has ended, which is worth remembering.
     - SignInEndedError: the server refuses the refresh token for another reason.
-    - RequestError: there is no usable response, and the refresh token may be spent.
+    - RequestError: there is no usable response, and the refresh token may be spent unless the
+      error has `unprocessed` set.
     - UnavailableError: only the access token is missing.
     - any other OAuthError: the request is wrong, and the refresh token is still good.
     """
@@ -2013,7 +2014,8 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     reason = end_reason(response)
     if reason:
         return InvalidGrantError(reason, client.sign_in_command)
-    # The network, the region or the server is the reason, not the sign-in.
+    # The network, the region or the server is the reason, not the sign-in. A RequestError is one
+    # kind of UnavailableError.
     if isinstance(failure, UnavailableError):
         return failure
     # The response has a new refresh token, which can be used for the next try.
@@ -2172,10 +2174,10 @@ def request_device_code(settings: Settings) -> DeviceCode:
 #     5. Write the response to the temporary file.
 #     6. Rename the temporary file into place.
 #
-# If the process is killed before it renames the file, or if it can't, the next process that reads
-# the file or takes the lock does so. Nothing is written that couldn't be read again: `save` refuses
-# what exceeds the limit of `read`, and what comes from a server is stored as a typed value. A
-# symbolic link is kept, and root never follows or changes another user's link.
+# If the process is killed before step 6, or step 6 fails, the next process that reads the file or
+# takes the lock renames it. Nothing is written that couldn't be read again: `save` refuses what
+# exceeds the limit of `read`, and what comes from a server is stored as a typed value. A symbolic
+# link is kept, and root never follows or changes another user's link.
 
 # How long to retry on Windows while another program, such as a virus scanner, has a file open.
 SHARING_SECONDS = 5.0
@@ -2194,7 +2196,7 @@ PRIVATE = 0o600
 # New contents are written to a temporary file beside the file. A killed process leaves it there.
 TEMPORARY_SUFFIX = ".tmp"
 # The permissions of the group and of all other users.
-OTHERS = 0o077
+GROUP_AND_OTHERS = 0o077
 # The errors of flock on a file system without locks, such as NFS without its lock daemon.
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 # Symbolic links are not followed.
@@ -2229,6 +2231,7 @@ class Tokens:
         if self.api_key == self.access_token or decode_claims(self.api_key):
             self.api_key = None
         account_id = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
+        # It is sent in a header, so it must have a form that needs no quoting.
         self.account_id = account_id if is_b64token(account_id) else None
         issuer = text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]
         self.issuer = issuer.rstrip("/")
@@ -2313,7 +2316,7 @@ def encode(value: Fields) -> bytes:
 def storage_error(verb: str, path: str, error: OSError) -> StorageError:
     """Return the StorageError for a system call that failed to `verb` (such as lock) a `path`.
 
-    Its hint can't fail for the same reason as the call.
+    The hint suggests only steps that don't fail for the same reason.
     """
     hint = "check the free space and the permissions, then try again"
     # Windows reports a directory in the place of a file as a missing permission.
@@ -2337,10 +2340,11 @@ def home_hint(settings: Settings) -> str:
     place = settings.directory
     while not os.path.lexists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
-    is_effective = os.access in os.supports_effective_ids
+    # Windows has no effective IDs.
+    has_effective_ids = os.access in os.supports_effective_ids
     if not os.path.isdir(place):
         problem = f"{place} is not a directory"
-    elif os.access(place, os.W_OK | os.X_OK, effective_ids=is_effective):
+    elif os.access(place, os.W_OK | os.X_OK, effective_ids=has_effective_ids):
         return ""
     elif can_change_mode(place):
         return f"make {place} writable, or set CHATGPT_OAUTH_HOME to another directory"
@@ -2434,10 +2438,10 @@ def _rename(source: str, target: str) -> None:
                 os.close(directory)
 
 
-def _create(path: str, model: str, mode: int) -> int:
-    """Create a file with the owner of `model`. Raises FileExistsError if it exists."""
+def _create(path: str, owner_source: str, mode: int) -> int:
+    """Create a file with the owner of `owner_source`. Raises FileExistsError if it exists."""
     descriptor = os.open(path, READ_WRITE | os.O_CREAT | os.O_EXCL, mode)
-    _chown_like(descriptor, model)
+    _chown_like(descriptor, owner_source)
     return descriptor
 
 
@@ -2454,24 +2458,27 @@ def _overwrite(file: Any, data: bytes) -> None:
 
 def _owner(path: str) -> Tuple[int, int]:
     """Return the user and group ID of `path`, or of its directory if `path` doesn't exist."""
-    facts = os.stat(path if os.path.exists(path) else os.path.dirname(path))
-    return facts.st_uid, facts.st_gid
+    info = os.stat(path if os.path.exists(path) else os.path.dirname(path))
+    return info.st_uid, info.st_gid
 
 
-def _is_own_file(path: str, model: str) -> bool:
-    """Whether `path` is a regular file of this user or, if we are root, of the owner of `model`."""
+def _is_own_file(path: str, owner_source: str) -> bool:
+    """Whether `path` is a regular file of this user.
+
+    If we are root, it must belong to the owner of `owner_source`.
+    """
     try:
-        facts = os.lstat(path)
+        info = os.lstat(path)
     except FileNotFoundError:
         return False
-    if not stat.S_ISREG(facts.st_mode):
+    if not stat.S_ISREG(info.st_mode):
         return False
     if sys.platform == "win32":
         return True
     user = os.geteuid()
     if user == 0:
-        user, _ = _owner(model)
-    return facts.st_uid == user
+        user, _ = _owner(owner_source)
+    return info.st_uid == user
 
 
 def _chown_like(descriptor: int, path: str) -> None:
@@ -2579,6 +2586,10 @@ def _release(descriptor: int) -> None:
     os.close(descriptor)
 
 
+class _TransientError(Exception):
+    """A fault of a file that may be gone a moment later."""
+
+
 class JsonFile:
     """A JSON object in a file below `home`, read without a lock and replaced under a lock.
 
@@ -2617,27 +2628,38 @@ class JsonFile:
         deadline = time.monotonic() + REREAD_SECONDS
         while True:
             try:
-                value = json.loads(self._read_bytes())
+                return self._read_object()
             except FileNotFoundError:
                 return {}
-            except OSError as error:
-                # The file isn't broken, so a sign-in must not move it aside.
-                if error.errno in AT_LIMITS:
-                    raise limits_error(error) from None
-                fault = f"cannot read: {error.strerror}"
-                # Windows denies access to a file at the moment when it is being replaced.
-                is_transient = sys.platform == "win32" and isinstance(error, PermissionError)
-            except (ValueError, RecursionError):
-                fault = "not valid JSON"
-                # Another program may be writing the file.
-                is_transient = True
-            else:
-                if isinstance(value, dict):
-                    return value
-                raise self.broken_error("not a JSON object")
-            if not is_transient or time.monotonic() > deadline:
-                raise self.broken_error(fault)
+            except _TransientError as error:
+                if time.monotonic() > deadline:
+                    raise self.broken_error(str(error)) from None
             time.sleep(0.02)
+
+    def _read_object(self) -> Fields:
+        """Return the JSON object, or raise FileNotFoundError if the file doesn't exist.
+
+        Raises _TransientError for a fault that may be gone a moment later.
+        """
+        try:
+            value = json.loads(self._read_bytes())
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            # The file isn't broken, so a sign-in must not move it aside.
+            if error.errno in AT_LIMITS:
+                raise limits_error(error) from None
+            fault = f"cannot read: {error.strerror}"
+            # Windows denies access to a file at the moment when it is being replaced.
+            if sys.platform == "win32" and isinstance(error, PermissionError):
+                raise _TransientError(fault) from None
+            raise self.broken_error(fault) from None
+        except (ValueError, RecursionError):
+            # Another program may be writing the file.
+            raise _TransientError("not valid JSON") from None
+        if not isinstance(value, dict):
+            raise self.broken_error("not a JSON object")
+        return value
 
     def _read_bytes(self) -> bytes:
         """Return the contents of the file. May raise OSError."""
@@ -2654,21 +2676,21 @@ class JsonFile:
 
     def _check(self, descriptor: int) -> None:
         """Raise StorageError unless the open file is a regular file within the size limit."""
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
             raise self.broken_error("not a regular file")
-        if facts.st_size > self.limit:
+        if info.st_size > self.limit:
             raise self.broken_error(f"larger than {self.limit // MEBIBYTE} MiB")
-        self._check_link(self.path, facts)
+        self._check_link(self.path, info)
 
-    def _check_link(self, path: str, facts: os.stat_result) -> None:
+    def _check_link(self, path: str, info: os.stat_result) -> None:
         """As root, raise StorageError if `path` is another user's link to a file they don't own.
 
         Without this check, that user could make root read or replace the file.
         """
         if sys.platform != "win32" and os.geteuid() == 0:
             owner = os.lstat(path).st_uid
-            if owner not in (0, facts.st_uid):
+            if owner not in (0, info.st_uid):
                 text = f"{path}: another user (uid {owner}) made it a link to a file of others"
                 raise StorageError(text, "remove it, then try again")
 
@@ -2769,7 +2791,7 @@ class JsonFile:
         hold the lock.
         """
         contents = encode(present)
-        # New tokens fit into the other half.
+        # At most half of the limit may be used already, so that the new tokens certainly fit.
         if len(contents) > self.limit // 2:
             hint = "remove what other programs have stored in it, then try again"
             raise StorageError(f"{self.path}: too large for new tokens", hint)
@@ -2814,10 +2836,10 @@ class JsonFile:
     def _version(self) -> Optional[Tuple[int, ...]]:
         """Return numbers that change when another program writes the file. None without a file."""
         try:
-            facts = os.stat(self.path)
+            info = os.stat(self.path)
         except FileNotFoundError:
             return None
-        return facts.st_ino, facts.st_size, facts.st_mtime_ns
+        return info.st_ino, info.st_size, info.st_mtime_ns
 
     def save(self, value: Fields) -> None:
         """Replace the contents of the file with `value`. The caller must hold the lock.
@@ -2969,27 +2991,30 @@ class TokenFile(JsonFile):
         return os.path.getmtime(self.path) <= os.path.getmtime(path)
 
     def _check(self, descriptor: int) -> None:
-        """Also raise StorageError for another user's file, and remove other users' access."""
+        """Check the open file as JsonFile does, and reject another user's file.
+
+        If other users have access to it, that is removed.
+        """
         super()._check(descriptor)
         if sys.platform == "win32":
             return
-        facts = os.fstat(descriptor)
+        info = os.fstat(descriptor)
         # Containers mount secrets as files that belong to root and that nobody else can write.
-        is_secret = facts.st_uid == 0 and not facts.st_mode & 0o022
-        if os.geteuid() not in (0, facts.st_uid) and not is_secret:
-            raise self.broken_error(f"owned by another user (uid {facts.st_uid})")
-        if facts.st_mode & OTHERS:
+        is_secret = info.st_uid == 0 and not info.st_mode & 0o022
+        if os.geteuid() not in (0, info.st_uid) and not is_secret:
+            raise self.broken_error(f"owned by another user (uid {info.st_uid})")
+        if info.st_mode & GROUP_AND_OTHERS:
             # On some mounts, chmod fails or changes nothing. There is nothing to report then.
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, PRIVATE)
-                if not os.fstat(descriptor).st_mode & OTHERS:
+                if not os.fstat(descriptor).st_mode & GROUP_AND_OTHERS:
                     text = f"{self.path} was readable by other users; changed to 0600"
                     self.notify("warning", text)
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
-        is_readable_only = home_hint(self.settings) and self.holds_sign_in()
-        if not is_readable_only or can_change_mode(self.directory):
+        can_write = not home_hint(self.settings)
+        if can_write or not self.holds_sign_in() or can_change_mode(self.directory):
             return super()._lock_error(error)
         # The directory can't be made writable either, so it is a read-only mount.
         failure = storage_error("change", self.path, error)
@@ -4878,8 +4903,9 @@ def revoke_or_warn(session: Session, tokens: Tokens) -> None:
     except OAuthError as error:
         session.notify("warning", str(error))
         session.notify("info", "The token may still be valid at OpenAI.")
-        if session.client.unrevoked_hint:
-            session.notify("hint", session.client.unrevoked_hint)
+        hint = session.client.unrevoked_hint
+        if hint:
+            session.notify("hint", hint.text, hint.command)
 
 
 def obtain_api_key(session: Session) -> None:
