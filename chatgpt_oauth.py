@@ -3039,21 +3039,22 @@ class TokenFile(JsonFile):
 # sent again only if the server certainly hasn't processed the first request. From the request until
 # the response is on disk, nothing may interrupt: see `carry_out`. The request is sent and the
 # response stored by a child process that has a session of its own, ignores signals, and inherits
-# the lock. Whatever happens to the process that waits for it, the child finishes its work. That
-# process delays signals too, because in a container its end may end all others. If no child can be
-# started, signals and the end of the program wait instead.
+# the lock. Whatever happens to the process that waits for it, the child finishes its work. The
+# waiting process delays signals too: if it is the main process of a container, its end kills the
+# child. If no child can be started, signals and the end of the program wait instead.
 # The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
-# Neither a date nor a wrong clock locks anybody out: see `_refreshed` and `trust`.
+# Neither a date nor a wrong clock locks anybody out: see `_refreshed` and
+# `accept_new_tokens`.
 
 # At exit, the program waits for a refresh that runs in a thread, for at most the request timeout
 # plus this.
 EXIT_GRACE = 5.0  # seconds
 # Signals that ask a process to end. They are delayed even if the program that imports this module
-# handles them.
+# handles them. SIGINT must come first (see signals_deferred).
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-# Signals that end a process only if it doesn't handle them. That program's handler, for example of
-# an alarm, is called without delay.
+# Signals that are delayed only if they would end the process. If the program that imports this
+# module has a handler (for an alarm, say), it is called without delay.
 OTHER_SIGNALS = ("SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGVTALRM", "SIGPROF")
 # The code that a child process runs. It imports this file instead of running it, so that Python can
 # use the compiled code of the installed program or of the plugin. The file may have any name.
@@ -3078,7 +3079,7 @@ INTERRUPT_SLICE = 0.1  # seconds
 # How long to wait for the lock if the access token is still valid for a while.
 BRIEF_LOCK_TIMEOUT = 2.0  # seconds
 # The access tokens that had already expired by this machine's clock when they arrived in this run.
-_arrived_expired: Set[str] = set()
+_expired_on_arrival: Set[str] = set()
 
 
 def to_log(kind: str, text: str, command: str = "") -> None:
@@ -3093,8 +3094,9 @@ def to_log(kind: str, text: str, command: str = "") -> None:
 
 
 class Session:
-    """A stored sign-in, which it refreshes when needed. By default, the Codex CLI client's.
+    """A stored sign-in, whose tokens are refreshed when needed.
 
+    The default is the sign-in of the Codex CLI's client.
     `settings` decide whose it is. Messages for the user go to `notify`.
     """
 
@@ -3172,7 +3174,7 @@ class Session:
         unless `refresh` is true. Raises OAuthError.
         """
         stored = self.tokens()
-        if not refresh and stored.access_token in _arrived_expired:
+        if not refresh and stored.access_token in _expired_on_arrival:
             return stored
         if refresh or not stored.valid_for(0):
             return self._refreshed(stored, retry=True)
@@ -3239,7 +3241,7 @@ class Session:
             tokens = self.tokens()
             # Another process has stored these a moment ago, while we waited for the lock.
             if tokens.access_token != old.access_token:
-                return self.trust(tokens)
+                return self.accept_new_tokens(tokens)
             self.require_refreshable(tokens)
             if tokens.refresh_token in self._refusals:
                 raise self._refusals[tokens.refresh_token]
@@ -3249,18 +3251,18 @@ class Session:
             if allowed_at > time.time() and tokens.valid_for(0) and not rejected:
                 return tokens
             try:
-                return self.trust(self._refresh_with_retry(tokens, retry))
+                return self.accept_new_tokens(self._refresh_with_retry(tokens, retry))
             except SignInEndedError as error:
                 self._refusals[tokens.refresh_token] = error
                 raise
 
-    def trust(self, tokens: Tokens) -> Tokens:
+    def accept_new_tokens(self, tokens: Tokens) -> Tokens:
         """Return `tokens`, which have just arrived, and use them for the rest of this run.
 
         If the clock is ahead, they seem to have expired. Refreshing them again wouldn't help.
         """
-        if not tokens.valid_for(0) and tokens.access_token not in _arrived_expired:
-            _arrived_expired.add(tokens.access_token)
+        if not tokens.valid_for(0) and tokens.access_token not in _expired_on_arrival:
+            _expired_on_arrival.add(tokens.access_token)
             text = "the new access token has expired by this computer's clock; is it right?"
             self.notify("warning", text)
         return tokens
@@ -3308,35 +3310,36 @@ class Session:
         with contextlib.suppress(StorageError):
             current = self.tokens()
         if current.refresh_token == old.refresh_token:
-            new = self._store(response.members, current)
-            return self._judge(response, current, new)
+            new, was_stored = self._store(response.members, current)
+            return self._judge(response, current, new, was_stored)
         if current.valid_for(0):
             return current
         text = "another process changed the stored tokens"
         raise refresh_error(self.client, response) or OAuthError(text, "try again")
 
-    def _store(self, response: Fields, current: Tokens) -> Tokens:
-        """Store the valid tokens of a refresh's response, and return the resulting tokens.
+    def _store(self, response: Fields, current: Tokens) -> Tuple[Tokens, bool]:
+        """Store the valid tokens of a refresh's response.
 
-        A refresh token without an access token is stored, too, because the one before is spent. If
-        there is nothing to store, the `current` tokens are returned.
+        Returns the resulting tokens and whether they were stored. If there is nothing to store, the
+        result is the `current` tokens. A refresh token without an access token is stored, too,
+        because the one before is spent.
         """
         received = received_tokens(response)
         if not ("access_token" in received or "refresh_token" in received):
-            return current
+            return current, False
         fields = merged(current.fields, response)
         fields.update(self.client.refresh_fields(response))
         if fields.get("api_key") == current.access_token:
             # Code Puppy's own plugin stores the access token as `api_key` too (see Tokens).
             fields["api_key"] = fields["access_token"]
         self.token_file.save(fields)
-        return Tokens(fields)
+        return Tokens(fields), True
 
-    def _judge(self, response: Response, old: Tokens, new: Tokens) -> Tokens:
-        """Return the `new` tokens, which a refresh of the `old` ones has brought and stored.
+    def _judge(self, response: Response, old: Tokens, new: Tokens, was_stored: bool) -> Tokens:
+        """Return the `new` tokens after a refresh of the `old` ones, if the `response` is in order.
 
-        Faults in the response are warnings, or end the sign-in. Raises OAuthError if the refresh
-        brought no access token.
+        `was_stored` tells whether the response brought tokens. Faults in it are warnings, or end
+        the sign-in. Raises OAuthError if it brought no access token.
         """
         refusal = refresh_error(self.client, response)
         if refusal and self._is_too_early(refusal, old):
@@ -3346,7 +3349,6 @@ class Session:
                 f"try again after {timestamp(allowed_at)}; if that fails, run",
                 self.client.sign_in_command,
             )
-        was_stored = new is not old
         if isinstance(refusal, InvalidGrantError) and not was_stored:
             self._store_end(refusal.reason, old)
         if refusal:
@@ -3431,6 +3433,8 @@ def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> An
     config = {
         key: value if value is None else str(value) for key, value in CHATGPT_OAUTH_CONFIG.items()
     }
+    # The child takes the session's settings from here. It needs the configuration, too, because
+    # Tokens takes its defaults from that.
     order = {
         "task": task.__name__,
         "arguments": arguments,
@@ -3488,8 +3492,8 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
     # No more processes are allowed, or Python 3.12 is shutting down.
     except (OSError, RuntimeError):
         return None
-    # If this is interrupted, the child gets the end of its input. That ends it, unless it has the
-    # whole order already.
+    # If we are interrupted here, the child's input is closed. The child then exits, unless it has
+    # already received the whole order.
     with signals_deferred() as delayed, child:
         if not give_order(child, order):
             # It may be another program, which doesn't end with its input.
@@ -3533,15 +3537,16 @@ def has_greeted(pipe: Any) -> bool:
 
 
 def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
-    """Return everything that comes from a child process. `delayed` gets the signals meanwhile.
+    """Return everything that comes from a child process.
 
-    No signal ends the wait, because the end of this process may also be the end of a container,
-    which kills the child. The child takes no longer than its request and the disk do.
+    Signals that arrive meanwhile are appended to `delayed` (see signals_deferred). None of them ends
+    the wait, because the end of this process may also be the end of a container, which kills the
+    child. The child takes no longer than its request and the disk do.
     """
     import selectors
     import signal
 
-    reply, interrupts = b"", 0
+    reply, reported = b"", 0
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
@@ -3550,8 +3555,9 @@ def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
                 if not part:
                     return reply
                 reply += part
-            before, interrupts = interrupts, delayed.count(signal.SIGINT)
-            if interrupts > before:
+            interrupts = delayed.count(signal.SIGINT)
+            if interrupts > reported:
+                reported = interrupts
                 seconds = session.settings.request_timeout
                 session.notify("info", f"Waiting for the response first ({seconds:g} s at most)...")
 
@@ -3572,8 +3578,9 @@ def own_python() -> str:
 def child_command() -> List[str]:
     """Return the command that runs this file as a child process, or [] if there is none.
 
-    A program that is read from standard input has no file. Windows can't inherit a lock. The end of
-    process 1 of a container would kill a child.
+    There is none for a program that is read from standard input, which has no file, on Windows,
+    where a child can't inherit a lock, and in process 1 of a container, whose end would kill the
+    child.
     """
     program, python = str(globals().get("__file__", "")), own_python()
     if sys.platform == "win32" or os.getpid() == 1:
@@ -3637,7 +3644,8 @@ def signals_deferred() -> Iterator[List[int]]:
 
     # ValueError: signal handlers can only be set in the main thread.
     with contextlib.suppress(ValueError):
-        # A signal is also written to this descriptor, from which asyncio calls its handlers.
+        # asyncio calls its handlers for what is written to this descriptor, so turn it off while
+        # signals are delayed. raise_signal writes to it afterwards.
         wakeup = signal.set_wakeup_fd(-1)
         for name in ENDING_SIGNALS + OTHER_SIGNALS:
             number = getattr(signal, name, 0)
@@ -3647,7 +3655,8 @@ def signals_deferred() -> Iterator[List[int]]:
     try:
         yield delayed
     finally:
-        # SIGINT comes last, because it may raise KeyboardInterrupt as soon as its handler is back.
+        # Restore the handlers in reverse order, so that the one for SIGINT comes last. It may raise
+        # KeyboardInterrupt at once.
         for number, handler in reversed(list(handlers.items())):
             signal.signal(number, handler)
         if wakeup != -1:
@@ -3798,6 +3807,7 @@ class AuthorizationRequest:
         import hmac
         import urllib.parse
 
+        # parse_qs raises ValueError if there are more fields. A response has about five.
         fields = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=50)
         # A parameter must not appear more than once (RFC 6749 §3.1). One that does is ignored.
         response = {name: values[0] for name, values in fields.items() if len(values) == 1}
@@ -3885,7 +3895,10 @@ def is_served_host(hosts: List[str]) -> bool:
 
 
 class Answer:
-    """The answer to one request at the listener. `is_last` if its tab needs no further answer."""
+    """The answer to one request at the listener.
+
+    `is_last` is true if the browser tab won't request anything else.
+    """
 
     def __init__(self, status: int, page: bytes = b"", is_last: bool = False) -> None:
         self.status, self.page, self.is_last = status, page, is_last
@@ -3943,7 +3956,7 @@ class Callback:
             if self.can_paste and self.request.state in query:
                 text += " To sign in anyway, paste this page's URL into the terminal."
             return Answer(400, stray_page(text))
-        if path == "/success" and self.outcome.done() and not self._wait_for_failure_page():
+        if path == "/success" and self._has_succeeded():
             text = "You can close this tab and return to your terminal."
             page = render_page("You're signed in", text, kind="yes")
             # An image on another site's page can request this URL, too.
@@ -3964,16 +3977,23 @@ class Callback:
         # A redirect to /success removes the code from the address bar.
         return Answer(303)
 
+    def _has_succeeded(self) -> bool:
+        """Whether the sign-in is done and the tokens are stored."""
+        if not self.outcome.done() or self.outcome.cancelled():
+            return False
+        return self.outcome.exception() is None
+
     def _wait_for_failure_page(self) -> bytes:
         """Wait for the outcome and return the page that explains a failure, b"" after success."""
         from concurrent.futures import CancelledError
 
         try:
-            error = self.outcome.exception()
+            error: Any = self.outcome.exception()
         except CancelledError:
             return render_page("Sign-in stopped", "Return to your terminal and start again.")
-        if not isinstance(error, OAuthError):
+        if error is None:
             return b""
+        # `redeem` sets only OAuthErrors.
         hint = error.hint
         # A command is of no use in a browser. The terminal shows it.
         if error.command or not hint:
@@ -4843,7 +4863,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     Revokes the `old` sign-in if it belongs to another account. Failures are warnings, except that
     it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
-    client, tokens = session.client, session.trust(session.tokens())
+    client, tokens = session.client, session.accept_new_tokens(session.tokens())
     with errors_as_warnings(session):
         store_registration(session, text_or_none(tokens.fields.get("sub")))
     email = identity(tokens)["email"]
