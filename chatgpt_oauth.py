@@ -2463,10 +2463,7 @@ def _owner(path: str) -> Tuple[int, int]:
 
 
 def _is_own_file(path: str, owner_source: str) -> bool:
-    """Whether `path` is a regular file of this user.
-
-    If we are root, it must belong to the owner of `owner_source`.
-    """
+    """Whether `path` is a regular file of this user, or of the owner of `owner_source` for root."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -3044,8 +3041,7 @@ class TokenFile(JsonFile):
 # child. If no child can be started, signals and the end of the program wait instead.
 # The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
-# Neither a date nor a wrong clock locks anybody out: see `_refreshed` and
-# `accept_new_tokens`.
+# Neither a date nor a wrong clock locks anybody out: see `_refreshed` and `accept_new_tokens`.
 
 # At exit, the program waits for a refresh that runs in a thread, for at most the request timeout
 # plus this.
@@ -3539,9 +3535,9 @@ def has_greeted(pipe: Any) -> bool:
 def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
     """Return everything that comes from a child process.
 
-    Signals that arrive meanwhile are appended to `delayed` (see signals_deferred). None of them ends
-    the wait, because the end of this process may also be the end of a container, which kills the
-    child. The child takes no longer than its request and the disk do.
+    Signals that arrive meanwhile are appended to `delayed` (see signals_deferred). None of them
+    ends the wait, because the end of this process may also be the end of a container, which kills
+    the child. The child takes no longer than its request and the disk do.
     """
     import selectors
     import signal
@@ -4478,7 +4474,10 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
 
 
 def _models_response(session: Session, source: str, what: str) -> Response:
-    """Request the models of `source`. A refused API key is no reason to refresh."""
+    """Request the models of `source`.
+
+    A 401 for an API key doesn't trigger a refresh, because the tokens weren't used.
+    """
     tokens = session.tokens()
     if not session.client.can_use_plan(tokens.fields):
         raise plan_not_allowed_error()
@@ -4516,14 +4515,14 @@ def is_ours(session: Session, name: str, entry: object) -> bool:
     return is_official_entry == is_official_session
 
 
-def registered_entries(*sign_ins: Session) -> Dict[str, Fields]:
-    """Return the entries of `sign_ins` in the models file, one sign-in after the other.
+def registered_entries(*sessions: Session) -> Dict[str, Fields]:
+    """Return the entries of `sessions` in the models file, one sign-in after the other.
 
     Raises StorageError.
     """
-    entries = sign_ins[0].models_file.read()
+    entries = sessions[0].models_file.read()
     ours: Dict[str, Fields] = {}
-    for session in sign_ins:
+    for session in sessions:
         for name, entry in entries.items():
             if is_ours(session, name, entry):
                 ours[name] = entry
@@ -4630,10 +4629,11 @@ def import_models(
     """
     settings = session.settings
     source_session, source = resolve_source(session, models.source)
-    tokens, listed = source_session.tokens(), list_models(source_session, source)
-    # Without account IDs, only the tokens tell accounts apart, and the request may have refreshed
-    # them.
-    tokens = source_session.used_tokens or tokens
+    tokens_before = source_session.tokens()
+    listed = list_models(source_session, source)
+    # list_models may have refreshed the tokens. same_account compares access tokens if there is no
+    # account ID, so use those of the last request.
+    tokens = source_session.used_tokens or tokens_before
     prefix = settings.prefix + source_session.client.model_prefix
     entries = {
         prefix + name: model_entry(settings, source, name, described)
@@ -4691,6 +4691,8 @@ USER_CODE_LIMIT = 64  # characters
 # The remaining time is shown when it reaches one of these. Screen readers read every change aloud,
 # so it isn't shown every second.
 TIME_LEFT_MARKS = (90, 60, 30, 10)  # seconds
+# The least that is suggested for --timeout after a sign-in has timed out: twice the default.
+LONGER_TIMEOUT = 240.0  # seconds
 # After this many lines that aren't the URL, no more are read, unless they come from a terminal. The
 # input could be the output of `yes`.
 PASTE_LIMIT = 20
@@ -4844,7 +4846,10 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
 
 
 def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:
-    """Return the members of a new sign-in, plus the `old` ones of the same account that remain."""
+    """Return the members to store for a new sign-in.
+
+    Members of the `old` one that don't describe its tokens are kept if the account is the same.
+    """
     fields = dict(tokens.fields)
     if tokens.account_id:
         fields["account_id"] = tokens.account_id
@@ -5021,7 +5026,24 @@ def is_read_from_stdin() -> bool:
 def is_terminal(descriptor: int) -> bool:
     """Whether `descriptor` is a terminal."""
     # Windows' isatty is also true for NUL, which isn't a console.
-    return os.isatty(descriptor) and add_console_mode(descriptor, 0)
+    return os.isatty(descriptor) and console_mode(descriptor) is not None
+
+
+def console_mode(descriptor: int) -> Optional[int]:
+    """Return the mode of a Windows console, or None if `descriptor` isn't one.
+
+    On other systems, return 0.
+    """
+    if sys.platform != "win32":
+        return 0
+    import ctypes
+    import msvcrt
+
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+    mode = ctypes.c_ulong()
+    if not ctypes.WinDLL("kernel32").GetConsoleMode(handle, ctypes.byref(mode)):
+        return None
+    return mode.value
 
 
 def add_console_mode(descriptor: int, bits: int) -> bool:
@@ -5034,12 +5056,11 @@ def add_console_mode(descriptor: int, bits: int) -> bool:
     import ctypes
     import msvcrt
 
-    kernel = ctypes.WinDLL("kernel32")
-    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
-    before = ctypes.c_ulong()
-    if not kernel.GetConsoleMode(handle, ctypes.byref(before)):
+    mode = console_mode(descriptor)
+    if mode is None:
         return False
-    return not bits or bool(kernel.SetConsoleMode(handle, before.value | bits))
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+    return bool(ctypes.WinDLL("kernel32").SetConsoleMode(handle, mode | bits))
 
 
 class PastedInput:
@@ -5288,8 +5309,8 @@ class BrowserSignIn:
             notify("hint", "in its address bar, change https://localhost to http://127.0.0.1")
 
     def _timeout_error(self) -> OAuthError:
-        # Twice as long, but at least four minutes and at most what the option allows.
-        longer = max(240.0, min(2 * self.timeout, _SECONDS.high))
+        # Suggest twice as long, but not more than the option allows.
+        longer = max(LONGER_TIMEOUT, min(2 * self.timeout, _SECONDS.high))
         return OAuthError(
             f"timed out after {self.timeout:g} seconds waiting for you to sign in",
             "to try again with more time, run",
@@ -5482,32 +5503,28 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         if tokens and revoking:
             token_file.require_removable()
             revoke_or_warn(session, tokens)
+        models_error: Optional[OAuthError] = None
         try:
             token_file.remove()
+        # The models are removed even if the token file can't be.
         finally:
-            failure = remove_models(session)
+            try:
+                register_models(session, {})
+            except OAuthError as error:
+                models_error = error
     email = identity(tokens)["email"] if tokens else None
     owner = f" of {email}" if email else ""
-    removed = "" if failure else "; imported models removed"
+    removed = "" if models_error else "; imported models removed"
     session.notify("done", f"Signed out{owner}{session.client.label}{removed}")
     if tokens and tokens.api_key:
         url = "https://platform.openai.com/api-keys"
         session.notify("info", f"The API key stays valid until you delete it at {url}")
-    if failure:
-        raise failure
+    if models_error:
+        raise models_error
     return True
 
 
-def remove_models(session: Session) -> Optional[OAuthError]:
-    """Remove the sign-in's model entries, and return the error if that fails."""
-    try:
-        register_models(session, {})
-    except OAuthError as error:
-        return error
-    return None
-
-
-# A command that can't open a browser fails within this time.
+# How long to watch for a failure of the command that opens the browser.
 BROWSER_WATCH = 2.0  # seconds
 # The arguments with which Python opens a URL. -I keeps it from importing anything from the current
 # directory.
@@ -5589,7 +5606,7 @@ def browser_command(environ: Dict[str, str], url: str) -> Tuple[List[str], str]:
         return chosen_browser(environ["BROWSER"], url, path)
     openers = URL_OPENERS.get(sys.platform, URL_OPENERS["linux"])
     has_display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
-    # Termux opens URLs in a browser of Android.
+    # Termux opens URLs in Android's browser, so it needs no display.
     is_termux = shutil.which("termux-open-url", path=path) is not None
     if "WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ:
         openers = URL_OPENERS["wsl"]
@@ -5669,9 +5686,11 @@ class PromptSignIn(BrowserSignIn):
             yield
             return
         import termios
+        import tty
 
         before = termios.tcgetattr(self.stdin.descriptor)
-        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        silent = list(before)
+        silent[tty.LFLAG] &= ~termios.ECHO
         termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, silent)
         try:
             yield
@@ -5704,9 +5723,9 @@ def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
     except ValueError as error:
         raise UsageError(f"that URL does not work: {error}") from None
     PromptSignIn.unfinished = None
-    begun = Session(request.client.settings, session.notify, request.client)
-    redeem(begun, models, callback)
-    session.imported = begun.imported
+    unfinished_session = Session(request.client.settings, session.notify, request.client)
+    redeem(unfinished_session, models, callback)
+    session.imported = unfinished_session.imported
 
 
 # ---------------------------------------------------------------------------------------------
