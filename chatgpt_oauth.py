@@ -6653,7 +6653,10 @@ def command_env(session: Session, options: Namespace) -> int:
         variables = exported_variables(session, options, "env --access-token", options.unset)
     except (NotSignedInError, NoApiKeyError) as error:
         # A profile runs `env` in every new shell, so this message takes only one line.
-        session.notify("error", f"{error}; {error.hint}", error.command)
+        hint = error.hint
+        if isinstance(error, NoApiKeyError):
+            hint = "to use an access token instead, run"
+        session.notify("error", f"{error}; {hint}", error.command)
         return error.exit_code
     print_result(shell_code(shell, variables))
     return 0
