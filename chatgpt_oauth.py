@@ -166,7 +166,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "originator": "chatgpt_oauth",
     # Seconds for one whole request, name lookup included.
     "request_timeout": 30,
-    # Seconds from the first try of a refresh in which it may be repeated.
+    # A failed refresh may be tried again for this many seconds after the first try.
     "retry_window": 20,
     # Seconds to wait for another process's refresh or sign-in.
     "lock_timeout": 60,
@@ -208,6 +208,7 @@ class Rule:
         found = re.fullmatch(self.pattern, str(value), re.ASCII)
         if not found or not self._is_in_range(found.groupdict().get("number")):
             raise UsageError(f"{name} must be {self.meaning}")
+        # Group 1 is the value. A pattern that is only a number has `number` as its group 1.
         has_groups = found.re.groups > 0
         return self.kind(found[1] if has_groups else found[0])
 
@@ -239,7 +240,8 @@ _DIRECTORY = Rule(r"[^\0]+", "the path of a directory")
 _WORKSPACE = Rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
 # The name is part of a directory's path, of models' names and of variables' names. Windows reserves
 # the names of devices. The models of the account `plan` would be named like those of the official
-# sign-in, and the variable of the account `env-var` like that of a setting.
+# sign-in. The API key of the account `env-var` would be in CHATGPT_OAUTH_API_KEY_ENV_VAR, which
+# overrides the setting `api_key_env_var`.
 _ACCOUNT = Rule(
     r"(?!(?:plan|env-var|con|prn|aux|nul|(?:com|lpt)[0-9])$)[a-z0-9][a-z0-9-]{0,31}",
     "1 to 32 of a-z, 0-9 and - (not plan or con)",
@@ -493,6 +495,7 @@ class OAuthError(Exception):
 
     def set_default_hint(self, command: str, text: str = "to try again, run") -> None:
         """Replace the usual hint by `text` with `command`. A more specific hint stays."""
+        # If the class has no usual hint (""), `hint` is None or specific, so it never matches.
         if self.hint == self.usual_hint:
             self.hint, self.command = text, command
 
@@ -662,7 +665,9 @@ LAST_MOMENT = 32535215999
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
 # OpenSSL's most common reasons for refusing a certificate (X509_V_ERR_…, which Python has no names
-# for), in one word. All others are shown in OpenSSL's words.
+# for), in one word: CERT_HAS_EXPIRED (10), four codes for a certificate that no trusted CA has
+# signed (18 to 21), HOSTNAME_MISMATCH (62) and IP_ADDRESS_MISMATCH (64). All others are shown in
+# OpenSSL's words.
 CERTIFICATE_FAULTS = {
     10: "expired",
     **dict.fromkeys((18, 19, 20, 21), "untrusted"),
@@ -1210,7 +1215,8 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                     return attempt
                 attempt.close()
                 failure = OSError(code, socket_error_text(code))
-            # The deadline has passed.
+            # max() makes `seconds` exactly 0 when the deadline has passed. select didn't wait then,
+            # but attempts that had already ended were still looked at.
             if not ended and not seconds:
                 raise TimeoutError
         raise failure
@@ -1322,6 +1328,7 @@ def await_exchange(
     # A KeyboardInterrupt also ends the exchange.
     finally:
         is_in_time = answered.done()
+        # If the request was already prevented, prevent_request returns true again.
         was_sent = not prevent_request(connected)
         if was_sent and not is_in_time:
             hang_up(connected.result())
@@ -1500,7 +1507,8 @@ def is_tls_fault(error: BaseException) -> bool:
 # If this scope was granted, the ChatGPT plan may pay for requests.
 PLAN_SCOPE = "chatgpt.tokens.use.direct"
 USAGE_PAGE = "https://chatgpt.com/settings/usage"
-# Seconds by which this machine's clock may be ahead.
+# Seconds by which this machine's clock may be ahead when a sign-in checks whether its ID token has
+# expired. RFC 7519 §4.1.4 allows for usually no more than a few minutes.
 CLOCK_SKEW = 300
 # Seconds between two polls if the server gives no interval (RFC 8628 §3.5).
 DEFAULT_POLL_INTERVAL = 5.0
@@ -1648,7 +1656,10 @@ class Client:
         return {}
 
     def id_token_fault(self, tokens: Tokens) -> str:
-        """Return what is wrong with the ID token of a refresh, or "". It is stored already."""
+        """Return what is wrong with the ID token of a refresh, or "".
+
+        The tokens have already been stored, so this must not raise an error.
+        """
         return ""
 
     def is_other_account(self, old: Tokens, new: Tokens) -> bool:
@@ -1838,7 +1849,10 @@ class OfficialClient(Client):
         return fields
 
     def id_token_fault(self, tokens: Tokens) -> str:
-        """Return what is wrong with the ID token of a refresh, or "". It is stored already."""
+        """Return what is wrong with the ID token of a refresh, or "".
+
+        The tokens have already been stored, so this must not raise an error.
+        """
         # The response may omit the ID token.
         if not tokens.id_token:
             return ""
@@ -2060,6 +2074,8 @@ def revoke(client: Client, tokens: Tokens) -> None:
             "client_id": tokens.client_id,
         }
     what = "revoke the token"
+    # The issuer comes from the token file, which may have been edited. A refresh compares it with
+    # the setting (see require_refreshable), but a revocation doesn't.
     url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
     response = request_json(
         client.settings, url, what, body, as_json=client.revokes_by_json, timeout=REVOKE_TIMEOUT
@@ -2189,7 +2205,8 @@ REFRESH_MARGIN = 300  # seconds
 ASSUMED_LIFETIME = 8 * 86400  # seconds
 # Code Puppy's own plugin writes in place, so an incomplete file may be complete a moment later.
 REREAD_SECONDS = 0.5
-# How much larger than the present token file the refreshed one may be.
+# How much larger than the present token file the next one may be. At a sign-in, all of the tokens
+# must fit into this. The number is our own.
 RESERVE = 16384  # bytes
 # The mode of a file that only its owner can read.
 PRIVATE = 0o600
@@ -2538,7 +2555,8 @@ def _acquire(path: str, deadline: float) -> int:
         if is_current:
             return descriptor
         os.close(descriptor)
-        # On a file system without stable file IDs, it never is.
+        # If the file system has no stable file IDs, samestat is always false, so the deadline
+        # applies here, too.
         _pause_for_lock(path, deadline)
 
 
@@ -2874,6 +2892,7 @@ class JsonFile:
 
         If the file is reached through a symbolic link, the link is removed, too.
         """
+        # If self.path is a symbolic link, this is the file that it leads to.
         path = self.real_path
         try:
             for name in (self.temporary, self.path, path, self.broken_copy):
@@ -3010,10 +3029,11 @@ class TokenFile(JsonFile):
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
+        # A sign-in in a directory that this user can neither write to nor make writable is on a
+        # read-only mount. All other cases get the usual error.
         can_write = not home_hint(self.settings)
         if can_write or not self.holds_sign_in() or can_change_mode(self.directory):
             return super()._lock_error(error)
-        # The directory can't be made writable either, so it is a read-only mount.
         failure = storage_error("change", self.path, error)
         failure.hint = "set CHATGPT_OAUTH_HOME to a writable directory with its own sign-in"
         return failure
@@ -3041,13 +3061,15 @@ class TokenFile(JsonFile):
 # child. If no child can be started, signals and the end of the program wait instead.
 # The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
-# Neither a date nor a wrong clock locks anybody out: see `_refreshed` and `accept_new_tokens`.
+# A wrong clock, or a wrong `earliest_refresh_at` in the token file, never locks a user out: see
+# `_refreshed` and `accept_new_tokens`.
 
 # At exit, the program waits for a refresh that runs in a thread, for at most the request timeout
 # plus this.
 EXIT_GRACE = 5.0  # seconds
 # Signals that ask a process to end. They are delayed even if the program that imports this module
-# handles them. SIGINT must come first (see signals_deferred).
+# handles them. SIGINT must come first, because its handler may raise KeyboardInterrupt as soon as
+# it is restored, and the first handler is restored last (see signals_deferred).
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 # Signals that are delayed only if they would end the process. If the program that imports this
 # module has a handler (for an alarm, say), it is called without delay.
@@ -3092,8 +3114,8 @@ def to_log(kind: str, text: str, command: str = "") -> None:
 class Session:
     """A stored sign-in, whose tokens are refreshed when needed.
 
-    The default is the sign-in of the Codex CLI's client.
-    `settings` decide whose it is. Messages for the user go to `notify`.
+    The account is the one that `settings` names. The default client is the Codex CLI's. Messages
+    for the user go to `notify`.
     """
 
     def __init__(
@@ -3310,6 +3332,8 @@ class Session:
             return self._judge(response, current, new, was_stored)
         if current.valid_for(0):
             return current
+        # refresh_error returns None if the refresh succeeded. Even then its tokens aren't stored,
+        # because another process has stored others meanwhile.
         text = "another process changed the stored tokens"
         raise refresh_error(self.client, response) or OAuthError(text, "try again")
 
@@ -3657,7 +3681,8 @@ def signals_deferred() -> Iterator[List[int]]:
             signal.signal(number, handler)
         if wakeup != -1:
             signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        # The stack calls in reverse order, and goes on if a handler raises an exception.
+        # An ExitStack runs its callbacks last to first, so add them in reverse. It runs the rest
+        # even if a handler raises an exception.
         with contextlib.ExitStack() as stack:
             for number in reversed(delayed):
                 stack.callback(signal.raise_signal, number)
@@ -3965,6 +3990,7 @@ class Callback:
                 raise ValueError("it was not opened by a person")
         except ValueError as error:
             return Answer(400, stray_page(f"This request was ignored: {error}."))
+        # do_GET counts the tab down after its last page: the failure page, or else /success.
         self.count_tab(1)
         set_once(self.response, response)
         failure_page = self._wait_for_failure_page()
@@ -4223,7 +4249,8 @@ OAUTH_SOURCE = "chatgpt-oauth-plugin"
 # models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
 # A context length in the catalogue outside these limits must be a mistake and is ignored. They are
-# our own, far below and far above the window of every known model.
+# our own, far below and far above the window of every known model. The upper one is the largest
+# number with ten digits.
 MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH = 16000, 10**10 - 1  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
@@ -4973,7 +5000,7 @@ def obtain_api_key(session: Session) -> None:
 
 
 def is_api_key_refused(settings: Settings, tokens: Tokens) -> bool:
-    """Whether the API refuses the stored key. If the API can't be reached, it doesn't."""
+    """Whether the API refuses the stored key. Return False if the API can't be reached."""
     try:
         return request_models(settings, "api", tokens).is_unauthorized
     except OAuthError:
@@ -5020,6 +5047,7 @@ def workspace_label(tokens: Tokens) -> str:
 
 def is_read_from_stdin() -> bool:
     """Whether Python has read this program from standard input."""
+    # sys.argv[0] is "-" in `python3 -`, and "" in `python3 < chatgpt_oauth.py`.
     return __name__ == "__main__" and sys.argv[:1] in (["-"], [""])
 
 
@@ -5345,6 +5373,7 @@ class BrowserSignIn:
         self.stdin.ask()
 
     def _refuse_line(self, line: str, fault: str) -> None:
+        """Explain why a pasted line was refused. PromptSignIn's version also looks at `line`."""
         self.session.notify("info", f"That URL does not work: {fault}")
 
 
@@ -5531,7 +5560,8 @@ BROWSER_WATCH = 2.0  # seconds
 PYTHON_OPENER = ("-I", "-c", "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))")
 _RUNDLL = ("rundll32.exe", "url.dll,FileProtocolHandler")
 # The commands that open a URL in the default browser, by sys.platform, in the order in which they
-# are tried. All systems that aren't listed use Linux's.
+# are tried. All systems that aren't listed use Linux's. `wsl` is for WSL, whose sys.platform is
+# linux, too.
 URL_OPENERS = {
     "win32": (PYTHON_OPENER, _RUNDLL),
     "darwin": (("open",), PYTHON_OPENER),
@@ -5943,7 +5973,9 @@ def program_name(absolute: bool = False, shell: str = "") -> str:
     """Return the words that start this program again, for hints and profiles.
 
     With `absolute`, they work in any directory and with any PATH, as a profile needs. With `shell`
-    (a key of SHELLS), they are quoted for that shell.
+    (a key of SHELLS), they are quoted for that shell. Without `absolute`, a module that -m started
+    is named with -m, and a program in PATH by its bare name. Otherwise the launcher is started by
+    its path, and any other file with Python.
     """
     path = sys.argv[0] if sys.argv else ""
     # Python was started with -c, or it read the program from standard input or another pipe.
@@ -6383,7 +6415,7 @@ class Status:
             plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
             rows.append(("", f"{plan}; {USAGE_PAGE}"))
         rows += labelled("Plan token", expiry_texts(official.expires_at, not official.problem))
-        # The main problem already stands in the first lines.
+        # The first lines of the report already show the main problem.
         if official.problem and official.problem is not self.problem:
             rows += labelled("", self._problem_texts(official.problem))
         if official.check:
@@ -6431,6 +6463,8 @@ def account_statuses(
 
     names = session.settings.account_names()
     sessions = [Session(Settings(name), session.notify) for name in names]
+    # Both kinds of map return an iterator, so the list below waits for the results. The threads of
+    # the pool end when nothing refers to it any more.
     call_each = ThreadPoolExecutor(len(sessions)).map if online else map
     statuses = call_each(lambda each: Status(each, to_typed, online), sessions)
     return [each for each in statuses if each.stored.exists or each.official.exists]
@@ -6612,6 +6646,7 @@ def command_auth(session: Session, options: Namespace) -> None:
         return
     command = with_account("env", session.settings.account)
     line = SHELLS[key].profile.format(command=f"{program_name(shell=key)} {command}")
+    # Without a program file, there is nothing that the line could start.
     need = "" if has_program_file() else ", download chatgpt_oauth.py, then run"
     session.notify("info", f"To use the API key in this shell{need}: {line}")
 
@@ -6814,8 +6849,10 @@ WRITE_BY_OTHERS = 0o022
 # *arguments] and changes that to [launcher, *arguments], as if the launcher were the program. It
 # imports the program, because Python caches the compiled code of an import. A script would be
 # compiled at every start, which takes longer than everything else that `env` does. The directory
-# comes last in the search path, so that no file in it can hide a standard module. The code must not
-# contain an apostrophe.
+# comes last in the search path, so that no file in it can hide a standard module. If the compiled
+# code is damaged, the cache is moved to a path that can't exist, below the file `launcher`, so that
+# Python compiles the program instead. The code must not contain an apostrophe, because
+# POSIX_LAUNCHER puts it between apostrophes.
 LAUNCH_CODE = """\
 import sys
 _, launcher, directory, *arguments = sys.argv
@@ -7413,7 +7450,8 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     except OSError as error:
         raise storage_error("remove", error.filename or paths.directory, error) from None
     sessions = session.sessions_of_all_accounts()
-    # If another command stays, it needs the registrations.
+    # If another command stays, it needs the registrations. Otherwise `ended` are the sessions whose
+    # clients register. Their sign-ins stay.
     is_in_use = os.path.lexists(paths.program)
     ended = [each for each in sessions if each.client.registers and not is_in_use]
     removed_registrations = [remove_registration(each) for each in ended]
@@ -7519,9 +7557,8 @@ def remove_compiled_code(path: str) -> None:
 # that OpenAI accepts, checks its responses and picks the tokens. It gets the classes of pydantic-ai
 # that it extends as arguments and touches nothing else of the host. An answer is complete only
 # after the event `response.completed`. A refusal that is final ends the prompt with one message.
-# After every other failure, the host repeats the request. If the answer has already begun, it
-# wouldn't, so we raise the error for status 503, after which it does. Version numbers are Code
-# Puppy's.
+# The host repeats the request after every other failure, except one in the middle of an answer. We
+# report that one as a 503, after which the host does repeat it. Version numbers are Code Puppy's.
 
 # A prompt that waits longer than this for a refresh shows a message.
 SILENT_WAIT = 2.0  # seconds
@@ -7615,6 +7652,7 @@ def checked_stream(source: Any, library: Any) -> Any:
             unfinished, is_complete = b"", False
             async for chunk in source:
                 *lines, unfinished = (unfinished + chunk).split(b"\n")
+                # Nothing after the completion matters, so those lines aren't checked.
                 for line in lines:
                     is_complete = is_complete or check_event_line(line)
                 yield chunk
@@ -7733,6 +7771,7 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
     must_sign_in = "invalid_user" in code or "invalid_authorization_context" in code
     if must_sign_in or (status == 401 and not is_html):
         text = "OpenAI does not accept this sign-in any more"
+        # PlanAccess.stopped replaces the command if this is the official sign-in.
         return SignInEndedError(text, Client.sign_in_command)
     # 408, 409, 425 and 429 ask for another try.
     if 400 <= status < 500 and status not in (408, 409, 425, 429):
@@ -7941,10 +7980,11 @@ def refusing_model(base: Any, name: str, refusal: Callable[[], Exception]) -> An
 class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: ignore[misc]
     """The end of a prompt without another try and without a traceback.
 
-    This is a group of exceptions whose text doesn't end with "(1 sub-exception)". The host prints a
-    traceback for every exception except InterruptedError. It catches that with `except*`, so it
-    gets a group, and it prints the group (0.0.229 to 0.0.946). Both ExceptionGroup and the host
-    need Python 3.11. On an older Python, this class only has to exist.
+    The host prints a traceback for every exception except InterruptedError. It catches that one
+    with `except*`, which gives it a group of exceptions, and prints the group's text (0.0.229 to
+    0.0.946). This is such a group, without the "(1 sub-exception)" that ExceptionGroup adds to its
+    text. Both ExceptionGroup and the host need Python 3.11. On an older Python, this class only has
+    to exist.
     """
 
     def __init__(self, text: str, members: Any) -> None:
@@ -7955,7 +7995,10 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
         return self.text
 
     def derive(self, members: Any) -> Any:
-        """Return the group that the host shows, below our own message."""
+        """Return the group that the host shows, below our own message.
+
+        `except*` calls this to make the group that it catches, so the host prints this text.
+        """
         return PromptEnded("see the error above", members)
 
     def __reduce__(self) -> Any:
@@ -8071,8 +8114,10 @@ class CodePuppy:
         return builtin
 
     def _unregister(self, phase: str, callback: AnyCallable) -> None:
-        # If a host lacks this function, the AttributeError makes take_over undo its steps. A host
-        # that has nothing to unregister doesn't need it.
+        # A host that has nothing to unregister doesn't need this function. If another host lacks
+        # it, the AttributeError ends take_over. The undo steps fail for the same reason, so our
+        # callbacks stay registered. They leave everything to the built-in plugin, because
+        # `is_active` stays false.
         self.callbacks.unregister_callback(phase, callback)
 
     def _all_callbacks(self, phase: str) -> List[AnyCallable]:
@@ -8098,7 +8143,8 @@ class CodePuppy:
             return ""
         if self.config.get_value(name.lower()) in (None, "", value):
             return ""
-        # 0.0.946 refuses to set an empty key.
+        # Releases with this module (0.0.848 and 0.0.946, for example) refuse to set an empty key,
+        # so the key must be removed with --setup.
         if has_module("code_puppy.shared_credentials"):
             return f"to remove that setting, run: code-puppy --setup auth logout {name}"
         return f"to remove that setting, type: /set {name.lower()}="
@@ -8249,7 +8295,8 @@ class CodePuppyPlugin:
                 with contextlib.suppress(ValueError):
                     # The host ignores Ctrl-C. While we wait, it must interrupt the command.
                     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-                    # It's None if the handler wasn't set from Python, which can't put that back.
+                    # signal.signal returns None for a handler that wasn't set from Python. Python
+                    # can't restore such a handler.
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
                 self._run(name.rpartition("-")[2], command)
         except OAuthError as error:
@@ -8337,7 +8384,10 @@ class CodePuppyPlugin:
     def export_again(self, account: str) -> None:
         """Export the key again in case another program has changed the sign-in.
 
-        If a setting of the host overrides the key, that is reported.
+        If the variable already holds the stored key, nothing changes. If it still holds what we
+        exported, the stored key replaces that, or the variable is removed. If the person has
+        changed it, it is replaced only if there is a stored key. A setting of the host that
+        overrides the key is reported.
         """
         variable, key = self._stored_key(account)
         held = os.environ.get(variable)
@@ -8346,10 +8396,10 @@ class CodePuppyPlugin:
             return
         # The person has set or removed the variable.
         if held != self.exported.get(variable):
-            # Nobody is signed in, so what the person did stays.
+            # There is no stored key, so what the person did stays.
             if not key:
                 return
-            # Somebody is signed in, so the stored key replaces the person's.
+            # The stored key replaces the person's.
             if can_be_api_key(held) and not is_overridden:
                 text = f"{variable} held another API key; this session now uses the stored one"
                 self.notify("warning", text)
