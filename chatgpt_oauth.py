@@ -4995,7 +4995,7 @@ def obtain_api_key(session: Session) -> None:
     if has_organization:
         session.notify("done", "API key available")
     else:
-        text = "No API key, because this account has no organization. A plan's models need none."
+        text = "No API key (this account has no organization). A plan's models don't need one."
         session.notify("info", text)
 
 
@@ -8091,8 +8091,9 @@ class CodePuppy:
         """Register our callbacks and unregister the built-in plugin's for the same phases.
 
         `ours` has one callback for each phase. Returns the built-in's callbacks by phase, without
-        those that are disabled. Returns None if our plugin is disabled. If anything fails, every
-        step is undone, so that the built-in plugin works as if ours were not there.
+        those that are disabled. Returns None if our plugin is disabled. If a step fails, the steps
+        before it are undone as far as the host allows. `is_active` is false then, so our callbacks
+        leave everything to the built-in plugin.
         """
         builtin: Dict[str, List[AnyCallable]] = {phase: [] for phase in ours}
         with contextlib.ExitStack() as undo:
@@ -8563,7 +8564,9 @@ class CodePuppyPlugin:
         self.notify("warning", f"the model in use, {in_use}, is no longer there")
         # The host chooses a model now, and shows which.
         self.host.reload_model()
-        self.notify("info", "Until you choose another, Code Puppy chooses. You may pay for it.")
+        self.notify(
+            "info", "Code Puppy picks a model until you choose one. That model may cost money."
+        )
         choice = next(iter(entries), "NAME")
         self.notify("hint", f"to choose another model, type: /model {choice}")
         return True
@@ -8666,7 +8669,7 @@ OPTIONS = {
         read=lambda text: RULES["model_source"].check("--source", text),
     ),
     "--account": Option(
-        "another account than the one without a name",
+        "use the account NAME instead of the unnamed one",
         VALUE,
         "NAME",
         read=lambda text: _ACCOUNT.check("--account", text),

@@ -5153,7 +5153,7 @@ class SignInTest(Case):
     def test_an_account_without_an_organization_uses_its_plan(self):
         self.double.organization = None
         err = self.sign_in()
-        self.assertIn("\nNo API key, because this account has no organization. ", err)
+        self.assertIn("\nNo API key (this account has no organization). ", err)
         self.assertNotIn("warning", err)
         self.assertIn("your ChatGPT plan", err)
         self.assertNotIn("api_key", self.stored())
@@ -9501,7 +9501,7 @@ class PuppyTest(PuppyCase):
         self.call("auth", "--no-browser", browser=visit)
         self.dispatch("/chatgpt-status")
         self.assertIn("in use, chatgpt-gpt-4o, is no longer there", self.message_text())
-        self.assertIn("You may pay for it", self.message_text())
+        self.assertIn("That model may cost money", self.message_text())
         self.assertIn("type: /model chatgpt-gpt-5.5", self.message_text())
 
     # Places without a prompt -----------------------------------------------------------------
