@@ -6841,7 +6841,8 @@ class AccountsTest(Case):
             code,
         )
         out = self.assert_quiet(self.run_program(*arguments)).out
-        self.assertEqual(out, "CHATGPT_OAUTH_ACCESS_TOKEN_WORK CHATGPT_OAUTH_ACCOUNT_ID_WORK\n")
+        names = ["CHATGPT_OAUTH_ACCESS_TOKEN_WORK", "CHATGPT_OAUTH_ACCOUNT_ID_WORK"]
+        self.assertEqual(out.split(), names)
         out = self.assert_quiet(self.call("status", "--account", "work")).out
         self.assertIn("\nName:         work\nAccount:      p2@example.com\n", out)
         self.assertNotIn("chatgpt-gpt-4o", out)
