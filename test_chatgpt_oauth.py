@@ -2059,6 +2059,7 @@ class WireTest(Case):
         ):
             # On a busy machine, a response may take longer than the first of these timeouts.
             for pause, timeouts in ((0, ["30"]), (2, ["0.4", "1.5"])):
+                self.require(POSIX or not pause, "under Wine, a late response is not read")
                 for timeout in timeouts:
                     self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = timeout
                     self.store(lifetime=-10)
