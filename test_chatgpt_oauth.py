@@ -11040,43 +11040,54 @@ class DemoTest(unittest.TestCase):
 # ---------------------------------------------------------------------------------------------
 
 
-# The variable of the second process that holds the directory of claimed tests.
+# The variable of the other processes that holds the directory of claimed tests.
 CLAIMS = "TESTS_CLAIMED_IN"
 
 
-class TwoProcessSuite(unittest.TestSuite):
-    """All tests, in two processes, because most tests mostly wait.
+class ParallelSuite(unittest.TestSuite):
+    """All tests, in several processes, because most tests mostly wait.
 
-    Both processes go through all tests. Each test runs in the process that is the first to create
-    the file with its number, so neither process ends long before the other.
+    Each process goes through all tests. A test runs in the process that is the first to create
+    the file with its number, so no process ends long before the others.
     """
+
+    PROCESSES = 4
 
     def run(self, result, debug=False):
         claims = os.environ.get(CLAIMS)
         if claims:
             self.run_claimed(claims, result)
             return result
+        with contextlib.ExitStack() as stack:
+            claims = stack.enter_context(tempfile.TemporaryDirectory())
+            others = [self.start_process(stack, claims, result) for _ in range(self.PROCESSES - 1)]
+            self.run_claimed(claims, result)
+            for process, output in others:
+                process.wait(TEST_LIMIT)
+                output.seek(0)
+                text = output.read().decode("utf-8", "replace").replace("\r\n", "\n")
+                self.add_output(result, text, process.returncode)
+        return result
+
+    def start_process(self, stack, claims, result):
+        """Start another process, which ends with `stack`, and return it and its output's file."""
         flags = ["-v"] if getattr(result, "showAll", False) else []
         warnings = [f"-W{each}" for each in sys.warnoptions]
         module = pathlib.Path(TEST_FILE).stem
-        command = [sys.executable, *warnings, "-m", "unittest", *flags, module]
-        options = {"cwd": os.path.dirname(TEST_FILE), "stdin": subprocess.DEVNULL}
-        with tempfile.TemporaryDirectory() as claims, tempfile.TemporaryFile() as output:
-            environ = {**os.environ, CLAIMS: claims}
-            second = subprocess.Popen(command, stderr=output, env=environ, **options)
-            try:
-                self.run_claimed(claims, result)
-                second.wait(TEST_LIMIT)
-            finally:
-                second.kill()
-                second.wait()
-            output.seek(0)
-            text = output.read().decode("utf-8", "replace").replace("\r\n", "\n")
-        self.add_output(result, text, second.returncode)
-        return result
+        output = stack.enter_context(tempfile.TemporaryFile())
+        process = subprocess.Popen(
+            [sys.executable, *warnings, "-m", "unittest", *flags, module],
+            env={**os.environ, CLAIMS: claims},
+            cwd=os.path.dirname(TEST_FILE),
+            stdin=subprocess.DEVNULL,
+            stderr=output,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        return process, output
 
     def run_claimed(self, claims, result):
-        """Run each test that the other process has not claimed in the directory `claims`."""
+        """Run each test that no other process has claimed in the directory `claims`."""
         tests = [test for suite in self for test in suite]
         for number, test in enumerate(tests):
             if result.shouldStop:
@@ -11088,20 +11099,20 @@ class TwoProcessSuite(unittest.TestSuite):
             unittest.TestSuite([test]).run(result)
 
     def add_output(self, result, text, exit_code):
-        """Add the output `text` of unittest in the second process to `result`."""
+        """Add the output `text` of unittest in another process to `result`."""
         listed, _, details = re.split(r"\n+([=-]{70}\n)", text + "\n" + "-" * 70 + "\n", maxsplit=1)
         result.stream.write(listed + "\n" * ("... " in listed))
         result.testsRun += sum(map(int, re.findall(r"(?m)^Ran (\d+) test", details)))
         skipped = sum(map(int, re.findall(r"skipped=(\d+)", details)))
-        result.skipped += [(self, "skipped in the second process")] * skipped
+        result.skipped += [(self, "skipped in another process")] * skipped
         if exit_code:
-            source = unittest.FunctionTestCase(self.add_output, description="the second process")
+            source = unittest.FunctionTestCase(self.add_output, description="another process")
             result.failures.append((source, details))
 
 
 def load_tests(loader, tests, _):
-    """Return the tests that unittest runs, in two processes unless -k selects some of them."""
-    return tests if loader.testNamePatterns else TwoProcessSuite(tests)
+    """Return the tests that unittest runs, in parallel unless -k selects some of them."""
+    return tests if loader.testNamePatterns else ParallelSuite(tests)
 
 
 # ---------------------------------------------------------------------------------------------
