@@ -11074,7 +11074,7 @@ class ParallelSuite(unittest.TestSuite):
         flags = ["-v"] if getattr(result, "showAll", False) else []
         warnings = [f"-W{each}" for each in sys.warnoptions]
         module = pathlib.Path(TEST_FILE).stem
-        output = stack.enter_context(tempfile.TemporaryFile())
+        output = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         process = subprocess.Popen(
             [sys.executable, *warnings, "-m", "unittest", *flags, module],
             env={**os.environ, CLAIMS: claims},
