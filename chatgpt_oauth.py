@@ -1296,8 +1296,8 @@ def exchange(
                 body = error.partial
             answered.set_result((response.status, body, response.getheader("Retry-After", "")))
     except Exception as error:
-        # The traceback would keep the response to a refused CONNECT, which Python before 3.12 leaves
-        # open, until the garbage collector finds it.
+        # The traceback would keep the response to a refused CONNECT, which Python before 3.12
+        # leaves open, until the garbage collector finds it.
         answered.set_exception(error.with_traceback(None))
         # If connecting failed, the caller still waits for `connected`. cancel() alone doesn't wake
         # it up from concurrent.futures.wait(), but set_running_or_notify_cancel() does.
