@@ -6878,7 +6878,9 @@ class AccountsTest(Case):
             with self.subTest(name):
                 result = self.call("auth", f"--account={name}")
                 self.assert_fails(result, 2, "--account must be 1 to 32 of a-z, 0-9 and -")
-                environ = {"CHATGPT_OAUTH_ACCOUNT": name}
+                # In the C locale, os.environ takes only what ASCII or an escaped byte stands for.
+                value = os.fsdecode(name.encode())
+                environ = {"CHATGPT_OAUTH_ACCOUNT": value}
                 self.assert_fails(self.call("token", environ=environ), 2, "CHATGPT_OAUTH_ACCOUNT")
         self.assert_fails(self.call("logout", "--account", ""), 2, "--account must be")
         self.assertFalse(self.home.exists())
