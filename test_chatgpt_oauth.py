@@ -11204,18 +11204,13 @@ def demo_command(command_line, environ, seconds):
     name, *arguments = [names.get(word, word) for word in shlex.split(command_line)]
     command = [shutil.which(name, path=environ["PATH"])]
     options = {"env": environ, "cwd": os.path.dirname(PROGRAM), "timeout": max(seconds, 0.1)}
-    if not {"install", "token"} & set(arguments):
+    if "token" not in arguments:
         return subprocess.call(command + arguments, **options)
     result = subprocess.run(
         command + arguments, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    lines = result.stdout.splitlines()
-    # The suggested line for a profile would name the temporary home.
-    if "install" in arguments:
-        omitted = re.compile("    |.* this line into|Then open a new terminal")
-        lines = [each for each in lines if not omitted.match(each)]
-    for line in lines:
-        print(line if len(line) <= 76 or "token" not in arguments else f"{line[:76]}...")
+    for line in result.stdout.splitlines():
+        print(line if len(line) <= 76 else f"{line[:76]}...")
     return result.returncode
 
 
