@@ -847,12 +847,8 @@ def parse_timestamp(value: object) -> Optional[float]:
     return None
 
 
-def without_secrets(value: object, private: Set[str]) -> str:
-    """Return a server's text without the `private` strings and without anything like a token.
-
-    If `value` isn't a string, return "".
-    """
-    text = value if isinstance(value, str) else ""
+def without_secrets(text: str, private: Set[str]) -> str:
+    """Return a server's text without the `private` strings and without anything like a token."""
     for secret in private - {""}:
         text = text.replace(secret, "[...]")
 
@@ -869,8 +865,9 @@ class Response:
     """A server's response: its `status`, its `data` (parsed JSON or None), and its error.
 
     `code` and `text` are the error's code and description, or "". `detail` is the Codex backend's
-    description, which may be a code. They are printable, and secrets are removed: the values in
-    `private`, and anything that looks like a token.
+    description, which may be a code. These three are for decisions. They must not be shown, because
+    they may contain secrets. `reason` is the code and the description as a person may see them:
+    without the values in `private` and without anything that looks like a token.
     """
 
     def __init__(self, status: int, body: bytes, retry_after: str, private: Set[str]) -> None:
@@ -897,9 +894,10 @@ class Response:
             detail = detail.get("code")
         else:
             text = text or detail
-        self.code = without_secrets(code, private)
-        self.detail = without_secrets(detail, private)
-        self.text = without_secrets(text, private)
+        self.code, self.detail = text_or_none(code) or "", text_or_none(detail) or ""
+        self.text = text_or_none(text) or ""
+        shown = (without_secrets(each, private) for each in (self.code, self.text))
+        self.reason = ": ".join(each for each in shown if each)
 
     def error(self, what: str) -> OAuthError:
         """Return the error that reports this response as the reason why we could not `what`."""
@@ -929,7 +927,7 @@ class Response:
         if self.status == 407:
             text, hint = f"{failed}: a proxy asks for a password", proxy_password_hint("")
             return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
-        return OAuthError(": ".join(part for part in (failed, self.code, self.text) if part))
+        return OAuthError(f"{failed}: {self.reason}" if self.reason else failed)
 
     @property
     def members(self) -> Fields:
@@ -1920,8 +1918,8 @@ def token_response(response: Response, what: str) -> Fields:
     """
     fields = response.json_object(what)
     if not is_b64token(fields.get("access_token")):
-        reason = ": ".join(part for part in (response.code, response.text) if part)
-        raise OAuthError(f"could not {what}: {reason or 'the response has no valid access_token'}")
+        reason = response.reason or "the response has no valid access_token"
+        raise OAuthError(f"could not {what}: {reason}")
     return fields
 
 
@@ -2040,7 +2038,7 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     if not response.is_success and response.code.lower() in REQUEST_ERROR_CODES:
         hint = "check the settings (CHATGPT_OAUTH_CONFIG, CHATGPT_OAUTH_... variables)"
         return OAuthError(str(failure), hint)
-    is_refusal = response.status in (400, 403) and bool(response.code or response.text)
+    is_refusal = response.status in (400, 403) and bool(response.reason)
     # The Codex CLI takes every 401 of this endpoint as the end.
     if is_refusal or response.status == 401:
         return SignInEndedError(str(failure), client.sign_in_command)
@@ -2058,7 +2056,8 @@ def end_reason(response: Response) -> str:
     for text in (response.code, response.detail):
         code = text.lower()
         if code in INVALID_GRANT_CODES or any(word in code for word in END_WORDS):
-            return code
+            # It is stored, and an error code is never this long.
+            return code[:200]
     return ""
 
 

@@ -3697,6 +3697,19 @@ for command in ("status", "token"):
                 self.assertEqual(self.double.count("refresh"), 1 if expected[1] else 2)
                 self.assertEqual({**self.stored(), **before}, self.stored())
 
+    def test_a_refusal_is_understood_though_the_token_is_a_part_of_it(self):
+        for token, code, exit_code in (
+            ("expired", "session_expired", 4),
+            ("invalid_request", "invalid_request", 1),
+            ("unsupported", "unsupported_country_region_territory", 5),
+        ):
+            with self.subTest(code):
+                self.store(lifetime=-10, refresh_token=token)
+                self.fault("refresh", 403, json.dumps({"error": code}).encode())
+                err = self.assert_fails(self.call("token"), exit_code).err
+                self.assertNotIn(token, err.replace("it has expired", ""))
+                self.assertEqual("ended" in self.stored(), exit_code == 4)
+
     def test_a_refused_refresh_is_asked_only_once_in_a_run(self):
         self.store(lifetime=-10)
         self.fault("refresh", 400, b'{"error": "unknown"}')
@@ -5953,6 +5966,10 @@ class DeviceTest(Case):
     def test_slow_down_lengthens_the_interval(self):
         moments = []
         self.waits["SLOW_DOWN"] = 0.2
+        # The code is understood although this ID, which counts as a secret, is a part of it.
+        device = {"device_auth_id": "slow", "user_code": "ABCD-EFGH", "interval": "0"}
+        self.fault("usercode", 200, json.dumps(device).encode())
+        self.double.devices["slow"] = 0
 
         def fault(handler, _):
             moments.append(time.monotonic())
