@@ -1964,11 +1964,11 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     return bearer_response(response, what)
 
 
-def exchange_id_token(settings: Settings, id_token: str) -> str:
+def exchange_id_token(settings: Settings, id_token: str) -> Optional[str]:
     """Exchange an ID token for an API key (a token exchange as in RFC 8693 §2.1).
 
-    The parameter requested_token is OpenAI's own. Raises OAuthError if the account can't have an
-    API key.
+    The parameter requested_token is OpenAI's own. Returns None if the account has no organization,
+    as one that was made for a ChatGPT plan. Raises OAuthError for any other refusal.
     """
     # The noqa marks are for names of token types, which aren't secrets.
     form = {
@@ -1980,6 +1980,8 @@ def exchange_id_token(settings: Settings, id_token: str) -> str:
     }
     what = "get an API key"
     response = request_json(settings, settings.issuer + "/oauth/token", what, form)
+    if response.status < 500 and "missing organization_id" in response.text:
+        return None
     key = str(token_response(response, what)["access_token"])
     # An access token is a JWT, an API key isn't.
     if decode_claims(key):
@@ -4970,8 +4972,7 @@ def obtain_api_key(session: Session) -> None:
     if tokens.api_key and not is_api_key_refused(session.settings, tokens):
         session.notify("done", "API key available (unchanged)")
         return
-    api_key = ""
-    has_organization = True
+    api_key: Optional[str] = None
     failure: Optional[OAuthError] = None
     try:
         api_key = exchange_id_token(session.settings, tokens.id_token or "")
@@ -4979,21 +4980,21 @@ def obtain_api_key(session: Session) -> None:
     except UnavailableError as error:
         failure = OAuthError(str(error), "to try again, run", "auth")
     except OAuthError as error:
-        # An account that was made for a ChatGPT plan has no organization. That isn't a failure.
-        has_organization = "missing organization_id" not in str(error)
-        if has_organization:
-            failure = no_api_key_error(str(error))
+        failure = no_api_key_error(str(error))
     with session.token_file.lock():
-        current = session.token_file.load()
-        # Another process may have signed in to another account in the meantime.
-        if current and tokens.same_account(current):
-            fields = without(current.fields, "api_key")
-            if api_key:
-                fields["api_key"] = api_key
-            session.token_file.save(fields)
+        current = session.tokens()
+        # The key belongs to the person in the ID token. Another process may have signed in somebody
+        # else meanwhile, perhaps in the same workspace.
+        if current.id_token != tokens.id_token:
+            text = "another process changed the stored tokens; the API key was not stored"
+            raise OAuthError(text, "to try again, run", "auth")
+        fields = without(current.fields, "api_key")
+        if api_key:
+            fields["api_key"] = api_key
+        session.token_file.save(fields)
     if failure:
         raise failure
-    if has_organization:
+    if api_key:
         session.notify("done", "API key available")
     else:
         text = "No API key (this account has no organization). A plan's models don't need one."

@@ -5341,6 +5341,21 @@ class SignInTest(Case):
         self.assertIn("warning: could not get an API key", err)
         self.assertIn("your ChatGPT plan", err)
 
+    def test_a_long_refusal_still_shows_that_there_is_no_organization(self):
+        message = "x " * 200 + "missing organization_id"
+        self.fault("key", 401, json.dumps({"error": {"message": message}}).encode())
+        self.assertIn("\nNo API key (this account has no organization). ", self.sign_in())
+
+    def test_an_api_key_is_not_stored_beside_the_tokens_of_another_person(self):
+        def sign_in_another_member_of_the_workspace(*_):
+            self.store(api_key="sk-1", id_token=encode_jwt({"email": "bob@example.com"}))
+
+        self.double.faults["key"] = sign_in_another_member_of_the_workspace
+        err = self.sign_in()
+        self.assertRegex(err, r"\nwarning: another process .*\nhint: to try again, run: .* auth\n")
+        self.assertNotIn("API key available", err)
+        self.assertEqual(self.stored()["api_key"], "sk-1")
+
     def test_a_new_sign_in_keeps_an_accepted_api_key(self):
         self.sign_in()
         key = self.stored()["api_key"]
