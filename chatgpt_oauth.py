@@ -1261,14 +1261,24 @@ def socket_error_text(code: int) -> str:
     return os.strerror(code)
 
 
+class Arrival:
+    """A response, as far as it has arrived. The `status` is 0 until its head has."""
+
+    def __init__(self) -> None:
+        self.status, self.retry_after = 0, ""
+        # The body, in the order in which it arrived.
+        self.parts: List[bytes] = []
+
+
 def exchange(
     connection: Any,
     request: Tuple[str, str, Optional[bytes], Dict[str, str]],
     limit: int,
     connected: AnyFuture,
+    arrival: Arrival,
     answered: AnyFuture,
 ) -> None:
-    """Send the request, and put the status, the body and Retry-After into `answered`.
+    """Send the request, and put the response into `arrival`. `answered` is done at its end.
 
     `connected` receives the socket once the connection, including the proxy and TLS, is
     established, before the request is sent. It is cancelled if connecting fails. At most
@@ -1287,12 +1297,12 @@ def exchange(
         connected.set_result(connection.sock)
         connection.request(*request)
         with connection.getresponse() as response:
-            try:
-                body = response.read(limit + 1)
-            # The end of a chunked body is missing. What arrived may be the whole JSON anyway.
-            except http.client.IncompleteRead as error:
-                body = error.partial
-            answered.set_result((response.status, body, response.getheader("Retry-After", "")))
+            arrival.status = response.status
+            arrival.retry_after = response.getheader("Retry-After", "")
+            # If the end of a chunked body is missing, what arrived may be the whole JSON anyway.
+            with contextlib.suppress(http.client.IncompleteRead):
+                read_body(response, limit + 1, arrival.parts)
+            answered.set_result(None)
     except Exception as error:
         # The traceback would keep the response to a refused CONNECT, which Python before 3.12
         # leaves open, until the garbage collector finds it.
@@ -1305,13 +1315,23 @@ def exchange(
         connection.close()
 
 
+def read_body(response: Any, wanted: int, parts: List[bytes]) -> None:
+    """Append up to `wanted` bytes of the body to `parts` as they arrive."""
+    while wanted > 0:
+        part = response.read1(min(wanted, MEBIBYTE))
+        if not part:
+            return
+        parts.append(part)
+        wanted -= len(part)
+
+
 def prevent_request(connected: AnyFuture) -> bool:
     """Keep `exchange` from sending the request. Return false if there is a connection already."""
     return connected.cancel()
 
 
 def await_exchange(
-    connected: AnyFuture, answered: AnyFuture, timeout: float
+    connected: AnyFuture, arrival: Arrival, answered: AnyFuture, timeout: float
 ) -> Tuple[Union[BaseException, Tuple[int, bytes, str]], bool]:
     """Wait up to `timeout` seconds for `exchange`, and make it end if it isn't done by then.
 
@@ -1332,24 +1352,16 @@ def await_exchange(
         was_sent = not prevent_request(connected)
         if was_sent and not is_in_time:
             hang_up(connected.result())
-    outcome: Union[BaseException, Tuple[int, bytes, str]]
+    body = b"".join(arrival.parts)
+    response = arrival.status, body, arrival.retry_after
+    outcome: Union[BaseException, Tuple[int, bytes, str]] = response
     if is_in_time:
-        outcome = answered.exception() or answered.result()
-    # Because we hung up, the thread returns the part of the body that has arrived. That can be the
-    # whole JSON, if only the sign of its end is missing.
-    elif was_sent and wait_for(answered, WAIT_SLICE) and has_whole_json(answered):
-        outcome = answered.result()
-    else:
+        outcome = answered.exception() or response
+    # The whole JSON may have arrived without the sign of its end. The thread that reads it isn't
+    # waited for, because Windows doesn't wake it up before the server closes the connection.
+    elif parse_json(body) is None:
         outcome = TimeoutError()
     return outcome, was_sent
-
-
-def has_whole_json(answered: AnyFuture) -> bool:
-    """Whether `exchange` has brought a response whose body is complete JSON."""
-    if answered.exception():
-        return False
-    _, body, _ = answered.result()
-    return parse_json(body) is not None
 
 
 def request_json(
@@ -1383,13 +1395,15 @@ def request_json(
     # request runs in a thread, and the time is measured here.
     connected: AnyFuture = Future()
     answered: AnyFuture = Future()
-    arguments = (new_connection(settings, url, timeout / 2), request, limit, connected, answered)
+    arrival = Arrival()
+    connection = new_connection(settings, url, timeout / 2)
+    arguments = (connection, request, limit, connected, arrival, answered)
     try:
         threading.Thread(target=exchange, args=arguments, daemon=True).start()
     # No more threads are allowed, or Python 3.12 is shutting down.
     except RuntimeError as error:
         raise cannot_send_error(f"could not {what}: {error}", "try again later") from None
-    outcome, was_sent = await_exchange(connected, answered, timeout)
+    outcome, was_sent = await_exchange(connected, arrival, answered, timeout)
     if isinstance(outcome, MemoryError):
         raise outcome
     if isinstance(outcome, BaseException):
@@ -1432,7 +1446,7 @@ def build_request(
 
 
 def hang_up(connection: Socket) -> None:
-    """Shut down a connection, which wakes up a thread that is reading from it."""
+    """Shut down a connection, which wakes up a thread that reads from it, except on Windows."""
     import socket
 
     with contextlib.suppress(OSError):
