@@ -4262,6 +4262,8 @@ def read_head(connection: Socket) -> bytes:
 
 # This line identifies our program files, too (PROGRAM_MARK), so it must never change.
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
+# The types of entries for API models, which use /v1/chat/completions or /v1/responses.
+CHAT_TYPE, RESPONSES_TYPE = "custom_openai", "custom_openai_responses"
 # The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
 # models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
@@ -4593,6 +4595,23 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
         return list(ours)
 
 
+def use_chat_completions(session: Session) -> None:
+    """Give this sign-in's entries for API models the type that every release of Code Puppy has.
+
+    Instead of a model whose type it doesn't know, Code Puppy silently uses another one, which may
+    be billed to another account. Raises StorageError or UnavailableError.
+    """
+    if RESPONSES_TYPE not in (each.get("type") for each in registered_entries(session).values()):
+        return
+    # Code Puppy's start waits for this.
+    with session.models_file.lock(BRIEF_LOCK_TIMEOUT):
+        entries = session.models_file.read()
+        for name, entry in entries.items():
+            if is_ours(session, name, entry) and entry.get("type") == RESPONSES_TYPE:
+                entry["type"] = CHAT_TYPE
+        session.models_file.save(entries)
+
+
 def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
     """Return Code Puppy's entry for `model`. `listed` is the server's description of it."""
     if source == "api":
@@ -4604,11 +4623,9 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
 
 def _api_entry(settings: Settings, model: str) -> Fields:
     # Code Puppy would ignore the URL of an entry with the type `openai` (model_factory.py).
-    kind = "custom_openai_responses"
-    if matches_any(model, settings.chat_patterns.split(",")):
-        kind = "custom_openai"
+    uses_chat = matches_any(model, settings.chat_patterns.split(","))
     return {
-        "type": kind,
+        "type": CHAT_TYPE if uses_chat else RESPONSES_TYPE,
         "name": model,
         "custom_endpoint": {
             "url": base_url(settings, "api"),
@@ -8220,12 +8237,17 @@ class CodePuppy:
         # 0.0.229 has no DATA_DIR and ignores XDG_DATA_HOME.
         home = getattr(self.config, "DATA_DIR", None) or self.config.CONFIG_DIR
         CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
-        # _CUSTOM_OPENAI_MODEL_TYPES contains the types of entries with a custom endpoint (0.0.700
-        # to 0.0.946). Up to 0.0.598, custom_openai_responses isn't supported. If that type or the
-        # name is missing, all our entries get the older type custom_openai.
-        factory = host_module("code_puppy.model_factory")
-        if "custom_openai_responses" not in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ()):
+        if not self.has_responses_type():
             CHATGPT_OAUTH_CONFIG["chat_patterns"] = "*"
+
+    def has_responses_type(self) -> bool:
+        """Whether a model's entry can have the type `custom_openai_responses`.
+
+        0.0.700 to 0.0.946: _CUSTOM_OPENAI_MODEL_TYPES contains the types with a custom endpoint,
+        and releases up to 0.0.598 lack this one. Without the name, our entries get an older type.
+        """
+        factory = host_module("code_puppy.model_factory")
+        return RESPONSES_TYPE in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ())
 
     def _profile(self, name: str, entry: Fields) -> Fields:
         """Return the argument for a model's profile, which says what the model can do.
@@ -8295,6 +8317,7 @@ class CodePuppyPlugin:
             self.is_active, self.builtin = True, builtin
             with contextlib.suppress(Exception):
                 self.export_at_start()
+                self.fix_entries()
 
     # Callbacks ------------------------------------------------------------------------------
 
@@ -8451,6 +8474,16 @@ class CodePuppyPlugin:
             return Session(Settings(account), self.notify).tokens()
         return None
 
+    def fix_entries(self) -> None:
+        """Replace the type of entries that the command line has made if it's unknown here."""
+        if self.host.has_responses_type():
+            return
+        try:
+            for session in Session(Settings(""), self.notify).sessions_of_all_accounts():
+                use_chat_completions(session)
+        except OAuthError as error:
+            report_error(self.notify, error, "warning")
+
     # Commands -------------------------------------------------------------------------------
 
     def typed(self, command: str) -> str:
@@ -8520,6 +8553,7 @@ class CodePuppyPlugin:
             self._report_models(session, in_use)
 
     def _show_status(self, session: Session, options: Namespace, in_use: Optional[str]) -> None:
+        self.fix_entries()
         report = Status(session, self.typed, options.online).text(options.json)
         self.notify("info", report)
         self.export_again(session.settings.account)

@@ -9541,6 +9541,39 @@ class PuppyTest(PuppyCase):
             models = json.loads(self.models_file.read_text())
             self.assertEqual(models["chatgpt-o3-pro"]["type"], kind)
 
+    def test_an_old_release_can_use_the_models_that_another_program_imported(self):
+        for account in ((), ("--account", "work")):
+            self.assert_done(self.call("auth", "--no-browser", *account, browser=visit))
+        theirs = {"chatgpt-theirs": {"type": "custom_openai_responses"}}
+        stored = {**theirs, **json.loads(self.models_file.read_text())}
+        self.models_file.write_text(json.dumps(stored))
+        self.assertEqual(stored["chatgpt-work-o3-pro"]["type"], "custom_openai_responses")
+        self.start_host("new")
+        self.load_plugin()
+        self.assertEqual(self.puppy.models(), {"synthetic": {}, **stored})
+        for entry in stored.values():
+            if "oauth_source" in entry:
+                entry["type"] = "custom_openai"
+        self.start_host("old")
+        self.load_plugin()
+        self.assertEqual(self.puppy.models(), {"synthetic": {}, **stored})
+        self.call("models", "--account", "work")
+        self.assertNotEqual(self.puppy.models(), {"synthetic": {}, **stored})
+        self.dispatch("/chatgpt-status")
+        self.assertEqual(self.puppy.models(), {"synthetic": {}, **stored})
+        self.assertEqual([kind for kind, _ in self.messages], ["info"])
+
+    def test_an_old_release_reports_entries_that_it_cannot_change(self):
+        self.assert_done(self.call("auth", "--no-browser", browser=visit))
+        before = self.models_file.read_bytes()
+        (self.home / "chatgpt_models.json.lock").unlink()
+        (self.home / "chatgpt_models.json.lock").mkdir()
+        self.start_host("old")
+        self.load_plugin()
+        self.assertEqual([kind for kind, _ in self.messages], ["warning", "info"])
+        self.assertIn("cannot lock ", self.message_text())
+        self.assertEqual(self.models_file.read_bytes(), before)
+
     def test_files_are_in_the_directory_of_the_host(self):
         elsewhere = str(self.folder / "elsewhere")
         for release, name in (("old", "CONFIG_DIR"), ("new", "DATA_DIR")):
