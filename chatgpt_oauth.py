@@ -7836,14 +7836,17 @@ class Prompts:
         self.notify, self.stop = notify, stop
         # Access tokens that came from a refresh after a 401 and were refused, too.
         self.rejected_tokens: Set[str] = set()
-        self.refresh_failed = False
+        # The token files of the sign-ins whose last refresh failed.
+        self.failing: Set[str] = set()
 
-    def report_refresh(self, messages: List[Tuple[str, ...]]) -> None:
-        """Show `messages` about a failed refresh. Show no more until one succeeds."""
-        if messages and not self.refresh_failed:
+    def report_refresh(self, token_file: str, messages: List[Tuple[str, ...]]) -> None:
+        """Show `messages` about a failed refresh of a sign-in. Show no more until one succeeds."""
+        if not messages:
+            self.failing.discard(token_file)
+        elif token_file not in self.failing:
+            self.failing.add(token_file)
             for kind, text, *command in messages:
                 self.notify(kind, text, *command)
-        self.refresh_failed = bool(messages)
 
 
 class PlanAccess:
@@ -7895,7 +7898,7 @@ class PlanAccess:
         if self.official:
             session = session.official_session()
         tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
-        self.prompts.report_refresh(messages)
+        self.prompts.report_refresh(session.token_file.path, messages)
         if not session.client.can_use_plan(tokens.fields):
             raise plan_not_allowed_error()
         headers = {"Authorization": f"Bearer {tokens.access_token}"}

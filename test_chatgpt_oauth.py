@@ -10024,6 +10024,16 @@ class PuppyModelTest(PuppyCase):
             del self.double.faults["refresh"]
             self.assertEqual(self.send_requests(model), ["Hello"])
 
+    def test_a_failed_refresh_is_reported_once_for_each_account(self):
+        self.store(lifetime=200)
+        self.store_account("work", lifetime=200)
+        models = [self.build_model(), self.build_model(account="work")]
+        self.double.faults["refresh"] = respond_with(503)
+        for _ in range(2):
+            for model in models:
+                self.assertEqual(self.send_requests(model), ["Hello"])
+        self.assertEqual([kind for kind, _ in self.messages], ["warning", "info"] * 2)
+
     def test_a_prompt_that_waits_for_a_refresh_says_so(self):
         self.store(lifetime=-10)
         model = self.build_model()
