@@ -7784,7 +7784,7 @@ PLAN_REFUSALS = {
 }
 
 
-def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
+def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[OAuthError]:
     """Return the error for a refusal that is final, or None if the host should repeat the request.
 
     `status` is the response's, 0 if the failure came after the answer had begun.
@@ -7803,9 +7803,7 @@ def plan_refusal(status: int, fault: object) -> Optional[OAuthError]:
         return plan_not_allowed_error()
     must_sign_in = "invalid_user" in code or "invalid_authorization_context" in code
     if must_sign_in or (status == 401 and not is_html):
-        text = "OpenAI does not accept this sign-in any more"
-        # PlanAccess.stopped replaces the command if this is the official sign-in.
-        return SignInEndedError(text, Client.sign_in_command)
+        return SignInEndedError("OpenAI does not accept this sign-in any more", sign_in_command)
     # 408, 409, 425 and 429 ask for another try.
     if 400 <= status < 500 and status not in (408, 409, 425, 429):
         shown = f" ({reason})" if reason and not is_html else f" (HTTP {status})"
@@ -7914,10 +7912,11 @@ class PlanAccess:
 
     def host_exception(self, error: Any, http_error: Any) -> Optional[Exception]:
         """Return what to raise in the host instead of `error`, or None to raise `error` itself."""
+        sign_in_command = (OfficialClient if self.official else Client).sign_in_command
         if isinstance(error, OAuthError):
             return self.stopped(error)
         if isinstance(error, ResponseError):
-            refusal = plan_refusal(0, error.fields)
+            refusal = plan_refusal(0, error.fields, sign_in_command)
             if error.is_final and not refusal:
                 refusal = OAuthError(f"the answer is incomplete: {error.reason}")
             if refusal:
@@ -7926,15 +7925,11 @@ class PlanAccess:
             # The host repeats a request after this status, as often as its settings say.
             again: Exception = http_error(503, self.name, {"message": error.reason})
             return again
-        refusal = plan_refusal(error.status_code, error.body)
+        refusal = plan_refusal(error.status_code, error.body, sign_in_command)
         return self.stopped(refusal) if refusal else None
 
     def stopped(self, error: OAuthError) -> Exception:
         """Show `error` and return an exception that ends the prompt."""
-        # The hint must name the command for the sign-in that has ended.
-        if isinstance(error, SignInEndedError):
-            client = OfficialClient if self.official else Client
-            error.command = client.sign_in_command
         error.command = with_account(error.command, self.account)
         return self.prompts.stop(error)
 

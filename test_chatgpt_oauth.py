@@ -9768,6 +9768,25 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(self.double.count("refresh"), 1)
         self.assertEqual(self.send_requests(model), ["Hello"])
 
+    def test_a_refusal_names_the_command_for_its_own_sign_in(self):
+        for options in ("", "--account work", "--official", "--account work --official"):
+            arguments = ("auth", "--no-browser", *options.split())
+            self.assert_done(self.call(*arguments, browser=visit))
+        refused = ModelHTTPError(401, "gpt-6", {"detail": "no"})
+        for build, account, command in (
+            (self.build_model, None, "/chatgpt-auth"),
+            (self.build_model, "work", "/chatgpt-auth --account work"),
+            (self.build_official_model, None, "/chatgpt-auth --official"),
+            (self.build_official_model, "work", "/chatgpt-auth --account work --official"),
+        ):
+            model = build(account=account)
+            invalid = [events({"type": "error", "error": {"code": "user_invalid_user"}})]
+            for answers in ((refused, refused), (invalid,)):
+                answering = self.answer_with(*answers)
+                with self.subTest(command), answering:
+                    self.assert_request_stops(model, f"to sign in again, run: {command}")
+                    self.assertEqual(self.message_text().splitlines()[-1].split(": ")[-1], command)
+
     def test_a_401_with_a_web_page_does_not_lead_to_a_refresh(self):
         self.store()
         model = self.build_model()
@@ -9817,10 +9836,12 @@ class PuppyModelTest(PuppyCase):
         self.assert_request_stops(model, "not signed in (no tokens in ", "/chatgpt-auth")
         self.assertEqual(self.headers, [])
 
-    def build_official_model(self, name):
+    def build_official_model(self, name="gpt-6-astra", account=None):
         """Return the host's model for an entry of the official sign-in."""
         self.load_plugin()
         entry = {"type": "chatgpt_plan", "name": name, "custom_endpoint": {"url": "http://x/v1"}}
+        if account:
+            entry["account"] = account
         return self.puppy.model_handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {})
 
     def test_official_models_have_a_valid_token_at_each_request(self):
