@@ -3109,6 +3109,9 @@ PYTHON_NAME = r"(python|pypy|graalpy)w?[0-9.]*[a-z]{0,2}(-(c|dbg|debug|intel64))
 CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 # How long a child process may take to start. A program that only looks like Python may never greet.
 GREETING_TIMEOUT = 10.0  # seconds
+# A child process is given up after the request timeout plus this. Besides sending its request, it
+# writes to the disk and may revoke a token, twice REVOKE_TIMEOUT at most.
+CHILD_GRACE = 30.0  # seconds
 # How often to look for a Ctrl-C while a child process is at work.
 INTERRUPT_SLICE = 0.1  # seconds
 # How long to wait for the lock if the access token is still valid for a while.
@@ -3531,12 +3534,15 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
         return None
     # If we are interrupted here, the child's input is closed. The child then exits, unless it has
     # already received the whole order.
-    with signals_deferred() as delayed, child:
+    with signals_deferred() as delayed, child.stdin, child.stdout:
         if not give_order(child, order):
             # It may be another program, which doesn't end with its input.
             child.kill()
+            child.wait()
             return None
-        return read_reply(session, child.stdout, delayed)
+        reply = read_reply(session, child, delayed)
+        child.wait()
+        return reply
 
 
 def give_order(child: Any, order: bytes) -> bool:
@@ -3573,30 +3579,38 @@ def has_greeted(pipe: Any) -> bool:
     return greeting == CHILD_GREETING
 
 
-def read_reply(session: Session, pipe: Any, delayed: List[int]) -> bytes:
+def read_reply(session: Session, child: Any, delayed: List[int]) -> bytes:
     """Return everything that comes from a child process.
 
     Signals that arrive meanwhile are appended to `delayed` (see signals_deferred). None of them
     ends the wait, because the end of this process may also be the end of a container, which kills
-    the child. The child takes no longer than its request and the disk do.
+    the child. Raises UnavailableError if the child takes much longer than its request may. It has
+    probably been stopped, and goes on when it is resumed. Until then, it keeps the locks.
     """
     import selectors
     import signal
 
-    reply, reported = b"", 0
+    seconds = session.settings.request_timeout
+    waited, reply, reported = 0.0, b"", 0
     with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while waited < seconds + CHILD_GRACE:
+            began = time.monotonic()
             if selector.select(INTERRUPT_SLICE):
-                part = os.read(pipe.fileno(), MEBIBYTE)
+                part = os.read(child.stdout.fileno(), MEBIBYTE)
                 if not part:
                     return reply
                 reply += part
+            # The time during which this process was suspended doesn't count.
+            waited += min(INTERRUPT_SLICE, time.monotonic() - began)
             interrupts = delayed.count(signal.SIGINT)
             if interrupts > reported:
                 reported = interrupts
-                seconds = session.settings.request_timeout
                 session.notify("info", f"Waiting for the response first ({seconds:g} s at most)...")
+    raise UnavailableError(
+        f"the request is still running in process {child.pid}",
+        f"let it finish (if it is stopped: kill -CONT {child.pid}), then try again",
+    )
 
 
 def own_python() -> str:

@@ -206,6 +206,12 @@ def memory_in_kib(process_id):
     return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
+def child_of(process_id):
+    """Return the ID of the first child process of another process, from Linux's /proc."""
+    path = pathlib.Path(f"/proc/{process_id}/task/{process_id}/children")
+    return int(path.read_text().split()[0])
+
+
 def cpu_seconds(process_id):
     """Return the processor time of a process in seconds. This works only on Linux."""
     fields = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
@@ -4242,8 +4248,7 @@ time.sleep(0.2)
         running = Process(command, self.environ)
         self.addCleanup(running.close)
         wait_for(lambda: self.double.count("refresh"))
-        outer = running.process.pid
-        first = int(pathlib.Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0])
+        first = child_of(running.process.pid)
         for _ in range(2):
             os.kill(first, signal.SIGINT)
             time.sleep(0.4)
@@ -4257,10 +4262,6 @@ time.sleep(0.2)
         # The first process of the container ends with the program, and that ends all others.
         init = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
         command = ["unshare", "--pid", "--fork", sys.executable, "-c", init]
-
-        def child_of(process):
-            children = pathlib.Path(f"/proc/{process}/task/{process}/children").read_text()
-            return int(children.split()[0])
 
         for number in (signal.SIGTERM, signal.SIGHUP):
             with self.subTest(number):
@@ -4351,6 +4352,26 @@ asyncio.run(main())
                 self.assertEqual(self.double.count("refresh"), 1)
 
     @needs_proc
+    def test_a_stopped_child_is_named_and_loses_no_response(self):
+        self.store(lifetime=-10)
+        released = self.hold_response("refresh")
+        self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "1"
+        code = "import chatgpt_oauth; chatgpt_oauth.CHILD_GRACE = 0.1; sys.argv[1:] = ['token']; "
+        running = self.start_python(code + "chatgpt_oauth.run_program()")
+        wait_for(lambda: self.double.count("refresh"))
+        child = child_of(running.process.pid)
+        os.kill(child, signal.SIGSTOP)
+        try:
+            released.set()
+            self.assert_fails(running.result(), 5, f" process {child}\n", f" -CONT {child})")
+            # It still holds the lock, so nobody else uses up the token.
+            environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.1"}
+            self.assert_fails(self.call("token", environ=environ), 5, "another process")
+        finally:
+            os.kill(child, signal.SIGCONT)
+        self.assert_fresh(self.call("token"))
+        self.assertEqual(self.double.count("refresh"), 1)
+
     @needs_proc
     def test_no_command_line_or_environment_holds_a_secret(self):
         before = self.store(lifetime=-10)
