@@ -3071,7 +3071,7 @@ class TokenFile(JsonFile):
 # A fresh access token costs one read: no lock, no write, no network. A refresh token is sent only
 # under the lock of the token file, and only after room for the response has been reserved. It is
 # sent again only if the server certainly hasn't processed the first request. From the request until
-# the response is on disk, nothing may interrupt: see `carry_out`. The request is sent and the
+# the response is on disk, nothing may interrupt: see `run_task`. The request is sent and the
 # response stored by a child process that has a session of its own, ignores signals, and inherits
 # the lock. Whatever happens to the process that waits for it, the child finishes its work. The
 # waiting process delays signals too: if it is the main process of a container, its end kills the
@@ -3327,7 +3327,7 @@ class Session:
         while True:
             try:
                 # This calls _refresh_once in a child process.
-                return Tokens(carry_out(self, refresh_and_store, old.fields))
+                return Tokens(run_task(self, refresh_and_store, old.fields))
             except RequestError as error:
                 if not error.unprocessed:
                     raise UnavailableError(
@@ -3456,18 +3456,19 @@ def warn_about_invalid_members(response: Fields, notify: Notify) -> None:
 
 
 def refresh_and_store(session: Session, fields: Fields) -> Fields:
-    """Refresh the tokens in `fields` and return the resulting fields. A task for `carry_out`."""
+    """Refresh the tokens in `fields` and return the resulting fields. A function for `run_task`."""
     # The refresh token can be used only once. Reserve room for its successor first.
     session.token_file.reserve(fields)
     return session._refresh_once(Tokens(fields)).fields
 
 
-def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `task(session, *arguments)` so that nothing interrupts it, and return the result.
+def run_task(session: Session, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function(session, *arguments)` so that nothing interrupts it, and return the result.
 
-    A task spends a token or a code and stores the response. It gets a process of its own if that
-    is possible. The caller must hold the lock of the token file. The arguments and the result must
-    be JSON values. Raises the task's errors. After a KeyboardInterrupt, the task may still go on.
+    The function is one of TASK_FUNCTIONS: it spends a token or a code and stores the response. It
+    gets a process of its own if that is possible. The caller must hold the lock of the token file.
+    The arguments and the result must be JSON values. Raises the function's errors. After a
+    KeyboardInterrupt, the child process may still go on.
     """
     # The configuration may contain any object whose str() matches its rule, so send the strings.
     config = {
@@ -3475,8 +3476,8 @@ def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> An
     }
     # The child takes the session's settings from here. It needs the configuration, too, because
     # Tokens takes its defaults from that.
-    order = {
-        "task": task.__name__,
+    task = {
+        "function": function.__name__,
         "arguments": arguments,
         "config": config,
         "settings": without(vars(session.settings), "environ"),
@@ -3485,11 +3486,11 @@ def carry_out(session: Session, task: Callable[..., Any], *arguments: Any) -> An
     }
     # If ask_child is interrupted, this stays true, and the child keeps the locks.
     session.token_file.are_locks_shared = True
-    reply = ask_child(session, json.dumps(order).encode() + b"\n")
+    reply = ask_child(session, json.dumps(task).encode() + b"\n")
     session.token_file.are_locks_shared = False
     if reply is None:
         with uninterrupted(session.settings):
-            return task(session, *arguments)
+            return function(session, *arguments)
     # A process that was killed has sent nothing, or a part of its reply.
     if not reply.endswith(b"\n"):
         raise RequestError("the process that sends the request has been killed")
@@ -3506,11 +3507,11 @@ def without(members: Fields, name: str) -> Fields:
     return {key: value for key, value in members.items() if key != name}
 
 
-def ask_child(session: Session, order: bytes) -> Optional[bytes]:
-    """Start a process that carries out `order` (see child_main), and return its reply.
+def ask_child(session: Session, task: bytes) -> Optional[bytes]:
+    """Start a process that runs `task` (see child_main), and return its reply.
 
-    Returns None if the process couldn't be started or didn't receive the whole order, so nothing
-    has been sent. The order goes through a pipe, because other users can read a command line.
+    Returns None if the process couldn't be started or didn't receive the whole task, so nothing
+    has been sent. The task goes through a pipe, because other users can read a command line.
     """
     import subprocess
 
@@ -3533,9 +3534,9 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
     except (OSError, RuntimeError):
         return None
     # If we are interrupted here, the child's input is closed. The child then exits, unless it has
-    # already received the whole order.
+    # already received the whole task.
     with signals_deferred() as delayed, child.stdin, child.stdout:
-        if not give_order(child, order):
+        if not send_task(child, task):
             # It may be another program, which doesn't end with its input.
             child.kill()
             child.wait()
@@ -3545,14 +3546,14 @@ def ask_child(session: Session, order: bytes) -> Optional[bytes]:
         return reply
 
 
-def give_order(child: Any, order: bytes) -> bool:
-    """Give a child process its order when it is ready, and return whether it got all of it."""
+def send_task(child: Any, task: bytes) -> bool:
+    """Send a child process its task when it is ready, and return whether it got all of it."""
     try:
         if not has_greeted(child.stdout):
             return False
-        child.stdin.write(order)
+        child.stdin.write(task)
         child.stdin.flush()
-    # The child has ended before it could read the whole order.
+    # The child has ended before it could read the whole task.
     except BrokenPipeError:
         # Closing the pipe tries to write the rest.
         with contextlib.suppress(BrokenPipeError):
@@ -4865,7 +4866,7 @@ def exchange_and_store(
         retry = Retry(session.settings.retry_window, session.notify)
         while True:
             try:
-                old = carry_out(session, exchange_once, code, verifier, redirect_uri, nonce)
+                old = run_task(session, exchange_once, code, verifier, redirect_uri, nonce)
                 return Tokens(old) if old else None
             except RequestError as error:
                 retry.wait(error)
@@ -4882,7 +4883,7 @@ def exchange_and_store(
 def exchange_once(
     session: Session, code: str, verifier: str, redirect_uri: str, nonce: str
 ) -> Optional[Fields]:
-    """Exchange the code, store the tokens, return the previous fields. A task for `carry_out`."""
+    """Exchange the code, store the tokens, return the old fields. A function for `run_task`."""
     old = None
     try:
         old = session.token_file.load()
@@ -9134,7 +9135,7 @@ def run_program() -> NoReturn:
 
 
 def child_main() -> NoReturn:
-    """Run as the child process of `carry_out`: read an order, run its task, print the reply."""
+    """Run as the child process of `run_task`: read a task, run it, print the reply."""
     import signal
 
     # Nobody needs to stop this process, because the time for its request is limited.
@@ -9146,10 +9147,10 @@ def child_main() -> NoReturn:
     pipe.write(CHILD_GREETING)
     pipe.flush()
     line = sys.stdin.buffer.readline()
-    # The parent process has ended, or was interrupted, before it gave the whole order.
+    # The parent process has ended, or was interrupted, before it sent the whole task.
     if not line.endswith(b"\n"):
         os._exit(OAuthError.exit_code)
-    reply = json.dumps(run_task(json.loads(line))).encode() + b"\n"
+    reply = json.dumps(reply_to(json.loads(line))).encode() + b"\n"
     # The parent process may have ended.
     with contextlib.suppress(OSError):
         pipe.write(reply)
@@ -9157,32 +9158,32 @@ def child_main() -> NoReturn:
     os._exit(0)
 
 
-# The tasks that a child process can run, by name.
-TASKS: Dict[str, Callable[..., Optional[Fields]]] = {
+# The functions that a child process can run, by name.
+TASK_FUNCTIONS: Dict[str, Callable[..., Optional[Fields]]] = {
     each.__name__: each for each in (refresh_and_store, exchange_once)
 }
 
 
-def run_task(order: Fields) -> Fields:
-    """Run the task of an order from `carry_out`, and return the reply."""
+def reply_to(task: Fields) -> Fields:
+    """Run a task from the parent process, and return the reply."""
     messages: List[Any] = []
 
     def notify(*message: str) -> None:
         messages.append(message)
 
-    CHATGPT_OAUTH_CONFIG.update(order["config"])
+    CHATGPT_OAUTH_CONFIG.update(task["config"])
     # The parent has checked its settings. __init__ would read them from the environment again.
     settings = Settings.__new__(Settings)
-    vars(settings).update(order["settings"], environ=dict(os.environ))
-    is_official = order["client"] == OfficialClient.__name__
+    vars(settings).update(task["settings"], environ=dict(os.environ))
+    is_official = task["client"] == OfficialClient.__name__
     client = OfficialClient(settings) if is_official else Client(settings)
-    vars(client).update(order["client_members"])
+    vars(client).update(task["client_members"])
     session = Session(settings, notify, client)
-    task = TASKS[order["task"]]
+    function = TASK_FUNCTIONS[task["function"]]
     try:
         # The parent holds the locks.
         with as_oauth_errors(), session.token_file.holding([]):
-            return {"messages": messages, "result": task(session, *order["arguments"])}
+            return {"messages": messages, "result": function(session, *task["arguments"])}
     except Exception as error:
         return {"messages": messages, "error": unexpected_error(error).to_members()}
 
