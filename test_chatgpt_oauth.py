@@ -10144,7 +10144,7 @@ class MainTest(Case):
         self.assertEqual((result.code, result.out), (2, ""))
         self.assertIn("examples:", result.err)
         text = self.assert_quiet(self.run_program("-h")).out
-        # argparse replaces percent signs.
+        # The help is no template, so it keeps a percent sign.
         program = self.folder / "100% ours" / "c.py"
         program.parent.mkdir()
         shutil.copy(PROGRAM, program)
