@@ -6979,9 +6979,8 @@ class InstallPaths:
         """Set the directory of the program, its record and its lock."""
         self.directory = directory
         self.program = os.path.join(directory, "chatgpt_oauth.py")
-        # Python reads its compiled code from this file.
-        name = f"chatgpt_oauth.{sys.implementation.cache_tag}.pyc"
-        self.compiled = os.path.join(directory, "__pycache__", name)
+        # Python keeps the compiled code of the program there.
+        self.cache = os.path.join(directory, "__pycache__")
         self.record = os.path.join(directory, "install.json")
         self.lock = os.path.join(directory, "install.lock")
 
@@ -7209,7 +7208,7 @@ def command_install(session: Session, options: Namespace) -> None:
 
 
 def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Session) -> None:
-    """Replace each file with its new content, compile the program, and run the command once.
+    """Replace each file with its new content, and run the command once.
 
     All files are written before the first one is replaced. If one can't be written, all stay as
     they are. If the command doesn't run, the files that are new are removed. Raises OSError and
@@ -7234,7 +7233,15 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
             del files[paths.launcher]
         # Others may have written to this directory before its permissions were restricted.
         remove_compiled_code(paths.program)
-        for replacement in write_replacements(stack, files, paths):
+        replacements = []
+        for path, content in files.items():
+            require_own_file(path)
+            replacement = Replacement(path, 0o755 if path == paths.launcher else 0o644)
+            stack.callback(replacement.discard)
+            replacement.write(content)
+            replacement.sync()
+            replacements.append(replacement)
+        for replacement in replacements:
             replacement.commit()
         try:
             require_working_launcher(paths)
@@ -7255,55 +7262,11 @@ def find_edited(contents: Dict[str, bytes]) -> Dict[str, List[str]]:
     return {path: edited for path, edited in names.items() if edited}
 
 
-def write_replacements(
-    stack: contextlib.ExitStack, files: Dict[str, bytes], paths: InstallPaths
-) -> List[Replacement]:
-    """Write the replacements of `files`, and of the program's compiled code.
-
-    They are discarded at the end of `stack`. Raises OSError and StorageError.
-    """
-    replacements = []
-    for path, content in files.items():
-        require_own_file(path)
-        mode = 0o755 if path == paths.launcher else 0o644
-        replacement = write_replacement(stack, path, content, mode)
-        replacements.append(replacement)
-        if path == paths.program:
-            info = os.fstat(replacement.file.fileno())
-            code = compiled_code(content, path, info)
-            replacements.append(write_replacement(stack, paths.compiled, code, 0o644))
-    return replacements
-
-
-def write_replacement(
-    stack: contextlib.ExitStack, path: str, content: bytes, mode: int
-) -> Replacement:
-    """Write the replacement of a file. It is discarded at the end of `stack`. Raises OSError."""
-    replacement = Replacement(path, mode)
-    stack.callback(replacement.discard)
-    replacement.write(content)
-    replacement.sync()
-    return replacement
-
-
-def compiled_code(source: bytes, path: str, info: os.stat_result) -> bytes:
-    """Return the compiled code that Python caches for the program at `path` (PEP 552).
-
-    `info` describes the file with the `source`. The module py_compile isn't used, because it
-    doesn't notice that the disk is full.
-    """
-    import importlib.util
-    import marshal
-
-    code = compile(source, path, "exec", dont_inherit=True, optimize=0)
-    flags = 0
-    numbers = (flags, int(info.st_mtime), info.st_size)
-    header = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
-    return importlib.util.MAGIC_NUMBER + header + marshal.dumps(code)
-
-
 def require_working_launcher(paths: InstallPaths) -> None:
-    """Run the installed command once. Raises StorageError if it doesn't print its version."""
+    """Run the installed command once, for which Python compiles the program.
+
+    Raises StorageError if the command doesn't print its version.
+    """
     import subprocess
 
     version = f"chatgpt_oauth {__version__}"
@@ -7324,10 +7287,18 @@ def require_working_launcher(paths: InstallPaths) -> None:
         fault = str(error)
     else:
         if result.stdout.decode(errors="replace").strip() == version:
+            give_to_owner(paths.cache)
             return
         lines = result.stderr.decode(errors="replace").split("\n")
         fault = " ".join(lines[-2:]).strip() or f"exit code {result.returncode}"
     raise StorageError(f"{paths.launcher} does not work: {fault}")
+
+
+def give_to_owner(directory: str) -> None:
+    """If we are root, give the files in `directory` to its owner. Raises OSError."""
+    if sys.platform != "win32" and os.geteuid() == 0:
+        for entry in os.scandir(directory):
+            os.chown(entry.path, *_owner(directory), follow_symlinks=False)
 
 
 def lock_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> int:
@@ -7373,7 +7344,7 @@ def remove_empty_directories(paths: Set[str]) -> None:
 
 def make_directories(contents: Dict[str, bytes], paths: InstallPaths, made: Set[str]) -> None:
     """Make the directories of all files, and add them to `made`. Raises OSError, StorageError."""
-    make_own_directory(os.path.dirname(paths.compiled), made)
+    make_own_directory(paths.cache, made)
     # Other programs use this directory, too.
     make_recorded_directory(os.path.dirname(paths.launcher), made)
     if paths.plugin in contents:
