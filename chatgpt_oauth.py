@@ -7006,29 +7006,15 @@ class InstallPaths:
         return content
 
 
-class Record:
-    """What `install` has made: the paths of the launchers and of the directories.
+def recorded_paths(paths: InstallPaths) -> Set[str]:
+    """Return the paths of the launchers and directories that `install` has made.
 
-    The file may be missing or damaged. Then both are empty, and `uninstall` finds only the launcher
-    that it was started with or told to remove.
+    If the record is missing or damaged, the result is empty, and `uninstall` finds only the
+    launcher that it was started with or told to remove.
     """
-
-    def __init__(self, paths: InstallPaths) -> None:
-        self.launchers: Set[str] = set()
-        self.directories: Set[str] = set()
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            fields = json.loads(file_content(paths.record))
-            self.launchers.update(map(str, fields.get("launchers")))
-            self.directories.update(map(str, fields.get("directories")))
-
-    def content(self) -> bytes:
-        """Return the content of the file."""
-        fields = {
-            "comment": LAUNCHER_MARK,
-            "launchers": sorted(self.launchers),
-            "directories": sorted(self.directories),
-        }
-        return encode(fields)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return set(map(str, json.loads(file_content(paths.record))["made"]))
+    return set()
 
 
 def absolute_path(path: str) -> str:
@@ -7079,19 +7065,16 @@ def launcher_content(paths: InstallPaths) -> bytes:
 
 def launched_directory(launcher: bytes) -> Optional[str]:
     """Return the directory of the program that a launcher runs, or None if that isn't clear."""
+    import shlex
+
     if sys.platform == "win32":
         found = re.search(r'"%~f0" "(.*)" %\*', launcher.decode("oem"))
         return found[1].replace("%%", "%") if found else None
-    found = re.search(r'"\$0" (.*) "\$@"\n\Z', os.fsdecode(launcher), re.DOTALL)
-    if not found:
-        return None
-    word = found[1]
-    # These are the three forms that quote_path returns.
-    if word.startswith('"'):
-        return word[1:-1]
-    if word.startswith("'"):
-        return word[1:-1].replace("'\"'\"'", "'")
-    return word
+    _, _, end = os.fsdecode(launcher).partition('\' "$0" ')
+    # A quotation mark is missing in a launcher that is damaged.
+    with contextlib.suppress(ValueError):
+        return shlex.split(end)[0] if end else None
+    return None
 
 
 def batch_quote(path: str) -> str:
@@ -7194,15 +7177,14 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         # This raises StorageError for a file that isn't ours, before anything is written.
         previous = {path: paths.content(path) for path in (*contents, paths.record)}
         make_directories(contents, paths, directories)
-        record = Record(paths)
-        record.launchers.add(paths.launcher)
-        record.directories.update(directories)
+        made = {paths.launcher, *directories, *recorded_paths(paths)}
+        record = encode({"comment": LAUNCHER_MARK, "made": sorted(made)})
         kept = {}
         for path in (paths.program, paths.plugin):
             if path in contents and previous[path] not in (b"", contents[path]):
                 kept[path + KEPT_SUFFIX] = previous[path]
         # The record comes first, so that it lists the launcher if this process is killed.
-        files = {paths.record: record.content(), **kept, **contents}
+        files = {paths.record: record, **kept, **contents}
         # Windows can't replace a file that is open, and the launcher may be running now.
         if sys.platform == "win32" and previous[paths.launcher] == contents[paths.launcher]:
             del files[paths.launcher]
@@ -7436,13 +7418,14 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     except OSError as error:
         raise storage_error("remove", error.filename or paths.directory, error) from None
     sessions = session.sessions_of_all_accounts()
-    # If another command stays, it needs the registrations. Otherwise `ended` are the sessions whose
-    # clients register. Their sign-ins stay.
-    is_in_use = os.path.lexists(paths.program)
-    ended = [each for each in sessions if each.client.registers and not is_in_use]
-    removed_registrations = [remove_registration(each) for each in ended]
+    has_removed_registration = False
+    for each in sessions:
+        # Another command that stays needs the registrations.
+        is_needed = os.path.lexists(paths.program)
+        if each.client.registers and not is_needed and remove_registration(each):
+            has_removed_registration = True
     if not removed:
-        if not any(removed_registrations):
+        if not has_removed_registration:
             session.notify("info", "Not installed; nothing to do.")
         return
     if paths.plugin in removed:
@@ -7467,9 +7450,10 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
     with contextlib.ExitStack() as stack:
         lock = lock_directory(paths, session.settings.lock_timeout, directories)
         stack.callback(unlock, lock, paths, directories)
-        record = Record(paths)
-        directories.update(record.directories)
-        others = [path for path in sorted(record.launchers) if is_other_launcher(path, paths)]
+        recorded = recorded_paths(paths)
+        # A path that isn't an empty directory will stay.
+        directories.update(recorded)
+        others = [path for path in sorted(recorded) if is_other_launcher(path, paths)]
         files = [paths.launcher]
         if not (options.bin and others):
             files += [*others, paths.program, paths.program + KEPT_SUFFIX, paths.record]
