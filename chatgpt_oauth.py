@@ -8059,35 +8059,24 @@ class CodePuppy:
         """Register our callbacks and unregister the built-in plugin's for the same phases.
 
         `ours` has one callback for each phase. Returns the built-in's callbacks by phase, without
-        those that are disabled. Returns None if our plugin is disabled. If a step fails, the steps
-        before it are undone as far as the host allows. `is_active` is false then, so our callbacks
-        leave everything to the built-in plugin.
+        those that are disabled. If our plugin is disabled, this returns None and the built-in's
+        stay. If this raises an exception, they stay, too: the calls that a host may lack come
+        before the first one is unregistered. Ours leave everything to them then (`is_active`).
         """
-        builtin: Dict[str, List[AnyCallable]] = {phase: [] for phase in ours}
-        with contextlib.ExitStack() as undo:
-            for phase, callback in ours.items():
-                self.callbacks.register_callback(phase, callback)
-                undo.callback(self._unregister, phase, callback)
-            for phase, callback in ours.items():
-                enabled = self.callbacks.get_callbacks(phase)
-                if callback not in enabled:
-                    return None
-                for each in self._all_callbacks(phase):
-                    if each == callback or not self._is_builtin(each):
-                        continue
-                    self._unregister(phase, each)
-                    undo.callback(self.callbacks.register_callback, phase, each)
-                    if each in enabled:
-                        builtin[phase].append(each)
-            undo.pop_all()
+        for phase, callback in ours.items():
+            self.callbacks.register_callback(phase, callback)
+        found, builtin = {}, {}
+        for phase, callback in ours.items():
+            enabled = self.callbacks.get_callbacks(phase)
+            if callback not in enabled:
+                return None
+            others = [each for each in self._all_callbacks(phase) if each != callback]
+            found[phase] = [each for each in others if self._is_builtin(each)]
+            builtin[phase] = [each for each in found[phase] if each in enabled]
+        for phase, callbacks in found.items():
+            for each in callbacks:
+                self.callbacks.unregister_callback(phase, each)
         return builtin
-
-    def _unregister(self, phase: str, callback: AnyCallable) -> None:
-        # A host that has nothing to unregister doesn't need this function. If another host lacks
-        # it, the AttributeError ends take_over. The undo steps fail for the same reason, so our
-        # callbacks stay registered. They leave everything to the built-in plugin, because
-        # `is_active` stays false.
-        self.callbacks.unregister_callback(phase, callback)
 
     def _all_callbacks(self, phase: str) -> List[AnyCallable]:
         try:
