@@ -3846,7 +3846,7 @@ class AuthorizationRequest:
         self.code_verifier = secrets.token_urlsafe(64)
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
         challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
-        self.client, self.port = client, port
+        self.port = port
         self.issuer = client.settings.issuer
         self.path = "/" + client.settings.redirect_path
         self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
@@ -5742,20 +5742,10 @@ class PromptSignIn(BrowserSignIn):
     """A sign-in at Code Puppy's prompt, where people may keep typing commands."""
 
     paste_note = " and press Enter (it does not show while you paste)"
-    # The request of the last sign-in in this process if it was interrupted or timed out. The URL
-    # that its browser ends on can still be passed to /chatgpt-auth.
-    unfinished: Optional[AuthorizationRequest] = None
 
     def _await_response(self, callback: Callback, deadline: float) -> None:
-        PromptSignIn.unfinished = None
-        try:
-            with self._echo_off():
-                super()._await_response(callback, deadline)
-        finally:
-            if not callback.response.done():
-                PromptSignIn.unfinished = callback.request
-                text = "To finish this sign-in with the URL that the browser ends on, run"
-                self.session.notify("info", text, "auth URL")
+        with self._echo_off():
+            super()._await_response(callback, deadline)
 
     @contextlib.contextmanager
     def _echo_off(self) -> Iterator[None]:
@@ -5784,26 +5774,6 @@ class PromptSignIn(BrowserSignIn):
                 "Still waiting for the sign-in; only the URL that the browser ends on helps here."
             )
         self.session.notify("info", text)
-
-
-def redeem_pasted(session: Session, models: ModelFilter, url: str) -> None:
-    """Finish an interrupted sign-in at Code Puppy's prompt with the URL that its browser ended on.
-
-    Raises OAuthError.
-    """
-    request = PromptSignIn.unfinished
-    if not request:
-        raise UsageError("no sign-in is in progress", "to start one, run", "auth")
-    # There is no listener, because the URL is already here.
-    callback = Callback(request, [])
-    try:
-        callback.paste(url)
-    except ValueError as error:
-        raise UsageError(f"that URL does not work: {error}") from None
-    PromptSignIn.unfinished = None
-    unfinished_session = Session(request.client.settings, session.notify, request.client)
-    redeem(unfinished_session, models, callback)
-    session.imported = unfinished_session.imported
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7998,7 +7968,7 @@ BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
 
 PLUGIN_COMMANDS = {
-    "chatgpt-auth": "Sign in with ChatGPT and import its models (a URL, or see --help)",
+    "chatgpt-auth": "Sign in with ChatGPT and import its models (see --help)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
     "codex-auth": "The same as /chatgpt-auth",
@@ -8441,27 +8411,20 @@ class CodePuppyPlugin:
         if name == "models":
             self._list_models()
             return
-        words = [word.strip("'\"") for word in command.split()[1:]]
-        urls = [word for word in words if "://" in word or "state=" in word]
-        arguments = [word for word in words if word not in urls]
+        arguments = [word.strip("'\"") for word in command.split()[1:]]
         options = self.parse(name, arguments, "/chatgpt-" + name)
         if options.help:
             self.notify("info", options.help)
             return
-        if urls and PromptSignIn.unfinished:
-            # The URL belongs to the account for which that sign-in was started.
-            options.account = PromptSignIn.unfinished.client.settings.account
         with open_session(self.notify, options).naming_account() as session:
-            self._run_in_session(session, name, options, urls)
+            self._run_in_session(session, name, options)
 
-    def _run_in_session(
-        self, session: Session, name: str, options: Namespace, urls: List[str]
-    ) -> None:
+    def _run_in_session(self, session: Session, name: str, options: Namespace) -> None:
         in_use = self.host.model_in_use()
         if name == "status":
             self._show_status(session, options, in_use)
         elif name == "auth":
-            self._sign_in_and_export(session, options, urls)
+            self._sign_in_and_export(session, options)
             self._report_models(session, in_use)
             self._warn_of_override(*self._stored_key(session.settings.account))
         else:
@@ -8479,11 +8442,11 @@ class CodePuppyPlugin:
         if not options.json:
             self._replace_missing_model(session, in_use)
 
-    def _sign_in_and_export(self, session: Session, options: Namespace, urls: List[str]) -> None:
+    def _sign_in_and_export(self, session: Session, options: Namespace) -> None:
         account = session.settings.account
         before = self._stored_tokens(account)
         try:
-            self._sign_in(session, options, urls)
+            self._sign_in(session, options)
         finally:
             # A sign-in can fail after it has stored new tokens.
             after = self._stored_tokens(account)
@@ -8540,7 +8503,7 @@ class CodePuppyPlugin:
         self.notify("hint", f"to choose another model, type: /model {choice}")
         return True
 
-    def _sign_in(self, session: Session, options: Namespace, urls: List[str]) -> None:
+    def _sign_in(self, session: Session, options: Namespace) -> None:
         if options.official and not self.host.has_plan_models:
             # Nothing could use the tokens.
             raise no_plan_models_error()
@@ -8554,13 +8517,8 @@ class CodePuppyPlugin:
                 "an editor shows messages only after a command has ended",
                 f"to sign in, run in a terminal: {self._typed_in_shell('auth --device')}",
             )
-        if urls and not options.device:
-            models = ModelFilter(session.settings, options.include, options.exclude, options.source)
-            redeem_pasted(session, models, urls[0])
-        else:
-            is_reading = sys.stdin is not None and sys.stdin.isatty()
-            sign_in_class = PromptSignIn if self.host.has_prompt else BrowserSignIn
-            sign_in_with_options(session, options, is_reading, sign_in_class)
+        is_reading = sys.stdin is not None and sys.stdin.isatty()
+        sign_in_with_options(session, options, is_reading, PromptSignIn)
 
 
 def command_name(entry: Any) -> str:
