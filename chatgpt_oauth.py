@@ -2396,7 +2396,8 @@ def can_change_mode(path: str) -> bool:
     """Whether this user can change the permissions of `path`. Windows has no such permissions."""
     if sys.platform == "win32":
         return False
-    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+    # PyPy 3.9 has no os.ST_RDONLY, which is 1 on every system.
+    is_read_only = os.statvfs(path).f_flag & getattr(os, "ST_RDONLY", 1)
     return os.stat(path).st_uid == os.geteuid() and not is_read_only
 
 
