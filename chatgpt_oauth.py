@@ -2337,10 +2337,10 @@ class Tokens:
         return hashlib.sha256((self.refresh_token or "").encode()).hexdigest()
 
 
-def encode(value: Fields) -> bytes:
+def encode(value: Fields, indent: Optional[int] = 2) -> bytes:
     """Return `value` as the JSON text of a file. Raises StorageError if it is nested too deeply."""
     try:
-        return json.dumps(value, indent=2).encode() + b"\n"
+        return json.dumps(value, indent=indent).encode() + b"\n"
     except RecursionError:
         raise StorageError(
             "the file holds another program's entry that is nested too deeply to keep"
@@ -3485,9 +3485,10 @@ def run_task(session: Session, function: Callable[..., Any], *arguments: Any) ->
         "client": type(session.client).__name__,
         "client_members": without(vars(session.client), "settings"),
     }
+    line = encode(task, indent=None)
     # If ask_child is interrupted, this stays true, and the child keeps the locks.
     session.token_file.are_locks_shared = True
-    reply = ask_child(session, json.dumps(task).encode() + b"\n")
+    reply = ask_child(session, line)
     session.token_file.are_locks_shared = False
     if reply is None:
         with uninterrupted(session.settings):
