@@ -2522,12 +2522,12 @@ def _chown_like(descriptor: int, path: str) -> None:
         os.fchown(descriptor, *_owner(path))
 
 
-def _make_directory(path: str, mode: int = 0o700) -> None:
+def make_directory(path: str, mode: int = 0o700) -> None:
     """Make a directory and its missing parents, each with the owner of the directory above it."""
     parent = os.path.dirname(path)
     if os.path.isdir(path) or parent == path:
         return
-    _make_directory(parent, mode)
+    make_directory(parent, mode)
     # Another process may make the directory at the same time.
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, mode)
@@ -2555,7 +2555,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _acquire(path: str, deadline: float) -> int:
+def acquire_lock(path: str, deadline: float) -> int:
     """Lock the file at `path` and return its descriptor.
 
     Raises UnavailableError if another process still holds the lock at `deadline`
@@ -2593,7 +2593,7 @@ def _pause_for_lock(path: str, deadline: float) -> None:
     time.sleep(0.01)
 
 
-def _acquire_lock_file(path: str, deadline: float) -> int:
+def acquire_lock_file(path: str, deadline: float) -> int:
     """Lock the lock file at `path` and return its descriptor. Create it if it doesn't exist.
 
     Raises UnavailableError if another process still holds the lock at `deadline`
@@ -2603,20 +2603,35 @@ def _acquire_lock_file(path: str, deadline: float) -> int:
         with contextlib.suppress(FileExistsError):
             os.close(_create(path, os.path.dirname(path), PRIVATE))
         try:
-            return _acquire(path, deadline)
+            return acquire_lock(path, deadline)
         except FileNotFoundError:
             # Another process has just removed the file.
             if time.monotonic() >= deadline:
                 raise
 
 
-def _release(descriptor: int) -> None:
+def release_lock(descriptor: int) -> None:
+    """Release a lock and close its file."""
     if sys.platform != "win32":
         import fcntl
 
         # Closing the file isn't enough, because a forked child process may have it open too.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
+
+
+def remove_lock_file(descriptor: int, path: str) -> None:
+    """Release the lock of the file at `path` and remove the file, if the system allows that.
+
+    A process that waits for the lock notices that: see acquire_lock.
+    """
+    # Windows can't remove an open file. Another process may have it open.
+    if sys.platform == "win32":
+        release_lock(descriptor)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    if sys.platform != "win32":
+        release_lock(descriptor)
 
 
 class _TransientError(Exception):
@@ -2650,6 +2665,11 @@ class JsonFile:
     def temporary(self) -> str:
         """The path of the temporary file that replaces the file."""
         return self.real_path + TEMPORARY_SUFFIX
+
+    @property
+    def lock_path(self) -> str:
+        """The path of the lock file, which stays when the file is removed."""
+        return self.real_path + ".lock"
 
     @property
     def broken_copy(self) -> str:
@@ -2745,7 +2765,7 @@ class JsonFile:
                 yield
         finally:
             # Unlocking would also unlock for a child process. Closing leaves the lock to it.
-            release = os.close if self.are_locks_shared else _release
+            release = os.close if self.are_locks_shared else release_lock
             self.are_locks_shared = False
             for descriptor in reversed(locks):
                 release(descriptor)
@@ -2771,7 +2791,7 @@ class JsonFile:
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
-        failure = storage_error("lock", error.filename or self.real_path + ".lock", error)
+        failure = storage_error("lock", error.filename or self.lock_path, error)
         failure.hint = home_hint(self.settings) or failure.hint
         return failure
 
@@ -2793,18 +2813,18 @@ class JsonFile:
                 text = f"{path}: a link that leads nowhere"
                 raise StorageError(text, "remove it, then try again")
         try:
-            _make_directory(self.directory)
+            make_directory(self.directory)
         except OSError as error:
             failure = storage_error("create", error.filename or self.directory, error)
             failure.hint = home_hint(self.settings) or failure.hint
             raise failure from None
-        locks.append(_acquire_lock_file(self.real_path + ".lock", deadline))
+        locks.append(acquire_lock_file(self.lock_path, deadline))
         # On Windows, a lock on a file would keep others from reading it.
         if sys.platform != "win32":
             for path in (self.real_path, self.temporary):
                 # The file may not exist. If it can't be opened, `reserve` raises an error.
                 with contextlib.suppress(OSError):
-                    locks.append(_acquire(path, deadline))
+                    locks.append(acquire_lock(path, deadline))
 
     def _replacement(self) -> Replacement:
         """Create the temporary file and lock it. The caller must hold the lock."""
@@ -7228,7 +7248,7 @@ def lock_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> int:
     while True:
         try:
             make_own_directory(paths.directory, made)
-            return _acquire_lock_file(paths.lock, deadline)
+            return acquire_lock_file(paths.lock, deadline)
         except FileNotFoundError:
             # `uninstall` has just removed the directory.
             if time.monotonic() >= deadline:
@@ -7238,21 +7258,15 @@ def lock_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> int:
 def unlock(lock: int, paths: InstallPaths, directories: Set[str]) -> None:
     """Release the lock and remove the `directories` that are empty.
 
-    If nothing is installed, the lock's file is removed, too. A process that waits for the lock
-    notices that: see _acquire.
+    If nothing is installed, the lock's file is removed, too.
     """
     # The directories that contain the lock's file come last. The others are removed under the lock.
     last = {path for path in directories if paths.lock.startswith(os.path.join(path, ""))}
     remove_empty_directories(directories - last)
-    is_needed = os.path.lexists(paths.record)
-    # Windows can't remove an open file. Another `install` may have it open.
-    if sys.platform == "win32":
-        _release(lock)
-    if not is_needed:
-        with contextlib.suppress(OSError):
-            os.unlink(paths.lock)
-    if sys.platform != "win32":
-        _release(lock)
+    if os.path.lexists(paths.record):
+        release_lock(lock)
+    else:
+        remove_lock_file(lock, paths.lock)
     remove_empty_directories(last)
 
 
@@ -7279,7 +7293,7 @@ def make_recorded_directory(path: str, made: Set[str], mode: int = 0o755) -> Non
     while not os.path.isdir(missing) and missing != os.path.dirname(missing):
         made.add(missing)
         missing = os.path.dirname(missing)
-    _make_directory(path, mode)
+    make_directory(path, mode)
 
 
 def make_own_directory(path: str, made: Set[str]) -> None:
@@ -7460,12 +7474,16 @@ def remove_registration(official: Session) -> bool:
     with contextlib.suppress(StorageError):
         move_registration(official)
     file = official.registration_file
-    if not os.path.lexists(file.path):
-        return False
-    with file.lock():
-        file.remove()
-    official.notify("done", f"Removed {file.path}")
-    return True
+    was_there = os.path.lexists(file.path)
+    if was_there:
+        with file.lock():
+            file.remove()
+        official.notify("done", f"Removed {file.path}")
+    # A sign-in that runs at this moment holds the lock and keeps its file.
+    with contextlib.suppress(OSError, UnavailableError):
+        lock = acquire_lock(file.lock_path, time.monotonic())
+        remove_lock_file(lock, file.lock_path)
+    return was_there
 
 
 def remove_file(path: str) -> None:

@@ -6626,7 +6626,7 @@ class OfficialTest(Case):
         self.plan_file.write_text(json.dumps({**stored, "host_id": "urn:uuid:x"}))
         self.assert_done(self.call("uninstall"))
         self.assertEqual(self.stored_plan(), stored)
-        self.assertFalse(self.agent_file.exists())
+        self.assertEqual(list(self.home.glob("chatgpt_agent.json*")), [])
         self.assertIn("nothing to do", self.assert_done(self.call("uninstall")).err)
         # The tokens are used and replaced without it.
         self.expire_token()
@@ -7101,7 +7101,7 @@ class AccountsTest(Case):
         err = self.assert_done(self.call("uninstall")).err
         for path in agents:
             self.assertIn(f"Removed {path}\n", err)
-            self.assertFalse(path.exists())
+            self.assertEqual(list(path.parent.glob("chatgpt_agent.json*")), [])
         self.assertTrue(self.plan_file.exists())
         self.assertTrue(self.account_file("work", "chatgpt_plan.json").exists())
 
