@@ -7723,6 +7723,9 @@ def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[O
     is_html = "<" in reason
     if "exceeds the context window" in reason:
         code = "context_length"
+    # For a model that the account doesn't have, the Codex backend gives no code.
+    if "model is not supported" in reason:
+        code = "usage_not_included"
     for part, (text, hint) in PLAN_REFUSALS.items():
         if part in code:
             return OAuthError(text + reset_note(fields), hint)

@@ -9884,6 +9884,10 @@ class PuppyModelTest(PuppyCase):
             ({"code": "usage_limit_reached"}, ("usage limit is reached\n", "settings/usage")),
             ({"type": "usage_limit_reached", **resets}, ("; it resets in 2 hours 2 minutes (",)),
             ({"code": "usage_not_included"}, ("does not include this model", "another model")),
+            (
+                {"message": "The 'gpt-5.5' model is not supported when using Codex."},
+                ("does not include this model", "choose another model"),
+            ),
             ({"code": "credits_depleted"}, ("no credits left",)),
             ({"code": "insufficient_quota"}, ("no credits left",)),
             ({"code": "context_length_exceeded"}, ("too long for this model", "/compact")),
