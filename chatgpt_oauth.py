@@ -8113,6 +8113,10 @@ class CodePuppy:
         """Return the name of the model that the next prompt will use."""
         return text_or_none(self.config.get_global_model_name())
 
+    def chosen_model(self) -> Optional[str]:
+        """Return the name of the model that the person chose. It may not exist any more."""
+        return text_or_none(self.config.get_value("model"))
+
     def reload_model(self) -> None:
         """Make the current agent build its model again, with the current API key."""
         # If the model is gone, the host chooses another one and shows which. A failure shows at the
@@ -8235,6 +8239,7 @@ class CodePuppyPlugin:
             with contextlib.suppress(Exception):
                 self.export_at_start()
                 self.fix_entries()
+                self.host.callbacks.register_callback("startup", self.on_startup)
 
     # Callbacks ------------------------------------------------------------------------------
 
@@ -8273,6 +8278,12 @@ class CodePuppyPlugin:
             if result is not None:
                 return result
         return None
+
+    def on_startup(self) -> None:
+        """Warn if the model that the person chose is gone. The host silently uses another one."""
+        with contextlib.suppress(Exception):
+            session = Session(Settings(""), self.notify)
+            self._replace_missing_model(session, self.host.chosen_model())
 
     def on_help(self) -> List[Tuple[str, str]]:
         """Return the names and descriptions of our commands, and of the built-in's others."""

@@ -8902,7 +8902,7 @@ class Host:
 
     def __init__(self, home, release="new", builtin=True):
         self.home, self.release = home, release
-        self.phases = {"custom_command": [], "custom_command_help": []}
+        self.phases = {"custom_command": [], "custom_command_help": [], "startup": []}
         if release == "new":
             self.phases["register_model_type"] = []
         self.context, self.owners, self.disabled = None, {}, set()
@@ -9475,6 +9475,25 @@ class PuppyTest(PuppyCase):
         self.dispatch("/chatgpt-auth")
         self.dispatch("/chatgpt-logout")
         self.assertNotIn("/model", self.message_text())
+
+    def test_a_chosen_model_that_is_gone_is_reported_at_startup(self):
+        self.start_host()
+        self.load_plugin()
+        self.dispatch("/chatgpt-auth")
+        self.messages.clear()
+        on_startup = self.puppy.phases["startup"][0]
+        for chosen in ("chatgpt-gpt-4o", "synthetic", None):
+            self.puppy.settings["model"] = chosen
+            on_startup()
+            self.assertEqual(self.messages, [])
+        # Another program replaces the entries, and the host starts with a model of its own choice.
+        self.puppy.model, self.puppy.settings["model"] = "synthetic", "chatgpt-gpt-4o"
+        self.switch_account()
+        self.assert_done(self.call("auth", "--no-browser", browser=visit))
+        on_startup()
+        self.assertIn("the model in use, chatgpt-gpt-4o, is no longer there", self.message_text())
+        self.assertIn("That model may cost money.", self.message_text())
+        self.assertIn("type: /model chatgpt-gpt-5.5", self.message_text())
 
     def test_an_old_release_refuses_the_official_sign_in(self):
         self.start_host("old")
