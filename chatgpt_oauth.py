@@ -6873,8 +6873,13 @@ def command_logout(session: Session, options: Namespace) -> None:
 # The line of this file that sets OAUTH_SOURCE.
 PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
 LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
-# A copy of this program that is replaced by another one is kept under its name and this suffix,
-# because somebody may have edited the settings in it.
+# The values that earlier releases had as defaults. A person hasn't chosen them.
+FORMER_DEFAULTS = {
+    "codex_client_version": "0.169.0",
+    "default_context_length": 128000,
+    "responses_patterns": "*-codex*,*-pro,*-pro-*",
+}
+# The replaced copy of an edited file is kept under its name and this suffix.
 KEPT_SUFFIX = ".old"
 # Our files in Code Puppy's directory, with their locks and temporary files.
 OWN_FILES = r"chatgpt_(oauth|models|plan|agent)\.json(\.[a-z]+)?"
@@ -7132,6 +7137,28 @@ def has_code_puppy(paths: InstallPaths, environ: Dict[str, str]) -> bool:
     return False
 
 
+def edited_settings(installed: bytes) -> List[str]:
+    """Return the names of the settings that were edited in an installed copy of this program.
+
+    These are the ones whose value neither this file nor an earlier release has.
+    """
+    import ast
+
+    pattern = rb"^CHATGPT_OAUTH_CONFIG.*?= (\{.*?^\})"
+    found = re.search(pattern, installed, re.MULTILINE | re.DOTALL)
+    try:
+        settings = ast.literal_eval(found[1].decode()) if found else {}
+    except (SyntaxError, ValueError):
+        # The person has written more than values there.
+        return ["CHATGPT_OAUTH_CONFIG"]
+    edited = []
+    for name, value in settings.items():
+        defaults = [each[name] for each in (CHATGPT_OAUTH_CONFIG, FORMER_DEFAULTS) if name in each]
+        if value not in defaults:
+            edited.append(name)
+    return edited
+
+
 def command_install(session: Session, options: Namespace) -> None:
     """Install this file as a command and, if Code Puppy is installed, as its plugin."""
     notify, environ = session.notify, session.settings.environ
@@ -7171,10 +7198,8 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         make_directories(contents, paths, directories)
         made = {paths.launcher, *directories, *recorded_paths(paths)}
         record = encode({"comment": LAUNCHER_MARK, "made": sorted(made)})
-        kept = {}
-        for path in (paths.program, paths.plugin):
-            if path in contents and previous[path] not in (b"", contents[path]):
-                kept[path + KEPT_SUFFIX] = previous[path]
+        edited = find_edited(previous)
+        kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
         # The record comes first, so that it lists the launcher if this process is killed.
         files = {paths.record: record, **kept, **contents}
         # Windows can't replace a file that is open, and the launcher may be running now.
@@ -7199,8 +7224,16 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
                 if not content:
                     remove_file(path)
             raise
-    for path in kept:
-        session.notify("info", f"The previous copy is kept as {path}")
+    for path, names in edited.items():
+        text = f"the installed copy had edited settings: {', '.join(names)}"
+        session.notify("warning", text)
+        session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
+
+
+def find_edited(contents: Dict[str, bytes]) -> Dict[str, List[str]]:
+    """Return the names of the edited settings of each file that has any."""
+    names = {path: edited_settings(content) for path, content in contents.items()}
+    return {path: edited for path, edited in names.items() if edited}
 
 
 def require_working_launcher(paths: InstallPaths) -> None:

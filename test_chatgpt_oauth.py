@@ -8596,20 +8596,31 @@ class InstallTest(Case):
                 self.assert_done(self.run_program("uninstall", "--bin", str(self.bin)))
                 self.assertEqual(self.paths(), before)
 
-    def test_the_previous_copy_is_kept_if_it_differs(self):
+    def test_an_edited_configuration_is_kept(self):
         source = pathlib.Path(PROGRAM).read_text(encoding="utf-8")
         edited = self.folder / "edited.py"
-        for text in (source, source.replace('"home": None', '"home": "/h"')):
-            with self.subTest(text != source):
+        version = oauth.CHATGPT_OAUTH_CONFIG["codex_client_version"]
+        # Values of earlier releases aren't edits.
+        older = source.replace(f'_version": "{version}"', '_version": "0.169.0"')
+        older = older.replace('"default_context_length": None', '"default_context_length": 128000')
+        for text, names in (
+            (source, ""),
+            (older, ""),
+            (older.replace('"home": None', '"home": "/h"'), "home"),
+            (source.replace('"prefix": "chatgpt-"', '"prefix": "x" + "y"'), "CHATGPT_OAUTH_CONFIG"),
+        ):
+            with self.subTest(names):
                 edited.write_text(text, encoding="utf-8")
-                self.run_command([sys.executable, str(edited), "install", "--code-puppy"])
+                start = [sys.executable, str(edited), "install", "--code-puppy"]
+                self.run_command(start)
                 self.assertEqual(self.program.read_text(encoding="utf-8"), text)
                 messages = self.install()
                 for place in (self.program, self.plugin):
                     kept = pathlib.Path(f"{place}.old")
-                    self.assertEqual(kept.exists(), text != source)
-                    if text != source:
-                        self.assertIn(f"The previous copy is kept as {kept}\n", messages)
+                    self.assertEqual(kept.exists(), bool(names))
+                    if names:
+                        warning = f"warning: the installed copy had edited settings: {names}\n"
+                        self.assertIn(f"{warning}That copy is kept as {kept}\n", messages)
                         self.assertEqual(kept.read_text(encoding="utf-8"), text)
                 self.assert_done(self.run_program("uninstall"))
                 self.assertEqual(self.paths(), {str(edited)})
