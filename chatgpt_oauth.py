@@ -41,7 +41,7 @@ from __future__ import annotations
 # the person what is needed.
 (PYTHON_3_8_OR_LATER_IS_NEEDED := True)
 
-# Heavier modules than these (HTTP, TLS, threads, even base64) are imported in the functions that
+# Heavier modules than these (HTTP, TLS, argparse, even base64) are imported in the functions that
 # need them, because `env`, `token` and `status` run every time a shell starts. E402 doesn't apply
 # because the version check has to come first.
 import sys  # noqa: E402
@@ -74,9 +74,9 @@ except ImportError as error:
 # by several milliseconds.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from argparse import Namespace
     from concurrent.futures import Future
     from socket import socket as Socket  # noqa: N812
-    from types import SimpleNamespace as Namespace
     from typing import (
         Any,
         Callable,
@@ -6097,10 +6097,10 @@ def quote_path(path: str, shell: str = "") -> str:
     return f"@({quoted})" if shell == "xonsh" else quoted
 
 
-def print_result(text: str) -> None:
+def print_result(text: str, end: str = "\n") -> None:
     """Print a command's result. Raises StorageError if standard output is closed or full."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except OSError as error:
         raise StorageError(f"cannot write to standard output: {error.strerror}") from None
 
@@ -8478,10 +8478,15 @@ class CodePuppyPlugin:
         if name == "models":
             self._list_models()
             return
+        import io
+
         arguments = [word.strip("'\"") for word in command.split()[1:]]
-        options = self.parse(name, arguments, "/chatgpt-" + name)
-        if options.help:
-            self.notify("info", options.help)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                options = self.parse(name, arguments, "/chatgpt-" + name)
+        except SystemExit:
+            # The options included --help.
+            self.notify("info", printed.getvalue())
             return
         with open_session(self.notify, options).naming_account() as session:
             self._run_in_session(session, name, options)
@@ -8613,28 +8618,30 @@ def is_plugin() -> bool:
 # ---------------------------------------------------------------------------------------------
 # main: the command line
 # ---------------------------------------------------------------------------------------------
-# OPTIONS and COMMANDS describe the command line. The option reader and all help texts use these
+# OPTIONS and COMMANDS describe the command line. Both option readers and all help texts use these
 # tables. Errors become messages and exit codes only here, after everything else has finished.
+
+# The kinds of options: present or absent, with a value, with a value and repeatable.
+FLAG, VALUE, REPEATABLE = "flag", "value", "repeatable"
 
 
 class Option:
-    """An option of the command line.
+    """An option of the command line, as both option readers use it.
 
-    `summary` and `metavar` (the placeholder for the value) are shown in the help. An option without
-    a metavar takes no value. `read` turns the text into the value, or raises UsageError. If the
-    option `is_repeatable`, its values are collected in a list.
+    `summary` and `metavar` (the placeholder for the value) are shown in the help. In both, %%
+    stands for a percent sign. `read` turns the text into the value, or raises UsageError.
     """
 
     def __init__(
         self,
         summary: str,
+        kind: str = FLAG,
         metavar: str = "",
-        read: Callable[[str], Any] = str,
         default: Optional[str] = None,
-        is_repeatable: bool = False,
+        read: Callable[[str], Any] = str,
     ) -> None:
-        self.summary, self.metavar, self.read = summary, metavar, read
-        self.default, self.is_repeatable = default, is_repeatable
+        self.summary, self.kind, self.metavar = summary, kind, metavar
+        self.default, self.read = default, read
 
 
 # Defaults that the help mentions.
@@ -8646,27 +8653,29 @@ OPTIONS = {
     "--no-browser": Option("print the URL instead of opening a browser"),
     "--timeout": Option(
         f"how long to wait (default: {DEFAULT_TIMEOUT}; with --device: {DEVICE_CODE_LIFETIME:g})",
+        VALUE,
         "SECONDS",
         read=lambda text: _SECONDS.check("--timeout", text),
     ),
     "--include": Option(
-        "import models that match, instead of the defaults (repeatable)",
-        "GLOB",
-        is_repeatable=True,
+        "import models that match, instead of the defaults (repeatable)", REPEATABLE, "GLOB"
     ),
-    "--exclude": Option("skip models that match (repeatable)", "GLOB", is_repeatable=True),
+    "--exclude": Option("skip models that match (repeatable)", REPEATABLE, "GLOB"),
     "--source": Option(
         "api (billed to the API account), codex or official (covered by the plan), or auto",
+        VALUE,
         "SOURCE",
         read=lambda text: RULES["model_source"].check("--source", text),
     ),
     "--account": Option(
         "use the account NAME instead of the unnamed one",
+        VALUE,
         "NAME",
         read=lambda text: _ACCOUNT.check("--account", text),
     ),
     "--workspace": Option(
         "sign in to this ChatGPT workspace only (its ID)",
+        VALUE,
         "ID",
         read=lambda text: _WORKSPACE.check("--workspace", text),
     ),
@@ -8679,10 +8688,11 @@ OPTIONS = {
     "--shell": Option(
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
         "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
+        VALUE,
         "NAME",
         default="auto",
     ),
-    "--name": Option(f"variable to set (default: {DEFAULT_VARIABLE})", "VAR"),
+    "--name": Option(f"variable to set (default: {DEFAULT_VARIABLE})", VALUE, "VAR"),
     "--access-token": Option("export the access token and account ID instead"),
     "--unset": Option("print code that unsets the variables"),
     "--refresh": Option("refresh it first, even if it is still valid"),
@@ -8691,7 +8701,8 @@ OPTIONS = {
     "--official": Option("use OpenAI's official sign-in (works only in Code Puppy)"),
     "--bin": Option(
         r"directory for the command (default: ~/.local/bin; on Windows "
-        r"%LOCALAPPDATA%\Programs\chatgpt_oauth)",
+        r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
+        VALUE,
         "DIR",
         read=lambda text: _DIRECTORY.check("--bin", text),
     ),
@@ -8808,69 +8819,116 @@ COMMANDS = {
 ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "status"}
 
 
-def parse(name: str, arguments: List[str], prog: str = "") -> Namespace:
-    """Return the options of the command `name`, one member for each. Raises UsageError.
+def parse(name: str, arguments: List[str], prog: str = "") -> Any:
+    """Return the options of the command `name`, which the help calls `prog`.
 
-    `command` holds the arguments after a `--`. With -h or --help, `help` is the text to print,
-    which calls the command `prog`. Otherwise it is "".
+    Raises UsageError, and SystemExit after it has printed the help for -h.
     """
-    import types
-
     command = COMMANDS[name]
-    end = arguments.index("--") if command.tail and "--" in arguments else len(arguments)
-    options = types.SimpleNamespace(help="", command=arguments[end + 1 :])
-    for flag, option in command.options.items():
-        setattr(options, attribute_name(flag), option.default if option.metavar else False)
-    rest = arguments[:end]
-    if "-h" in rest or "--help" in rest:
-        options.help = command_help(name, prog or f"{program_name()} {name}")
-        return options
-    while rest:
-        read_option(name, options, rest)
+    end = len(arguments)
+    if command.tail and "--" in arguments:
+        end = arguments.index("--")
+    options = read_plain_options(command, arguments[:end])
+    if options is None:
+        options = read_options(name, arguments[:end], prog or f"{program_name()} {name}")
+    options.command = arguments[end + 1 :]
     for pair in EXCLUSIVE:
-        if all(getattr(options, attribute_name(flag), None) for flag in pair):
+        if all(vars(options).get(attribute_name(flag)) for flag in pair):
             message = " and ".join(pair) + " cannot be used together"
             raise UsageError(message, "leave one of them out")
     return options
 
 
-def read_option(name: str, options: Namespace, rest: List[str]) -> None:
-    """Read the first option in `rest`, remove it there, and set its member of `options`."""
-    word = rest.pop(0)
-    flag, equals, value = word.partition("=")
-    option = COMMANDS[name].options.get(flag)
-    if not option or (equals and not option.metavar):
-        raise unknown_argument_error(name, word)
-    attribute = attribute_name(flag)
-    if not option.metavar:
-        setattr(options, attribute, True)
-        return
-    if not equals:
+def read_plain_options(command: Command, arguments: List[str]) -> Any:
+    """Return the options without importing argparse, or None if only argparse can read them.
+
+    `env`, `token` and `status` run at every start of a shell, and importing argparse would take
+    about a quarter of their time. Scripts and profiles write options in the plainest way, which is
+    easy to read. Everything else (-h, `--name=VALUE`, every mistake) is left to read_options, which
+    understands the plainest way as well, with the same result.
+    """
+    import types
+
+    options = types.SimpleNamespace()
+    for flag, option in command.options.items():
+        default = False if option.kind == FLAG else option.default
+        setattr(options, attribute_name(flag), default)
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if flag not in command.options:
+            return None
+        name, option = attribute_name(flag), command.options[flag]
+        if option.kind == FLAG:
+            setattr(options, name, True)
+            continue
         if not rest or rest[0].startswith("-"):
-            raise UsageError(f"{flag} needs a value", "to see the options, run", f"{name} --help")
-        value = rest.pop(0)
-    result = option.read(value)
-    if option.is_repeatable:
-        result = [*(getattr(options, attribute) or []), result]
-    setattr(options, attribute, result)
+            return None
+        value = option.read(rest.pop(0))
+        if option.kind == REPEATABLE:
+            value = [*(getattr(options, name) or []), value]
+        setattr(options, name, value)
+    return options
 
 
 def attribute_name(flag: str) -> str:
-    """Return the name of the member that holds the value of the option `flag`."""
+    """Return the attribute in which argparse stores the value of `flag`."""
     return flag[2:].replace("-", "_")
 
 
-def unknown_argument_error(name: str, argument: str) -> UsageError:
+def read_options(name: str, arguments: List[str], prog: str) -> Any:
+    """Return the options as argparse reads them.
+
+    Raises UsageError, and SystemExit after it has printed the help for -h.
+    """
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message, "to see the options, run", f"{name} --help")
+
+    command = COMMANDS[name]
+    ending = profile_help() if name == "env" else example_help(command, prog)
+    parser = Parser(
+        prog=prog,
+        # argparse formats `usage` with %, so a % in `prog` would break it here.
+        usage=f"%(prog)s [options]{command.tail}",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog="\n".join(ending),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # Before Python 3.10, this title is "optional arguments".
+    parser._optionals.title = "options"
+    for flag, option in command.options.items():
+        if option.kind == FLAG:
+            parser.add_argument(flag, help=option.summary, action="store_true")
+            continue
+        parser.add_argument(
+            flag,
+            help=option.summary,
+            action="append" if option.kind == REPEATABLE else "store",
+            metavar=option.metavar,
+            default=option.default,
+            type=option.read,
+        )
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise unknown_argument_error(name, unknown)
+    return options
+
+
+def unknown_argument_error(name: str, unknown: List[str]) -> UsageError:
     """Return the error for an option that the command `name` doesn't have.
 
     Its hint is the option with the most similar spelling, if there is one.
     """
     from difflib import get_close_matches
 
-    message = f"unknown option or argument: {argument}"
+    message = f"unknown option or argument: {' '.join(unknown)}"
     # The dashes don't count, because otherwise --all and --local would be alike.
     words = [flag[2:] for flag in COMMANDS[name].options]
-    near = get_close_matches(argument.partition("=")[0].lstrip("-"), words, 1)
+    near = get_close_matches(unknown[0].partition("=")[0].lstrip("-"), words, 1)
     if near:
         return UsageError(message, "did you mean", f"{name} --{near[0]}")
     if COMMANDS[name].tail:
@@ -8878,25 +8936,8 @@ def unknown_argument_error(name: str, argument: str) -> UsageError:
     return UsageError(message, "to see the options, run", f"{name} --help")
 
 
-def command_help(name: str, prog: str) -> str:
-    """Return the help of the command `name`, which it calls `prog`."""
-    import textwrap
-
-    command = COMMANDS[name]
-    rows = {"-h, --help": "show this help"}
-    for flag, option in command.options.items():
-        rows[f"{flag} {option.metavar}".rstrip()] = option.summary
-    width = max(map(len, rows))
-    lines = [f"usage: {prog} [options]{command.tail}", ""]
-    lines += [f"{command.summary[0].upper()}{command.summary[1:]}.", "", "options:"]
-    for label, summary in rows.items():
-        first, *others = textwrap.wrap(summary, 75 - width)
-        lines.append(f"  {label:{width}}  {first}")
-        lines += [f"{'':{width + 4}}{line}" for line in others]
-    if name == "env":
-        return "\n".join([*lines, "", *profile_help()])
-    examples = [f"  {example.format(prog)}" for example in command.examples]
-    return "\n".join([*lines, "", "examples:", *examples])
+def example_help(command: Command, prog: str) -> List[str]:
+    return ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
 
 
 def profile_help() -> List[str]:
@@ -8904,11 +8945,12 @@ def profile_help() -> List[str]:
 
     It names the variable without reading the settings, because help must work with a bad setting.
     """
+    variable = str(CHATGPT_OAUTH_CONFIG["api_key_env_var"])
     lines = ["add one of these to your shell's profile:"]
     for name, shell in SHELLS.items():
         if shell.profile:
             program = program_name(absolute=True, shell=name)
-            lines += [f"  {name}:", f"    {profile_line(name, program, DEFAULT_VARIABLE)}"]
+            lines += [f"  {name}:", f"    {profile_line(name, program, variable)}"]
     return lines
 
 
@@ -8978,9 +9020,11 @@ def run(arguments: List[str], notify: Notify) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown_command_error(name)
-    options = parse(name, arguments[1:])
-    if options.help:
-        print_result(options.help)
+    try:
+        options = parse(name, arguments[1:])
+    except SystemExit:
+        # argparse has printed the help, which may still be in the buffer.
+        print_result("", end="")
         return 0
     with open_session(notify, options).naming_account() as session:
         return COMMANDS[name].run(session, options) or 0

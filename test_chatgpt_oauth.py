@@ -10118,7 +10118,7 @@ class MainTest(Case):
         self.assertEqual((result.code, result.out), (2, ""))
         self.assertIn("examples:", result.err)
         text = self.assert_quiet(self.run_program("-h")).out
-        # The help is no template, so it keeps a percent sign.
+        # argparse replaces percent signs.
         program = self.folder / "100% ours" / "c.py"
         program.parent.mkdir()
         shutil.copy(PROGRAM, program)
