@@ -174,6 +174,8 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
 }
 
+# A longer context, in tokens, must be a mistake. The limit is our own, far above that of any model.
+MAX_CONTEXT_LENGTH = 10**9
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
 # The parts of a host name have 1 to 63 characters each (RFC 1035 §2.3.4). Python fails with a
@@ -268,7 +270,12 @@ RULES = {
     "account": Rule(f"(?:{_ACCOUNT.pattern})?", _ACCOUNT.meaning),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 at most)"),
     "default_context_length": Rule(
-        _INTEGER, "a number up to 1000000000", int, 1, 10**9, optional=True
+        _INTEGER,
+        f"a number up to {MAX_CONTEXT_LENGTH}",
+        int,
+        1,
+        MAX_CONTEXT_LENGTH,
+        optional=True,
     ),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
@@ -4304,10 +4311,9 @@ CHAT_TYPE, RESPONSES_TYPE = "custom_openai", "custom_openai_responses"
 # The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
 # models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
-# A context length in the catalogue outside these limits must be a mistake and is ignored. They are
-# our own, far below and far above the window of every known model. The upper one is the largest
-# number with ten digits.
-MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH = 16000, 10**10 - 1  # tokens
+# A shorter context in the catalogue must be a mistake and is ignored, like one that is longer than
+# MAX_CONTEXT_LENGTH. The limit is our own, far below that of any model.
+MIN_CONTEXT_LENGTH = 16000  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -4392,21 +4398,14 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     Raises OAuthError if there is no response. Any status counts as a response.
     """
     url = base_url(settings, source) + "/models"
-    if source == "api":
-        return request_json(
-            settings, url, LIST_MODELS, bearer=tokens.api_key or "", limit=MODELS_LIMIT
-        )
-    url += f"?client_version={settings.codex_client_version}"
-    headers = {}
+    bearer, headers = tokens.api_key or "", {}
+    if source != "api":
+        url += f"?client_version={settings.codex_client_version}"
+        bearer = tokens.access_token
     if source == "codex":
         headers = {**account_headers(tokens), "originator": settings.originator}
     return request_json(
-        settings,
-        url,
-        LIST_MODELS,
-        bearer=tokens.access_token,
-        headers=headers,
-        limit=MODELS_LIMIT,
+        settings, url, LIST_MODELS, bearer=bearer, headers=headers, limit=MODELS_LIMIT
     )
 
 
@@ -4505,12 +4504,11 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
     server's order. The API's list has no order, so its models are sorted newest first. Raises
     OAuthError, also if `source` is "api" and the account has no API key.
     """
-    what = LIST_MODELS
-    response = _models_response(session, source, what)
+    response = _models_response(session, source)
     try:
-        listed = response.json_object(what).get("data" if source == "api" else "models")
+        listed = response.json_object(LIST_MODELS).get("data" if source == "api" else "models")
         if not isinstance(listed, list):
-            raise OAuthError(f"could not {what}: the response has no list of models")
+            raise OAuthError(f"could not {LIST_MODELS}: the response has no list of models")
     except RequestError:
         # The reason is the network or the server, not the account.
         raise
@@ -4534,7 +4532,10 @@ def list_models(session: Session, source: str) -> Dict[str, Fields]:
         plural = "s" if skipped > 1 else ""
         session.notify("warning", f"skipped {skipped} model{plural} with unsupported names")
     if source == "api":
-        return dict(sorted(models.items(), key=_creation_time, reverse=True))
+        # A model whose creation time is unknown comes last.
+        created = {name: number_or_none(models[name].get("created")) or 0 for name in models}
+        newest = sorted(models, key=lambda name: -created[name])
+        return {name: models[name] for name in newest}
     return models
 
 
@@ -4556,7 +4557,7 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
     return RefusedError(str(error), hint, command)
 
 
-def _models_response(session: Session, source: str, what: str) -> Response:
+def _models_response(session: Session, source: str) -> Response:
     """Request the models of `source`.
 
     A 401 for an API key doesn't trigger a refresh, because the tokens weren't used.
@@ -4565,7 +4566,9 @@ def _models_response(session: Session, source: str, what: str) -> Response:
     if not session.client.can_use_plan(tokens.fields):
         raise plan_not_allowed_error()
     if source != "api":
-        return session.request(what, lambda valid: request_models(session.settings, source, valid))
+        return session.request(
+            LIST_MODELS, lambda valid: request_models(session.settings, source, valid)
+        )
     if not tokens.api_key:
         raise no_api_key_error()
     return request_models(session.settings, source, tokens)
@@ -4577,11 +4580,6 @@ def is_shut_down(listed: Fields) -> bool:
     # The day ends twelve hours later in the westernmost time zone than in UTC.
     today = timestamp(time.time() - 43200)[:10]
     return re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", date) is not None and date < today
-
-
-def _creation_time(model: Tuple[str, Fields]) -> float:
-    """Return the creation time of an API model in seconds since 1970, or 0 if it is unknown."""
-    return number_or_none(model[1].get("created")) or 0
 
 
 def is_ours(session: Session, name: str, entry: object) -> bool:

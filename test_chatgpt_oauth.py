@@ -10976,8 +10976,8 @@ class SpecificationTest(Case):
             ({"context_window": 15999, "effective_context_window_percent": 100}, 258400),
             ({"context_window": 100000, "effective_context_window_percent": 1}, 258400),
             ({"context_window": 100000, "effective_context_window_percent": 101}, 95000),
-            ({"context_window": 9999999999, "effective_context_window_percent": 100}, 9999999999),
-            ({"context_window": 10**10, "effective_context_window_percent": 100}, 258400),
+            ({"context_window": 10**9, "effective_context_window_percent": 100}, 10**9),
+            ({"context_window": 10**9 + 1, "effective_context_window_percent": 100}, 258400),
         ):
             with self.subTest(listed):
                 self.assertEqual(self.context_length(**listed), length)
