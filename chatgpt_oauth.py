@@ -5116,7 +5116,7 @@ def workspace_label(tokens: Tokens) -> str:
 def is_read_from_stdin() -> bool:
     """Whether Python has read this program from standard input."""
     # sys.argv[0] is "-" in `python3 -`, and "" in `python3 < chatgpt_oauth.py`.
-    return __name__ == "__main__" and sys.argv[:1] in (["-"], [""])
+    return __name__ == "__main__" and sys.argv[0] in ("-", "")
 
 
 def is_terminal(descriptor: int) -> bool:
@@ -5430,7 +5430,7 @@ class BrowserSignIn:
             return
         except ValueError as error:
             if line:
-                self._refuse_line(line, str(error))
+                self.session.notify("info", self._refusal(line, str(error)))
         if not self.stdin.is_terminal:
             self.pastes_left -= 1
         if not line or not self.pastes_left:
@@ -5440,9 +5440,15 @@ class BrowserSignIn:
                 raise OAuthError(fault, self.session.client.no_port_hint)
         self.stdin.ask()
 
-    def _refuse_line(self, line: str, fault: str) -> None:
-        """Explain why a pasted line was refused. PromptSignIn's version also looks at `line`."""
-        self.session.notify("info", f"That URL does not work: {fault}")
+    def _refusal(self, line: str, fault: str) -> str:
+        """Return what to say about a `line` that isn't the response because of `fault`."""
+        if self.stdin.is_terminal and line.startswith("/"):
+            return "Still waiting for the sign-in; press Ctrl-C first to use another command."
+        if self.stdin.is_terminal and "=" not in line:
+            return (
+                "Still waiting for the sign-in; only the URL that the browser ends on helps here."
+            )
+        return f"That URL does not work: {fault}"
 
 
 def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
@@ -5627,15 +5633,14 @@ BROWSER_WATCH = 2.0  # seconds
 # directory.
 PYTHON_OPENER = ("-I", "-c", "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))")
 _RUNDLL = ("rundll32.exe", "url.dll,FileProtocolHandler")
-# The commands that open a URL in the default browser, by sys.platform, in the order in which they
-# are tried. All systems that aren't listed use Linux's. `wsl` is for WSL, whose sys.platform is
-# linux, too.
+# The commands that open a URL in the default browser, in the order in which they are tried, by
+# sys.platform. All systems that aren't listed use Linux's.
+LINUX_OPENERS = (("termux-open-url",), ("xdg-open",), PYTHON_OPENER)
+WSL_OPENERS = (("wslview",), _RUNDLL)
 URL_OPENERS = {
     "win32": (PYTHON_OPENER, _RUNDLL),
     "darwin": (("open",), PYTHON_OPENER),
     "cygwin": (("cygstart",), PYTHON_OPENER),
-    "linux": (("termux-open-url",), ("xdg-open",), PYTHON_OPENER),
-    "wsl": (("wslview",), _RUNDLL),
 }
 # These browsers run in the terminal, which `auth` needs, and can't show OpenAI's page.
 TEXT_BROWSERS = {"lynx", "w3m", "links", "links2", "elinks", "www-browser", "browsh"}
@@ -5702,15 +5707,15 @@ def browser_command(environ: Dict[str, str], url: str) -> Tuple[List[str], str]:
     path = environ.get("PATH")
     if environ.get("BROWSER", "").strip():
         return chosen_browser(environ["BROWSER"], url, path)
-    openers = URL_OPENERS.get(sys.platform, URL_OPENERS["linux"])
+    openers = URL_OPENERS.get(sys.platform, LINUX_OPENERS)
     has_display = environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
     # Termux opens URLs in Android's browser, so it needs no display.
     is_termux = shutil.which("termux-open-url", path=path) is not None
     if "WSL_DISTRO_NAME" in environ or "WSL_INTEROP" in environ:
-        openers = URL_OPENERS["wsl"]
+        openers = WSL_OPENERS
     elif "SSH_CONNECTION" in environ or "SSH_TTY" in environ:
         return [], "this is an SSH session"
-    elif openers == URL_OPENERS["linux"] and not has_display and not is_termux:
+    elif openers == LINUX_OPENERS and not has_display and not is_termux:
         return [], "this is a container" if is_in_container() else "there is no display"
     for opener in openers:
         if opener == PYTHON_OPENER:
@@ -5784,16 +5789,6 @@ class PromptSignIn(BrowserSignIn):
             yield
         finally:
             termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, before)
-
-    def _refuse_line(self, line: str, fault: str) -> None:
-        text = f"That URL does not work: {fault}"
-        if line.startswith("/"):
-            text = "Still waiting for the sign-in; press Ctrl-C first to use another command."
-        elif "=" not in line:
-            text = (
-                "Still waiting for the sign-in; only the URL that the browser ends on helps here."
-            )
-        self.session.notify("info", text)
 
 
 # ---------------------------------------------------------------------------------------------

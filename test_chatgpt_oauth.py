@@ -5913,7 +5913,7 @@ class PasteTest(Case):
         url = running.wait_for_url()
         for number in range(1, 26):
             os.write(leader, b"hello\n")
-            wait_for(lambda number=number: running.err.count("does not work") == number)
+            wait_for(lambda number=number: running.err.count("Still waiting") == number)
         os.write(leader, authorization_response(url).encode() + b"\n")
         self.assert_done(running.result())
 
