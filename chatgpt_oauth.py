@@ -6002,31 +6002,42 @@ HYPERLINK = "\033]8;;{0}\033\\{0}\033]8;;\033\\"
 MESSAGE_LIMIT = 5000  # characters
 
 
-def program_name(absolute: bool = False, shell: str = "") -> str:
-    """Return the words that start this program again, for hints and profiles.
-
-    With `absolute`, they work in any directory and with any PATH, as a profile needs. With `shell`
-    (a key of SHELLS), they are quoted for that shell. Without `absolute`, a module that -m started
-    is named with -m, and a program in PATH by its bare name. Otherwise the launcher is started by
-    its path, and any other file with Python.
-    """
+def started_file() -> str:
+    """Return the path with which this program was started, or its usual name without a file."""
     path = sys.argv[0] if sys.argv else ""
-    # Python was started with -c, or it read the program from standard input or another pipe.
-    if path in ("", "-", "-c") or not has_program_file():
-        path = "chatgpt_oauth.py"
+    # "-c" is all that Python keeps of the code that it was given.
+    return path if path not in ("", "-", "-c") and has_program_file() else "chatgpt_oauth.py"
+
+
+def program_name(shell: str = "") -> str:
+    """Return the words that start this program again, for hints.
+
+    A module that -m started is named with -m, and a program in PATH by its bare name. With `shell`
+    (a key of SHELLS), the words are quoted for that shell.
+    """
+    path = started_file()
     name = os.path.basename(path)
-    is_launcher = name in LAUNCHERS
-    if not absolute:
-        # With -m, Python searches the current directory, so the module's name isn't absolute.
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        if spec and spec.name != "__main__" and not is_launcher:
-            return f"{python_name()} -m {spec.name}"
-        if is_in_search_path(path):
-            return COMMAND if is_launcher else quote_path(name)
-    if absolute:
-        path = os.path.abspath(path)
+    # With -m, Python searches the current directory, so the module's name isn't absolute.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name != "__main__" and name not in LAUNCHERS:
+        return f"{python_name()} -m {spec.name}"
+    if is_in_search_path(path):
+        return COMMAND if name in LAUNCHERS else quote_path(name)
+    return start_command(path, shell)
+
+
+def absolute_program_name(shell: str) -> str:
+    """Return the words that start this program in any directory and with any PATH, for a profile.
+
+    They are quoted for `shell`, which is a key of SHELLS.
+    """
+    return start_command(os.path.abspath(started_file()), shell)
+
+
+def start_command(path: str, shell: str) -> str:
+    """Return the words that start the program at `path` in `shell`."""
     quoted = quote_path(path, shell)
-    if not is_launcher:
+    if os.path.basename(path) not in LAUNCHERS:
         return f"{python_name()} {quoted}"
     # Some shells run a command in quotes only after a call operator.
     if shell and quoted != path:
@@ -6659,7 +6670,7 @@ def shell_with_env_code(settings: Settings, name: str) -> str:
         known = ", ".join(each for each, shell in SHELLS.items() if shell.has_env_code)
         raise UsageError(f"unknown shell: {name}", f"use --shell with one of: {known}")
     if not SHELLS[key].has_env_code:
-        program, variable = program_name(shell=key), settings.api_key_env_var
+        program, variable = absolute_program_name(key), settings.api_key_env_var
         line = profile_line(key, program, variable, settings.account)
         hint = f"use --shell with another name, or in {name}: {line}"
         raise UsageError(f"env prints no code for {name}", hint)
@@ -6678,10 +6689,12 @@ def command_auth(session: Session, options: Namespace) -> None:
         session.notify("info", "To use the API key in a shell, see", "env --help")
         return
     command = with_account("env", session.settings.account)
-    line = SHELLS[key].profile.format(command=f"{program_name(shell=key)} {command}")
+    line = SHELLS[key].profile.format(command=f"{program_name(key)} {command}")
+    text = "To use the API key in this shell"
     # Without a program file, there is nothing that the line could start.
-    need = "" if has_program_file() else ", download chatgpt_oauth.py, then run"
-    session.notify("info", f"To use the API key in this shell{need}: {line}")
+    if not has_program_file():
+        text += ", download chatgpt_oauth.py, then run"
+    session.notify("info", f"{text}: {line}")
 
 
 def command_status(session: Session, options: Namespace) -> int:
@@ -6894,12 +6907,11 @@ sys.path.append(directory)
 try:
     import chatgpt_oauth
 except Exception:
-    # The compiled code may be damaged, for example because the disk was full.
+    # The compiled code may be damaged, because the disk was full.
     import contextlib, importlib.util, os
     damaged = importlib.util.cache_from_source(os.path.join(directory, "chatgpt_oauth.py"))
     with contextlib.suppress(OSError):
         os.unlink(damaged)
-    # The launcher is a file, so Python finds no compiled code below it and compiles the program.
     sys.pycache_prefix = launcher
     sys.dont_write_bytecode = True
     import chatgpt_oauth
@@ -7403,13 +7415,13 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
         # `status` reports what is wrong with the file.
         pass
     if api_key:
-        program, variable = program_name(absolute=True, shell=shell), settings.api_key_env_var
+        program, variable = absolute_program_name(shell), settings.api_key_env_var
         line = profile_line(shell, program, variable, settings.account)
         notify("info", f"To have the API key in each new shell, add this line to {profile}:")
         notify("info", f"    {line}")
     notify("info", next_step)
     command = with_account(next_command, settings.account)
-    notify("info", f"    {program_name(shell=shell)} {command}")
+    notify("info", f"    {program_name(shell)} {command}")
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:
@@ -8942,7 +8954,7 @@ def profile_help() -> List[str]:
     lines = ["add one of these to your shell's profile:"]
     for name, shell in SHELLS.items():
         if shell.profile:
-            program = program_name(absolute=True, shell=name)
+            program = absolute_program_name(name)
             lines += [f"  {name}:", f"    {profile_line(name, program, variable)}"]
     return lines
 
