@@ -6171,8 +6171,14 @@ class Terminal:
 SHOWN_MODELS = 10
 # The facts of `status --json` that `accounts --json` has for each account.
 ACCOUNT_FACTS = (
-    *("account", "email", "plan", "authenticated", "has_api_key"),
-    *("access_token_expires_at", "official", "problem"),
+    "account",
+    "email",
+    "plan",
+    "authenticated",
+    "has_api_key",
+    "access_token_expires_at",
+    "official",
+    "problem",
 )
 
 
@@ -6369,16 +6375,17 @@ class Status:
             return "api" if self.stored.tokens.api_key else "codex"
         return "official" if self.official.exists else "auto"
 
+    def _hint(self, error: OAuthError) -> str:
+        """Return the hint of `error` with its command, or "" if there is no hint."""
+        command = f": {self.to_typed(error.command)}" if error.command else ""
+        return f"{error.hint or ''}{command}"
+
     def _sentence(self, error: Optional[OAuthError]) -> Optional[str]:
         """Return the text of `error` with its hint, or None without an error."""
         if not error:
             return None
-        text = str(error)
-        if error.hint:
-            text += f"; {error.hint}"
-        if error.command:
-            text += f": {self.to_typed(error.command)}"
-        return text
+        hint = self._hint(error)
+        return f"{error}; {hint}" if hint else str(error)
 
     def text(self, as_json: bool, to_terminal: bool = False) -> str:
         """Return the text that `status` prints. With `to_terminal`, usage is shown as bars."""
@@ -6412,8 +6419,7 @@ class Status:
         """Return a line for the problem and, if it has a hint, another line for that."""
         texts = [f"Problem: {problem}"]
         if problem.hint:
-            command = f": {self.to_typed(problem.command)}" if problem.command else ""
-            texts.append(f"Hint: {problem.hint}{command}")
+            texts.append(f"Hint: {self._hint(problem)}")
         return texts
 
     def _rows(self, to_terminal: bool) -> List[Tuple[str, str]]:
@@ -6507,10 +6513,12 @@ def account_statuses(
 
     names = session.settings.account_names()
     sessions = [Session(Settings(name), session.notify) for name in names]
-    # Both kinds of map return an iterator, so the list below waits for the results. The threads of
-    # the pool end when nothing refers to it any more.
-    call_each = ThreadPoolExecutor(len(sessions)).map if online else map
-    statuses = call_each(lambda each: Status(each, to_typed, online), sessions)
+    pool = ThreadPoolExecutor(len(sessions) if online else 1)
+    try:
+        statuses = list(pool.map(lambda each: Status(each, to_typed, online), sessions))
+    finally:
+        # Ctrl-C doesn't wait for the requests.
+        pool.shutdown(wait=False)
     return [each for each in statuses if each.stored.exists or each.official.exists]
 
 
