@@ -7808,8 +7808,10 @@ class Prompts:
 
     def __init__(self, notify: Notify, stop: Callable[[OAuthError], Exception]) -> None:
         self.notify, self.stop = notify, stop
-        # Access tokens that came from a refresh after a 401 and were refused, too.
-        self.rejected_tokens: Set[str] = set()
+        # The access tokens that were answered with 401. They aren't sent again.
+        self.refused_tokens: Set[str] = set()
+        # The token files of the sign-ins whose token was refused although it was a new one.
+        self.rejected: Set[str] = set()
         # The token files of the sign-ins whose last refresh failed.
         self.failing: Set[str] = set()
 
@@ -7851,34 +7853,56 @@ class PlanAccess:
             settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
         return settings
 
-    async def authorize(self, rejected: str) -> Tuple[str, Dict[str, str]]:
-        """Return an access token, and the headers with which the plan pays for a request.
+    def open_session(self, notify: Notify) -> Session:
+        """Return the session that has the tokens. Raises OAuthError."""
+        session = Session(Settings(self.account), notify)
+        return session.official_session() if self.official else session
 
-        Raises OAuthError. `rejected` is an access token that was answered with 401, or "".
+    async def authorize(self, session: Session) -> Tuple[Tokens, bool]:
+        """Return tokens for a request, and whether they replace tokens that were refused.
+
+        Raises OAuthError.
         """
         import asyncio
 
         loop = asyncio.get_running_loop()
-        waiting = loop.run_in_executor(None, self._authorize, rejected)
+        waiting = loop.run_in_executor(None, self._authorize, session)
         await asyncio.wait({waiting}, timeout=SILENT_WAIT)
         if not waiting.done():
             self.prompts.notify("info", "Waiting for OpenAI to refresh the sign-in...")
         return await waiting
 
-    def _authorize(self, rejected: str) -> Tuple[str, Dict[str, str]]:
-        messages: List[Tuple[str, ...]] = []
-        settings = Settings(self.account)
-        session = Session(settings, lambda *message: messages.append(message))
-        if self.official:
-            session = session.official_session()
-        tokens = session.refresh_after_401(rejected) if rejected else session.valid_tokens()
-        self.prompts.report_refresh(session.token_file.path, messages)
+    def _authorize(self, session: Session) -> Tuple[Tokens, bool]:
+        stored = session.tokens().access_token
+        was_refused = stored in self.prompts.refused_tokens
+        tokens = session.refresh_after_401(stored) if was_refused else session.valid_tokens()
         if not session.client.can_use_plan(tokens.fields):
             raise plan_not_allowed_error()
+        return tokens, was_refused
+
+    def headers(self, tokens: Tokens) -> Dict[str, str]:
+        """Return the headers with which the plan pays for a request."""
         headers = {"Authorization": f"Bearer {tokens.access_token}"}
-        if not self.official:
-            headers.update(account_headers(tokens))
-        return tokens.access_token, headers
+        return headers if self.official else {**headers, **account_headers(tokens)}
+
+    def may_try_again(self, session: Session, tokens: Tokens, is_second: bool) -> bool:
+        """Whether to try other tokens after these were answered with 401.
+
+        If new tokens are refused, too (`is_second`), no refresh will help, now or at later prompts.
+        Otherwise several processes would refresh in turns.
+        """
+        prompts, path = self.prompts, session.token_file.path
+        if is_second:
+            prompts.rejected.add(path)
+        if path in prompts.rejected:
+            return False
+        prompts.refused_tokens.add(tokens.access_token)
+        return True
+
+    def report_success(self, session: Session, messages: List[Tuple[str, ...]]) -> None:
+        """Record that a request was accepted, and show `messages` about a failed refresh."""
+        self.prompts.rejected.discard(session.token_file.path)
+        self.prompts.report_refresh(session.token_file.path, messages)
 
     def is_refused(self, error: Any) -> bool:
         """Whether `error` is OpenAI's refusal of an access token."""
@@ -7946,22 +7970,27 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
         async def _open_stream(
             self, stack: Any, messages: Any, settings: Fields, *rest: Any, **options: Any
         ) -> Any:
-            rejected = ""
+            refresh_messages: List[Tuple[str, ...]] = []
+            session = access.open_session(lambda *message: refresh_messages.append(message))
+            is_second = False
             while True:
-                token, headers = await access.authorize(rejected)
-                wanted = {**settings, "extra_headers": headers}
+                tokens, is_replacement = await access.authorize(session)
+                is_second = is_second or is_replacement
+                wanted = {**settings, "extra_headers": access.headers(tokens)}
                 opening = super().request_stream(messages, wanted, *rest, **options)
                 try:
-                    return await stack.enter_async_context(opening)
+                    response = await stack.enter_async_context(opening)
                 except http_error as error:
-                    if not access.is_refused(error) or token in access.prompts.rejected_tokens:
+                    if not access.is_refused(error):
                         raise
-                    # If the token after a refresh is refused, too, no refresh will help, now or at
-                    # the next prompt.
-                    if rejected:
-                        access.prompts.rejected_tokens.add(token)
+                    if not access.may_try_again(session, tokens, is_second):
                         raise
-                    rejected = token
+                    is_second = True
+                    # The next refresh tells what is wrong.
+                    refresh_messages.clear()
+                else:
+                    access.report_success(session, refresh_messages)
+                    return response
 
     return PlanModel
 

@@ -9759,6 +9759,44 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(self.double.count("refresh"), 1)
         self.assertEqual(self.send_requests(model), ["Hello"])
 
+    def test_a_refused_token_is_not_sent_again(self):
+        self.store()
+        model = self.build_model()
+        self.double.access_tokens.clear()
+        self.fault("refresh", 400, b'{"error": "unheard_of"}')
+        for refreshes in (1, 2):
+            self.assert_request_stops(model, "unheard_of", "/chatgpt-auth")
+            self.assertEqual((len(self.headers), self.double.count("refresh")), (1, refreshes))
+        del self.double.faults["refresh"]
+        self.assertEqual(self.send_requests(model), ["Hello"])
+        self.assertEqual(len(self.headers), 2)
+
+    def test_a_refresh_that_fails_before_a_401_is_reported_once(self):
+        self.store(lifetime=200)
+        model = self.build_model()
+        self.double.access_tokens.clear()
+        self.fault("refresh", 400, b'{"error": "unheard_of"}')
+        self.assert_request_stops(model, "unheard_of", "/chatgpt-auth")
+        self.assertEqual(self.message_text().count("unheard_of"), 1)
+        self.assertNotIn("still valid", self.message_text())
+        self.assertEqual(self.double.count("refresh"), 1)
+
+    def test_two_processes_do_not_refresh_in_turns_after_401s(self):
+        self.store()
+        model = self.build_model()
+        refused = ModelHTTPError(401, "gpt-6", {"detail": "no"})
+        with self.answer_with(refused, refused, refused):
+            self.assert_request_stops(model, "does not accept this sign-in")
+            # Another process refreshes after a 401, too.
+            self.assertEqual(self.call("token", "--refresh").code, 0)
+            self.assert_request_stops(model, "does not accept this sign-in")
+        self.assertEqual(self.double.count("refresh"), 2)
+        # As soon as a request is accepted, a 401 leads to a refresh again.
+        self.assertEqual(self.send_requests(model), ["Hello"])
+        self.double.access_tokens.clear()
+        self.assertEqual(self.send_requests(model), ["Hello"])
+        self.assertEqual(self.double.count("refresh"), 3)
+
     def test_a_refusal_names_the_command_for_its_own_sign_in(self):
         for options in ("", "--account work", "--official", "--account work --official"):
             arguments = ("auth", "--no-browser", *options.split())
