@@ -7658,9 +7658,10 @@ def checked_stream(source: Any, library: Any) -> Any:
             unfinished, is_complete = b"", False
             async for chunk in source:
                 *lines, unfinished = (unfinished + chunk).split(b"\n")
-                # Nothing after the completion matters, so those lines aren't checked.
                 for line in lines:
-                    is_complete = is_complete or check_event_line(line)
+                    # Nothing after the completion matters, not even a failure.
+                    if not is_complete:
+                        is_complete = check_event_line(line)
                 yield chunk
             if not is_complete and not check_event_line(unfinished):
                 raise ResponseError({}, "the connection ended early")
@@ -7715,8 +7716,8 @@ class ResponseError(Exception):
         super().__init__(self.reason)
 
 
-# Parts of the codes with which OpenAI refuses a prompt for good, each with a message and a hint.
-# The first part that a code contains is used, so a longer part comes before a shorter one in it.
+# What the codes with which OpenAI refuses a prompt for good contain (regular expressions), each with
+# a message and a hint. The first one that matches is used.
 PLAN_REFUSALS = {
     "workplace_individual_usage_limit": (
         "your workspace's usage limit for you is reached",
@@ -7724,8 +7725,10 @@ PLAN_REFUSALS = {
     ),
     "usage_limit": ("your ChatGPT plan's usage limit is reached", f"see {USAGE_PAGE}"),
     "usage_not_included": ("your ChatGPT plan does not include this model", "choose another model"),
-    "credits_depleted": ("your account has no credits left", f"see {USAGE_PAGE}"),
-    "insufficient_quota": ("your account has no credits left", f"see {USAGE_PAGE}"),
+    "credits_depleted|insufficient_quota": (
+        "your account has no credits left",
+        f"see {USAGE_PAGE}",
+    ),
     "context_length": (
         "the conversation is too long for this model",
         "to shorten it, type /compact; to start a new one, type /clear",
@@ -7734,18 +7737,13 @@ PLAN_REFUSALS = {
         "OpenAI does not let this ChatGPT plan pay for requests here",
         "choose another model",
     ),
-    "route_not_supported": (
-        "OpenAI does not let a plan pay for this request",
-        "choose another model",
-    ),
-    "unsupported_capability": (
+    "route_not_supported|unsupported_capability": (
         "OpenAI does not let a plan pay for this request",
         "choose another model",
     ),
     "usage_unavailable": ("OpenAI cannot check your plan's usage now", "try again later"),
     "user_unavailable": ("OpenAI cannot use your plan now", "try again later"),
-    "invalid_prompt": ("OpenAI refused this prompt", "rephrase it"),
-    "policy": ("OpenAI refused this prompt", "rephrase it"),
+    "invalid_prompt|policy": ("OpenAI refused this prompt", "rephrase it"),
     "content_filter": (
         "the answer is incomplete: OpenAI's content filter ended it",
         "rephrase the prompt",
@@ -7765,30 +7763,33 @@ def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[O
     fields = fault if isinstance(fault, dict) else {"message": fault}
     code = str(fields.get("code") or fields.get("type") or "").lower()
     reason = text_or_none(fields.get("message")) or text_or_none(fields.get("detail")) or ""
-    # A web page isn't a reason. It comes from a proxy, not from OpenAI.
-    is_html = "<" in reason
     if "exceeds the context window" in reason:
         code = "context_length"
     # For a model that the account doesn't have, the Codex backend gives no code.
     if "model is not supported" in reason:
         code = "usage_not_included"
-    for part, (text, hint) in PLAN_REFUSALS.items():
-        if part in code:
+    for pattern, (text, hint) in PLAN_REFUSALS.items():
+        if re.search(pattern, code):
             return OAuthError(text + reset_note(fields), hint)
     if "scope_not_authorized" in code:
         return plan_not_allowed_error()
     must_sign_in = "invalid_user" in code or "invalid_authorization_context" in code
-    if must_sign_in or (status == 401 and not is_html):
+    if must_sign_in or (status == 401 and not is_web_page(reason)):
         return SignInEndedError("OpenAI does not accept this sign-in any more", sign_in_command)
     # 408, 409, 425 and 429 ask for another try.
-    if 400 <= status < 500 and status not in (408, 409, 425, 429):
-        shown = f" ({reason})" if reason and not is_html else f" (HTTP {status})"
-        error = OAuthError(f"OpenAI refused this request{shown}")
-        if status == 403:
-            text = "to see what it says about this sign-in, run"
-            error.set_default_hint("status --online", text)
-        return error
-    return None
+    if not 400 <= status < 500 or status in (408, 409, 425, 429):
+        return None
+    if not reason or is_web_page(reason):
+        reason = f"HTTP {status}"
+    error = OAuthError(f"OpenAI refused this request ({reason})")
+    if status == 403:
+        error.set_default_hint("status --online", "to see what it says about this sign-in, run")
+    return error
+
+
+def is_web_page(body: object) -> bool:
+    """Whether the body of a failed response is a web page, which comes from a proxy."""
+    return isinstance(body, str) and body.lstrip().startswith("<")
 
 
 def reset_note(fields: Fields) -> str:
@@ -7832,14 +7833,11 @@ class PlanAccess:
         self.prompts, self.name, self.official, self.account = prompts, name, official, account
 
     def program_headers(self) -> Dict[str, str]:
-        """Return the headers that name the program."""
+        """Return the headers that name the program. Raises UsageError."""
         # A compressed answer can't be checked while it arrives.
         headers = {"Accept-Encoding": "identity", "User-Agent": f"chatgpt_oauth/{__version__}"}
         if not self.official:
-            version = CHATGPT_OAUTH_CONFIG["codex_client_version"]
-            # If a setting is invalid, the first request reports it.
-            with contextlib.suppress(UsageError):
-                version = Settings().codex_client_version
+            version = Settings(self.account).codex_client_version
             # The Codex backend serves newer models only to the Codex CLI, which sends these two.
             headers.update({"originator": "codex_cli_rs", "User-Agent": f"codex_cli_rs/{version}"})
         return headers
@@ -7904,29 +7902,22 @@ class PlanAccess:
         self.prompts.rejected.discard(session.token_file.path)
         self.prompts.report_refresh(session.token_file.path, messages)
 
-    def is_refused(self, error: Any) -> bool:
-        """Whether `error` is OpenAI's refusal of an access token."""
-        # A web page comes from a proxy, not from OpenAI.
-        is_html = isinstance(error.body, str) and error.body.lstrip().startswith("<")
-        return error.status_code == 401 and not is_html
-
     def host_exception(self, error: Any, http_error: Any) -> Optional[Exception]:
         """Return what to raise in the host instead of `error`, or None to raise `error` itself."""
         sign_in_command = (OfficialClient if self.official else Client).sign_in_command
         if isinstance(error, OAuthError):
             return self.stopped(error)
-        if isinstance(error, ResponseError):
-            refusal = plan_refusal(0, error.fields, sign_in_command)
-            if error.is_final and not refusal:
-                refusal = OAuthError(f"the answer is incomplete: {error.reason}")
-            if refusal:
-                return self.stopped(refusal)
-            self.prompts.notify("warning", f"the answer is incomplete: {error.reason}")
-            # The host repeats a request after this status, as often as its settings say.
-            again: Exception = http_error(503, self.name, {"message": error.reason})
-            return again
-        refusal = plan_refusal(error.status_code, error.body, sign_in_command)
-        return self.stopped(refusal) if refusal else None
+        if not isinstance(error, ResponseError):
+            refusal = plan_refusal(error.status_code, error.body, sign_in_command)
+            return self.stopped(refusal) if refusal else None
+        refusal = plan_refusal(0, error.fields, sign_in_command)
+        text = f"the answer is incomplete: {error.reason}"
+        if refusal or error.is_final:
+            return self.stopped(refusal or OAuthError(text))
+        self.prompts.notify("warning", text)
+        # The host repeats a request after this status, as often as its settings say.
+        again: Exception = http_error(503, self.name, {"message": error.reason})
+        return again
 
     def stopped(self, error: OAuthError) -> Exception:
         """Show `error` and return an exception that ends the prompt."""
@@ -7962,8 +7953,8 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
                 host_exception = access.host_exception(error, http_error)
                 if host_exception is None:
                     raise
-            # Raised outside of the `except`, because the host repeats a request if an exception
-            # in the chain of causes is a 429.
+            # Raised outside of the `except`, because the host repeats a request if any exception in
+            # the chain of contexts is a 429.
             if host_exception is not None:
                 raise host_exception
 
@@ -7981,7 +7972,7 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
                 try:
                     response = await stack.enter_async_context(opening)
                 except http_error as error:
-                    if not access.is_refused(error):
+                    if error.status_code != 401 or is_web_page(error.body):
                         raise
                     if not access.may_try_again(session, tokens, is_second):
                         raise
@@ -8023,12 +8014,8 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
     to exist.
     """
 
-    def __init__(self, text: str, members: Any) -> None:
-        super().__init__(text, members)
-        self.text = text
-
     def __str__(self) -> str:
-        return self.text
+        return str(self.args[0])
 
     def derive(self, members: Any) -> Any:
         """Return the group that the host shows, below our own message.
@@ -8039,7 +8026,7 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
 
     def __reduce__(self) -> Any:
         # The host's DBOS plugin pickles exceptions, and may not find this class when it loads them.
-        return InterruptedError, (self.text,)
+        return InterruptedError, (str(self),)
 
 
 # ---------------------------------------------------------------------------------------------
