@@ -8414,25 +8414,21 @@ class CodePuppyPlugin:
     def export_again(self, account: str) -> None:
         """Export the key again in case another program has changed the sign-in.
 
-        If the variable already holds the stored key, nothing changes. If it still holds what we
-        exported, the stored key replaces that, or the variable is removed. If the person has
-        changed it, it is replaced only if there is a stored key. A setting of the host that
-        overrides the key is reported.
+        Also report a setting of the host that overrides the key.
         """
         variable, key = self._stored_key(account)
         held = os.environ.get(variable)
+        was_set_by_person = held != self.exported.get(variable)
         is_overridden = self._warn_of_override(variable, key)
         if held == key:
             return
-        # The person has set or removed the variable.
-        if held != self.exported.get(variable):
-            # There is no stored key, so what the person did stays.
-            if not key:
-                return
-            # The stored key replaces the person's.
-            if can_be_api_key(held) and not is_overridden:
-                text = f"{variable} held another API key; this session now uses the stored one"
-                self.notify("warning", text)
+        # Without a stored key, the person's own stays.
+        if was_set_by_person and not key:
+            return
+        # If a setting overrides both keys, it doesn't matter which one the variable contains.
+        if was_set_by_person and can_be_api_key(held) and not is_overridden:
+            text = f"{variable} held another API key; this session now uses the stored one"
+            self.notify("warning", text)
         self._export(variable, key)
         self.host.reload_model()
 
