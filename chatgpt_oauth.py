@@ -7716,8 +7716,8 @@ class ResponseError(Exception):
         super().__init__(self.reason)
 
 
-# What the codes with which OpenAI refuses a prompt for good contain (regular expressions), each with
-# a message and a hint. The first one that matches is used.
+# Regular expressions for the codes with which OpenAI refuses a prompt for good, each with a message
+# and a hint. The first one that is found in the code is used.
 PLAN_REFUSALS = {
     "workplace_individual_usage_limit": (
         "your workspace's usage limit for you is reached",
@@ -8033,15 +8033,12 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
 # Code Puppy: the commands and the plan's models inside Code Puppy (code_puppy/callbacks.py)
 # ---------------------------------------------------------------------------------------------
 # Code Puppy is "the host" in this room, its own ChatGPT plugin is "the built-in one", and versions
-# such as 0.0.946 are the host's. The room works through the host's public callbacks: it registers
-# ours, then unregisters the built-in's and keeps them for what we don't do, such as
-# /codex-imagegen. The host calls a kind of callback a phase. `CodePuppy` contains everything that
-# touches the host. Its last methods use names that aren't public. Each says in which release it was
-# seen, why we need it, and what is lost without it. `CodePuppyPlugin` contains what we do there.
-#
-# Our code never raises an exception into the host, except from a request to a plan model. Building
-# a plan model never fails, because the host would silently use another model, which may be billed
-# to another account.
+# such as 0.0.946 are the host's. We register our callbacks, then unregister the built-in's for the
+# same phases (kinds of callbacks) and keep them for what we don't do, such as /codex-imagegen.
+# `CodePuppy` contains everything that touches the host, `CodePuppyPlugin` what we do there. No
+# exception of ours reaches the host, except from a request to a plan model. Building such a model
+# never fails, because the host would silently use another one, which may be billed to another
+# account.
 
 # Two threads of the host display its messages. The pause lets one finish before the next begins.
 MESSAGE_PAUSE = 0.05  # seconds
@@ -8051,7 +8048,6 @@ BUILTIN_OWNER = "chatgpt_oauth"
 BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 # The types of model entries that a ChatGPT plan pays for.
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
-
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (see --help)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
@@ -8079,10 +8075,8 @@ def has_module(name: str) -> bool:
 
 def no_plan_models_error(consequence: str = "") -> OAuthError:
     """Return the error for a host that has no models that a plan can pay for."""
-    text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for"
-    return OAuthError(
-        text + consequence, "to use them, update it: pip install --upgrade code-puppy"
-    )
+    text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for" + consequence
+    return OAuthError(text, "to use them, update it: pip install --upgrade code-puppy")
 
 
 class CodePuppy:
@@ -8190,15 +8184,13 @@ class CodePuppy:
     def plan_model(self, name: str, entry: Fields, access: PlanAccess) -> Any:
         """Build the model for the entry `name`, which the plan pays for."""
         endpoint = entry["custom_endpoint"]
-        hooks: Dict[str, List[AnyCallable]] = {"request": [], "response": [check_response]}
-        if access.official:
-            hooks["request"] = [shape_request]
+        request_hooks = [shape_request] if access.official else []
         # This client changes each request into a form that the Codex backend understands. It
         # overwrites the User-Agent of a request, so the headers that name the program belong here.
         http_client = host_module("code_puppy.chatgpt_codex_client").create_codex_async_client(
             headers={**access.program_headers(), **endpoint.get("headers", {})},
             verify=host_module("code_puppy.http_utils").get_cert_bundle_path(),
-            event_hooks=hooks,
+            event_hooks={"request": request_hooks, "response": [check_response]},
         )
         client = host_module("openai").AsyncOpenAI(
             api_key="replaced-by-PlanAccess",
@@ -8208,12 +8200,13 @@ class CodePuppy:
             http_client=http_client,
         )
         provider = host_module("pydantic_ai.providers.openai").OpenAIProvider(openai_client=client)
-        options = {"provider": provider, **self._profile(name, entry)}
         http_error = host_module("pydantic_ai.exceptions").ModelHTTPError
         base = host_module("pydantic_ai.models.openai").OpenAIResponsesModel
-        return plan_model_class(base, http_error, access)(entry["name"], **options)
+        model = plan_model_class(base, http_error, access)
+        return model(entry["name"], provider=provider, profile=self._profile(name, entry))
 
     # Names of the host that aren't public ---------------------------------------------------
+    # Each method says in which releases the name exists, and what is lost without it.
 
     def adapt(self) -> None:
         """Adjust our configuration to this release of Code Puppy."""
@@ -8232,20 +8225,18 @@ class CodePuppy:
         factory = host_module("code_puppy.model_factory")
         return RESPONSES_TYPE in getattr(factory, "_CUSTOM_OPENAI_MODEL_TYPES", ())
 
-    def _profile(self, name: str, entry: Fields) -> Fields:
-        """Return the argument for a model's profile, which says what the model can do.
+    def _profile(self, name: str, entry: Fields) -> Any:
+        """Return a model's profile, which says what the model can do, or None.
 
         0.0.598 to 0.0.946: _thinking_tags_profile. pydantic-ai doesn't know the newest models, and
         without the host's profile it throws away their encrypted reasoning after each turn. Without
         the name, pydantic-ai's own profile is used, and a line says so.
         """
-        factory = host_module("code_puppy.model_factory")
         try:
-            return {"profile": factory._thinking_tags_profile(name, entry)}
-        except Exception as error:
-            to_log("info", f"Code Puppy: no model profile: {type(error).__name__}: {error}")
+            return host_module("code_puppy.model_factory")._thinking_tags_profile(name, entry)
+        except Exception:
             self.emit("info", f"{name} may forget its reasoning after each answer in this release")
-            return {}
+            return None
 
     def is_answering(self) -> bool:
         """Whether a prompt is being answered while a command runs.
@@ -8345,7 +8336,7 @@ class CodePuppyPlugin:
         """Warn if the model that the person chose is gone. The host silently uses another one."""
         with contextlib.suppress(Exception):
             session = Session(Settings(""), self.notify)
-            self._replace_missing_model(session, self.host.chosen_model())
+            self._report_models(session, self.host.chosen_model())
 
     def on_help(self) -> List[Tuple[str, str]]:
         """Return the names and descriptions of our commands, and of the built-in's others."""
@@ -8354,16 +8345,19 @@ class CodePuppyPlugin:
         return [*PLUGIN_COMMANDS.items(), *self._builtin_help()]
 
     def _builtin_help(self) -> List[Any]:
-        helps = [callback() or [] for callback in self.builtin["custom_command_help"]]
-        entries = [entry for each in helps for entry in each]
+        entries = self._builtin_results("custom_command_help")
         return [entry for entry in entries if command_name(entry) not in PLUGIN_COMMANDS]
+
+    def _builtin_results(self, phase: str) -> List[Any]:
+        """Return the items in the lists that the built-in plugin's callbacks return."""
+        return [item for callback in self.builtin[phase] for item in callback() or []]
 
     def model_types(self) -> List[Fields]:
         """Return the types of models that we build, and the built-in's others."""
         if not self.is_active:
             return []
-        lists = [callback() or [] for callback in self.builtin["register_model_type"]]
-        others = [entry for each in lists for entry in each if entry.get("type") not in PLAN_TYPES]
+        types = self._builtin_results("register_model_type")
+        others = [each for each in types if each.get("type") not in PLAN_TYPES]
         return [{"type": kind, "handler": self.plan_model} for kind in PLAN_TYPES] + others
 
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
@@ -8371,20 +8365,18 @@ class CodePuppyPlugin:
 
         If this failed, the host would silently use another model.
         """
-        official, account = entry.get("type") == OfficialClient.model_type, entry.get("account")
-        access = PlanAccess(self.prompts, name, official, str(account or ""))
+        official = entry.get("type") == OfficialClient.model_type
+        access = PlanAccess(self.prompts, name, official, str(entry.get("account") or ""))
         try:
             return self.host.plan_model(name, entry, access)
+        except UsageError as error:
+            refusal: OAuthError = error
         except Exception as error:
-            to_log("info", f"Code Puppy: {name}: {type(error).__name__}: {error}")
             fault = "its entry is incomplete" if isinstance(error, KeyError) else str(error)
-
-            def refusal() -> Exception:
-                text = f"the model {name} cannot be used here ({fault})"
-                return access.stopped(OAuthError(text, "to import the models again, run", "models"))
-
-            base = host_module("pydantic_ai.models").Model
-            return refusing_model(base, name, refusal)
+            text = f"the model {name} cannot be used here ({fault})"
+            refusal = OAuthError(text, "to import the models again, run", "models")
+        base = host_module("pydantic_ai.models").Model
+        return refusing_model(base, name, lambda: access.stopped(refusal))
 
     # Prompts --------------------------------------------------------------------------------
 
@@ -8462,13 +8454,11 @@ class CodePuppyPlugin:
 
     def fix_entries(self) -> None:
         """Replace the type of entries that the command line has made if it's unknown here."""
-        if self.host.has_responses_type():
-            return
-        try:
-            for session in Session(Settings(""), self.notify).sessions_of_all_accounts():
-                use_chat_completions(session)
-        except OAuthError as error:
-            report_error(self.notify, error, "warning")
+        session = Session(Settings(""), self.notify)
+        if not self.host.has_responses_type():
+            with errors_as_warnings(session):
+                for each in session.sessions_of_all_accounts():
+                    use_chat_completions(each)
 
     # Commands -------------------------------------------------------------------------------
 
@@ -8500,8 +8490,11 @@ class CodePuppyPlugin:
 
     def _run(self, name: str, command: str) -> None:
         """Run one of our commands: `name` without its prefix, `command` as it was typed."""
+        in_use = self.host.model_in_use()
         if name == "models":
-            self._list_models()
+            names = self.host.model_names()
+            lines = [f"{each} (in use)" if each == in_use else each for each in names]
+            self.notify("info", "\n".join(lines or ["There are no models."]))
             return
         import io
 
@@ -8514,91 +8507,20 @@ class CodePuppyPlugin:
             self.notify("info", printed.getvalue())
             return
         with open_session(self.notify, options).naming_account() as session:
-            self._run_in_session(session, name, options)
-
-    def _run_in_session(self, session: Session, name: str, options: Namespace) -> None:
-        in_use = self.host.model_in_use()
-        if name == "status":
-            self._show_status(session, options, in_use)
-        elif name == "auth":
-            self._sign_in_and_export(session, options)
-            self._report_models(session, in_use)
-            self._warn_of_override(*self._stored_key(session.settings.account))
-        else:
-            try:
-                command_logout(session, options)
-            finally:
-                self._export_and_reload(session.settings.account)
+            if name == "status":
+                self._show_status(session, options)
+                if options.json:
+                    return
+            elif name == "auth":
+                self._sign_in(session, options)
+            else:
+                self._sign_out(session, options)
             self._report_models(session, in_use)
 
-    def _show_status(self, session: Session, options: Namespace, in_use: Optional[str]) -> None:
+    def _show_status(self, session: Session, options: Namespace) -> None:
         self.fix_entries()
-        report = Status(session, self.typed, options.online).text(options.json)
-        self.notify("info", report)
+        self.notify("info", Status(session, self.typed, options.online).text(options.json))
         self.export_again(session.settings.account)
-        if not options.json:
-            self._replace_missing_model(session, in_use)
-
-    def _sign_in_and_export(self, session: Session, options: Namespace) -> None:
-        account = session.settings.account
-        before = self._stored_tokens(account)
-        try:
-            self._sign_in(session, options)
-        finally:
-            # A sign-in can fail after it has stored new tokens.
-            after = self._stored_tokens(account)
-            if after and (not before or before.fields != after.fields):
-                self._export_and_reload(account)
-
-    def _export_and_reload(self, account: str) -> None:
-        self._export(*self._stored_key(account))
-        self.host.reload_model()
-
-    def _list_models(self) -> None:
-        in_use = self.host.model_in_use()
-        names = self.host.model_names()
-        lines = [f"{name} (in use)" if name == in_use else name for name in names]
-        self.notify("info", "\n".join(lines or ["There are no models."]))
-
-    def _entries(self, session: Session) -> Dict[str, Fields]:
-        # The commands report it if the models file can't be read.
-        with contextlib.suppress(StorageError):
-            return registered_entries(*session.all_sessions())
-        return {}
-
-    def _report_models(self, session: Session, in_use: Optional[str]) -> None:
-        """Report which of our models can be used now. `in_use` was in use before the command."""
-        entries = self._entries(session)
-        types = {entry.get("type") for entry in entries.values()}
-        is_usable = self.host.has_plan_models or types.isdisjoint(PLAN_TYPES)
-        if not is_usable:
-            error = no_plan_models_error("; prompts to them go to another provider")
-            report_error(self.notify, error, "warning")
-        is_missing = self._replace_missing_model(session, in_use, is_usable)
-        if session.imported and is_usable and not is_missing:
-            self.notify("info", f"To use one of the models, type: /model {next(iter(entries))}")
-
-    def _replace_missing_model(
-        self, session: Session, in_use: Optional[str], is_usable: bool = True
-    ) -> bool:
-        """If `in_use` was a model of ours and is gone, warn about it and let the host choose one.
-
-        Returns true if the model in use is gone. `is_usable` is false if our other models can't be
-        used here.
-        """
-        was_imported = in_use is not None and in_use.startswith(session.settings.prefix)
-        if not was_imported or in_use in self.host.model_names():
-            return False
-        entries = self._entries(session) if is_usable else {}
-        self.notify("warning", f"the model in use, {in_use}, is no longer there")
-        # The host chooses a model now, and shows which.
-        self.host.reload_model()
-        self.notify(
-            "info", "Code Puppy picks a model until you choose one. That model may cost money."
-        )
-        choice = next(iter(entries), "NAME")
-        self.notify("hint", f"to choose another model, type: /model {choice}")
-        return True
 
     def _sign_in(self, session: Session, options: Namespace) -> None:
         if options.official and not self.host.has_plan_models:
@@ -8615,7 +8537,49 @@ class CodePuppyPlugin:
                 f"to sign in, run in a terminal: {self._typed_in_shell('auth --device')}",
             )
         is_reading = sys.stdin is not None and sys.stdin.isatty()
-        sign_in_with_options(session, options, is_reading, PromptSignIn)
+        account = session.settings.account
+        before = self._stored_tokens(account)
+        try:
+            sign_in_with_options(session, options, is_reading, PromptSignIn)
+        finally:
+            # A sign-in can fail after it has stored new tokens.
+            after = self._stored_tokens(account)
+            if after and (not before or before.fields != after.fields):
+                self._export_and_reload(account)
+        self._warn_of_override(*self._stored_key(account))
+
+    def _sign_out(self, session: Session, options: Namespace) -> None:
+        try:
+            command_logout(session, options)
+        finally:
+            self._export_and_reload(session.settings.account)
+
+    def _export_and_reload(self, account: str) -> None:
+        self._export(*self._stored_key(account))
+        self.host.reload_model()
+
+    def _report_models(self, session: Session, in_use: Optional[str]) -> None:
+        """Report which of our models can be used now. `in_use` was in use before."""
+        entries: Dict[str, Fields] = {}
+        # The commands report it if the models file can't be read.
+        with contextlib.suppress(StorageError):
+            entries = registered_entries(*session.all_sessions())
+        types = {entry.get("type") for entry in entries.values()}
+        if not self.host.has_plan_models and not types.isdisjoint(PLAN_TYPES):
+            error = no_plan_models_error("; prompts to them go to another provider")
+            report_error(self.notify, error, "warning")
+            entries = {}
+        choice = next(iter(entries), "NAME")
+        was_imported = in_use is not None and in_use.startswith(session.settings.prefix)
+        if was_imported and in_use not in self.host.model_names():
+            self.notify("warning", f"the model in use, {in_use}, is no longer there")
+            # The host chooses a model now, and shows which.
+            self.host.reload_model()
+            text = "Code Puppy picks a model until you choose one. That model may cost money."
+            self.notify("info", text)
+            self.notify("hint", f"to choose another model, type: /model {choice}")
+        elif session.imported and entries:
+            self.notify("info", f"To use one of the models, type: /model {choice}")
 
 
 def command_name(entry: Any) -> str:
