@@ -8049,7 +8049,7 @@ BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.
 # The types of model entries that a ChatGPT plan pays for.
 PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
 PLUGIN_COMMANDS = {
-    "chatgpt-auth": "Sign in with ChatGPT and import its models (see --help)",
+    "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, --official, see --help)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
     "chatgpt-logout": "Sign out of ChatGPT and remove its models",
     "codex-auth": "The same as /chatgpt-auth",

@@ -9147,6 +9147,7 @@ class PuppyTest(PuppyCase):
         self.assertIn("\nexamples:\n  /chatgpt-auth\n  /chatgpt-auth --device", self.message_text())
         self.assertIsNone(self.dispatch("/other")[0])
         help_lines = [e for f in self.puppy.enabled_callbacks("custom_command_help") for e in f()]
+        self.assertIn("--official", dict(help_lines)["chatgpt-auth"])
         names = sorted(name for name, _ in help_lines)
         commands = [f"{a}-{b}" for a in ("chatgpt", "codex") for b in ("auth", "logout", "status")]
         self.assertEqual(names, sorted([*commands, "codex-imagegen", "models"]))
