@@ -9200,13 +9200,22 @@ class PuppyTest(PuppyCase):
         self.assertNotEqual(self.puppy.model_handler(), "built-in")
 
     def test_a_release_that_does_not_fit_keeps_the_builtin_plugin(self):
-        self.start_host()
-        del self.puppy.callbacks.unregister_callback
-        self.load_plugin()
-        self.assertEqual([kind for kind, _ in self.messages], ["warning"])
-        self.assertIn("does not fit this release of Code Puppy", self.message_text())
-        self.assertEqual(self.dispatch("/chatgpt-status")[0], "built-in chatgpt-status")
-        self.assertEqual(self.puppy.model_handler(), "built-in")
+        def refuse(*_):
+            # A function that is missing ends in this exception, too.
+            raise AttributeError
+
+        for name in ("unregister_callback", "get_callback_owner", "register_callback"):
+            self.start_host()
+            setattr(self.puppy.callbacks, name, refuse)
+            self.load_plugin()
+            self.assertEqual([kind for kind, _ in self.messages], ["warning"])
+            self.assertIn("does not fit this release of Code Puppy", self.message_text())
+            self.assertEqual(self.dispatch("/chatgpt-status")[0], "built-in chatgpt-status")
+            self.assertEqual(self.puppy.model_handler(), "built-in")
+            help_lines = [
+                e for f in self.puppy.callbacks.get_callbacks("custom_command_help") for e in f()
+            ]
+            self.assertEqual([text for _, text in help_lines], ["old"] * 3)
 
     def test_the_builtin_plugin_finds_a_valid_token(self):
         self.start_host()
