@@ -186,9 +186,9 @@ HOST_NAME = r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?"
 class Rule:
     """The format of a setting: a regular expression, and a description of it for error messages.
 
-    If the pattern has a group 1, that group is the value. The value is converted by calling `kind`.
-    A group named `number` must be between `low` and `high`. If the setting is `optional`, None is
-    valid, too, and stays None.
+    The value is the group named `value`, if the pattern has one, otherwise the whole text. It is
+    converted by calling `kind`. A group named `number` must be between `low` and `high`. If the
+    setting is `optional`, None is valid, too, and stays None.
     """
 
     def __init__(
@@ -207,15 +207,13 @@ class Rule:
         """Return `value` in its normal form. Raises UsageError, naming `name`, if it is invalid."""
         if value is None and self.optional:
             return None
-        found = re.fullmatch(self.pattern, str(value), re.ASCII)
-        if not found or not self._is_in_range(found.groupdict().get("number")):
+        text = str(value)
+        found = re.fullmatch(self.pattern, text, re.ASCII)
+        groups = found.groupdict() if found else {}
+        number = groups.get("number")
+        if not found or (number and not self.low <= float(number) <= self.high):
             raise UsageError(f"{name} must be {self.meaning}")
-        # Group 1 is the value. A pattern that is only a number has `number` as its group 1.
-        has_groups = found.re.groups > 0
-        return self.kind(found[1] if has_groups else found[0])
-
-    def _is_in_range(self, number: Optional[str]) -> bool:
-        return number is None or self.low <= float(number) <= self.high
+        return self.kind(groups.get("value", text))
 
 
 _DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
@@ -225,7 +223,7 @@ _PATH = r"/[\w.~%/-]*"
 # Trailing slashes are removed because the paths of endpoints, which start with a slash, are
 # appended to the URL. The limits apply to the port.
 _URL = Rule(
-    rf"({_SCHEME_AND_HOST}(?::{_INTEGER})?(?:{_PATH})?)",
+    rf"(?P<value>{_SCHEME_AND_HOST}(?::{_INTEGER})?(?:{_PATH})?)",
     "an https URL (http for localhost)",
     kind=lambda url: url.rstrip("/"),
     low=1,
@@ -256,7 +254,9 @@ RULES = {
         r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"
     ),
     # The listener serves its own page at /success, to which the browser is sent after a sign-in.
-    "redirect_path": Rule(r"/?((?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"),
+    "redirect_path": Rule(
+        r"/?(?P<value>(?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"
+    ),
     "required_port": _PORT,
     "fallback_port": _PORT,
     "callback_bind": Rule(f"(?:{_ADDRESS})?", "an IP address"),
