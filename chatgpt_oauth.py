@@ -672,13 +672,16 @@ LAST_MOMENT = 32535215999
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
 # OpenSSL's most common reasons for refusing a certificate (X509_V_ERR_…, which Python has no names
-# for), in one word: CERT_HAS_EXPIRED (10), four codes for a certificate that no trusted CA has
-# signed (18 to 21), HOSTNAME_MISMATCH (62) and IP_ADDRESS_MISMATCH (64). All others are shown in
-# OpenSSL's words.
+# for): it isn't valid yet, it has expired, no trusted CA has signed it, or it is for another host
+# name or IP address.
+CERT_NOT_YET_VALID, CERT_EXPIRED = 9, 10
+CERT_UNTRUSTED = (18, 19, 20, 21)
+CERT_MISMATCH = (62, 64)
+# The reasons that are shown in one word. All others are shown in OpenSSL's words.
 CERTIFICATE_FAULTS = {
-    10: "expired",
-    **dict.fromkeys((18, 19, 20, 21), "untrusted"),
-    **dict.fromkeys((62, 64), "wrong"),
+    CERT_EXPIRED: "expired",
+    **dict.fromkeys(CERT_UNTRUSTED, "untrusted"),
+    **dict.fromkeys(CERT_MISMATCH, "wrong"),
 }
 # The TLS contexts made so far, by the path of their CA certificates ("" for the system's).
 _tls_contexts: Dict[str, Any] = {}
@@ -1037,11 +1040,9 @@ def certificate_hint(settings: Settings, code: int, place: str) -> str:
 
     `code` is OpenSSL's reason. `place` is where the proxy is set, or "".
     """
-    # The certificate isn't valid yet, or it has expired.
-    if code in (9, 10):
+    if code in (CERT_NOT_YET_VALID, CERT_EXPIRED):
         return f"check this computer's clock: its date is {time.strftime('%Y-%m-%d')}"
-    # The certificate is for another host name or another IP address.
-    if code in (62, 64):
+    if code in CERT_MISMATCH:
         if place:
             return f"check {place}: the proxy may have answered for the server"
         return "open a web page in a browser: this network may ask you to sign in first"
@@ -1206,8 +1207,8 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                     continue
                 # The socket becomes writable when the attempt succeeds or fails.
                 attempts.register(attempt, selectors.EVENT_WRITE)
-            seconds = max(0.0, deadline - time.monotonic())
-            pause = min(seconds, ATTEMPT_DELAY) if waiting else seconds
+            remaining = max(0.0, deadline - time.monotonic())
+            pause = min(remaining, ATTEMPT_DELAY) if waiting else remaining
             ended = attempts.select(pause)
             for key, _ in ended:
                 attempt = key.fileobj  # type: ignore[assignment]
@@ -1216,13 +1217,12 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                 if not code:
                     # This limits each step of the TLS and proxy handshakes that follow. 0 would
                     # make the socket non-blocking.
-                    attempt.settimeout(max(seconds, WAIT_SLICE))
+                    attempt.settimeout(max(remaining, WAIT_SLICE))
                     return attempt
                 attempt.close()
                 failure = OSError(code, socket_error_text(code))
-            # max() makes `seconds` exactly 0 when the deadline has passed. select didn't wait then,
-            # but attempts that had already ended were still looked at.
-            if not ended and not seconds:
+            # Attempts that had ended by the deadline have been looked at.
+            if remaining == 0 and not ended:
                 raise TimeoutError
         raise failure
     # The attempts that are still registered came too late or were too slow.
