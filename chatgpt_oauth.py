@@ -1268,107 +1268,100 @@ def socket_error_text(code: int) -> str:
     return os.strerror(code)
 
 
-class Arrival:
-    """A response, as far as it has arrived. The `status` is 0 until its head has."""
+class Exchange:
+    """One request and its response.
 
-    def __init__(self) -> None:
-        self.status, self.retry_after = 0, ""
-        # The body, in the order in which it arrived.
+    A name lookup can't be interrupted, and a socket's timeout starts again with each byte. So `run`
+    is called in a thread of its own, and the caller of `wait` measures the time.
+    """
+
+    def __init__(
+        self, connection: Any, request: Tuple[str, str, Optional[bytes], Dict[str, str]], limit: int
+    ) -> None:
+        from concurrent.futures import Future
+
+        self.connection, self.request, self.limit = connection, request, limit
+        # Receives the socket once the connection, including the proxy and TLS, is established,
+        # before the request is sent. It is cancelled if connecting fails or takes too long.
+        self.connected: AnyFuture = Future()
+        # Done when the response is complete or there was an error.
+        self.answered: AnyFuture = Future()
+        # The parts of the body that have arrived.
         self.parts: List[bytes] = []
+        # The response, and whether the request was sent. `wait` completes these.
+        self.status, self.body, self.retry_after = 0, b"", ""
+        self.was_sent = False
 
+    def run(self) -> None:
+        """Send the request and read the response."""
+        import http.client
 
-def exchange(
-    connection: Any,
-    request: Tuple[str, str, Optional[bytes], Dict[str, str]],
-    limit: int,
-    connected: AnyFuture,
-    arrival: Arrival,
-    answered: AnyFuture,
-) -> None:
-    """Send the request, and put the response into `arrival`. `answered` is done at its end.
+        try:
+            self.connection.connect()
+            # From here on, the caller enforces the deadline by closing the connection.
+            self.connection.sock.settimeout(None)
+            # If connecting took too long, the caller has cancelled `connected`. The request must
+            # not be sent then, because it could use up a token for nothing.
+            if not self.connected.set_running_or_notify_cancel():
+                return
+            self.connected.set_result(self.connection.sock)
+            self.connection.request(*self.request)
+            with self.connection.getresponse() as response:
+                self.status = response.status
+                self.retry_after = response.getheader("Retry-After", "")
+                # If the end of a chunked body is missing, what arrived may be the whole JSON.
+                with contextlib.suppress(http.client.IncompleteRead):
+                    self._read_body(response)
+                self.answered.set_result(None)
+        except Exception as error:
+            # The traceback would keep the response to a refused CONNECT, which Python before 3.12
+            # leaves open, until the garbage collector finds it.
+            self.answered.set_exception(error.with_traceback(None))
+            # If connecting failed, the caller still waits for `connected`. cancel() alone doesn't
+            # wake it up from concurrent.futures.wait(), but set_running_or_notify_cancel() does.
+            if self.connected.cancel():
+                self.connected.set_running_or_notify_cancel()
+        finally:
+            self.connection.close()
 
-    `connected` receives the socket once the connection, including the proxy and TLS, is
-    established, before the request is sent. It is cancelled if connecting fails. At most
-    `limit` + 1 bytes of the body are read, which shows whether it is larger than `limit`.
-    """
-    import http.client
+    def _read_body(self, response: Any) -> None:
+        # The extra byte shows that the body is larger than the limit.
+        wanted = self.limit + 1
+        while wanted > 0:
+            part = response.read1(min(wanted, MEBIBYTE))
+            if not part:
+                return
+            self.parts.append(part)
+            wanted -= len(part)
 
-    try:
-        connection.connect()
-        # From here on, the caller enforces the deadline by closing the connection.
-        connection.sock.settimeout(None)
-        # If connecting took too long, the caller has cancelled `connected`. The request must not be
-        # sent then, because it could use up a token for nothing.
-        if not connected.set_running_or_notify_cancel():
-            return
-        connected.set_result(connection.sock)
-        connection.request(*request)
-        with connection.getresponse() as response:
-            arrival.status = response.status
-            arrival.retry_after = response.getheader("Retry-After", "")
-            # If the end of a chunked body is missing, what arrived may be the whole JSON anyway.
-            with contextlib.suppress(http.client.IncompleteRead):
-                read_body(response, limit + 1, arrival.parts)
-            answered.set_result(None)
-    except Exception as error:
-        # The traceback would keep the response to a refused CONNECT, which Python before 3.12
-        # leaves open, until the garbage collector finds it.
-        answered.set_exception(error.with_traceback(None))
-        # If connecting failed, the caller still waits for `connected`. cancel() alone doesn't wake
-        # it up from concurrent.futures.wait(), but set_running_or_notify_cancel() does.
-        if connected.cancel():
-            connected.set_running_or_notify_cancel()
-    finally:
-        connection.close()
+    def wait(self, timeout: float) -> Optional[BaseException]:
+        """Wait up to `timeout` seconds for `run`, and make it end if it isn't done by then.
 
-
-def read_body(response: Any, wanted: int, parts: List[bytes]) -> None:
-    """Append up to `wanted` bytes of the body to `parts` as they arrive."""
-    while wanted > 0:
-        part = response.read1(min(wanted, MEBIBYTE))
-        if not part:
-            return
-        parts.append(part)
-        wanted -= len(part)
-
-
-def prevent_request(connected: AnyFuture) -> bool:
-    """Keep `exchange` from sending the request. Return false if there is a connection already."""
-    return connected.cancel()
-
-
-def await_exchange(
-    connected: AnyFuture, arrival: Arrival, answered: AnyFuture, timeout: float
-) -> Tuple[Union[BaseException, Tuple[int, bytes, str]], bool]:
-    """Wait up to `timeout` seconds for `exchange`, and make it end if it isn't done by then.
-
-    Returns its outcome (the response or the error) and whether the request was sent.
-    """
-    began = time.monotonic()
-    try:
-        wait_for(connected, timeout / 2)
-        if not prevent_request(connected):
-            # If this process was suspended meanwhile, `remaining` may be negative. The server gets
-            # half of the timeout anyway.
-            remaining = timeout - (time.monotonic() - began)
-            wait_for(answered, max(timeout / 2, remaining))
-    # A KeyboardInterrupt also ends the exchange.
-    finally:
-        is_in_time = answered.done()
-        # If the request was already prevented, prevent_request returns true again.
-        was_sent = not prevent_request(connected)
-        if was_sent and not is_in_time:
-            hang_up(connected.result())
-    body = b"".join(arrival.parts)
-    response = arrival.status, body, arrival.retry_after
-    outcome: Union[BaseException, Tuple[int, bytes, str]] = response
-    if is_in_time:
-        outcome = answered.exception() or response
-    # The whole JSON may have arrived without the sign of its end. The thread that reads it isn't
-    # waited for, because Windows doesn't wake it up before the server closes the connection.
-    elif parse_json(body) is None:
-        outcome = TimeoutError()
-    return outcome, was_sent
+        Returns why there is no response, or None if there is one.
+        """
+        began = time.monotonic()
+        try:
+            wait_for(self.connected, timeout / 2)
+            # This succeeds unless there is a connection by now. Then nothing is sent.
+            if not self.connected.cancel():
+                # If this process was suspended meanwhile, `remaining` may be negative. The server
+                # gets half of the timeout anyway.
+                remaining = timeout - (time.monotonic() - began)
+                wait_for(self.answered, max(timeout / 2, remaining))
+        # A KeyboardInterrupt also ends the exchange.
+        finally:
+            is_in_time = self.answered.done()
+            self.connected.cancel()
+            self.was_sent = not self.connected.cancelled()
+            if self.was_sent and not is_in_time:
+                hang_up(self.connected.result())
+        self.body = b"".join(self.parts)
+        if is_in_time:
+            return self.answered.exception()
+        # The whole JSON may have arrived without the sign of its end. The thread that reads it
+        # isn't waited for, because Windows doesn't wake it up before the server closes the
+        # connection.
+        return TimeoutError() if parse_json(self.body) is None else None
 
 
 def request_json(
@@ -1393,33 +1386,25 @@ def request_json(
     large.
     """
     import threading
-    from concurrent.futures import Future
 
     timeout = min(timeout, settings.request_timeout)
     fields = fields or {}
     request = build_request(url, fields, as_json, bearer, headers or {})
-    # A name lookup can't be interrupted, and a socket's timeout starts again with each byte. So the
-    # request runs in a thread, and the time is measured here.
-    connected: AnyFuture = Future()
-    answered: AnyFuture = Future()
-    arrival = Arrival()
-    connection = new_connection(settings, url, timeout / 2)
-    arguments = (connection, request, limit, connected, arrival, answered)
+    exchange = Exchange(new_connection(settings, url, timeout / 2), request, limit)
     try:
-        threading.Thread(target=exchange, args=arguments, daemon=True).start()
+        threading.Thread(target=exchange.run, daemon=True).start()
     # No more threads are allowed, or Python 3.12 is shutting down.
     except RuntimeError as error:
         raise cannot_send_error(f"could not {what}: {error}", "try again later") from None
-    outcome, was_sent = await_exchange(connected, arrival, answered, timeout)
-    if isinstance(outcome, MemoryError):
-        raise outcome
-    if isinstance(outcome, BaseException):
-        raise connection_error(settings, url, what, timeout, outcome, was_sent)
-    status, body, retry_after = outcome
-    if len(body) > limit:
+    failure = exchange.wait(timeout)
+    if isinstance(failure, MemoryError):
+        raise failure
+    if failure:
+        raise connection_error(settings, url, what, timeout, failure, exchange.was_sent)
+    if len(exchange.body) > limit:
         raise OAuthError(f"could not {what}: the response is too large")
     private = {value for name, value in fields.items() if name not in PUBLIC_FIELDS}
-    return Response(status, body, retry_after, private | {bearer})
+    return Response(exchange.status, exchange.body, exchange.retry_after, private | {bearer})
 
 
 def build_request(
