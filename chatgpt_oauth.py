@@ -1579,8 +1579,9 @@ class Client:
     # Marks this client's sign-in in messages that can be about either one.
     label = ""
     file_name = "chatgpt_oauth.json"
-    # Whether OpenAI registers each installation as a client of its own.
-    registers = False
+    # Whether this is the official sign-in. There, OpenAI registers each installation as a client of
+    # its own, other programs must not use the tokens, and there is no choice of models.
+    is_official = False
     authorization_path = "/oauth/authorize"
     # S105 takes this path for a password.
     token_path = "/oauth/token"  # noqa: S105
@@ -1599,12 +1600,8 @@ class Client:
     invalid_grant_reason = ""
     # Where a person can end a sign-in that couldn't be revoked.
     unrevoked_hint: Optional[Hint] = None
-    # The only source of models, or None if there is a choice.
-    model_source: Optional[str] = None
     # Comes after the setting `prefix` in the names of this client's models.
     model_prefix = ""
-    # Whether other programs may use the tokens, and an API key may be requested with them.
-    can_share_tokens = True
     # What to say about payment after a sign-in.
     payment_notice = ""
     # What to do after a sign-in without an API key.
@@ -1703,7 +1700,7 @@ class OfficialClient(Client):
 
     label = " (official sign-in)"
     file_name = "chatgpt_plan.json"
-    registers = True
+    is_official = True
     authorization_path = "/api/accounts/authorize"
     token_path = "/api/accounts/oauth/token"  # noqa: S105
     revocation_path = "/api/accounts/oauth/revoke"
@@ -1717,11 +1714,9 @@ class OfficialClient(Client):
     )
     invalid_grant_reason = "not every ChatGPT plan is eligible"
     unrevoked_hint = Hint("end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT")
-    model_source = "official"
     # The type of this client's entries in the models file. No other entry has it.
     model_type = "chatgpt_plan"
     model_prefix = "plan-"
-    can_share_tokens = False
     payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
     next_step_hint = Hint("To use one of the models, type in Code Puppy: /model NAME")
 
@@ -1745,12 +1740,9 @@ class OfficialClient(Client):
         self.asks_consent_again = False
 
     def resume(self, registration: Fields, stored: Fields) -> None:
-        """Continue an earlier registration and the stored sign-in, if there are any.
-
-        The ID of this installation is generated once and survives sign-outs.
-        """
         import uuid
 
+        # The ID of this installation is generated once and survives sign-outs.
         self.host_id = text_or_none(registration.get("host_id")) or ""
         if not re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", self.host_id):
             self.host_id = uuid.uuid4().urn
@@ -1766,7 +1758,6 @@ class OfficialClient(Client):
             self.asks_consent_again = not self.can_use_plan(stored)
 
     def registration(self) -> Fields:
-        """Return what is stored about this installation's registration. None of it is secret."""
         fields = {"host_id": self.host_id, "issuer": self.settings.issuer}
         if self.client_id != self.ENTRY_POINT:
             fields["client_id"] = self.client_id
@@ -1775,10 +1766,6 @@ class OfficialClient(Client):
         return fields
 
     def authorization_parameters(self, nonce: str) -> Dict[str, str]:
-        """Return the additional parameters of an authorization request.
-
-        `nonce` comes back in the ID token.
-        """
         parameters = {
             **self.token_parameters,
             "nonce": nonce,
@@ -1841,8 +1828,7 @@ class OfficialClient(Client):
     def refresh_fields(self, response: Fields) -> Fields:
         """Return which scopes were granted and when the next refresh is allowed.
 
-        The response hasn't been stored yet, so nothing is checked here and nothing can fail. A
-        response without a scope leaves the granted scopes as they were (RFC 6749 §6).
+        A response without a scope leaves the granted scopes as they were (RFC 6749 §6).
         """
         fields: Fields = {"earliest_refresh_at": None}
         moment = parse_timestamp(response.get("earliest_refresh_at"))
@@ -1855,10 +1841,6 @@ class OfficialClient(Client):
         return fields
 
     def id_token_fault(self, tokens: Tokens) -> str:
-        """Return what is wrong with the ID token of a refresh, or "".
-
-        The tokens have already been stored, so this must not raise an error.
-        """
         # The response may omit the ID token.
         if not tokens.id_token:
             return ""
@@ -1929,17 +1911,6 @@ def token_response(response: Response, what: str) -> Fields:
     return fields
 
 
-def bearer_response(response: Response, what: str) -> Fields:
-    """Return the JSON object of a response with a bearer token (RFC 6749 §5.1 and §7.1).
-
-    Raises OAuthError for any other response.
-    """
-    fields = token_response(response, what)
-    if not has_bearer_type(fields):
-        raise OAuthError(f"could not {what}: the token_type is not Bearer")
-    return fields
-
-
 def has_bearer_type(response: Fields) -> bool:
     """Whether a token response is for bearer tokens, or doesn't say for what."""
     token_type = response.get("token_type")
@@ -1951,7 +1922,7 @@ def has_bearer_type(response: Fields) -> bool:
 def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -> Fields:
     """Exchange an authorization code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5).
 
-    Returns the token response. Raises OAuthError.
+    Returns the token response. Raises OAuthError, also if it isn't for bearer tokens.
     """
     form = {
         "grant_type": "authorization_code",
@@ -1967,7 +1938,10 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     if response.code.lower() == "invalid_grant" and client.invalid_grant_reason:
         hint = f"{client.invalid_grant_reason}; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
-    return bearer_response(response, what)
+    fields = token_response(response, what)
+    if not has_bearer_type(fields):
+        raise OAuthError(f"could not {what}: the token_type is not Bearer")
+    return fields
 
 
 def exchange_id_token(settings: Settings, id_token: str) -> Optional[str]:
@@ -3162,7 +3136,7 @@ class Session:
         self.client = client or Client(settings)
         self.token_file = TokenFile(self.client, notify)
         self.models_file = JsonFile(settings, notify, settings.home, "chatgpt_models.json")
-        # The registration of a client that `registers`. A sign-out leaves it.
+        # The registration of the official sign-in. A sign-out leaves it.
         self.registration_file = JsonFile(
             settings, notify, settings.directory, "chatgpt_agent.json"
         )
@@ -3181,7 +3155,7 @@ class Session:
         if tokens:
             return tokens
         command = self.client.sign_in_command
-        if self.client.can_share_tokens and self.official_session().token_file.holds_sign_in():
+        if not self.client.is_official and self.official_session().token_file.holds_sign_in():
             raise OfficialOnlyError(
                 "the official sign-in works only in Code Puppy",
                 "for other programs, run",
@@ -4470,8 +4444,8 @@ def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
     The actual source is "api", "codex" or "official": "auto" is resolved here. The official
     sign-in has only one source, its own. Raises NotSignedInError.
     """
-    if session.client.model_source:
-        return session, session.client.model_source
+    if session.client.is_official:
+        return session, "official"
     official = session.official_session()
     if source == "official":
         return official, "official"
@@ -4577,7 +4551,7 @@ def is_ours(session: Session, name: str, entry: object) -> bool:
         return False
     # Only entries of the official sign-in have its type.
     is_official_entry = entry.get("type") == OfficialClient.model_type
-    is_official_session = session.client.model_source == "official"
+    is_official_session = session.client.is_official
     return is_official_entry == is_official_session
 
 
@@ -4809,7 +4783,7 @@ def prepare_sign_in(session: Session) -> None:
         stored = session.token_file.read()
     with session.token_file.lock():
         session.token_file.reserve({})
-    if session.client.registers:
+    if session.client.is_official:
         session.client.resume(session.registration_file.read(), stored)
         store_registration(session)
     # Without a sign-in that works, there is nothing to replace.
@@ -4829,7 +4803,7 @@ def move_registration(session: Session) -> None:
     After a sign-out, they left it there without tokens. Raises StorageError.
     """
     token_file, file = session.token_file, session.registration_file
-    if not session.client.registers or "host_id" not in token_file.read():
+    if not session.client.is_official or "host_id" not in token_file.read():
         return
     with token_file.lock(), file.lock():
         # A file that was left by a sign-out has no issuer.
@@ -4848,7 +4822,7 @@ def store_registration(session: Session, subject: Optional[str] = None) -> None:
 
     Raises StorageError or UnavailableError.
     """
-    if not session.client.registers:
+    if not session.client.is_official:
         return
     fields = session.client.registration()
     if subject:
@@ -4956,7 +4930,7 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     name = f" as {email}" if email else ""
     session.notify("done", f"Signed in{name}{workspace_label(tokens)}")
     plan_allowed = client.can_use_plan(tokens.fields)
-    if client.can_share_tokens:
+    if not client.is_official:
         with errors_as_warnings(session):
             obtain_api_key(session)
     with errors_as_warnings(session):
@@ -6200,7 +6174,8 @@ class SignInStatus:
 
     def __init__(self, session: Session, online: bool) -> None:
         # OpenAI is asked first, because that may refresh the tokens or end the sign-in.
-        check = check_online(session, session.client.model_source or "codex") if online else None
+        source = "official" if session.client.is_official else "codex"
+        check = check_online(session, source) if online else None
         self.tokens, fault = stored_tokens(session)
         self.fields = self.tokens.fields if self.tokens else {}
         self.plan_allowed = session.client.can_use_plan(self.fields)
@@ -7439,7 +7414,7 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     for each in sessions:
         # Another command that stays needs the registrations.
         is_needed = os.path.lexists(paths.program)
-        if each.client.registers and not is_needed and remove_registration(each):
+        if each.client.is_official and not is_needed and remove_registration(each):
             has_removed_registration = True
     if not removed:
         if not has_removed_registration:
