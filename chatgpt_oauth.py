@@ -3063,7 +3063,7 @@ class TokenFile(JsonFile):
 # the lock. Whatever happens to the process that waits for it, the child finishes its work. The
 # waiting process delays signals too: if it is the main process of a container, its end kills the
 # child. If no child can be started, signals and the end of the program wait instead.
-# The tokens of a response are stored before anything else in it is looked at: see `_refresh_once`.
+# The tokens of a response are stored before anything else in it is looked at: see `refresh_once`.
 # A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
 # A wrong clock, or a wrong `earliest_refresh_at` in the token file, never locks a user out: see
 # `_refreshed` and `accept_new_tokens`.
@@ -3313,8 +3313,7 @@ class Session:
         tries = Retry(self.settings.retry_window if retry else 0.0)
         while True:
             try:
-                # This calls _refresh_once in a child process.
-                return Tokens(run_task(self, refresh_and_store, old.fields))
+                return Tokens(run_task(self, Session.refresh_once, old.fields))
             except RequestError as error:
                 if not error.unprocessed:
                     raise UnavailableError(
@@ -3324,11 +3323,15 @@ class Session:
                     ) from None
                 tries.wait(error)
 
-    def _refresh_once(self, old: Tokens) -> Tokens:
+    def refresh_once(self, fields: Fields) -> Fields:
         """Send one refresh request, store the tokens in the response, and only then judge it.
 
-        If another program has stored other tokens in the meantime, return those.
+        `fields` are the stored members, and the new ones are returned. If another program has
+        stored other tokens in the meantime, return those. This is a function for `run_task`.
         """
+        # The refresh token can be used only once. Reserve room for its successor first.
+        self.token_file.reserve(fields)
+        old = Tokens(fields)
         response = request_refresh(self.client, old)
         current = old
         # Another program may be writing the file in place at this moment.
@@ -3336,13 +3339,14 @@ class Session:
             current = self.tokens()
         if current.refresh_token == old.refresh_token:
             new, was_stored = self._store(response.members, current)
-            return self._judge(response, current, new, was_stored)
+            return self._judge(response, current, new, was_stored).fields
         if current.valid_for(0):
-            return current
-        # refresh_error returns None if the refresh succeeded. Even then its tokens aren't stored,
-        # because another process has stored others meanwhile.
-        text = "another process changed the stored tokens"
-        raise refresh_error(self.client, response) or OAuthError(text, "try again")
+            return current.fields
+        error = refresh_error(self.client, response)
+        if error is None:
+            # The new tokens aren't stored, because another process has stored others meanwhile.
+            error = OAuthError("another process changed the stored tokens", "try again")
+        raise error
 
     def _store(self, response: Fields, current: Tokens) -> Tuple[Tokens, bool]:
         """Store the valid tokens of a refresh's response.
@@ -3440,13 +3444,6 @@ def warn_about_invalid_members(response: Fields, notify: Notify) -> None:
             notify("warning", f"ignored the {name} in the response, which is not a valid token")
     if not has_bearer_type(response):
         notify("warning", "the response has a token_type that is not Bearer; using it anyway")
-
-
-def refresh_and_store(session: Session, fields: Fields) -> Fields:
-    """Refresh the tokens in `fields` and return the resulting fields. A function for `run_task`."""
-    # The refresh token can be used only once. Reserve room for its successor first.
-    session.token_file.reserve(fields)
-    return session._refresh_once(Tokens(fields)).fields
 
 
 def run_task(session: Session, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -9045,7 +9042,7 @@ def child_main() -> NoReturn:
 
 # The functions that a child process can run, by name.
 TASK_FUNCTIONS: Dict[str, Callable[..., Optional[Fields]]] = {
-    each.__name__: each for each in (refresh_and_store, exchange_once)
+    each.__name__: each for each in (Session.refresh_once, exchange_once)
 }
 
 
