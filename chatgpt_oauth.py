@@ -2296,6 +2296,10 @@ class Tokens:
             margin = min(margin, lifetime / 2)
         return self.valid_for(margin)
 
+    def refresh_allowed_at(self) -> float:
+        """Return before which time OpenAI wants no refresh (seconds since 1970)."""
+        return parse_timestamp(self.fields.get("earliest_refresh_at")) or 0.0
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the refresh token in hexadecimal."""
         import hashlib
@@ -3270,10 +3274,10 @@ class Session:
             self.require_refreshable(tokens)
             if tokens.refresh_token in self._refusals:
                 raise self._refusals[tokens.refresh_token]
-            allowed_at = parse_timestamp(tokens.fields.get("earliest_refresh_at")) or 0.0
             # The date matters only while the access token is good. It must not lock anybody out,
             # because it or the clock may be wrong.
-            if allowed_at > time.time() and tokens.valid_for(0) and not rejected:
+            is_too_early = tokens.refresh_allowed_at() > time.time()
+            if is_too_early and tokens.valid_for(0) and not rejected:
                 return tokens
             try:
                 return self.accept_new_tokens(self._refresh_with_retry(tokens, retry))
@@ -3374,10 +3378,9 @@ class Session:
         """
         refusal = refresh_error(self.client, response)
         if refusal and self._is_too_early(refusal, old):
-            allowed_at = parse_timestamp(old.fields.get("earliest_refresh_at")) or 0.0
             raise UnavailableError(
                 "OpenAI does not refresh the token yet",
-                f"try again after {timestamp(allowed_at)}; if that fails, run",
+                f"try again after {timestamp(old.refresh_allowed_at())}; if that fails, run",
                 self.client.sign_in_command,
             )
         if isinstance(refusal, InvalidGrantError) and not was_stored:
@@ -3403,8 +3406,7 @@ class Session:
 
         OpenAI documents no code for that, so every general one counts.
         """
-        allowed_at = parse_timestamp(tokens.fields.get("earliest_refresh_at")) or 0.0
-        if allowed_at <= time.time() or isinstance(refusal, UnavailableError):
+        if tokens.refresh_allowed_at() <= time.time() or isinstance(refusal, UnavailableError):
             return False
         return not isinstance(refusal, InvalidGrantError) or refusal.reason == "invalid_grant"
 
