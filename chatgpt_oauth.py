@@ -2189,7 +2189,7 @@ ASSUMED_LIFETIME = 8 * 86400  # seconds
 # Code Puppy's own plugin writes in place, so an incomplete file may be complete a moment later.
 REREAD_SECONDS = 0.5
 # How much larger than the present token file the next one may be. At a sign-in, all of the tokens
-# must fit into this. The number is our own.
+# must fit into this. An access token and an ID token usually have 2 to 3 KB each.
 RESERVE = 16384  # bytes
 # The mode of a file that only its owner can read.
 PRIVATE = 0o600
@@ -2534,7 +2534,8 @@ def acquire_lock(path: str, deadline: float) -> int:
     while True:
         descriptor = os.open(path, READ_WRITE)
         try:
-            _wait_for_lock(descriptor, path, deadline)
+            while not _try_lock(descriptor):
+                _pause_for_lock(path, deadline)
             # The previous holder of the lock may have replaced or removed the file.
             is_current = os.path.samestat(os.fstat(descriptor), os.stat(path))
         except BaseException:
@@ -2545,11 +2546,6 @@ def acquire_lock(path: str, deadline: float) -> int:
         os.close(descriptor)
         # If the file system has no stable file IDs, samestat is always false, so the deadline
         # applies here, too.
-        _pause_for_lock(path, deadline)
-
-
-def _wait_for_lock(descriptor: int, path: str, deadline: float) -> None:
-    while not _try_lock(descriptor):
         _pause_for_lock(path, deadline)
 
 
@@ -2604,10 +2600,6 @@ def remove_lock_file(descriptor: int, path: str) -> None:
         release_lock(descriptor)
 
 
-class _TransientError(Exception):
-    """A fault of a file that may be gone a moment later."""
-
-
 class JsonFile:
     """A JSON object in a file below `home`, read without a lock and replaced under a lock.
 
@@ -2647,39 +2639,31 @@ class JsonFile:
         return self.real_path + ".bad"
 
     def read(self) -> Fields:
-        """Return the JSON object, or {} if the file doesn't exist."""
+        """Return the JSON object, or {} if the file doesn't exist.
+
+        A fault that may be gone a moment later is an error only if it lasts for REREAD_SECONDS.
+        """
         deadline = time.monotonic() + REREAD_SECONDS
         while True:
+            is_late = time.monotonic() > deadline
             try:
-                return self._read_object()
+                value = json.loads(self._read_bytes())
+                break
             except FileNotFoundError:
                 return {}
-            except _TransientError as error:
-                if time.monotonic() > deadline:
-                    raise self.broken_error(str(error)) from None
+            except OSError as error:
+                # The file isn't broken, so a sign-in must not move it aside.
+                if error.errno in AT_LIMITS:
+                    raise limits_error(error) from None
+                # Windows denies access to a file at the moment when it is being replaced.
+                may_pass = sys.platform == "win32" and isinstance(error, PermissionError)
+                if is_late or not may_pass:
+                    raise self.broken_error(f"cannot read: {error.strerror}") from None
+            except (ValueError, RecursionError):
+                # Another program may be writing the file.
+                if is_late:
+                    raise self.broken_error("not valid JSON") from None
             time.sleep(0.02)
-
-    def _read_object(self) -> Fields:
-        """Return the JSON object, or raise FileNotFoundError if the file doesn't exist.
-
-        Raises _TransientError for a fault that may be gone a moment later.
-        """
-        try:
-            value = json.loads(self._read_bytes())
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            # The file isn't broken, so a sign-in must not move it aside.
-            if error.errno in AT_LIMITS:
-                raise limits_error(error) from None
-            fault = f"cannot read: {error.strerror}"
-            # Windows denies access to a file at the moment when it is being replaced.
-            if sys.platform == "win32" and isinstance(error, PermissionError):
-                raise _TransientError(fault) from None
-            raise self.broken_error(fault) from None
-        except (ValueError, RecursionError):
-            # Another program may be writing the file.
-            raise _TransientError("not valid JSON") from None
         if not isinstance(value, dict):
             raise self.broken_error("not a JSON object")
         return value
@@ -2900,14 +2884,14 @@ class JsonFile:
 
         If the file is reached through a symbolic link, the link is removed, too.
         """
-        # If self.path is a symbolic link, this is the file that it leads to.
-        path = self.real_path
+        # Once the link is gone, the properties would lead elsewhere.
+        names = (self.temporary, self.path, self.real_path, self.broken_copy)
         try:
-            for name in (self.temporary, self.path, path, self.broken_copy):
+            for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     _retry_on_windows(os.unlink, name)
         except OSError as error:
-            raise storage_error("remove", error.filename or path, error) from None
+            raise storage_error("remove", error.filename or self.path, error) from None
 
     def _write_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to replace the file."""
@@ -3037,14 +3021,13 @@ class TokenFile(JsonFile):
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
-        # A sign-in in a directory that this user can neither write to nor make writable is on a
-        # read-only mount. All other cases get the usual error.
-        can_write = not home_hint(self.settings)
-        if can_write or not self.holds_sign_in() or can_change_mode(self.directory):
-            return super()._lock_error(error)
-        failure = storage_error("change", self.path, error)
-        failure.hint = "set CHATGPT_OAUTH_HOME to a writable directory with its own sign-in"
-        return failure
+        # A directory that this user can neither write to nor make writable is a read-only mount.
+        is_unwritable = self.holds_sign_in() and home_hint(self.settings)
+        if is_unwritable and not can_change_mode(self.directory):
+            failure = storage_error("change", self.path, error)
+            failure.hint = "set CHATGPT_OAUTH_HOME to a writable directory with its own sign-in"
+            return failure
+        return super()._lock_error(error)
 
     def set_aside(self) -> str:
         """Rename a broken file to `….bad` and return that path. The caller must hold the lock."""
