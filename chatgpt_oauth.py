@@ -6679,7 +6679,8 @@ def command_models(session: Session, options: Namespace) -> None:
 
 def command_env(session: Session, options: Namespace) -> int:
     """Print shell code that exports the API key, or the access token and the account ID."""
-    shell = shell_with_env_code(session.settings, options.shell)
+    name = "auto" if options.shell is None else options.shell
+    shell = shell_with_env_code(session.settings, name)
     try:
         variables = exported_variables(session, options, "env --access-token", options.unset)
     except (NotSignedInError, NoApiKeyError) as error:
@@ -8552,27 +8553,24 @@ def is_plugin() -> bool:
 # OPTIONS and COMMANDS describe the command line. Both option readers and all help texts use these
 # tables. Errors become messages and exit codes only here, after everything else has finished.
 
-# The kinds of options: present or absent, with a value, with a value and repeatable.
-FLAG, VALUE, REPEATABLE = "flag", "value", "repeatable"
-
 
 class Option:
     """An option of the command line, as both option readers use it.
 
     `summary` and `metavar` (the placeholder for the value) are shown in the help. In both, %%
-    stands for a percent sign. `read` turns the text into the value, or raises UsageError.
+    stands for a percent sign. An option without a metavar takes no value. If there is a `rule`, the
+    value must keep it. The values of an option that `is_repeatable` are collected in a list.
     """
 
     def __init__(
         self,
         summary: str,
-        kind: str = FLAG,
         metavar: str = "",
-        default: Optional[str] = None,
-        read: Callable[[str], Any] = str,
+        rule: Optional[Rule] = None,
+        is_repeatable: bool = False,
     ) -> None:
-        self.summary, self.kind, self.metavar = summary, kind, metavar
-        self.default, self.read = default, read
+        self.summary, self.metavar = summary, metavar
+        self.rule, self.is_repeatable = rule, is_repeatable
 
 
 # Defaults that the help mentions.
@@ -8584,32 +8582,20 @@ OPTIONS = {
     "--no-browser": Option("print the URL instead of opening a browser"),
     "--timeout": Option(
         f"how long to wait (default: {DEFAULT_TIMEOUT}; with --device: {DEVICE_CODE_LIFETIME:g})",
-        VALUE,
         "SECONDS",
-        read=lambda text: _SECONDS.check("--timeout", text),
+        _SECONDS,
     ),
     "--include": Option(
-        "import models that match, instead of the defaults (repeatable)", REPEATABLE, "GLOB"
+        "import models that match, instead of the defaults (repeatable)", "GLOB", is_repeatable=True
     ),
-    "--exclude": Option("skip models that match (repeatable)", REPEATABLE, "GLOB"),
+    "--exclude": Option("skip models that match (repeatable)", "GLOB", is_repeatable=True),
     "--source": Option(
         "api (billed to the API account), codex or official (covered by the plan), or auto",
-        VALUE,
         "SOURCE",
-        read=lambda text: RULES["model_source"].check("--source", text),
+        RULES["model_source"],
     ),
-    "--account": Option(
-        "use the account NAME instead of the unnamed one",
-        VALUE,
-        "NAME",
-        read=lambda text: _ACCOUNT.check("--account", text),
-    ),
-    "--workspace": Option(
-        "sign in to this ChatGPT workspace only (its ID)",
-        VALUE,
-        "ID",
-        read=lambda text: _WORKSPACE.check("--workspace", text),
-    ),
+    "--account": Option("use the account NAME instead of the unnamed one", "NAME", _ACCOUNT),
+    "--workspace": Option("sign in to this ChatGPT workspace only (its ID)", "ID", _WORKSPACE),
     "--all": Option("import every model"),
     "--dry-run": Option("print the models without importing them"),
     "--json": Option("output as JSON"),
@@ -8619,11 +8605,9 @@ OPTIONS = {
     "--shell": Option(
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
         "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
-        VALUE,
         "NAME",
-        default="auto",
     ),
-    "--name": Option(f"variable to set (default: {DEFAULT_VARIABLE})", VALUE, "VAR"),
+    "--name": Option(f"variable to set (default: {DEFAULT_VARIABLE})", "VAR"),
     "--access-token": Option("export the access token and account ID instead"),
     "--unset": Option("print code that unsets the variables"),
     "--refresh": Option("refresh it first, even if it is still valid"),
@@ -8633,9 +8617,8 @@ OPTIONS = {
     "--bin": Option(
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
-        VALUE,
         "DIR",
-        read=lambda text: _DIRECTORY.check("--bin", text),
+        _DIRECTORY,
     ),
     "--code-puppy": Option("install the Code Puppy plugin even if Code Puppy is not found"),
     "--no-code-puppy": Option("do not install or remove the Code Puppy plugin"),
@@ -8763,6 +8746,10 @@ def parse(name: str, arguments: List[str], prog: str = "") -> Any:
     if options is None:
         options = read_options(name, arguments[:end], prog or f"{program_name()} {name}")
     options.command = arguments[end + 1 :]
+    for flag, option in command.options.items():
+        value = getattr(options, attribute_name(flag))
+        if option.rule and value is not None:
+            setattr(options, attribute_name(flag), option.rule.check(flag, value))
     for pair in EXCLUSIVE:
         if all(vars(options).get(attribute_name(flag)) for flag in pair):
             message = " and ".join(pair) + " cannot be used together"
@@ -8782,23 +8769,23 @@ def read_plain_options(command: Command, arguments: List[str]) -> Any:
 
     options = types.SimpleNamespace()
     for flag, option in command.options.items():
-        default = False if option.kind == FLAG else option.default
-        setattr(options, attribute_name(flag), default)
+        setattr(options, attribute_name(flag), None if option.metavar else False)
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if flag not in command.options:
             return None
         name, option = attribute_name(flag), command.options[flag]
-        if option.kind == FLAG:
+        if not option.metavar:
             setattr(options, name, True)
             continue
         if not rest or rest[0].startswith("-"):
             return None
-        value = option.read(rest.pop(0))
-        if option.kind == REPEATABLE:
-            value = [*(getattr(options, name) or []), value]
-        setattr(options, name, value)
+        value = rest.pop(0)
+        if option.is_repeatable:
+            setattr(options, name, [*(getattr(options, name) or []), value])
+        else:
+            setattr(options, name, value)
     return options
 
 
@@ -8819,7 +8806,9 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
             raise UsageError(message, "to see the options, run", f"{name} --help")
 
     command = COMMANDS[name]
-    ending = profile_help() if name == "env" else example_help(command, prog)
+    ending = ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
+    if name == "env":
+        ending = profile_help()
     parser = Parser(
         prog=prog,
         # argparse formats `usage` with %, so a % in `prog` would break it here.
@@ -8832,17 +8821,11 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
     # Before Python 3.10, this title is "optional arguments".
     parser._optionals.title = "options"
     for flag, option in command.options.items():
-        if option.kind == FLAG:
+        if not option.metavar:
             parser.add_argument(flag, help=option.summary, action="store_true")
             continue
-        parser.add_argument(
-            flag,
-            help=option.summary,
-            action="append" if option.kind == REPEATABLE else "store",
-            metavar=option.metavar,
-            default=option.default,
-            type=option.read,
-        )
+        action = "append" if option.is_repeatable else "store"
+        parser.add_argument(flag, help=option.summary, action=action, metavar=option.metavar)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise unknown_argument_error(name, unknown)
@@ -8856,19 +8839,15 @@ def unknown_argument_error(name: str, unknown: List[str]) -> UsageError:
     """
     from difflib import get_close_matches
 
-    message = f"unknown option or argument: {' '.join(unknown)}"
+    command = COMMANDS[name]
+    hint, help_command = "to see the options, run", f"{name} --help"
+    if command.tail:
+        hint, help_command = "to run a command, type", name + command.tail
     # The dashes don't count, because otherwise --all and --local would be alike.
-    words = [flag[2:] for flag in COMMANDS[name].options]
-    near = get_close_matches(unknown[0].partition("=")[0].lstrip("-"), words, 1)
-    if near:
-        return UsageError(message, "did you mean", f"{name} --{near[0]}")
-    if COMMANDS[name].tail:
-        return UsageError(message, "to run a command, type", f"{name}{COMMANDS[name].tail}")
-    return UsageError(message, "to see the options, run", f"{name} --help")
-
-
-def example_help(command: Command, prog: str) -> List[str]:
-    return ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
+    words = [flag[2:] for flag in command.options]
+    for near in get_close_matches(unknown[0].partition("=")[0].lstrip("-"), words, 1):
+        hint, help_command = "did you mean", f"{name} --{near}"
+    return UsageError(f"unknown option or argument: {' '.join(unknown)}", hint, help_command)
 
 
 def profile_help() -> List[str]:
