@@ -7146,15 +7146,15 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
     OAuthError.
     """
     directories: Set[str] = set()
-    with contextlib.ExitStack() as stack:
-        lock = lock_directory(paths, session.settings.lock_timeout, directories)
-        stack.callback(unlock, lock, paths, directories)
+    lock = locked_directory(paths, session.settings.lock_timeout, directories)
+    with lock, contextlib.ExitStack() as stack:
         # This raises StorageError for a file that isn't ours, before anything is written.
         previous = {path: paths.content(path) for path in (*contents, paths.record)}
         make_directories(contents, paths, directories)
         made = {paths.launcher, *directories, *recorded_paths(paths)}
         record = encode({"comment": LAUNCHER_MARK, "made": sorted(made)})
-        edited = find_edited(previous)
+        names = {path: edited_settings(content) for path, content in previous.items()}
+        edited = {path: each for path, each in names.items() if each}
         kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
         # The record comes first, so that it lists the launcher if this process is killed.
         files = {paths.record: record, **kept, **contents}
@@ -7165,7 +7165,8 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         remove_compiled_code(paths.program)
         replacements = []
         for path, content in files.items():
-            require_own_file(path)
+            with contextlib.suppress(FileNotFoundError):
+                require_owner(path, os.lstat(path))
             replacement = Replacement(path, 0o755 if path == paths.launcher else 0o644)
             stack.callback(replacement.discard)
             replacement.write(content)
@@ -7180,16 +7181,10 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
                 if not content:
                     remove_file(path)
             raise
-    for path, names in edited.items():
-        text = f"the installed copy had edited settings: {', '.join(names)}"
+    for path, each in edited.items():
+        text = f"the installed copy had edited settings: {', '.join(each)}"
         session.notify("warning", text)
         session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
-
-
-def find_edited(contents: Dict[str, bytes]) -> Dict[str, List[str]]:
-    """Return the names of the edited settings of each file that has any."""
-    names = {path: edited_settings(content) for path, content in contents.items()}
-    return {path: edited for path, edited in names.items() if edited}
 
 
 def require_working_launcher(paths: InstallPaths) -> None:
@@ -7231,32 +7226,34 @@ def give_to_owner(directory: str) -> None:
             os.chown(entry.path, *_owner(directory), follow_symlinks=False)
 
 
-def lock_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> int:
-    """Make the program's directory, lock it and return the lock. Raises OSError and OAuthError."""
+@contextlib.contextmanager
+def locked_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> Iterator[None]:
+    """Hold the lock of the program's directory, which is made if necessary.
+
+    At the end, the directories in `made` that are empty are removed. If nothing is installed, the
+    lock's file is removed, too. Raises OSError and OAuthError.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
             make_own_directory(paths.directory, made)
-            return acquire_lock_file(paths.lock, deadline)
+            lock = acquire_lock_file(paths.lock, deadline)
+            break
         except FileNotFoundError:
             # `uninstall` has just removed the directory.
             if time.monotonic() >= deadline:
                 raise
-
-
-def unlock(lock: int, paths: InstallPaths, directories: Set[str]) -> None:
-    """Release the lock and remove the `directories` that are empty.
-
-    If nothing is installed, the lock's file is removed, too.
-    """
-    # The directories that contain the lock's file come last. The others are removed under the lock.
-    last = {path for path in directories if paths.lock.startswith(os.path.join(path, ""))}
-    remove_empty_directories(directories - last)
-    if os.path.lexists(paths.record):
-        release_lock(lock)
-    else:
-        remove_lock_file(lock, paths.lock)
-    remove_empty_directories(last)
+    try:
+        yield
+    finally:
+        # The directories that contain the lock's file come last, without the lock.
+        last = {path for path in made if paths.lock.startswith(os.path.join(path, ""))}
+        remove_empty_directories(made - last)
+        if os.path.lexists(paths.record):
+            release_lock(lock)
+        else:
+            remove_lock_file(lock, paths.lock)
+        remove_empty_directories(last)
 
 
 def remove_empty_directories(paths: Set[str]) -> None:
@@ -7309,12 +7306,6 @@ def make_own_directory(path: str, made: Set[str]) -> None:
                 os.fchmod(descriptor, stat.S_IMODE(info.st_mode) & ~WRITE_BY_OTHERS)
     finally:
         os.close(descriptor)
-
-
-def require_own_file(path: str) -> None:
-    """Raise StorageError if there is a file of another user at `path`."""
-    with contextlib.suppress(FileNotFoundError):
-        require_owner(path, os.lstat(path))
 
 
 def require_owner(path: str, info: os.stat_result) -> None:
@@ -7422,9 +7413,7 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
         return []
     plugins = os.path.dirname(paths.plugin_directory)
     directories = {paths.directory, paths.plugin_directory, plugins}
-    with contextlib.ExitStack() as stack:
-        lock = lock_directory(paths, session.settings.lock_timeout, directories)
-        stack.callback(unlock, lock, paths, directories)
+    with locked_directory(paths, session.settings.lock_timeout, directories):
         recorded = recorded_paths(paths)
         # A path that isn't an empty directory will stay.
         directories.update(recorded)
