@@ -4543,12 +4543,12 @@ def registered_entries(*sessions: Session) -> Dict[str, Fields]:
     Raises StorageError.
     """
     entries = sessions[0].models_file.read()
-    ours: Dict[str, Fields] = {}
-    for session in sessions:
-        for name, entry in entries.items():
-            if is_ours(session, name, entry):
-                ours[name] = entry
-    return ours
+    return {
+        name: entry
+        for session in sessions
+        for name, entry in entries.items()
+        if is_ours(session, name, entry)
+    }
 
 
 def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
@@ -6685,10 +6685,7 @@ def command_env(session: Session, options: Namespace) -> int:
         variables = exported_variables(session, options, "env --access-token", options.unset)
     except (NotSignedInError, NoApiKeyError) as error:
         # A profile runs `env` in every new shell, so this message takes only one line.
-        hint = error.hint
-        if isinstance(error, NoApiKeyError):
-            hint = "to use an access token instead, run"
-        session.notify("error", f"{error}; {hint}", error.command)
+        session.notify("error", f"{error}; {error.hint}", error.command)
         return error.exit_code
     print_result(shell_code(shell, variables))
     return 0
@@ -6720,7 +6717,7 @@ def exported_variables(
         return {name: None}
     api_key = session.tokens().api_key
     if not api_key:
-        hint = f"{ORGANIZATION_HINT} and sign in again, or run"
+        hint = "to use an access token instead, run"
         raise NoApiKeyError(NO_API_KEY, hint, command_without_key)
     return {name: api_key}
 
