@@ -87,7 +87,6 @@ if TYPE_CHECKING:
         Optional,
         Set,
         Tuple,
-        Type,
         Union,
     )
 
@@ -5120,18 +5119,13 @@ class PastedInput:
             self.descriptor = sys.stdin.fileno()
             if is_read_from_stdin() and not is_terminal(self.descriptor):
                 self.descriptor = os.open("/dev/tty", os.O_RDONLY)
-            if reading:
-                self._examine()
+            if reading and is_terminal(self.descriptor):
+                # The system stops a background job that reads from its terminal.
+                self.usable = self.is_terminal = self._is_in_foreground()
+            elif reading:
+                # A character device that isn't a terminal, such as /dev/null, has no lines to read.
+                self.usable = not stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
         self.ask()
-
-    def _examine(self) -> None:
-        """Set `usable` and `is_terminal`."""
-        if is_terminal(self.descriptor):
-            # The system stops a background job that reads from its terminal.
-            self.usable = self.is_terminal = self._is_in_foreground()
-            return
-        # A character device that isn't a terminal, such as /dev/null, has no lines to read.
-        self.usable = not stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
 
     def _is_in_foreground(self) -> bool:
         if sys.platform == "win32":
@@ -5210,11 +5204,9 @@ class BrowserSignIn:
     """The authorization code flow through the loopback redirect or a pasted URL (RFC 8252 §7.3).
 
     `timeout` is in seconds, `callback_timeout` by default. `browser` is whether to open a browser,
-    and `reading` whether a URL can be pasted into standard input.
+    and `reading` whether a URL can be pasted into standard input. `at_prompt` is whether this is
+    Code Puppy's prompt, where people may keep typing commands.
     """
-
-    # Appended to the request to paste the URL. A subclass explains how to paste in its environment.
-    paste_note = ""
 
     def __init__(
         self,
@@ -5223,6 +5215,7 @@ class BrowserSignIn:
         timeout: Optional[float],
         browser: bool,
         reading: bool = False,
+        at_prompt: bool = False,
     ) -> None:
         from concurrent.futures import Future
 
@@ -5234,6 +5227,9 @@ class BrowserSignIn:
         # A proxy that can't be used must be reported before the person signs in.
         new_connection(session.settings, session.settings.issuer, session.settings.request_timeout)
         self.stdin = PastedInput(reading)
+        self.at_prompt = at_prompt
+        # Appended to the request to paste the URL.
+        self.paste_note = " and press Enter (it does not show while you paste)" if at_prompt else ""
         self.pastes_left = PASTE_LIMIT
         # The last lines that were pasted. Together they may be one URL.
         self.pasted = ""
@@ -5266,7 +5262,8 @@ class BrowserSignIn:
         try:
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)
-            self._await_response(callback, deadline)
+            with self._echo_off():
+                self._await_response(callback, deadline)
             # Everything that is typed from now on is for the next program.
             self.stdin.close()
             redeem(self.session, self.models, callback)
@@ -5380,6 +5377,24 @@ class BrowserSignIn:
                 fault = "cannot listen on a port, and standard input is closed"
                 raise OAuthError(fault, self.session.client.no_port_hint)
         self.stdin.ask()
+
+    @contextlib.contextmanager
+    def _echo_off(self) -> Iterator[None]:
+        """At Code Puppy's prompt, hide what is typed, because it would mix with our messages."""
+        if sys.platform == "win32" or not (self.at_prompt and self.stdin.is_terminal):
+            yield
+            return
+        import termios
+        import tty
+
+        before = termios.tcgetattr(self.stdin.descriptor)
+        silent = list(before)
+        silent[tty.LFLAG] &= ~termios.ECHO
+        termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, before)
 
     def _refusal(self, line: str, fault: str) -> str:
         """Return what to say about a `line` that isn't the response because of `fault`."""
@@ -5702,34 +5717,6 @@ def chosen_browser(value: str, url: str, path: Optional[str]) -> Tuple[List[str]
 def is_in_container() -> bool:
     """Whether this looks like a container of Docker or Podman."""
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
-
-
-class PromptSignIn(BrowserSignIn):
-    """A sign-in at Code Puppy's prompt, where people may keep typing commands."""
-
-    paste_note = " and press Enter (it does not show while you paste)"
-
-    def _await_response(self, callback: Callback, deadline: float) -> None:
-        with self._echo_off():
-            super()._await_response(callback, deadline)
-
-    @contextlib.contextmanager
-    def _echo_off(self) -> Iterator[None]:
-        """Turn off the terminal's echo, because what is typed would mix with our messages."""
-        if sys.platform == "win32" or not self.stdin.is_terminal:
-            yield
-            return
-        import termios
-        import tty
-
-        before = termios.tcgetattr(self.stdin.descriptor)
-        silent = list(before)
-        silent[tty.LFLAG] &= ~termios.ECHO
-        termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, silent)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(self.stdin.descriptor, termios.TCSADRAIN, before)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6581,22 +6568,16 @@ def sign_out(*, revoke: bool = True, account: Optional[str] = None) -> None:
 
 
 def sign_in_with_options(
-    session: Session,
-    options: Namespace,
-    reading: bool,
-    browser_sign_in: Type[BrowserSignIn] = BrowserSignIn,
+    session: Session, options: Namespace, reading: bool, at_prompt: bool = False
 ) -> None:
-    """Sign in according to the options of `auth`.
-
-    `reading` says whether a URL may be pasted into standard input.
-    """
+    """Sign in according to the options of `auth`. For `reading` and more, see BrowserSignIn."""
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     prepare_sign_in(session)
     if options.device:
         sign_in_with_device(session, models, options.timeout)
     else:
         browser = not options.no_browser
-        browser_sign_in(session, models, options.timeout, browser, reading).run()
+        BrowserSignIn(session, models, options.timeout, browser, reading, at_prompt).run()
 
 
 def open_session(notify: Notify, options: Namespace) -> Session:
@@ -8469,7 +8450,7 @@ class CodePuppyPlugin:
         account = session.settings.account
         before = self._stored_tokens(account)
         try:
-            sign_in_with_options(session, options, is_reading, PromptSignIn)
+            sign_in_with_options(session, options, is_reading, at_prompt=True)
         finally:
             # A sign-in can fail after it has stored new tokens.
             after = self._stored_tokens(account)
