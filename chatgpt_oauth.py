@@ -7478,6 +7478,9 @@ def remove_compiled_code(path: str) -> None:
 
 # A prompt that waits longer than this for a refresh shows a message.
 SILENT_WAIT = 2.0  # seconds
+# After a failed refresh, prompts use the access token for this long, if it is still valid, before
+# one of them tries again.
+REFRESH_PAUSE = 30.0  # seconds
 # The fields that the API refuses when a ChatGPT plan pays (developers.openai.com/siwc).
 PLAN_REFUSED_FIELDS = (
     "background",
@@ -7723,15 +7726,15 @@ class Prompts:
         self.refused_tokens: Set[str] = set()
         # The token files of the sign-ins whose token was refused although it was a new one.
         self.rejected: Set[str] = set()
-        # The token files of the sign-ins whose last refresh failed.
-        self.failing: Set[str] = set()
+        # When to try again to refresh an access token after a failure, as time.monotonic().
+        self.refresh_times: Dict[str, float] = {}
+        # The access tokens whose failed refresh has been reported.
+        self.reported_tokens: Set[str] = set()
 
-    def report_refresh(self, token_file: str, messages: List[Tuple[str, ...]]) -> None:
-        """Show `messages` about a failed refresh of a sign-in. Show no more until one succeeds."""
-        if not messages:
-            self.failing.discard(token_file)
-        elif token_file not in self.failing:
-            self.failing.add(token_file)
+    def report_refresh(self, access_token: str, messages: List[Tuple[str, ...]]) -> None:
+        """Show `messages` about the failed refresh of an access token, once."""
+        if messages and access_token not in self.reported_tokens:
+            self.reported_tokens.add(access_token)
             for kind, text, *command in messages:
                 self.notify(kind, text, *command)
 
@@ -7781,9 +7784,17 @@ class PlanAccess:
         return await waiting
 
     def _authorize(self, session: Session) -> Tuple[Tokens, bool]:
-        stored = session.tokens().access_token
-        was_refused = stored in self.prompts.refused_tokens
-        tokens = session.refresh_after_401(stored) if was_refused else session.valid_tokens()
+        stored, refresh_times = session.tokens(), self.prompts.refresh_times
+        was_refused = stored.access_token in self.prompts.refused_tokens
+        is_paused = time.monotonic() < refresh_times.get(stored.access_token, 0)
+        if was_refused:
+            tokens = session.refresh_after_401(stored.access_token)
+        elif is_paused and stored.valid_for(0):
+            tokens = stored
+        else:
+            tokens = session.valid_tokens()
+            if tokens.access_token == stored.access_token and not tokens.is_fresh():
+                refresh_times[tokens.access_token] = time.monotonic() + REFRESH_PAUSE
         if not session.client.can_use_plan(tokens.fields):
             raise plan_not_allowed_error()
         return tokens, was_refused
@@ -7807,10 +7818,12 @@ class PlanAccess:
         prompts.refused_tokens.add(tokens.access_token)
         return True
 
-    def report_success(self, session: Session, messages: List[Tuple[str, ...]]) -> None:
-        """Record that a request was accepted, and show `messages` about a failed refresh."""
+    def report_success(
+        self, session: Session, tokens: Tokens, messages: List[Tuple[str, ...]]
+    ) -> None:
+        """Record that `tokens` were accepted, and show `messages` about a failed refresh."""
         self.prompts.rejected.discard(session.token_file.path)
-        self.prompts.report_refresh(session.token_file.path, messages)
+        self.prompts.report_refresh(tokens.access_token, messages)
 
     def host_exception(self, error: Any, http_error: Any) -> Optional[Exception]:
         """Return what to raise in the host instead of `error`, or None to raise `error` itself."""
@@ -7890,7 +7903,7 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
                     # The next refresh tells what is wrong.
                     refresh_messages.clear()
                 else:
-                    access.report_success(session, refresh_messages)
+                    access.report_success(session, tokens, refresh_messages)
                     return response
 
     return PlanModel

@@ -10075,8 +10075,26 @@ class PuppyModelTest(PuppyCase):
         self.assertIn("/chatgpt-auth", str(caught.exception))
         self.assertEqual(self.messages, [])
 
+    def test_a_failed_refresh_is_tried_again_after_30_seconds(self):
+        self.store(lifetime=200)
+        model = self.build_model()
+        self.fault("refresh", 503)
+        start = time.monotonic()
+        for seconds, refreshes in ((0, 1), (29, 1), (31, 2), (59, 2), (62, 3)):
+            with mock.patch("time.monotonic", lambda now=start + seconds: now):
+                self.assertEqual(self.send_requests(model), ["Hello"])
+            self.assertEqual(self.double.count("refresh"), refreshes)
+        self.assertEqual(len(self.messages), 2)
+        # Without a valid token, each prompt tries.
+        self.double.access_tokens.clear()
+        self.fault("refresh", 400, b'{"error": "unheard_of"}')
+        for refreshes in (4, 5):
+            self.assert_request_stops(model, "unheard_of")
+            self.assertEqual(self.double.count("refresh"), refreshes)
+
     def test_a_failed_refresh_is_reported_once_until_one_succeeds(self):
         model = self.build_model()
+        self.plugin.REFRESH_PAUSE = 0
         for _ in range(2):
             self.store(lifetime=200)
             self.fault("refresh", 503)
