@@ -7731,10 +7731,11 @@ class Prompts:
         # The access tokens whose failed refresh has been reported.
         self.reported_tokens: Set[str] = set()
 
-    def report_refresh(self, access_token: str, messages: List[Tuple[str, ...]]) -> None:
-        """Show `messages` about the failed refresh of an access token, once."""
-        if messages and access_token not in self.reported_tokens:
-            self.reported_tokens.add(access_token)
+    def report_success(self, token_file: str, token: str, messages: List[Tuple[str, ...]]) -> None:
+        """Record that an access token was accepted. Show `messages` about a failed refresh once."""
+        self.rejected.discard(token_file)
+        if messages and token not in self.reported_tokens:
+            self.reported_tokens.add(token)
             for kind, text, *command in messages:
                 self.notify(kind, text, *command)
 
@@ -7818,13 +7819,6 @@ class PlanAccess:
         prompts.refused_tokens.add(tokens.access_token)
         return True
 
-    def report_success(
-        self, session: Session, tokens: Tokens, messages: List[Tuple[str, ...]]
-    ) -> None:
-        """Record that `tokens` were accepted, and show `messages` about a failed refresh."""
-        self.prompts.rejected.discard(session.token_file.path)
-        self.prompts.report_refresh(tokens.access_token, messages)
-
     def host_exception(self, error: Any, http_error: Any) -> Optional[Exception]:
         """Return what to raise in the host instead of `error`, or None to raise `error` itself."""
         sign_in_command = (OfficialClient if self.official else Client).sign_in_command
@@ -7903,7 +7897,8 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
                     # The next refresh tells what is wrong.
                     refresh_messages.clear()
                 else:
-                    access.report_success(session, tokens, refresh_messages)
+                    path, token = session.token_file.path, tokens.access_token
+                    access.prompts.report_success(path, token, refresh_messages)
                     return response
 
     return PlanModel
