@@ -5280,7 +5280,8 @@ class BrowserSignIn:
         notify("info", f"{lead} this URL within {self.timeout:g} seconds:")
         notify("verbatim", url)
         if obstacle:
-            notify("info", f"No browser was opened ({obstacle}). Use a browser on any machine:")
+            notify("info", f"No browser was opened ({obstacle}).")
+            notify("info", "Use a browser on any machine:")
         if not is_opening or not callback.servers:
             self._show_ways(callback)
         elif self.stdin.is_terminal:
