@@ -1593,8 +1593,6 @@ class Client:
     sign_in_command, sign_out_command = "auth", "logout"
     # Signs in without a listener. It is "" if this client has no device codes.
     device_command = "auth --device"
-    # The next step if this client can't listen on a port.
-    no_port_hint = Hint("to sign in without a port, run", device_command)
     # Another possible reason why an authorization code was refused, or "".
     invalid_grant_reason = ""
     # Where a person can end a sign-in that couldn't be revoked.
@@ -1615,6 +1613,9 @@ class Client:
             self.addresses = (settings.callback_bind,)
         # The ID of the only workspace to sign in to, or "" to allow any.
         self.workspace: str = settings.workspace
+        if self.workspace and not self.is_official:
+            self.sign_in_command += f" --workspace {self.workspace}"
+            self.device_command += f" --workspace {self.workspace}"
         # Additional parameters of token requests.
         self.token_parameters: Dict[str, str] = {}
 
@@ -1708,9 +1709,6 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
-    no_port_hint = Hint(
-        "to paste the URL that the browser ends on, run in a terminal", sign_in_command
-    )
     invalid_grant_reason = "not every ChatGPT plan is eligible"
     unrevoked_hint = Hint("end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT")
     # The type of this client's entries in the models file. No other entry has it.
@@ -4680,7 +4678,7 @@ def import_models(
         error = OAuthError(
             f"none of the account's {len(listed)} models match the filter",
             "to see them all, run",
-            "models --all --dry-run",
+            f"models --source {source} --all --dry-run",
         )
         if models.is_explicit:
             raise error
@@ -4866,7 +4864,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
             raise OAuthError(
                 f"signed in to the wrong workspace, {tokens.account_id or 'unknown'}",
                 f"choose {client.workspace} in the browser; to try again, run",
-                f"{client.sign_in_command} --workspace {client.workspace}",
+                client.sign_in_command,
             )
         session.token_file.save(_fields_to_store(tokens, old))
     except NotReplacedError:
@@ -5376,7 +5374,7 @@ class BrowserSignIn:
             self.stdin.close()
             if not callback.servers:
                 fault = "cannot listen on a port, and standard input is closed"
-                raise OAuthError(fault, self.session.client.no_port_hint)
+                raise OAuthError(fault, no_port_hint(self.session.client))
         self.stdin.ask()
 
     @contextlib.contextmanager
@@ -5466,9 +5464,17 @@ def open_port(client: Client) -> Tuple[int, List[Any]]:
     raise port_error(client, faults[0])
 
 
+def no_port_hint(client: Client) -> Hint:
+    """Return the next step if `client` can't listen on a port."""
+    if client.device_command:
+        return Hint("to sign in without a port, run", client.device_command)
+    text = "to paste the URL that the browser ends on, run in a terminal"
+    return Hint(text, client.sign_in_command)
+
+
 def port_error(client: Client, error: OSError) -> OAuthError:
     """Return the error for a client none of whose ports works."""
-    hint, reason = client.no_port_hint, error.strerror or "error"
+    hint, reason = no_port_hint(client), error.strerror or "error"
     if error.errno == errno.EADDRINUSE:
         explanation, commands = "; see: ", PORT_OWNERS
     elif error.errno == errno.EACCES:
@@ -6642,7 +6648,8 @@ def command_accounts(session: Session, options: Namespace) -> int:
     if options.json:
         print_result(json.dumps([each.account_facts() for each in statuses], indent=2))
     else:
-        nobody = f"No account is signed in. To sign in, run: {typed_command('auth')}"
+        nobody = f"No account is signed in (no tokens in {session.settings.home})."
+        nobody += f"\nTo sign in, run: {typed_command('auth')}"
         print_result(accounts_text(statuses) or nobody)
     can_use_one = any(each.facts["authenticated"] for each in statuses)
     return 0 if can_use_one else NotSignedInError.exit_code

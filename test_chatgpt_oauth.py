@@ -4949,7 +4949,8 @@ class ModelsTest(Case):
             ("--include", "x*", "--dry-run"),
         ):
             result = self.call("models", *arguments)
-            self.assert_fails(result, 1, "none of the account's 5 models", "models --all --dry-run")
+            hint = "models --source api --all --dry-run"
+            self.assert_fails(result, 1, "none of the account's 5 models", hint)
             self.assertEqual(self.models_file.read_text(), before)
         err = self.sign_in("--include", "GPT-*")
         self.assertIn("warning: none of the account's 5 models match", err)
@@ -5298,6 +5299,13 @@ class SignInTest(Case):
         self.assertEqual(self.stored()["account_id"], "acct-2")
         self.sign_in()
         self.assertNotIn("allowed_workspace_id", self.double.requests_to("authorize")[-1])
+
+    def test_hints_repeat_the_workspace(self):
+        arguments = ("auth", "--no-browser", "--workspace", "acct-2", "--timeout", "0.1")
+        err = self.assert_fails(self.call(*arguments), 1, "auth --workspace acct-2 --timeout").err
+        self.assertIn(" auth --device --workspace acct-2\n", err)
+        self.take_ports()
+        self.assert_fails(self.call(*arguments), 1, "run: ", "auth --device --workspace acct-2\n")
 
     def test_the_workspace_is_shown_after_a_sign_in(self):
         self.double.plan = "team"
@@ -7010,7 +7018,8 @@ class AccountsTest(Case):
         self.assertEqual(self.call("accounts", "--json"), (3, "[]\n", ""))
         result = self.call("accounts")
         self.assertEqual((result.code, result.err), (3, ""))
-        self.assertRegex(result.out, r"\ANo account is signed in\. To sign in, run: .+ auth\n\Z")
+        nobody = f"No account is signed in (no tokens in {self.home}).\nTo sign in, run: "
+        self.assertRegex(result.out, rf"\A{re.escape(nobody)}.+ auth\n\Z")
         self.store_account("broken")
         self.account_file("broken").write_text("[")
         result = self.call("accounts")
