@@ -2,7 +2,7 @@
 """Sign in with ChatGPT the way OpenAI's Codex CLI does, with one Python file and no dependencies.
 
     auth      sign in with ChatGPT and import its models
-    status    show the account, the API key and the imported models
+    status    show who is signed in and which models are imported
     models    list the account's models and import them into Code Puppy
     env       print shell code that exports the API key
     exec      run a command with the API key in its environment
@@ -8564,7 +8564,8 @@ OPTIONS = {
     "--device": Option("sign in with a one-time code, in a browser on any machine"),
     "--no-browser": Option("print the URL instead of opening a browser"),
     "--timeout": Option(
-        f"how long to wait (default: {DEFAULT_TIMEOUT}; with --device: {DEVICE_CODE_LIFETIME:g})",
+        f"how long to wait for you to sign in (default: {DEFAULT_TIMEOUT}; with --device: "
+        f"{DEVICE_CODE_LIFETIME:g})",
         "SECONDS",
         _SECONDS,
     ),
@@ -8573,8 +8574,9 @@ OPTIONS = {
     ),
     "--exclude": Option("skip models that match (repeatable)", "GLOB", is_repeatable=True),
     "--source": Option(
-        "api (billed to the API account), codex or official (covered by the plan), or auto",
-        "SOURCE",
+        "api (billed to the API account), codex or official (covered by the plan), or auto (the "
+        "default: api if there is an API key)",
+        "NAME",
         RULES["model_source"],
     ),
     "--account": Option("use the account NAME instead of the unnamed one", "NAME", _ACCOUNT),
@@ -8587,7 +8589,7 @@ OPTIONS = {
     ),
     "--shell": Option(
         "sh (also bash, zsh, ksh, dash and others of the POSIX family), fish, csh (also tcsh), "
-        "powershell, cmd, dotenv, json or auto (default: from $SHELL)",
+        "powershell, cmd, dotenv, json, or auto (the default: the one in $SHELL)",
         "NAME",
     ),
     "--name": Option(f"variable to set (default: {DEFAULT_VARIABLE})", "VAR"),
@@ -8596,15 +8598,15 @@ OPTIONS = {
     "--refresh": Option("refresh it first, even if it is still valid"),
     "--api-key": Option("print the API key instead"),
     "--local": Option("do not revoke the tokens at OpenAI"),
-    "--official": Option("use OpenAI's official sign-in (works only in Code Puppy)"),
+    "--official": Option("only OpenAI's official sign-in (for models in Code Puppy)"),
     "--bin": Option(
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
         "DIR",
         _DIRECTORY,
     ),
-    "--code-puppy": Option("install the Code Puppy plugin even if Code Puppy is not found"),
-    "--no-code-puppy": Option("do not install or remove the Code Puppy plugin"),
+    "--code-puppy": Option("include the Code Puppy plugin even if Code Puppy is not found"),
+    "--no-code-puppy": Option("leave the Code Puppy plugin as it is"),
 }
 # Options that can't be used together.
 EXCLUSIVE = (
@@ -8649,7 +8651,7 @@ COMMANDS = {
     ),
     "status": Command(
         command_status,
-        "show the account, the API key and the imported models",
+        "show who is signed in and which models are imported",
         "--account --json --online",
         "{0}",
         "{0} --online",
@@ -8667,7 +8669,7 @@ COMMANDS = {
         "list the account's models and import them into Code Puppy",
         "--account --include --exclude --all --source --dry-run --json",
         "{0} --all --dry-run",
-        "{0} --include 'gpt-5*' --exclude '*-mini'",
+        "{0} --include 'gpt-5*' --exclude '*-sol'",
     ),
     "env": Command(
         command_env,
@@ -8839,7 +8841,7 @@ def profile_help() -> List[str]:
     It names the variable without reading the settings, because help must work with a bad setting.
     """
     variable = str(CHATGPT_OAUTH_CONFIG["api_key_env_var"])
-    lines = ["add one of these to your shell's profile:"]
+    lines = ["add one of these to your shell's profile (in cmd, which has none, type it):"]
     for name, shell in SHELLS.items():
         if shell.profile:
             program = absolute_program_name(name)
