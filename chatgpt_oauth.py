@@ -5796,8 +5796,10 @@ SHELLS = {
     ),
     "powershell": Shell(
         {"powershell": "$PROFILE", "pwsh": "$PROFILE"},
-        profile="{command} | Out-String | iex",
-        search="$env:PATH = {quoted} + ';' + $env:PATH",
+        # PowerShell evaluates each line by itself. Out-String would pass on an empty string if the
+        # command fails, which iex rejects.
+        profile="{command} | iex",
+        search="$env:PATH = {quoted} + [IO.Path]::PathSeparator + $env:PATH",
         assign="$env:{name} = '{value}'",
         unset="Remove-Item Env:{name} -ErrorAction SilentlyContinue",
         call="& ",

@@ -8779,6 +8779,14 @@ class InstallTest(Case):
         # On Windows the suffix comes from PATHEXT, which is in capitals.
         self.assertIn(warning.lower(), messages.lower())
 
+    def test_the_suggested_powershell_lines_fit_every_system(self):
+        self.store(api_key="sk-1")
+        messages = self.install(environ={"PATH": PATH, "SHELL": "pwsh"})
+        # Windows separates paths with a semicolon, other systems with a colon.
+        self.assertRegex(messages, r"(?m)^    \$env:PATH = '.+' \+ \[IO.Path\]::PathSeparator \+")
+        # An empty string, which Out-String returns without input, is an error to iex.
+        self.assertRegex(messages, r"(?m)^    .+ env --shell powershell \| iex$")
+
     @needs_sh
     def test_the_suggested_profile_lines_work(self):
         self.use_home(self.folder / "it's a home")
