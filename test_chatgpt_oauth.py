@@ -4167,17 +4167,17 @@ began = time.monotonic()
         self.assertEqual(self.call("token").code, 0)
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def interrupt_at_new_line(self, seen):
+    def interrupt_at_new_line(self, seen, each_time):
         """Run `token` and press Ctrl-C at the first line after the refresh request not in `seen`.
 
         Lines of the program and of `contextlib` count, once for each line of the program that calls
-        them. The line is added to `seen`. Return the line, or None if there was none, and the
-        Result.
+        them or, with `each_time`, each time that they are run. The line is added to `seen`. Return
+        the line, or None if there was none, and the Result.
         """
-        interrupted_at = None
+        interrupted_at, lines_run = None, 0
 
         def trace(frame, event, _):
-            nonlocal interrupted_at
+            nonlocal interrupted_at, lines_run
             code = frame.f_code
             if code.co_filename not in (oauth.__file__, contextlib.__file__):
                 return None
@@ -4188,6 +4188,9 @@ began = time.monotonic()
                 while caller.f_code.co_filename == contextlib.__file__:
                     caller = caller.f_back
                 line = code.co_filename, frame.f_lineno, caller.f_lineno
+                lines_run += 1
+                if each_time:
+                    line = *line, lines_run
                 if line not in seen:
                     seen.add(line)
                     interrupted_at = line
@@ -4203,17 +4206,21 @@ began = time.monotonic()
             sys.settrace(None)
         return interrupted_at, result
 
-    # The program must not register exit handlers in the process that runs the tests.
     @needs_signals
-    @mock.patch("atexit.register", mock.Mock())
     def test_ctrl_c_at_any_line_loses_no_response(self):
+        self.interrupt_everywhere(each_time=False)
+
+    # The program must not register exit handlers in the process that runs the tests.
+    @mock.patch("atexit.register", mock.Mock())
+    def interrupt_everywhere(self, each_time):
+        """Refresh again and again, pressing Ctrl-C at another line each time."""
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         seen = set()
         while True:
             # The interrupted run may still hold its lock, because this process goes on.
             shutil.rmtree(self.home, ignore_errors=True)
             self.store(lifetime=-10)
-            line, result = self.interrupt_at_new_line(seen)
+            line, result = self.interrupt_at_new_line(seen, each_time)
             if line is None:
                 break
             interrupted = (130, "Interrupted.\n")
