@@ -4482,7 +4482,7 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
     if response.status not in (401, 403):
         error.set_default_hint("status --online", "to see what OpenAI accepts, run")
         return error
-    if "scope_not_authorized" in response.code:
+    if source == "official" and "scope_not_authorized" in response.code:
         return plan_not_allowed_error()
     hint, command = "to use another account, run", session.client.sign_in_command
     if source == "api" and response.status == 403:
