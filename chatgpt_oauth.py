@@ -6120,26 +6120,23 @@ ACCOUNT_FACTS = (
 
 
 class OnlineCheck:
-    """The result of asking a server whether it accepts a token or key.
+    """Whether a server accepts a token or key. It is asked for the models of `source`.
 
     `result` is accepted, refused or unreachable. `texts` is the result in words, one line each, and
     `error` is the reason if it isn't accepted.
     """
 
-    def __init__(self, result: str, texts: List[str], error: Optional[OAuthError] = None) -> None:
-        self.result, self.texts, self.error = result, texts, error
-
-
-def check_online(session: Session, source: str) -> OnlineCheck:
-    """Ask whether a token or key is accepted, by listing the models of `source`."""
-    try:
-        count = len(list_models(session, source))
-    except OAuthError as error:
-        is_refusal = isinstance(error, (RefusedError, SignInEndedError))
-        result = "refused" if is_refusal else "unreachable"
-        return OnlineCheck(result, [result, str(error)], error)
-    models = "1 model" if count == 1 else f"{count} models"
-    return OnlineCheck("accepted", [f"accepted, {models}"])
+    def __init__(self, session: Session, source: str) -> None:
+        self.error: Optional[OAuthError] = None
+        try:
+            count = len(list_models(session, source))
+        except OAuthError as error:
+            is_refusal = isinstance(error, (RefusedError, SignInEndedError))
+            self.result, self.error = "refused" if is_refusal else "unreachable", error
+            self.texts = [self.result, str(error)]
+        else:
+            models = "1 model" if count == 1 else f"{count} models"
+            self.result, self.texts = "accepted", [f"accepted, {models}"]
 
 
 class SignInStatus:
@@ -6153,8 +6150,14 @@ class SignInStatus:
     def __init__(self, session: Session, online: bool) -> None:
         # OpenAI is asked first, because that may refresh the tokens or end the sign-in.
         source = "official" if session.client.is_official else "codex"
-        check = check_online(session, source) if online else None
-        self.tokens, fault = stored_tokens(session)
+        check = OnlineCheck(session, source) if online else None
+        self.tokens: Optional[Tokens] = None
+        fault: Optional[OAuthError] = None
+        try:
+            self.tokens = session.tokens()
+            session.require_refreshable(self.tokens)
+        except OAuthError as error:
+            fault = error
         self.fields = self.tokens.fields if self.tokens else {}
         self.plan_allowed = session.client.can_use_plan(self.fields)
         # Without tokens or without the plan, nothing was sent, so the result isn't OpenAI's.
@@ -6183,17 +6186,6 @@ class SignInStatus:
         return not fault or self.tokens.valid_for(0)
 
 
-def stored_tokens(session: Session) -> Tuple[Optional[Tokens], Optional[OAuthError]]:
-    """Return the stored tokens, and what is wrong with them. Either one may be None."""
-    tokens = None
-    try:
-        tokens = session.tokens()
-        session.require_refreshable(tokens)
-    except OAuthError as error:
-        return tokens, error
-    return tokens, None
-
-
 class Status:
     """What is known about both sign-ins and, if `online`, OpenAI's answers about them.
 
@@ -6211,7 +6203,7 @@ class Status:
         self.official = SignInStatus(session.official_session(), online)
         self.api_key_check: Optional[OnlineCheck] = None
         if online and self.stored.tokens and self.stored.tokens.api_key:
-            self.api_key_check = check_online(session, "api")
+            self.api_key_check = OnlineCheck(session, "api")
         self.usage: Optional[Usage] = None
         self.usage_error: Optional[OAuthError] = None
         if self.stored.check:
