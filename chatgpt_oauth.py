@@ -5990,17 +5990,9 @@ def typed_command(command: str) -> str:
 
 def has_program_file() -> bool:
     """Whether this program was started from a file, with which it can be started again."""
-    if is_read_from_stdin():
-        return False
-    # Another program imported this file.
-    if __name__ != "__main__":
-        return True
-    try:
-        # A shell passes the name of a pipe in `python3 <(curl ...)`.
-        is_pipe = stat.S_ISFIFO(os.stat(sys.argv[0]).st_mode)
-    except (IndexError, OSError):
-        return True
-    return not is_pipe
+    # A module is a file. Otherwise, Python may have read the program from standard input, or from
+    # a pipe, as in `python3 <(curl ...)`.
+    return __name__ != "__main__" or os.path.isfile(sys.argv[0])
 
 
 def python_name() -> str:
