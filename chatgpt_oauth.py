@@ -4262,12 +4262,10 @@ ORGANIZATION_HINT = "create an organization and a project at https://platform.op
 
 
 def no_api_key_error(message: str = NO_API_KEY) -> OAuthError:
-    """Return the error for an account that has no API key."""
     return NoApiKeyError(message, f"{ORGANIZATION_HINT}, then run", "auth")
 
 
 def plan_not_allowed_error() -> OAuthError:
-    """Return the error for an official sign-in that isn't allowed to use the ChatGPT plan."""
     return OAuthError(
         "this sign-in was not allowed to use your ChatGPT plan",
         "allow it in ChatGPT under Settings > Security and login, or here with",
@@ -4297,7 +4295,6 @@ class ModelFilter:
         self.is_explicit = bool(include or exclude)
 
     def matches(self, name: str) -> bool:
-        """Whether the filter selects the model ID `name`."""
         return matches_any(name, self.include) and not matches_any(name, self.exclude)
 
 
@@ -5058,7 +5055,6 @@ def is_read_from_stdin() -> bool:
 
 
 def is_terminal(descriptor: int) -> bool:
-    """Whether `descriptor` is a terminal."""
     # Windows' isatty is also true for NUL, which isn't a console.
     return os.isatty(descriptor) and console_mode(descriptor) is not None
 
@@ -5144,7 +5140,6 @@ class PastedInput:
             threading.Thread(target=self._read, args=(self.line,), daemon=True).start()
 
     def close(self) -> None:
-        """Stop reading."""
         self.usable = self.is_terminal = False
         self.line.cancel()
 
@@ -6622,14 +6617,12 @@ def command_auth(session: Session, options: Namespace) -> None:
 
 
 def command_status(session: Session, options: Namespace) -> int:
-    """Print who is signed in."""
     status = Status(session, typed_command, options.online)
     print_result(status.text(options.json, sys.stdout.isatty()))
     return status.exit_code
 
 
 def command_accounts(session: Session, options: Namespace) -> int:
-    """Print all accounts that are signed in here."""
     statuses = account_statuses(session, typed_command, options.online)
     if options.json:
         print_result(json.dumps([each.account_facts() for each in statuses], indent=2))
@@ -6642,7 +6635,6 @@ def command_accounts(session: Session, options: Namespace) -> int:
 
 
 def command_models(session: Session, options: Namespace) -> None:
-    """List, filter and import the account's models."""
     include = ["*"] if options.all else options.include
     models = ModelFilter(session.settings, include, options.exclude, options.source)
     source, names = import_models(session, models, options.dry_run)
@@ -6653,7 +6645,6 @@ def command_models(session: Session, options: Namespace) -> None:
 
 
 def command_env(session: Session, options: Namespace) -> int:
-    """Print shell code that exports the API key, or the access token and the account ID."""
     name = "auto" if options.shell is None else options.shell
     shell = shell_with_env_code(session.settings, name)
     try:
@@ -6749,7 +6740,6 @@ def run_instead(command: List[str], environ: Dict[str, str]) -> int:
 
 
 def command_token(session: Session, options: Namespace) -> None:
-    """Print an access token that is valid now, or the API key."""
     if options.api_key:
         api_key = session.tokens().api_key
         if not api_key:
@@ -6905,7 +6895,6 @@ class InstallPaths:
         self.lock = os.path.join(directory, "install.lock")
 
     def mark(self, path: str) -> bytes:
-        """Return the mark that our file at `path` contains."""
         copies = (self.program, self.plugin)
         is_copy = path in copies or path in [copy + KEPT_SUFFIX for copy in copies]
         return PROGRAM_MARK if is_copy else LAUNCHER_MARK.encode()
@@ -7088,7 +7077,6 @@ def edited_settings(installed: bytes) -> List[str]:
 
 
 def command_install(session: Session, options: Namespace) -> None:
-    """Install this file as a command and, if Code Puppy is installed, as its plugin."""
     notify, environ = session.notify, session.settings.environ
     paths = InstallPaths(environ, options)
     source = own_source()
@@ -7339,7 +7327,6 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
 
 
 def command_uninstall(session: Session, options: Namespace) -> None:
-    """Remove the files and directories that `install` created."""
     paths = InstallPaths(session.settings.environ, options)
     started = os.path.realpath(sys.argv[0])
     if os.path.basename(started) in LAUNCHERS and not options.bin:
