@@ -8370,9 +8370,8 @@ class CodePuppyPlugin:
     def _typed_in_shell(self, command: str) -> str:
         import shutil
 
-        if shutil.which(COMMAND):
-            return f"{COMMAND} {command}"
-        return f"python3 {quote_path(__file__)} {command}"
+        program = COMMAND if shutil.which(COMMAND) else start_command(__file__, "")
+        return f"{program} {command}"
 
     def notify(self, kind: str, text: str, command: str = "") -> None:
         """Show `text` as a message of the host (kinds as in Terminal.notify)."""

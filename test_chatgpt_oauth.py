@@ -9652,7 +9652,9 @@ class PuppyTest(PuppyCase):
         (bin_directory / name).chmod(0o755)
         plugin = self.plugin.CodePuppyPlugin(None)
         self.assertEqual(plugin.typed("auth --device"), "/chatgpt-auth --device")
-        self.assertRegex(plugin.typed("models"), "^python3 .*chatgpt_oauth.py.? models$")
+        python = "python" if sys.platform == "win32" else "python3"
+        with mock.patch.object(sys, "orig_argv", ["/bin/python"], create=True):
+            self.assertRegex(plugin.typed("models"), f"^{python} .*chatgpt_oauth.py.? models$")
         os.environ["PATH"] = str(bin_directory)
         self.assertEqual(plugin.typed("models"), "chatgpt-oauth models")
         for option in ("-p", "--prompt", "--prompt=hi", "--setup"):
