@@ -1593,14 +1593,8 @@ class Client:
     sign_in_command, sign_out_command = "auth", "logout"
     # Signs in without a listener. It is "" if this client has no device codes.
     device_command = "auth --device"
-    # Another possible reason why an authorization code was refused, or "".
-    invalid_grant_reason = ""
-    # Where a person can end a sign-in that couldn't be revoked.
-    unrevoked_hint: Optional[Hint] = None
     # Comes after the setting `prefix` in the names of this client's models.
     model_prefix = ""
-    # What to say about payment after a sign-in.
-    payment_notice = ""
     # What to do after a sign-in without an API key.
     next_step_hint = Hint("To get an access token, run", "token")
 
@@ -1709,12 +1703,9 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
-    invalid_grant_reason = "not every ChatGPT plan is eligible"
-    unrevoked_hint = Hint("end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT")
     # The type of this client's entries in the models file. No other entry has it.
     model_type = "chatgpt_plan"
     model_prefix = "plan-"
-    payment_notice = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
     next_step_hint = Hint("To use one of the models, type in Code Puppy: /model NAME")
 
     def __init__(self, settings: Settings) -> None:
@@ -1932,8 +1923,8 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     what = "exchange the code"
     url = client.settings.issuer + client.token_path
     response = request_json(client.settings, url, what, form)
-    if response.code.lower() == "invalid_grant" and client.invalid_grant_reason:
-        hint = f"{client.invalid_grant_reason}; to try again, run"
+    if response.code.lower() == "invalid_grant" and client.is_official:
+        hint = "not every ChatGPT plan is eligible; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
     fields = token_response(response, what)
     if not has_bearer_type(fields):
@@ -4922,8 +4913,9 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     session.notify("info", f"Tokens saved in {session.token_file.path}")
     if not plan_allowed:
         raise plan_not_allowed_error()
-    if client.payment_notice:
-        session.notify("info", client.payment_notice)
+    if client.is_official:
+        text = f"Using ChatGPT plan. To see or limit what it pays for: {USAGE_PAGE}"
+        session.notify("info", text)
 
 
 @contextlib.contextmanager
@@ -4959,9 +4951,9 @@ def revoke_or_warn(session: Session, tokens: Tokens) -> None:
     except OAuthError as error:
         session.notify("warning", str(error))
         session.notify("info", "The token may still be valid at OpenAI.")
-        hint = session.client.unrevoked_hint
-        if hint:
-            session.notify("hint", hint.text, hint.command)
+        if session.client.is_official:
+            place = "Settings > Security and login > Sign in with ChatGPT"
+            session.notify("hint", f"end it in ChatGPT: {place}")
 
 
 def obtain_api_key(session: Session) -> None:
