@@ -1866,26 +1866,6 @@ def id_token_error(fault: str, hint: str = "to try again, run") -> OAuthError:
     return OAuthError(text, hint, OfficialClient.sign_in_command)
 
 
-def authorization_url(
-    client: Client, redirect_uri: str, challenge: str, state: str, nonce: str
-) -> str:
-    """Return the URL of an authorization request (RFC 6749 §4.1.1, RFC 7636 §4.3)."""
-    import urllib.parse
-
-    parameters = {
-        "response_type": "code",
-        "client_id": client.client_id,
-        "redirect_uri": redirect_uri,
-        "scope": client.scope,
-        "code_challenge": challenge,
-        "code_challenge_method": "S256",
-        "state": state,
-        **client.authorization_parameters(nonce),
-    }
-    query = urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote)
-    return f"{client.settings.issuer}{client.authorization_path}?{query}"
-
-
 def token_response(response: Response, what: str) -> Fields:
     """Return the JSON object of a token endpoint's response (RFC 6749 §5.1).
 
@@ -3794,6 +3774,7 @@ class AuthorizationRequest:
     def __init__(self, client: Client, port: int) -> None:
         import hashlib
         import secrets
+        import urllib.parse
         from base64 import urlsafe_b64encode
 
         # The state ties the response to this request (RFC 6749 §10.12).
@@ -3803,12 +3784,23 @@ class AuthorizationRequest:
         # The verifier ties the code to this process (RFC 7636 §4.1 and §4.2).
         self.code_verifier = secrets.token_urlsafe(64)
         digest = hashlib.sha256(self.code_verifier.encode()).digest()
-        challenge = urlsafe_b64encode(digest).rstrip(b"=").decode()
         self.port = port
         self.issuer = client.settings.issuer
         self.path = "/" + client.settings.redirect_path
         self.redirect_uri = f"{client.redirect_host}:{port}{self.path}"
-        self.url = authorization_url(client, self.redirect_uri, challenge, self.state, self.nonce)
+        # RFC 6749 §4.1.1 and RFC 7636 §4.3
+        parameters = {
+            "response_type": "code",
+            "client_id": client.client_id,
+            "redirect_uri": self.redirect_uri,
+            "scope": client.scope,
+            "code_challenge": urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge_method": "S256",
+            "state": self.state,
+            **client.authorization_parameters(self.nonce),
+        }
+        query = urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote)
+        self.url = f"{self.issuer}{client.authorization_path}?{query}"
 
     def parse_response(self, query: str) -> Dict[str, str]:
         """Return the authorization response (RFC 6749 §4.1.2) in `query`, checking its state first.
