@@ -3081,12 +3081,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        settings: Optional[Settings] = None,
-        notify: Notify = to_log,
-        client: Optional[Client] = None,
+        self, settings: Settings, notify: Notify = to_log, client: Optional[Client] = None
     ) -> None:
-        self.settings = settings = settings or Settings()
+        self.settings = settings
         self.notify = notify = for_account(notify, settings.account)
         self.client = client or Client(settings)
         self.token_file = TokenFile(self.client, notify)
@@ -3157,7 +3154,7 @@ class Session:
         if not refresh and stored.access_token in _expired_on_arrival:
             return stored
         if refresh or not stored.valid_for(0):
-            return self._refreshed(stored, retry=True)
+            return self._refreshed(stored)
         if stored.is_fresh():
             return stored
         timeout = self.settings.lock_timeout
@@ -3165,7 +3162,7 @@ class Session:
             # The process that holds the lock may be suspended, so don't wait for long.
             timeout = min(timeout, BRIEF_LOCK_TIMEOUT)
         try:
-            return self._refreshed(stored, retry=False, timeout=timeout)
+            return self._refreshed(stored, timeout)
         except NotSignedInError:
             raise
         except OAuthError as error:
@@ -3204,14 +3201,10 @@ class Session:
         stored = self.tokens()
         if stored.access_token != rejected:
             return self.valid_tokens()
-        return self._refreshed(stored, retry=True, rejected=True)
+        return self._refreshed(stored, rejected=True)
 
     def _refreshed(
-        self,
-        old: Tokens,
-        retry: bool,
-        timeout: Optional[float] = None,
-        rejected: bool = False,
+        self, old: Tokens, timeout: Optional[float] = None, rejected: bool = False
     ) -> Tokens:
         """Return newer tokens than `old`, from another process's refresh or from our own.
 
@@ -3231,7 +3224,8 @@ class Session:
             if is_too_early and tokens.valid_for(0) and not rejected:
                 return tokens
             try:
-                return self.accept_new_tokens(self._refresh_with_retry(tokens, retry))
+                window = self.settings.retry_window if timeout is None else 0.0
+                return self.accept_new_tokens(self._refresh_with_retry(tokens, window))
             except SignInEndedError as error:
                 self._refusals[tokens.refresh_token] = error
                 raise
@@ -3263,9 +3257,9 @@ class Session:
                 self.client.sign_in_command,
             )
 
-    def _refresh_with_retry(self, old: Tokens, retry: bool) -> Tokens:
-        """Refresh. If `retry` is true, try again as long as the refresh token can't be spent."""
-        tries = Retry(self.settings.retry_window if retry else 0.0)
+    def _refresh_with_retry(self, old: Tokens, window: float) -> Tokens:
+        """Refresh. Try again for `window` seconds as long as the refresh token can't be spent."""
+        tries = Retry(window)
         while True:
             try:
                 return Tokens(run_task(self, Session.refresh_once, old.fields))
