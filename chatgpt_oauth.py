@@ -1219,7 +1219,10 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                     attempt.settimeout(max(remaining, WAIT_SLICE))
                     return attempt
                 attempt.close()
-                failure = OSError(code, socket_error_text(code))
+                text = os.strerror(code)
+                if sys.platform == "win32":
+                    text = socket.errorTab.get(code, text)
+                failure = OSError(code, text)
             # Attempts that had ended by the deadline have been looked at.
             if remaining == 0 and not ended:
                 raise TimeoutError
@@ -1256,15 +1259,6 @@ def begin_connection(family: int, kind: int, protocol: int, _: str, address: Any
         connection.close()
         raise
     return connection
-
-
-def socket_error_text(code: int) -> str:
-    """Return the system's text for the error `code` of a socket."""
-    import socket
-
-    if sys.platform == "win32":
-        return socket.errorTab.get(code, os.strerror(code))
-    return os.strerror(code)
 
 
 class Exchange:
@@ -2861,10 +2855,10 @@ class JsonFile:
         except OSError as error:
             raise storage_error("remove", error.filename or self.path, error) from None
 
-    def _write_error(self, error: OSError) -> StorageError:
+    def _write_error(self, error: OSError, verb: str = "write") -> StorageError:
         """Return the StorageError for a system call that failed to replace the file."""
         # For a failed rename, `filename2` is the file, and `filename` the temporary file.
-        return storage_error("write", error.filename2 or error.filename or self.path, error)
+        return storage_error(verb, error.filename2 or error.filename or self.path, error)
 
     def require_removable(self) -> None:
         """Raise StorageError if the file can't be removed. The caller must hold the lock."""
@@ -2873,8 +2867,7 @@ class JsonFile:
         except OSError as error:
             # A full disk doesn't keep a file from being removed.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                path = error.filename2 or error.filename or self.path
-                raise storage_error("remove", path, error) from None
+                raise self._write_error(error, "remove") from None
 
 
 class TokenFile(JsonFile):
@@ -2928,23 +2921,15 @@ class TokenFile(JsonFile):
         """Hold the lock. First, recover tokens that a killed process received."""
         with super().lock(timeout):
             try:
-                self._recover()
+                # Only these tokens are valid, because the refresh token in the file has been spent.
+                if self._holds_newer_tokens(self.temporary):
+                    _rename(self.temporary, self.real_path)
             except OSError as error:
                 raise self._write_error(error) from None
-            yield
-
-    def _recover(self) -> None:
-        """Rename a temporary file that holds newer tokens into place. May raise OSError.
-
-        A process was killed before it could do that. Only these tokens are valid, because the
-        refresh token in the file has been spent.
-        """
-        if self._holds_newer_tokens(self.temporary):
-            _rename(self.temporary, self.real_path)
-        else:
             # A temporary file that can't be removed does no harm.
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
+            yield
 
     def _holds_newer_tokens(self, path: str) -> bool:
         """Whether the file at `path` is ours, complete and newer than the token file."""
@@ -3208,7 +3193,9 @@ class Session:
     ) -> Tokens:
         """Return newer tokens than `old`, from another process's refresh or from our own.
 
-        `rejected` is true if a server has refused the access token, whatever its expiry says.
+        A `timeout` is how many seconds to wait for the lock. It is given if the access token can
+        still be used, so the refresh isn't tried twice then. `rejected` is true if a server has
+        refused the access token, whatever its expiry says.
         """
         with self.token_file.lock(timeout):
             tokens = self.tokens()
@@ -3552,11 +3539,10 @@ def own_python() -> str:
     A frozen program, or a program that embeds Python, isn't an interpreter and would start itself.
     """
     python = sys.executable or ""
-    if getattr(sys, "frozen", False):
-        return ""
-    if not re.fullmatch(PYTHON_NAME, os.path.basename(python).lower()):
-        return ""
-    return python
+    is_python = re.fullmatch(PYTHON_NAME, os.path.basename(python).lower()) is not None
+    if is_python and not getattr(sys, "frozen", False):
+        return python
+    return ""
 
 
 def child_command() -> List[str]:
