@@ -2166,6 +2166,10 @@ READ_WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
 # The tokens in a token response (RFC 6749 §5.1, OpenID Connect Core §3.1.3.3).
 TOKEN_NAMES = ("access_token", "refresh_token", "id_token")
 SECRET_KEYS = (*TOKEN_NAMES, "api_key")
+# Who issued the tokens, and to which client, if a file doesn't say that. Code Puppy's own plugin
+# writes such files.
+DEFAULT_ISSUER = str(CHATGPT_OAUTH_CONFIG.get("issuer"))
+DEFAULT_CLIENT_ID = str(CHATGPT_OAUTH_CONFIG.get("client_id"))
 # These members describe the stored tokens and are dropped when new tokens replace them.
 TOKEN_DETAILS = ("expires_at", "ended")
 
@@ -2195,10 +2199,8 @@ class Tokens:
         account_id = fields.get("account_id") or self.auth_claims().get("chatgpt_account_id")
         # It is sent in a header, so it must have a form that needs no quoting.
         self.account_id = account_id if is_b64token(account_id) else None
-        issuer = text_or_none(fields.get("issuer")) or CHATGPT_OAUTH_CONFIG["issuer"]
-        self.issuer = issuer.rstrip("/")
-        client_id = text_or_none(fields.get("client_id")) or CHATGPT_OAUTH_CONFIG["client_id"]
-        self.client_id = printable(client_id)
+        self.issuer = (text_or_none(fields.get("issuer")) or DEFAULT_ISSUER).rstrip("/")
+        self.client_id = printable(text_or_none(fields.get("client_id")) or DEFAULT_CLIENT_ID)
         # `account_key` identifies the account, or is None if nothing in the file does. For the
         # official sign-in that is `sub`, combined with the client ID, because one person may
         # register several workspaces.
@@ -2822,15 +2824,12 @@ class JsonFile:
                 text, "keep fewer models in it (see models --include), then try again"
             )
         try:
-            replacement = self.reserved or self._replacement()
-            self.reserved = None
-            try:
-                replacement.write(data)
-            except OSError:
-                replacement.discard()
-                raise
+            # If writing fails, `holding` discards this.
+            self.reserved = self.reserved or self._replacement()
+            self.reserved.write(data)
         except OSError as error:
             raise self._write_error(error) from None
+        replacement, self.reserved = self.reserved, None
         # If this fails, go on anyway. The new contents may still reach the disk, and the old tokens
         # may already be spent.
         with contextlib.suppress(OSError):
@@ -3388,16 +3387,9 @@ def run_task(session: Session, function: Callable[..., Any], *arguments: Any) ->
     The arguments and the result must be JSON values. Raises the function's errors. After a
     KeyboardInterrupt, the child process may still go on.
     """
-    # The configuration may contain any object whose str() matches its rule, so send the strings.
-    config = {
-        key: value if value is None else str(value) for key, value in CHATGPT_OAUTH_CONFIG.items()
-    }
-    # The child takes the session's settings from here. It needs the configuration, too, because
-    # Tokens takes its defaults from that.
     task = {
         "function": function.__name__,
         "arguments": arguments,
-        "config": config,
         "settings": without(vars(session.settings), "environ"),
         "client": type(session.client).__name__,
         "client_members": without(vars(session.client), "settings"),
@@ -8938,7 +8930,6 @@ def reply_to(task: Fields) -> Fields:
     def notify(*message: str) -> None:
         messages.append(message)
 
-    CHATGPT_OAUTH_CONFIG.update(task["config"])
     # The parent has checked its settings. __init__ would read them from the environment again.
     settings = Settings.__new__(Settings)
     vars(settings).update(task["settings"], environ=dict(os.environ))
