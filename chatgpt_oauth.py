@@ -215,39 +215,39 @@ class Rule:
         return self.kind(groups.get("value", text))
 
 
-_DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
-_INTEGER = r"(?P<number>[0-9]{1,10})"
+DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
+INTEGER = r"(?P<number>[0-9]{1,10})"
 _SCHEME_AND_HOST = rf"(?:https://{HOST_NAME}|https?://{LOOPBACK})"
 _PATH = r"/[\w.~%/-]*"
 # Trailing slashes are removed because the paths of endpoints, which start with a slash, are
 # appended to the URL. The limits apply to the port.
-_URL = Rule(
-    rf"(?P<value>{_SCHEME_AND_HOST}(?::{_INTEGER})?(?:{_PATH})?)",
+URL_RULE = Rule(
+    rf"(?P<value>{_SCHEME_AND_HOST}(?::{INTEGER})?(?:{_PATH})?)",
     "an https URL (http for localhost)",
     kind=lambda url: url.rstrip("/"),
     low=1,
     high=65535,
 )
-_WORD = Rule(r"[!-~]+", "printable ASCII without spaces")
-_SECONDS = Rule(_DECIMAL, "0.001 to 86400 seconds", float, 0.001, 86400)
-_PORT = Rule(_INTEGER, "a number from 1 to 65535", int, 1, 65535)
+WORD_RULE = Rule(r"[!-~]+", "printable ASCII without spaces")
+SECONDS_RULE = Rule(DECIMAL, "0.001 to 86400 seconds", float, 0.001, 86400)
+PORT_RULE = Rule(INTEGER, "a number from 1 to 65535", int, 1, 65535)
 # An IPv4 address, or roughly an IPv6 address.
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
 _GLOBS = "glob patterns separated by commas"
-_DIRECTORY = Rule(r"[^\0]+", "the path of a directory")
-_WORKSPACE = Rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
+DIRECTORY_RULE = Rule(r"[^\0]+", "the path of a directory")
+WORKSPACE_RULE = Rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
 # The name is part of a directory's path, of models' names and of variables' names. Windows reserves
 # the names of devices. The models of the account `plan` would be named like those of the official
 # sign-in. The API key of the account `env-var` would be in CHATGPT_OAUTH_API_KEY_ENV_VAR, which
 # overrides the setting `api_key_env_var`.
-_ACCOUNT = Rule(
+ACCOUNT_RULE = Rule(
     r"(?!(?:plan|env-var|con|prn|aux|nul|(?:com|lpt)[0-9])$)[a-z0-9][a-z0-9-]{0,31}",
     "1 to 32 of a-z, 0-9 and - (not plan or con)",
 )
 RULES = {
-    "issuer": _URL,
-    "client_id": _WORD,
+    "issuer": URL_RULE,
+    "client_id": WORD_RULE,
     "scope": Rule(r"[!-~][ -~]*", "a list of scopes separated by spaces"),
     "redirect_host": Rule(
         r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"
@@ -256,20 +256,20 @@ RULES = {
     "redirect_path": Rule(
         r"/?(?P<value>(?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"
     ),
-    "required_port": _PORT,
-    "fallback_port": _PORT,
+    "required_port": PORT_RULE,
+    "fallback_port": PORT_RULE,
     "callback_bind": Rule(f"(?:{_ADDRESS})?", "an IP address"),
-    "callback_timeout": _SECONDS,
-    "api_base_url": _URL,
-    "codex_base_url": _URL,
-    "usage_url": _URL,
+    "callback_timeout": SECONDS_RULE,
+    "api_base_url": URL_RULE,
+    "codex_base_url": URL_RULE,
+    "usage_url": URL_RULE,
     "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.171.0"),
     # Settings expands a leading ~ first. If it is still there, it couldn't be expanded.
     "home": Rule(r"(?!~)[^\0]+", "a directory path"),
-    "account": Rule(f"(?:{_ACCOUNT.pattern})?", _ACCOUNT.meaning),
+    "account": Rule(f"(?:{ACCOUNT_RULE.pattern})?", ACCOUNT_RULE.meaning),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 at most)"),
     "default_context_length": Rule(
-        _INTEGER,
+        INTEGER,
         f"a number up to {MAX_CONTEXT_LENGTH}",
         int,
         1,
@@ -280,13 +280,13 @@ RULES = {
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
     "chat_patterns": Rule(r"[!-~]*", _GLOBS),
     "model_source": Rule("auto|api|codex|official", "auto, api, codex or official"),
-    "workspace": Rule(f"(?:{_WORKSPACE.pattern})?", _WORKSPACE.meaning),
+    "workspace": Rule(f"(?:{WORKSPACE_RULE.pattern})?", WORKSPACE_RULE.meaning),
     # OpenAI's limit for this name is unknown, so this one is our own.
     "agent_name": Rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)"),
-    "originator": _WORD,
-    "request_timeout": _SECONDS,
-    "retry_window": _SECONDS,
-    "lock_timeout": _SECONDS,
+    "originator": WORD_RULE,
+    "request_timeout": SECONDS_RULE,
+    "retry_window": SECONDS_RULE,
+    "lock_timeout": SECONDS_RULE,
     "api_key_env_var": Rule(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _"),
 }
 
@@ -370,7 +370,7 @@ class Settings:
         names: List[str] = []
         with contextlib.suppress(OSError):
             names = os.listdir(os.path.join(self.home, "accounts"))
-        return ["", *sorted(name for name in names if re.fullmatch(_ACCOUNT.pattern, name))]
+        return ["", *sorted(name for name in names if re.fullmatch(ACCOUNT_RULE.pattern, name))]
 
     def _default_home(self) -> str:
         base = self.environ.get("XDG_DATA_HOME")
@@ -818,7 +818,7 @@ def number_or_none(value: object) -> Optional[float]:
 
     Return None for anything else, and for a number that is negative or too large.
     """
-    if isinstance(value, str) and re.fullmatch(_DECIMAL, value, re.ASCII):
+    if isinstance(value, str) and re.fullmatch(DECIMAL, value, re.ASCII):
         return float(value)
     # In Python, True and False are integers, too.
     if isinstance(value, bool):
@@ -1731,7 +1731,7 @@ class OfficialClient(Client):
         client_id = text_or_none(registration.get("client_id")) or ""
         if registration.get("issuer") != self.settings.issuer:
             return
-        if not re.fullmatch(_WORD.pattern, client_id):
+        if not re.fullmatch(WORD_RULE.pattern, client_id):
             return
         self.client_id = client_id
         self.subject = text_or_none(registration.get("sub")) or ""
@@ -1769,7 +1769,7 @@ class OfficialClient(Client):
         """
         issued = response.get("client_id", "")
         if self.client_id == self.ENTRY_POINT:
-            if issued == self.ENTRY_POINT or not re.fullmatch(_WORD.pattern, issued):
+            if issued == self.ENTRY_POINT or not re.fullmatch(WORD_RULE.pattern, issued):
                 raise OAuthError("authorization failed (the response has no valid client ID)")
             self.client_id = issued
         elif issued not in ("", self.client_id):
@@ -2021,7 +2021,7 @@ def revoke(client: Client, tokens: Tokens) -> None:
     what = "revoke the token"
     # The issuer comes from the token file, which may have been edited. A refresh compares it with
     # the setting (see require_refreshable), but a revocation doesn't.
-    url = _URL.check("the issuer", tokens.issuer) + client.revocation_path
+    url = URL_RULE.check("the issuer", tokens.issuer) + client.revocation_path
     response = request_json(
         client.settings, url, what, body, as_json=client.revokes_by_json, timeout=REVOKE_TIMEOUT
     )
@@ -5294,7 +5294,7 @@ class BrowserSignIn:
 
     def _timeout_error(self) -> OAuthError:
         # Suggest twice as long, but not more than the option allows.
-        longer = max(LONGER_TIMEOUT, min(2 * self.timeout, _SECONDS.high))
+        longer = max(LONGER_TIMEOUT, min(2 * self.timeout, SECONDS_RULE.high))
         return OAuthError(
             f"timed out after {self.timeout:g} seconds waiting for you to sign in",
             "to try again with more time, run",
@@ -6495,7 +6495,7 @@ def sign_in(
     """
     with module_session(account) as session:
         if timeout is not None:
-            timeout = _SECONDS.check("timeout", timeout)
+            timeout = SECONDS_RULE.check("timeout", timeout)
         models = ModelFilter(session.settings)
         prepare_sign_in(session)
         if device:
@@ -8495,7 +8495,7 @@ OPTIONS = {
         f"how long to wait for you to sign in (default: {DEFAULT_TIMEOUT}; with --device: "
         f"{DEVICE_CODE_LIFETIME:g})",
         "SECONDS",
-        _SECONDS,
+        SECONDS_RULE,
     ),
     "--include": Option(
         "import models that match, instead of the defaults (repeatable)", "GLOB", is_repeatable=True
@@ -8507,8 +8507,8 @@ OPTIONS = {
         "NAME",
         RULES["model_source"],
     ),
-    "--account": Option("use the account NAME instead of the unnamed one", "NAME", _ACCOUNT),
-    "--workspace": Option("sign in to this ChatGPT workspace only (its ID)", "ID", _WORKSPACE),
+    "--account": Option("use the account NAME instead of the unnamed one", "NAME", ACCOUNT_RULE),
+    "--workspace": Option("sign in to this ChatGPT workspace only (its ID)", "ID", WORKSPACE_RULE),
     "--all": Option("import every model"),
     "--dry-run": Option("print the models without importing them"),
     "--json": Option("output as JSON"),
@@ -8531,7 +8531,7 @@ OPTIONS = {
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
         "DIR",
-        _DIRECTORY,
+        DIRECTORY_RULE,
     ),
     "--code-puppy": Option("include the Code Puppy plugin even if Code Puppy is not found"),
     "--no-code-puppy": Option("leave the Code Puppy plugin as it is"),
