@@ -1451,7 +1451,7 @@ class Case(unittest.TestCase):
             # The words of a server are "code: text" after the status.
             r"(?<=\(HTTP \d{3}\)): (?!too |server error|unexpected|got a |a proxy|OpenAI ).*",
             # A command comes last. The reasons of the system and of OpenSSL are in parentheses.
-            r": (/\S*)?(chatgpt-oauth|python|ss -ltnp|sysctl|netstat|netsh|try \{|set-env|\$).*",
+            r": (/\S*)?(chatgpt-oauth|py|ss -ltnp|sysctl|netstat|netsh|try \{|set-env|\$).*",
             r"(?<=bad certificate from auth.openai.com) \(.*\)",
             r" \([A-Z][A-Za-z0-9_ ]+\)",
             r"https?://\S+",
@@ -2217,7 +2217,7 @@ class WireTest(Case):
         self.assert_fresh(self.run_program("token", environ=environ))
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    @unittest.skipUnless(hasattr(ssl.SSLContext, "keylog_filename"), "no SSLKEYLOGFILE in PyPy")
+    @unittest.skipUnless(sys.implementation.name == "cpython", "PyPy does not name the file")
     def test_an_unwritable_key_log_is_named(self):
         _, certificate = self.use_untrusted_issuer()
         environ = {"SSL_CERT_FILE": certificate, "SSLKEYLOGFILE": str(self.folder / "none/keys")}
