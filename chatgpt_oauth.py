@@ -1579,8 +1579,6 @@ class Client:
     # S105 takes this path for a password.
     token_path = "/oauth/token"  # noqa: S105
     revocation_path = "/oauth/revoke"
-    # OpenAI expects JSON at this endpoint, although RFC 7009 §2.1 asks for a form.
-    revokes_by_json = True
     # OpenAI accepts only `localhost` in this client's redirect URI, and the browser may take that
     # for either of these addresses (RFC 8252 §7.3 and §8.3).
     addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
@@ -1692,7 +1690,6 @@ class OfficialClient(Client):
     authorization_path = "/api/accounts/authorize"
     token_path = "/api/accounts/oauth/token"  # noqa: S105
     revocation_path = "/api/accounts/oauth/revoke"
-    revokes_by_json = False
     # OpenAI accepts only this address here, with any port.
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
@@ -2022,8 +2019,10 @@ def revoke(client: Client, tokens: Tokens) -> None:
     # The issuer comes from the token file, which may have been edited. A refresh compares it with
     # the setting (see require_refreshable), but a revocation doesn't.
     url = URL_RULE.check("the issuer", tokens.issuer) + client.revocation_path
+    # For the Codex CLI's client, OpenAI expects JSON, although RFC 7009 §2.1 asks for a form.
+    as_json = not client.is_official
     response = request_json(
-        client.settings, url, what, body, as_json=client.revokes_by_json, timeout=REVOKE_TIMEOUT
+        client.settings, url, what, body, as_json=as_json, timeout=REVOKE_TIMEOUT
     )
     if not response.is_success:
         raise response.error(what)
