@@ -3459,7 +3459,8 @@ def ask_child(session: Session, task: bytes) -> Optional[bytes]:
 def send_task(child: Any, task: bytes) -> bool:
     """Send a child process its task when it is ready, and return whether it got all of it."""
     try:
-        if not has_greeted(child.stdout):
+        # A child of ours writes its greeting in one piece.
+        if read_pipe(child.stdout, len(CHILD_GREETING), GREETING_TIMEOUT) != CHILD_GREETING:
             return False
         child.stdin.write(task)
         child.stdin.flush()
@@ -3472,22 +3473,15 @@ def send_task(child: Any, task: bytes) -> bool:
     return True
 
 
-def has_greeted(pipe: Any) -> bool:
-    """Whether a child process prints its greeting within GREETING_TIMEOUT."""
+def read_pipe(pipe: Any, size: int, seconds: float) -> Optional[bytes]:
+    """Return up to `size` bytes from a pipe, b"" at its end, or None if none come in `seconds`."""
     import selectors
 
-    deadline = time.monotonic() + GREETING_TIMEOUT
-    greeting = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while len(greeting) < len(CHILD_GREETING):
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                return False
-            part = os.read(pipe.fileno(), len(CHILD_GREETING) - len(greeting))
-            if not part:
-                return False
-            greeting += part
-    return greeting == CHILD_GREETING
+        if not selector.select(seconds):
+            return None
+    return os.read(pipe.fileno(), size)
 
 
 def read_reply(session: Session, child: Any, delayed: List[int]) -> bytes:
@@ -3498,26 +3492,22 @@ def read_reply(session: Session, child: Any, delayed: List[int]) -> bytes:
     the child. Raises UnavailableError if the child takes much longer than its request may. It has
     probably been stopped, and goes on when it is resumed. Until then, it keeps the locks.
     """
-    import selectors
     import signal
 
     seconds = session.settings.request_timeout
     waited, reply, reported = 0.0, b"", 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while waited < seconds + CHILD_GRACE:
-            began = time.monotonic()
-            if selector.select(INTERRUPT_SLICE):
-                part = os.read(child.stdout.fileno(), MEBIBYTE)
-                if not part:
-                    return reply
-                reply += part
-            # The time during which this process was suspended doesn't count.
-            waited += min(INTERRUPT_SLICE, time.monotonic() - began)
-            interrupts = delayed.count(signal.SIGINT)
-            if interrupts > reported:
-                reported = interrupts
-                session.notify("info", f"Waiting for the response first ({seconds:g} s at most)...")
+    while waited < seconds + CHILD_GRACE:
+        began = time.monotonic()
+        part = read_pipe(child.stdout, MEBIBYTE, INTERRUPT_SLICE)
+        if part == b"":
+            return reply
+        reply += part or b""
+        # The time during which this process was suspended doesn't count.
+        waited += min(INTERRUPT_SLICE, time.monotonic() - began)
+        interrupts = delayed.count(signal.SIGINT)
+        if interrupts > reported:
+            reported = interrupts
+            session.notify("info", f"Waiting for the response first ({seconds:g} s at most)...")
     raise UnavailableError(
         f"the request is still running in process {child.pid}",
         f"let it finish (if it is stopped: kill -CONT {child.pid}), then try again",
