@@ -4832,7 +4832,10 @@ def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:
         return fields
     replaced = (*SECRET_KEYS, *TOKEN_DETAILS)
     kept = {name: value for name, value in old.fields.items() if name not in replaced}
-    if old.api_key:
+    # All members of a workspace have the same account ID, but each one has their own API key.
+    before, now = identity(old)["email"], identity(tokens)["email"]
+    is_same_person = before == now or not (before and now)
+    if old.api_key and is_same_person:
         kept["api_key"] = old.api_key
     return {**kept, **fields}
 

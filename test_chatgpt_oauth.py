@@ -5444,6 +5444,13 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("key"), 2)
         self.assertEqual(self.double.count("revoke"), 0)
 
+    def test_another_member_of_the_workspace_gets_their_own_api_key(self):
+        self.sign_in()
+        key = self.stored()["api_key"]
+        self.double.email = "bob@example.com"
+        self.assertNotIn("unchanged", self.sign_in())
+        self.assertNotEqual(self.stored()["api_key"], key)
+
     def test_another_account_replaces_and_revokes_the_old_sign_in(self):
         self.sign_in()
         old = self.stored()
