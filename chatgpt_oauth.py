@@ -4186,7 +4186,6 @@ def read_head(connection: Socket) -> bytes:
 # they are. Entries change only under the models file's lock. They refer to the API key by the name
 # of its variable, so the models file contains no secret.
 
-# This line identifies our program files, too (PROGRAM_MARK), so it must never change.
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
 # The types of entries for API models, which use /v1/chat/completions or /v1/responses.
 CHAT_TYPE, RESPONSES_TYPE = "custom_openai", "custom_openai_responses"
@@ -6737,9 +6736,8 @@ def command_logout(session: Session, options: Namespace) -> None:
 # Nothing that the launcher executes is writable by other users. `uninstall` removes what `install`
 # created and never a sign-in.
 
-# The line of this file that sets OAUTH_SOURCE.
-PROGRAM_MARK = b'OAUTH_SOURCE = "chatgpt-oauth-plugin"'
-LAUNCHER_MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
+# Each of our files contains this text, so it must never change. This program contains it here.
+MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
 # The values that earlier releases had as defaults. A person hasn't chosen them.
 FORMER_DEFAULTS = {
     "codex_client_version": "0.169.0",
@@ -6842,11 +6840,6 @@ class InstallPaths:
         self.record = os.path.join(directory, "install.json")
         self.lock = os.path.join(directory, "install.lock")
 
-    def mark(self, path: str) -> bytes:
-        copies = (self.program, self.plugin)
-        is_copy = path in copies or path in [copy + KEPT_SUFFIX for copy in copies]
-        return PROGRAM_MARK if is_copy else LAUNCHER_MARK.encode()
-
     def content(self, path: str) -> bytes:
         """Return the content of our file at `path`, or b"" if nothing is there.
 
@@ -6860,7 +6853,7 @@ class InstallPaths:
             return b""
         except OSError as error:
             raise StorageError(f"{path}: cannot read: {error.strerror}") from None
-        if self.mark(path) not in content:
+        if MARK.encode() not in content:
             raise StorageError(
                 f"{path}: not made by chatgpt_oauth, so it is left alone",
                 "rename or remove it, or use --bin DIR or --no-code-puppy",
@@ -6901,7 +6894,7 @@ def launcher_content(paths: InstallPaths) -> bytes:
     python = permanent_python()
     if sys.platform != "win32":
         text = POSIX_LAUNCHER.format(
-            mark=LAUNCHER_MARK,
+            mark=MARK,
             code=LAUNCH_CODE,
             python=quote_path(python),
             program=quote_path(paths.program),
@@ -6911,7 +6904,7 @@ def launcher_content(paths: InstallPaths) -> bytes:
     # A command of a batch file is one line, and a double quote would end the argument.
     literal = repr(LAUNCH_CODE).replace('"', r"\x22")
     text = WINDOWS_LAUNCHER.format(
-        mark=LAUNCHER_MARK,
+        mark=MARK,
         code=f"exec({literal})",
         python=batch_quote(python),
         program=batch_quote(paths.program),
@@ -6973,7 +6966,7 @@ def own_source() -> bytes:
     with contextlib.suppress(OSError):
         source = file_content(path)
     # A compiled file contains the mark, too. Only that one has a NUL byte.
-    if PROGRAM_MARK not in source or b"\0" in source:
+    if MARK.encode() not in source or b"\0" in source:
         raise UsageError(
             "the program was not started from a file that could be installed",
             f"download chatgpt_oauth.py, then run: {python_name()} chatgpt_oauth.py install",
@@ -7060,7 +7053,7 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         previous = {path: paths.content(path) for path in (*contents, paths.record)}
         make_directories(contents, paths, directories)
         made = {paths.launcher, *directories, *recorded_paths(paths)}
-        record = encode({"comment": LAUNCHER_MARK, "made": sorted(made)})
+        record = encode({"comment": MARK, "made": sorted(made)})
         names = {path: edited_settings(content) for path, content in previous.items()}
         edited = {path: each for path, each in names.items() if each}
         kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
