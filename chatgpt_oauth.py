@@ -5003,41 +5003,24 @@ def is_read_from_stdin() -> bool:
 
 def is_terminal(descriptor: int) -> bool:
     # Windows' isatty is also true for NUL, which isn't a console.
-    return os.isatty(descriptor) and console_mode(descriptor) is not None
+    return os.isatty(descriptor) and is_console(descriptor)
 
 
-def console_mode(descriptor: int) -> Optional[int]:
-    """Return the mode of a Windows console, or None if `descriptor` isn't one.
+def is_console(descriptor: int, bits: int = 0) -> bool:
+    """Whether `descriptor` is a Windows console that supports `bits` in its mode, which are set.
 
-    On other systems, return 0.
-    """
-    if sys.platform != "win32":
-        return 0
-    import ctypes
-    import msvcrt
-
-    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
-    mode = ctypes.c_ulong()
-    if not ctypes.WinDLL("kernel32").GetConsoleMode(handle, ctypes.byref(mode)):
-        return None
-    return mode.value
-
-
-def add_console_mode(descriptor: int, bits: int) -> bool:
-    """Add `bits` to the mode of a Windows console. On other systems, do nothing and return True.
-
-    Returns False if `descriptor` isn't a console or the console doesn't support the bits.
+    On other systems, this is always true.
     """
     if sys.platform != "win32":
         return True
     import ctypes
     import msvcrt
 
-    mode = console_mode(descriptor)
-    if mode is None:
-        return False
+    kernel, mode = ctypes.WinDLL("kernel32"), ctypes.c_ulong()
     handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
-    return bool(ctypes.WinDLL("kernel32").SetConsoleMode(handle, mode | bits))
+    if not kernel.GetConsoleMode(handle, ctypes.byref(mode)):
+        return False
+    return not bits or bool(kernel.SetConsoleMode(handle, mode.value | bits))
 
 
 class PastedInput:
@@ -5985,12 +5968,12 @@ class Terminal:
 
     def __init__(self, environ: Dict[str, str]) -> None:
         # Without TERM, it is unknown whether the terminal understands escape sequences. A Windows
-        # console has no TERM, but add_console_mode asks it.
+        # console has no TERM, but is_console asks it.
         default = "console" if sys.platform == "win32" else "dumb"
         is_dumb = environ.get("TERM", default) == "dumb"
         # Whether standard error is a terminal that understands escape sequences.
         is_terminal = not is_dumb and sys.stderr.isatty()
-        self.has_escapes = is_terminal and add_console_mode(sys.stderr.fileno(), ESCAPES)
+        self.has_escapes = is_terminal and is_console(sys.stderr.fileno(), ESCAPES)
         # Whether URLs become hyperlinks. The console of Linux shows parts of their sequences.
         self.links = self.has_escapes and environ.get("TERM") != "linux"
         self.color = self.has_escapes and not environ.get("NO_COLOR")
