@@ -77,18 +77,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from concurrent.futures import Future
     from socket import socket as Socket  # noqa: N812
-    from typing import (
-        Any,
-        Callable,
-        Dict,
-        Iterator,
-        List,
-        NoReturn,
-        Optional,
-        Set,
-        Tuple,
-        Union,
-    )
+    from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Set, Tuple, Union
 
     # Python 3.8 cannot subscript Future, but it never runs this block. "novm" tells that to vermin,
     # the tool that checks which Python versions this file supports.
@@ -269,12 +258,7 @@ RULES = {
     "account": Rule(f"(?:{ACCOUNT_RULE.pattern})?", ACCOUNT_RULE.meaning),
     "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 at most)"),
     "default_context_length": Rule(
-        INTEGER,
-        f"a number up to {MAX_CONTEXT_LENGTH}",
-        int,
-        1,
-        MAX_CONTEXT_LENGTH,
-        optional=True,
+        INTEGER, f"a number up to {MAX_CONTEXT_LENGTH}", int, 1, MAX_CONTEXT_LENGTH, optional=True
     ),
     "model_patterns": Rule(r"[!-~]+", _GLOBS),
     "model_excludes": Rule(r"[!-~]*", _GLOBS),
@@ -4350,11 +4334,7 @@ def _usage_window(listed: object) -> Optional[Fields]:
     seconds_left = number_or_none(listed.get("reset_after_seconds"))
     if seconds_left is not None:
         reset = time.time() + seconds_left
-    return {
-        "window_seconds": length,
-        "used_percent": used,
-        "resets_at": timestamp_or_none(reset),
-    }
+    return {"window_seconds": length, "used_percent": used, "resets_at": timestamp_or_none(reset)}
 
 
 def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
