@@ -5935,10 +5935,10 @@ def quote_path(path: str, shell: str = "") -> str:
     return f"@({quoted})" if shell == "xonsh" else quoted
 
 
-def print_result(text: str, end: str = "\n") -> None:
+def print_result(text: str) -> None:
     """Print a command's result. Raises StorageError if standard output is closed or full."""
     try:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
     except OSError as error:
         raise StorageError(f"cannot write to standard output: {error.strerror}") from None
 
@@ -8298,15 +8298,10 @@ class CodePuppyPlugin:
             lines = [f"{each} (in use)" if each == in_use else each for each in names]
             self.notify("info", "\n".join(lines or ["There are no models."]))
             return
-        import io
-
         arguments = [word.strip("'\"") for word in command.split()[1:]]
-        try:
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                options = self.parse(name, arguments, "/chatgpt-" + name)
-        except SystemExit:
-            # The options included --help.
-            self.notify("info", printed.getvalue())
+        options = self.parse(name, arguments, "/chatgpt-" + name)
+        if options.help:
+            self.notify("info", options.help)
             return
         with open_session(self.notify, options).naming_account() as session:
             if name == "status":
@@ -8595,9 +8590,10 @@ ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "st
 
 
 def parse(name: str, arguments: List[str], prog: str = "") -> Any:
-    """Return the options of the command `name`, which the help calls `prog`.
+    """Return the options of the command `name`. Raises UsageError.
 
-    Raises UsageError, and SystemExit after it has printed the help for -h.
+    With -h or --help, the member `help` is the text to print, which calls the command `prog`.
+    Otherwise it is "".
     """
     command = COMMANDS[name]
     end = len(arguments)
@@ -8607,6 +8603,8 @@ def parse(name: str, arguments: List[str], prog: str = "") -> Any:
     if options is None:
         options = read_options(name, arguments[:end], prog or f"{program_name()} {name}")
     options.command = arguments[end + 1 :]
+    if options.help:
+        return options
     for flag, option in command.options.items():
         value = getattr(options, attribute_name(flag))
         if option.rule and value is not None:
@@ -8628,7 +8626,7 @@ def read_plain_options(command: Command, arguments: List[str]) -> Any:
     """
     import types
 
-    options = types.SimpleNamespace()
+    options = types.SimpleNamespace(help="")
     for flag, option in command.options.items():
         setattr(options, attribute_name(flag), None if option.metavar else False)
     rest = list(arguments)
@@ -8656,10 +8654,7 @@ def attribute_name(flag: str) -> str:
 
 
 def read_options(name: str, arguments: List[str], prog: str) -> Any:
-    """Return the options as argparse reads them.
-
-    Raises UsageError, and SystemExit after it has printed the help for -h.
-    """
+    """Return the options as argparse reads them. See parse for the member `help`."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -8670,7 +8665,7 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
     ending = ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
     if name == "env":
         ending = profile_help()
-    parser = Parser(
+    parser: Any = Parser(
         prog=prog,
         # argparse formats `usage` with %, so a % in `prog` would break it here.
         usage=f"%(prog)s [options]{command.tail}",
@@ -8678,9 +8673,13 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
         epilog="\n".join(ending),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    # Python 3.14 colors the help, which Code Puppy can't show.
+    parser.color = False
     # Before Python 3.10, this title is "optional arguments".
     parser._optionals.title = "options"
+    parser.add_argument("-h", "--help", help="show this help", action="store_true")
     for flag, option in command.options.items():
         if not option.metavar:
             parser.add_argument(flag, help=option.summary, action="store_true")
@@ -8688,7 +8687,8 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
         action = "append" if option.is_repeatable else "store"
         parser.add_argument(flag, help=option.summary, action=action, metavar=option.metavar)
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:
+    options.help = parser.format_help().rstrip() if options.help else ""
+    if unknown and not options.help:
         raise unknown_argument_error(name, unknown)
     return options
 
@@ -8791,11 +8791,9 @@ def run(arguments: List[str], notify: Notify) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown_command_error(name)
-    try:
-        options = parse(name, arguments[1:])
-    except SystemExit:
-        # argparse has printed the help, which may still be in the buffer.
-        print_result("", end="")
+    options = parse(name, arguments[1:])
+    if options.help:
+        print_result(options.help)
         return 0
     with open_session(notify, options).naming_account() as session:
         return COMMANDS[name].run(session, options) or 0
