@@ -204,75 +204,38 @@ class Rule:
         return self.kind(groups.get("value", text))
 
 
+# In the class Settings, a rule has the place and the type of the setting's value.
+new_rule: Any = Rule
 DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 INTEGER = r"(?P<number>[0-9]{1,10})"
 _SCHEME_AND_HOST = rf"(?:https://{HOST_NAME}|https?://{LOOPBACK})"
 _PATH = r"/[\w.~%/-]*"
 # Trailing slashes are removed because the paths of endpoints, which start with a slash, are
 # appended to the URL. The limits apply to the port.
-URL_RULE = Rule(
+URL_RULE = new_rule(
     rf"(?P<value>{_SCHEME_AND_HOST}(?::{INTEGER})?(?:{_PATH})?)",
     "an https URL (http for localhost)",
     kind=lambda url: url.rstrip("/"),
     low=1,
     high=65535,
 )
-WORD_RULE = Rule(r"[!-~]+", "printable ASCII without spaces")
-SECONDS_RULE = Rule(DECIMAL, "0.001 to 86400 seconds", float, 0.001, 86400)
-PORT_RULE = Rule(INTEGER, "a number from 1 to 65535", int, 1, 65535)
+WORD_RULE = new_rule(r"[!-~]+", "printable ASCII without spaces")
+SECONDS_RULE = new_rule(DECIMAL, "0.001 to 86400 seconds", float, 0.001, 86400)
+PORT_RULE = new_rule(INTEGER, "a number from 1 to 65535", int, 1, 65535)
 # An IPv4 address, or roughly an IPv6 address.
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
 _GLOBS = "glob patterns separated by commas"
-DIRECTORY_RULE = Rule(r"[^\0]+", "the path of a directory")
-WORKSPACE_RULE = Rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
+DIRECTORY_RULE = new_rule(r"[^\0]+", "the path of a directory")
+WORKSPACE_RULE = new_rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
 # The name is part of a directory's path, of models' names and of variables' names. Windows reserves
 # the names of devices. The models of the account `plan` would be named like those of the official
 # sign-in. The API key of the account `env-var` would be in CHATGPT_OAUTH_API_KEY_ENV_VAR, which
 # overrides the setting `api_key_env_var`.
-ACCOUNT_RULE = Rule(
+ACCOUNT_RULE = new_rule(
     r"(?!(?:plan|env-var|con|prn|aux|nul|(?:com|lpt)[0-9])$)[a-z0-9][a-z0-9-]{0,31}",
     "1 to 32 of a-z, 0-9 and - (not plan or con)",
 )
-RULES = {
-    "issuer": URL_RULE,
-    "client_id": WORD_RULE,
-    "scope": Rule(r"[!-~][ -~]*", "a list of scopes separated by spaces"),
-    "redirect_host": Rule(
-        r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"
-    ),
-    # The listener serves its own page at /success, to which the browser is sent after a sign-in.
-    "redirect_path": Rule(
-        r"/?(?P<value>(?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"
-    ),
-    "required_port": PORT_RULE,
-    "fallback_port": PORT_RULE,
-    "callback_bind": Rule(f"(?:{_ADDRESS})?", "an IP address"),
-    "callback_timeout": SECONDS_RULE,
-    "api_base_url": URL_RULE,
-    "codex_base_url": URL_RULE,
-    "usage_url": URL_RULE,
-    "codex_client_version": Rule(r"[\w.+-]{1,64}", "a version such as 0.171.0"),
-    # Settings expands a leading ~ first. If it is still there, it couldn't be expanded.
-    "home": Rule(r"(?!~)[^\0]+", "a directory path"),
-    "account": Rule(f"(?:{ACCOUNT_RULE.pattern})?", ACCOUNT_RULE.meaning),
-    "prefix": Rule(MODEL_ID, "letters, digits and . _ : - (128 at most)"),
-    "default_context_length": Rule(
-        INTEGER, f"a number up to {MAX_CONTEXT_LENGTH}", int, 1, MAX_CONTEXT_LENGTH, optional=True
-    ),
-    "model_patterns": Rule(r"[!-~]+", _GLOBS),
-    "model_excludes": Rule(r"[!-~]*", _GLOBS),
-    "chat_patterns": Rule(r"[!-~]*", _GLOBS),
-    "model_source": Rule("auto|api|codex|official", "auto, api, codex or official"),
-    "workspace": Rule(f"(?:{WORKSPACE_RULE.pattern})?", WORKSPACE_RULE.meaning),
-    # OpenAI's limit for this name is unknown, so this one is our own.
-    "agent_name": Rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)"),
-    "originator": WORD_RULE,
-    "request_timeout": SECONDS_RULE,
-    "retry_window": SECONDS_RULE,
-    "lock_timeout": SECONDS_RULE,
-    "api_key_env_var": Rule(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _"),
-}
 
 
 class Settings:
@@ -283,39 +246,49 @@ class Settings:
     its other variables. `account` is its name, "" for the account without a name. By default, it is
     the account that the settings name.
 
-    Each key of the configuration is an attribute. `environ` is a copy of the environment with which
-    this process was started, and `home_variable` is the variable that decides where `home` is.
-    Raises UsageError, naming the setting, for an invalid value.
+    Each key of the configuration is an attribute: its rule in the class, its value in an instance.
+    `environ` is a copy of the environment with which this process was started, and `home_variable`
+    is the variable that decides where `home` is. Raises UsageError, naming the setting, for an
+    invalid value.
     """
 
-    issuer: str
-    client_id: str
-    scope: str
-    redirect_host: str
-    redirect_path: str
-    required_port: int
-    fallback_port: int
-    callback_bind: str
-    callback_timeout: float
-    api_base_url: str
-    codex_base_url: str
-    usage_url: str
-    codex_client_version: str
-    home: str
-    account: str
-    prefix: str
-    default_context_length: Optional[int]
-    model_patterns: str
-    model_excludes: str
-    chat_patterns: str
-    model_source: str
-    workspace: str
-    agent_name: str
-    originator: str
-    request_timeout: float
-    retry_window: float
-    lock_timeout: float
-    api_key_env_var: str
+    issuer: str = URL_RULE
+    client_id: str = WORD_RULE
+    scope: str = new_rule(r"[!-~][ -~]*", "a list of scopes separated by spaces")
+    redirect_host: str = new_rule(
+        r"http://(?:localhost|127\.0\.0\.1)", "http://localhost or http://127.0.0.1"
+    )
+    # The listener serves its own page at /success, to which the browser is sent after a sign-in.
+    redirect_path: str = new_rule(
+        r"/?(?P<value>(?!success$)[\w.~-][\w.~/-]*)", "a path such as auth/callback"
+    )
+    required_port: int = PORT_RULE
+    fallback_port: int = PORT_RULE
+    callback_bind: str = new_rule(f"(?:{_ADDRESS})?", "an IP address")
+    callback_timeout: float = SECONDS_RULE
+    api_base_url: str = URL_RULE
+    codex_base_url: str = URL_RULE
+    usage_url: str = URL_RULE
+    codex_client_version: str = new_rule(r"[\w.+-]{1,64}", "a version such as 0.171.0")
+    # Settings expands a leading ~ first. If it is still there, it couldn't be expanded.
+    home: str = new_rule(r"(?!~)[^\0]+", "a directory path")
+    account: str = new_rule(f"(?:{ACCOUNT_RULE.pattern})?", ACCOUNT_RULE.meaning)
+    prefix: str = new_rule(MODEL_ID, "letters, digits and . _ : - (128 at most)")
+    default_context_length: Optional[int] = new_rule(
+        INTEGER, f"a number up to {MAX_CONTEXT_LENGTH}", int, 1, MAX_CONTEXT_LENGTH, optional=True
+    )
+    model_patterns: str = new_rule(r"[!-~]+", _GLOBS)
+    model_excludes: str = new_rule(r"[!-~]*", _GLOBS)
+    chat_patterns: str = new_rule(r"[!-~]*", _GLOBS)
+    model_source: str = new_rule("auto|api|codex|official", "auto, api, codex or official")
+    workspace: str = new_rule(f"(?:{WORKSPACE_RULE.pattern})?", WORKSPACE_RULE.meaning)
+    # OpenAI's limit for this name is unknown, so this one is our own.
+    agent_name: str = new_rule(r"[!-~](?:[ -~]{0,98}[!-~])?", "printable ASCII text (100 at most)")
+    originator: str = WORD_RULE
+    request_timeout: float = SECONDS_RULE
+    retry_window: float = SECONDS_RULE
+    lock_timeout: float = SECONDS_RULE
+    api_key_env_var: str = new_rule(r"[A-Za-z_][A-Za-z0-9_]*", "a name of letters, digits and _")
 
     def __init__(self, account: Optional[str] = None) -> None:
         self.environ = original_environ()
@@ -369,6 +342,10 @@ class Settings:
             variable = self.home_variable
             raise UsageError(f"{variable} is not set", f"set {variable} or CHATGPT_OAUTH_HOME")
         return home
+
+
+# The rule of each setting.
+RULES = {name: each for name, each in vars(Settings).items() if isinstance(each, Rule)}
 
 
 def original_environ() -> Dict[str, str]:
