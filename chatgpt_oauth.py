@@ -8717,8 +8717,7 @@ options:
 examples:
   {program} auth
   eval "$({program} env)"
-  {program} auth --device"""
-USAGE_ENVIRONMENT = """
+  {program} auth --device
 
 environment:
   CHATGPT_OAUTH_<SETTING> overrides one setting of CHATGPT_OAUTH_CONFIG, at the
@@ -8728,7 +8727,7 @@ environment:
 
 
 def usage() -> str:
-    """Return the help that is printed if no command is given."""
+    """Return the help of the whole program."""
     lines = []
     for name, command in COMMANDS.items():
         lines.append(f"  {name:11}{command.summary}")
@@ -8761,7 +8760,7 @@ def run(arguments: List[str], notify: Notify) -> int:
         return UsageError.exit_code
     name = ALIASES.get(arguments[0], arguments[0])
     if name in ("-h", "--help"):
-        print_result(usage() + USAGE_ENVIRONMENT)
+        print_result(usage())
         return 0
     if name in ("-V", "--version"):
         print_result(f"chatgpt_oauth {__version__}")
