@@ -6196,9 +6196,9 @@ class Status:
         if as_json:
             return json.dumps(self.facts, indent=2)
         lines = [*self._headlines(), ""]
-        for label, text in self._rows(to_terminal):
-            column = f"{label}:" if label else ""
-            lines.append(f"{column:14}{text}")
+        for label, texts in self._rows(to_terminal).items():
+            lines.append(f"{label + ':':14}{texts[0]}")
+            lines += [f"{'':14}{text}" for text in texts[1:]]
         return "\n".join(map(printable, lines))
 
     def _headlines(self) -> List[str]:
@@ -6226,34 +6226,34 @@ class Status:
             texts.append(f"Hint: {self._hint(problem)}")
         return texts
 
-    def _rows(self, to_terminal: bool) -> List[Tuple[str, str]]:
-        """Return the other lines as pairs of a label and a text.
-
-        A pair without a label continues the one before.
-        """
+    def _rows(self, to_terminal: bool) -> Dict[str, List[str]]:
+        """Return the other lines by label. Each label has at least one."""
         stored, official = self.stored, self.official
-        rows: List[Tuple[str, str]] = []
+        rows: Dict[str, List[str]] = {}
         if self.session.settings.account:
-            rows.append(("Name", self.session.settings.account))
+            rows["Name"] = [self.session.settings.account]
         if stored.tokens:
             who = self._identity(stored.tokens)
             refreshable = stored.usable and not stored.problem
-            rows.append(("Account", who["email"] or "unknown"))
-            rows.append(("Plan", who["plan"] or "unknown"))
-            rows += labelled("Access token", expiry_texts(stored.expires_at, refreshable))
+            rows["Account"] = [who["email"] or "unknown"]
+            rows["Plan"] = [who["plan"] or "unknown"]
+            rows["Access token"] = expiry_texts(stored.expires_at, refreshable)
         if stored.check:
-            key = self.api_key_check.texts if self.api_key_check else ["none"]
-            rows += labelled("API key", key)
-            rows += labelled("ChatGPT plan", stored.check.texts)
-            rows += labelled("Usage", self._usage_texts(to_terminal))
+            rows["API key"] = self.api_key_check.texts if self.api_key_check else ["none"]
+            rows["ChatGPT plan"] = stored.check.texts
+            rows["Usage"] = self._usage_texts(to_terminal)
             if self.usage and self.usage.credits:
-                rows.append(("Credits", self.usage.credits))
+                rows["Credits"] = [self.usage.credits]
         if official.exists:
-            rows += self._official_rows()
-        rows += labelled("Models", self._model_texts())
+            rows["Official"] = [text_or_none(official.fields.get("email")) or "unknown"]
+            if official.usable:
+                plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
+                rows["Official"].append(f"{plan}; {USAGE_PAGE}")
+            rows["Plan token"] = self._plan_token_texts()
+        rows["Models"] = self._model_texts()
         files = [each.path for each in (stored, official) if each.exists]
-        rows += labelled("Token file", files or [stored.path])
-        rows.append(("Models file", self.session.models_file.path))
+        rows["Token file"] = files or [stored.path]
+        rows["Models file"] = [self.session.models_file.path]
         return rows
 
     def _usage_texts(self, to_terminal: bool) -> List[str]:
@@ -6262,20 +6262,16 @@ class Status:
             return texts or ["OpenAI reports no limits"]
         return ["unknown", str(self.usage_error)]
 
-    def _official_rows(self) -> List[Tuple[str, str]]:
+    def _plan_token_texts(self) -> List[str]:
         official = self.official
-        rows = [("Official", text_or_none(official.fields.get("email")) or "unknown")]
-        if official.usable:
-            plan = "Using ChatGPT plan" if official.plan_allowed else "ChatGPT plan not allowed"
-            rows.append(("", f"{plan}; {USAGE_PAGE}"))
-        rows += labelled("Plan token", expiry_texts(official.expires_at, not official.problem))
+        texts = expiry_texts(official.expires_at, not official.problem)
         # The first lines of the report already show the main problem.
         if official.problem and official.problem is not self.problem:
-            rows += labelled("", self._problem_texts(official.problem))
+            texts += self._problem_texts(official.problem)
         if official.check:
             first, *rest = official.check.texts
-            rows += labelled("", [f"OpenAI says: {first}", *rest])
-        return rows
+            texts += [f"OpenAI says: {first}", *rest]
+        return texts
 
     def _model_texts(self) -> List[str]:
         if self.models is None:
@@ -6294,15 +6290,14 @@ class Status:
 
     def account_columns(self) -> List[str]:
         """Return what `accounts` prints about the account: name, email, plan, and expiry."""
-        facts = self.facts
-        official = facts["official"] or {}
-        expires_at = self.stored.expires_at or official.get("access_token_expires_at")
+        facts, official = self.facts, self.official
+        expires_at = self.stored.expires_at or official.expires_at
         state = f"expires {distance(expires_at)}" if expires_at else "expiry unknown"
         if self.problem:
             state = str(self.problem)
         elif expires_at and (parse_timestamp(expires_at) or 0.0) < time.time():
             state = f"expired {distance(expires_at)}, refreshed on next use"
-        email = facts["email"] or official.get("email") or "unknown"
+        email = facts["email"] or text_or_none(official.fields.get("email")) or "unknown"
         return [facts["account"] or "(no name)", email, facts["plan"] or "unknown", state]
 
 
@@ -6341,11 +6336,6 @@ def accounts_text(statuses: List[Status]) -> str:
         elif status.usage_error:
             lines.append(f"    usage unknown: {status.usage_error}")
     return "\n".join(map(printable, lines))
-
-
-def labelled(label: str, texts: List[str]) -> List[Tuple[str, str]]:
-    """Return rows for the `texts`, of which only the first has the label."""
-    return [("" if i else label, text) for i, text in enumerate(texts)]
 
 
 def usage_line(window: Fields, to_terminal: bool) -> str:
