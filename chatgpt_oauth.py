@@ -4883,7 +4883,7 @@ def obtain_api_key(session: Session) -> None:
         api_key = exchange_id_token(session.settings, tokens.id_token or "")
     # A network fault doesn't mean that the account can't have a key.
     except UnavailableError as error:
-        failure = OAuthError(str(error), "to try again, run", "auth")
+        failure = OAuthError(str(error), "to try again, run", session.client.sign_in_command)
     except OAuthError as error:
         failure = no_api_key_error(str(error))
     with session.token_file.lock():
@@ -4892,7 +4892,7 @@ def obtain_api_key(session: Session) -> None:
         # else meanwhile, perhaps in the same workspace.
         if current.id_token != tokens.id_token:
             text = "another process changed the stored tokens; the API key was not stored"
-            raise OAuthError(text, "to try again, run", "auth")
+            raise OAuthError(text, "to try again, run", session.client.sign_in_command)
         fields = without(current.fields, "api_key")
         if api_key:
             fields["api_key"] = api_key
@@ -4935,10 +4935,8 @@ def _organization(auth: Fields) -> Fields:
     if not isinstance(listed, list):
         return {}
     known: List[Fields] = [entry for entry in listed if isinstance(entry, dict)]
-    for organization in known:
-        if organization.get("is_default") is True:
-            return organization
-    return known[0] if known else {}
+    defaults = [entry for entry in known if entry.get("is_default") is True]
+    return next(iter(defaults + known), {})
 
 
 def workspace_label(tokens: Tokens) -> str:
@@ -4950,12 +4948,6 @@ def workspace_label(tokens: Tokens) -> str:
     title = text_or_none(_organization(auth).get("title"))
     name = f"{title}, {tokens.account_id}" if title else tokens.account_id
     return f" (workspace {name})"
-
-
-def is_read_from_stdin() -> bool:
-    """Whether Python has read this program from standard input."""
-    # sys.argv[0] is "-" in `python3 -`, and "" in `python3 < chatgpt_oauth.py`.
-    return __name__ == "__main__" and sys.argv[0] in ("-", "")
 
 
 def is_terminal(descriptor: int) -> bool:
@@ -4998,7 +4990,9 @@ class PastedInput:
         # Standard input may be closed, or an object without a descriptor.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
-            if is_read_from_stdin() and not is_terminal(self.descriptor):
+            # sys.argv[0] is "-" in `python3 -`, and "" in `python3 < chatgpt_oauth.py`.
+            holds_program = __name__ == "__main__" and sys.argv[0] in ("-", "")
+            if holds_program and not is_terminal(self.descriptor):
                 self.descriptor = os.open("/dev/tty", os.O_RDONLY)
             if reading and is_terminal(self.descriptor):
                 # The system stops a background job that reads from its terminal.
