@@ -1429,9 +1429,11 @@ def connection_error(
                 fault = f"{CERTIFICATE_FAULTS[code]} certificate from {host}"
             hint = certificate_hint(settings, code, place)
     elif isinstance(error, socket.gaierror):
-        fault = f"host {host} not found"
+        fault = f"the host in {place} was not found" if place else f"host {host} not found"
     elif isinstance(error, OSError):
-        fault = f"{host}: {printable(error.strerror or type(error).__name__, 100)}"
+        # A connection that was refused would have led to the proxy.
+        name = place if place and isinstance(error, ConnectionRefusedError) else host
+        fault = f"{name}: {printable(error.strerror or type(error).__name__, 100)}"
         # Only the status is shown, because http.client appends the proxy's own text, which may
         # contain our password.
         tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))

@@ -2417,6 +2417,10 @@ threading.Thread.start = limited
             self.assert_fails(
                 self.call("token", environ=environ), 5, "host issuer.example.com not found"
             )
+            environ["HTTPS_PROXY"], environ["NO_PROXY"] = "http://proxy.example.com:3128", ""
+            self.assert_fails(
+                self.call("token", environ=environ), 5, "the host in HTTPS_PROXY was not found"
+            )
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_a_company_ca_without_key_usage_is_accepted(self):
@@ -2480,7 +2484,8 @@ threading.Thread.start = limited
             for exempt in ("", "localhost,127.0.0.1"):
                 environ["NO_PROXY"] = exempt
                 result = self.run_program("token", environ=environ)
-                err = self.assert_fails(result, 5, ": issuer.example.com: ", "HTTPS_PROXY").err
+                words = "token: HTTPS_PROXY: ", "check HTTPS_PROXY"
+                err = self.assert_fails(result, 5, *words).err
                 self.assertNotIn("secret", err)
 
 
