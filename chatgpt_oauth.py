@@ -719,14 +719,9 @@ def parse_json(content: bytes) -> Any:
 
 
 def parse_digits(digits: str) -> float:
-    """Return the value of an integer in a JSON text.
-
-    int() raises ValueError for thousands of digits (Python 3.11), so a long one becomes a float.
-    """
-    # Every signed 64-bit integer has at most 19 digits.
-    if len(digits) <= 19:
-        return int(digits)
-    return float(digits)
+    """Return the value of an integer in a JSON text, as a float if it has many digits."""
+    # int() raises ValueError for thousands of digits (Python 3.11). A 64-bit integer has 19.
+    return int(digits) if len(digits) <= 19 else float(digits)
 
 
 def without_deep_parts(text: str) -> str:
@@ -1364,10 +1359,7 @@ def request_json(
 def build_request(
     url: str, fields: Dict[str, str], as_json: bool, bearer: str, headers: Dict[str, str]
 ) -> Tuple[str, str, Optional[bytes], Dict[str, str]]:
-    """Return the method, target, body and headers of a request.
-
-    It is a POST of `fields`, or a GET if there are no fields.
-    """
+    """Return method, target, body and headers of a POST of `fields`, or of a GET without any."""
     import urllib.parse
 
     head = {
@@ -2486,11 +2478,7 @@ def _pause_for_lock(path: str, deadline: float) -> None:
 
 
 def acquire_lock_file(path: str, deadline: float) -> int:
-    """Lock the lock file at `path` and return its descriptor. Create it if it doesn't exist.
-
-    Raises UnavailableError if another process still holds the lock at `deadline`
-    (time.monotonic()).
-    """
+    """Create the lock file at `path` if it doesn't exist, and lock it: see acquire_lock."""
     while True:
         with contextlib.suppress(FileExistsError):
             os.close(_create(path, os.path.dirname(path), PRIVATE))
@@ -2838,7 +2826,6 @@ class TokenFile(JsonFile):
 
     def __init__(self, client: Client, notify: Notify) -> None:
         super().__init__(client.settings, notify, client.settings.directory, client.file_name)
-        self.client = client
         hint = "to start over (the file is kept beside it as .bad), run"
         self.broken_hint = Hint(hint, client.sign_in_command)
 
@@ -3072,7 +3059,7 @@ class Session:
 
     def all_sessions(self) -> List[Session]:
         """Return the sessions of all sign-ins of the account, starting with this one."""
-        other = OfficialClient if type(self.client) is Client else Client
+        other = Client if self.client.is_official else OfficialClient
         return [self, Session(self.settings, self.notify, other(self.settings))]
 
     def sessions_of_all_accounts(self) -> List[Session]:
