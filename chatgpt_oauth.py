@@ -3855,10 +3855,6 @@ class Callback:
                 raise OAuthError(f"cannot listen for the browser: {error}", "try again") from None
             self.started.append(server)
 
-    def paste(self, line: str) -> None:
-        """Accept the authorization response in a pasted line. Raises ValueError if it has none."""
-        set_once(self.response, self.request.parse_pasted(line))
-
     def answer(self, target: str, headers: Any) -> Answer:
         """Return the answer to a GET of `target`.
 
@@ -5228,7 +5224,7 @@ class BrowserSignIn:
             self.pasted = ""
         self.pasted = (self.pasted + line.strip())[-LINE_LIMIT:]
         try:
-            callback.paste(self.pasted)
+            set_once(callback.response, callback.request.parse_pasted(self.pasted))
             return
         except ValueError as error:
             if line:
