@@ -1151,12 +1151,15 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
     waiting = in_turns(socket.getaddrinfo(*host_and_port, type=socket.SOCK_STREAM))
     deadline = time.monotonic() + timeout
     failure: OSError = TimeoutError()
-    attempts = selectors.DefaultSelector()
-    try:
+    with selectors.DefaultSelector() as attempts, contextlib.ExitStack() as sockets:
         while waiting or attempts.get_map():
             if waiting:
+                family, kind, protocol, _, address = waiting.pop(0)
                 try:
-                    attempt = begin_connection(*waiting.pop(0))
+                    attempt = sockets.enter_context(socket.socket(family, kind, protocol))
+                    attempt.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        attempt.connect(address)
                 except OSError as error:
                     failure = error
                     continue
@@ -1170,11 +1173,12 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                 attempts.unregister(attempt)
                 code = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
+                    # All sockets in `sockets` are closed at the end, so return a duplicate.
+                    connection = attempt.dup()
                     # This limits each step of the TLS and proxy handshakes that follow. 0 would
                     # make the socket non-blocking.
-                    attempt.settimeout(max(remaining, WAIT_SLICE))
-                    return attempt
-                attempt.close()
+                    connection.settimeout(max(remaining, WAIT_SLICE))
+                    return connection
                 text = os.strerror(code)
                 if sys.platform == "win32":
                     text = socket.errorTab.get(code, text)
@@ -1182,12 +1186,7 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
             # Attempts that had ended by the deadline have been looked at.
             if remaining == 0 and not ended:
                 raise TimeoutError
-        raise failure
-    # The attempts that are still registered came too late or were too slow.
-    finally:
-        for key in list(attempts.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
-        attempts.close()
+    raise failure
 
 
 def in_turns(addresses: List[Any]) -> List[Any]:
@@ -1200,21 +1199,6 @@ def in_turns(addresses: List[Any]) -> List[Any]:
     preferred = [each for each in addresses if each[0] == addresses[0][0]]
     others = [each for each in addresses if each[0] != addresses[0][0]]
     return [each for pair in zip_longest(preferred, others) for each in pair if each]
-
-
-def begin_connection(family: int, kind: int, protocol: int, _: str, address: Any) -> Socket:
-    """Return a socket that is connecting to an address from getaddrinfo. Raises OSError."""
-    import socket
-
-    connection = socket.socket(family, kind, protocol)
-    try:
-        connection.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            connection.connect(address)
-    except OSError:
-        connection.close()
-        raise
-    return connection
 
 
 class Exchange:
