@@ -81,17 +81,7 @@ WORKERS = 4
 # The whole run is ended when one test takes longer than this.
 TEST_LIMIT = 300  # seconds
 AUTHORIZATION_URL = r"^http\S+/(?:oauth|api/accounts)/authorize\?\S+$"
-COMMANDS = (
-    "auth",
-    "status",
-    "models",
-    "env",
-    "exec",
-    "token",
-    "logout",
-    "install",
-    "uninstall",
-)
+COMMANDS = ("auth", "status", "models", "env", "exec", "token", "logout", "install", "uninstall")
 # Every error with one of these exit codes tells what to do next.
 EXIT_CODES_WITH_HINT = (1, 3, 4, 5)
 # The members of a token response besides the tokens.
@@ -102,12 +92,8 @@ TOKEN_FILES = ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
 SIGN_IN_MESSAGES = ("To sign in, open ", "You are signed in as ")
 # The error codes of OpenAI and of RFC 6749 §5.2 for a refresh token that is no longer valid.
 INVALID_GRANT_CODES = (
-    "refresh_token_reused",
-    "refresh_token_expired",
-    "refresh_token_invalidated",
-    "token_expired",
-    "invalid_grant",
-    "invalid_refresh_token",
+    *("refresh_token_reused", "refresh_token_expired", "refresh_token_invalidated"),
+    *("token_expired", "invalid_grant", "invalid_refresh_token"),
 )
 # Shorter waits for the program when it runs in this process. No setting controls these, and tests
 # that poll, reread a torn file or retry a refresh would otherwise spend most of their time waiting.
@@ -239,10 +225,7 @@ ENDPOINTS = {
     "code": Endpoint("/oauth/token", "authorization_code", "auth --device", True),
     "refresh": Endpoint("/oauth/token", "refresh_token", "token", True),
     "key": Endpoint(
-        "/oauth/token",
-        "urn:ietf:params:oauth:grant-type:token-exchange",
-        "auth --device",
-        False,
+        "/oauth/token", "urn:ietf:params:oauth:grant-type:token-exchange", "auth --device", False
     ),
     "revoke": Endpoint("/oauth/revoke", None, "logout", False),
     "api": Endpoint("/v1/models", None, "models --source api", True),
@@ -950,11 +933,7 @@ class Process:
     def __init__(self, command, environ, **options):
         options.setdefault("stdin", subprocess.DEVNULL)
         self.process = subprocess.Popen(
-            command,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **options,
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
         )
         self.out, self.err, self.ended = b"", "", False
         self.arrived = threading.Condition()
@@ -1420,8 +1399,16 @@ class Case(unittest.TestCase):
         """Sign in, visiting the URL as the browser would, and return standard error."""
         return self.assert_done(self.call("auth", "--no-browser", *arguments, browser=visit)).err
 
+    def official_sign_in(self, *arguments, browser=visit, **environ):
+        """Run `auth --official` while the test plays the browser, and return the Result."""
+        command = ("auth", "--official", "--no-browser", *arguments)
+        return self.call(*command, browser=browser, environ=environ)
+
     def stored(self):
         return json.loads(self.token_file.read_text())
+
+    def stored_models(self):
+        return json.loads(self.models_file.read_text())
 
     def store(self, fields=None, mode=0o600, **changes):
         """Write a token file with tokens of the double and return its fields.
@@ -1590,7 +1577,7 @@ class WholeSessionTest(Case):
         self.assertIn("in 10 days (", out)
         self.assert_no_secret(out)
 
-        models = json.loads(self.models_file.read_text())
+        models = self.stored_models()
         self.assert_no_secret(json.dumps(models))
         self.assertEqual(
             models["chatgpt-gpt-4o"],
@@ -1617,7 +1604,7 @@ class WholeSessionTest(Case):
         err = self.assert_done(self.run_program("logout")).err
         self.assertIn("platform.openai.com", err)
         self.assertFalse(self.token_file.exists())
-        self.assertEqual(json.loads(self.models_file.read_text()), {})
+        self.assertEqual(self.stored_models(), {})
         self.assertNotIn(stored["refresh_token"], self.double.refresh_tokens)
         err = self.assert_done(self.run_program("logout")).err
         self.assertIn("nothing to do", err)
@@ -1635,17 +1622,9 @@ class SettingsTest(Case):
     def test_a_bad_setting_is_refused_by_name_before_any_request(self):
         bad = {
             "issuer": (
-                "http://example.com",
-                "ftp://x",
-                "",
-                "https://u:p@h",
-                "https://h?x",
-                "https://h:65536",
-                "https://[zz]",
-                "https://[:::]",
-                "https://[1.2.3.4]",
-                "https://a..b",
-                "https://.",
+                *("", "http://example.com", "ftp://x", "https://u:p@h", "https://h?x"),
+                *("https://h:65536", "https://[zz]", "https://[:::]", "https://[1.2.3.4]"),
+                *("https://a..b", "https://."),
             ),
             "client_id": ("", "a b", "a\x1b"),
             "scope": ("", "a\nb"),
@@ -3722,10 +3701,7 @@ for command in ("status", "token"):
             ({"expires_at": timestamp(now + 100)}, True),
             ({"expires_at": timestamp(now + 9999)}, False),
             # Code Puppy's own plugin stores new tokens without changing `expires_at`.
-            (
-                {"expires_at": timestamp(now - 100), "last_refresh": timestamp(now - 50)},
-                False,
-            ),
+            ({"expires_at": timestamp(now - 100), "last_refresh": timestamp(now - 50)}, False),
         ):
             with self.subTest(dates):
                 self.double.requests.clear()
@@ -4902,19 +4878,19 @@ class ModelsTest(Case):
         result = self.call("models", environ={"CHATGPT_OAUTH_MODEL_PATTERNS": "GPT-*"})
         self.assertEqual((result.code, result.out), (0, ""))
         self.assertIn("warning: none of the account's 5 models match", result.err)
-        self.assertEqual(json.loads(self.models_file.read_text()), {})
+        self.assertEqual(self.stored_models(), {})
 
     def test_a_changed_order_is_written(self):
         self.assertEqual(self.call("models", "--source", "codex").code, 0)
         self.double.codex_models.reverse()
         self.assertEqual(self.call("models", "--source", "codex").code, 0)
-        names = list(json.loads(self.models_file.read_text()))
+        names = list(self.stored_models())
         self.assertEqual(names, ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
 
     def test_models_json_lists_the_imported_entries(self):
         out = self.call("models", "--json").out
         self.assertEqual(json.loads(out)["model_source"], "api")
-        self.assertEqual(json.loads(out)["models"], list(json.loads(self.models_file.read_text())))
+        self.assertEqual(json.loads(out)["models"], list(self.stored_models()))
         self.assertEqual(
             json.loads(self.call("status", "--json").out)["models"], json.loads(out)["models"]
         )
@@ -4922,7 +4898,7 @@ class ModelsTest(Case):
     def entries(self, *arguments, **environ):
         """Import the models and return the content of the models file."""
         self.assertEqual(self.call("models", *arguments, environ=environ).code, 0)
-        return json.loads(self.models_file.read_text())
+        return self.stored_models()
 
     def plan_entry(self, **listed):
         """Return the entry of one plan model with these catalogue fields."""
@@ -5014,17 +4990,14 @@ class ModelsTest(Case):
                 self.assertEqual(lengths("codex"), [length, 95000])
 
     def test_invalid_model_ids_are_skipped_with_one_warning(self):
-        self.double.api_models += ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
-        result = self.call("models", "--all", "--dry-run")
-        self.assertEqual(len(result.out.split()), 5)
-        self.assertIn("warning: skipped 6 models", result.err)
-        self.assertNotIn("\x1b", result.out + result.err)
-
-    def test_model_ids_that_are_not_strings_are_skipped(self):
-        self.double.api_models += [None, True, 5]
-        result = self.call("models", "--all", "--dry-run")
-        self.assertEqual(len(result.out.split()), 5)
-        self.assertIn("warning: skipped 3 models", result.err)
+        texts = ["a b", "$(x)", "\x1b[31m", "-x", "y" * 200, ""]
+        models = self.double.api_models
+        for invalid in (texts, [None, True, 5]):
+            self.double.api_models = models + invalid
+            result = self.call("models", "--all", "--dry-run")
+            self.assertEqual(len(result.out.split()), 5)
+            self.assertIn(f"warning: skipped {len(invalid)} models", result.err)
+            self.assertNotIn("\x1b", result.out + result.err)
 
     def test_a_refused_api_key_has_a_hint(self):
         self.double.api_keys.clear()
@@ -5114,23 +5087,19 @@ class ModelsTest(Case):
         ours = {"chatgpt-old": {"oauth_source": "chatgpt-oauth-plugin"}}
         self.models_file.write_text(json.dumps({**others, **ours}))
         self.assertIn("kept the entry chatgpt-gpt-4o, which another program added", self.sign_in())
-        after = json.loads(self.models_file.read_text())
+        after = self.stored_models()
         self.assertEqual({k: v for k, v in after.items() if k in others}, others)
         self.assertEqual(set(after) - set(others), {"chatgpt-o1-mini", "chatgpt-o3-pro"})
         self.assertEqual(self.call("logout").code, 0)
-        self.assertEqual(json.loads(self.models_file.read_text()), others)
+        self.assertEqual(self.stored_models(), others)
 
-    def test_logout_removes_the_tokens_despite_a_broken_models_file(self):
+    def test_a_broken_models_file_is_reported_and_left_alone(self):
         self.models_file.write_text("[")
         err = self.call("auth", "--no-browser", browser=visit).err
         self.assertIn("chatgpt_models.json: not valid JSON", err)
         self.assertIn("To use the API key in this shell: ", err)
         self.assert_fails(self.call("models"), 6, "chatgpt_models.json: not valid JSON")
         self.assertEqual(self.call("status").code, 6)
-        self.assert_fails(
-            self.call("logout"), 6, "chatgpt_models.json: not valid JSON", after_messages=True
-        )
-        self.assertFalse(self.token_file.exists())
         self.assertEqual(self.models_file.read_text(), "[")
 
     def test_the_module_lists_models_unfiltered(self):
@@ -5157,7 +5126,7 @@ class SignInTest(Case):
         self.assertNotIn("warning", err)
         self.assertIn("your ChatGPT plan", err)
         self.assertNotIn("api_key", self.stored())
-        models = json.loads(self.models_file.read_text())
+        models = self.stored_models()
         self.assertEqual(
             models["chatgpt-gpt-5.5"],
             {
@@ -5326,12 +5295,6 @@ class SignInTest(Case):
         self.assertTrue(self.stored()["api_key"])
         self.assertFalse(self.models_file.exists())
 
-    def test_a_failed_key_exchange_does_not_undo_the_sign_in(self):
-        self.fault("key", 500, b"oops")
-        err = self.sign_in()
-        self.assertIn("warning: could not get an API key", err)
-        self.assertIn("your ChatGPT plan", err)
-
     def test_a_long_refusal_still_shows_that_there_is_no_organization(self):
         message = "x " * 200 + "missing organization_id"
         self.fault("key", 401, {"error": {"message": message}})
@@ -5447,12 +5410,14 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("revoke"), 0)
         self.assert_nothing_lost()
 
-    def test_a_temporary_key_failure_does_not_blame_the_account(self):
-        self.fault("key", 503)
-        err = self.sign_in()
-        self.assertIn("warning: could not get an API key (HTTP 503): server error\n", err)
-        self.assertRegex(err, "(?m)^hint: to try again, run: .* auth$")
-        self.assertNotIn("create an organization", err)
+    def test_a_temporary_key_failure_does_not_undo_the_sign_in_or_blame_the_account(self):
+        for status, body in ((500, b"oops"), (503, b"{}")):
+            self.fault("key", status, body)
+            err = self.sign_in()
+            self.assertIn(f"warning: could not get an API key (HTTP {status}): server error\n", err)
+            self.assertRegex(err, "(?m)^hint: to try again, run: .* auth$")
+            self.assertNotIn("create an organization", err)
+            self.assertIn("your ChatGPT plan", err)
 
     @needs_signals
     def test_a_closed_window_during_the_code_exchange_does_not_lose_the_sign_in(self):
@@ -5931,22 +5896,6 @@ class DeviceTest(Case):
         self.assertEqual(statuses, [])
         self.assertNotIn("warning", err)
 
-    def test_polling_slows_down_after_a_timeout(self):
-        moments = []
-        self.waits["POLL_FLOOR"] = 0.1
-
-        def silence(handler, _):
-            moments.append(time.monotonic())
-            if len(moments) == 3:
-                return self.double.reply(handler, 400, {"error": "expired_token"})
-            return send_bytes(b"", pause=0.3)(handler, _)
-
-        self.double.faults["device"] = silence
-        result = self.call("auth", "--device", environ={"CHATGPT_OAUTH_REQUEST_TIMEOUT": "0.1"})
-        self.assert_fails(result, 1, "timed out waiting for the code")
-        gaps = [later - earlier for earlier, later in zip(moments, moments[1:])]
-        self.assertGreater(gaps[1], gaps[0] + 0.1)
-
     def test_the_user_codes_lifetime_and_length_are_limited(self):
         response = {"device_auth_id": "d", "user_code": "A" * 5000, "expires_in": "0.3"}
         self.fault("usercode", 200, response)
@@ -5962,23 +5911,6 @@ class DeviceTest(Case):
         self.fault("device", 400, {"error": {"code": code, "message": token}})
         err = self.assert_fails(self.call("auth", "--device"), 1, code).err
         self.assertNotIn(token, err)
-
-    def test_slow_down_lengthens_the_interval(self):
-        moments = []
-        self.waits["SLOW_DOWN"] = 0.2
-        # The code is understood although this ID, which counts as a secret, is a part of it.
-        device = {"device_auth_id": "slow", "user_code": "ABCD-EFGH", "interval": "0"}
-        self.fault("usercode", 200, device)
-        self.double.devices["slow"] = 0
-
-        def fault(handler, _):
-            moments.append(time.monotonic())
-            return len(moments) == 1 and self.double.reply(handler, 400, {"error": "slow_down"})
-
-        self.double.faults["device"] = fault
-        self.double.device_polls = 0
-        self.assert_done(self.call("auth", "--device"))
-        self.assertGreater(moments[1] - moments[0], 0.2)
 
     def test_denied_and_expired_have_their_own_messages(self):
         for status, error, words in (
@@ -6038,15 +5970,6 @@ class OfficialTest(Case):
 
     def registration(self):
         return json.loads(self.agent_file.read_text())
-
-    def stored_models(self):
-        return json.loads(self.models_file.read_text())
-
-    def official_sign_in(self, *arguments, browser=visit, **environ):
-        """Run `auth --official` while the test plays the browser, and return the result."""
-        return self.call(
-            "auth", "--official", "--no-browser", *arguments, browser=browser, environ=environ
-        )
 
     def change_stored_plan(self, **changes):
         """Change members of the stored sign-in (None removes one) and return all of them."""
@@ -6521,22 +6444,13 @@ class OfficialTest(Case):
 
     def test_only_code_puppy_can_use_the_tokens(self):
         self.assert_done(self.official_sign_in())
-        for command in (
-            "token",
-            "token --refresh",
-            "token --api-key",
-            "env",
-            "env --access-token",
-            "exec -- true",
-        ):
+        words = ("only in Code Puppy", "auth")
+        for command in ("token", "token --refresh", "token --api-key", "exec -- true"):
             with self.subTest(command=command):
-                self.assert_fails(
-                    self.call(*command.split()),
-                    1,
-                    "only in Code Puppy",
-                    "auth",
-                    one_line=command.startswith("env"),
-                )
+                self.assert_fails(self.call(*command.split()), 1, *words)
+        for command in ("env", "env --access-token"):
+            with self.subTest(command=command):
+                self.assert_fails(self.call(*command.split()), 1, *words, one_line=True)
         with mock.patch.dict(os.environ, self.environ, clear=True):
             for function in (oauth.get_access_token, oauth.get_api_key, oauth.get_account_id):
                 with self.assertRaises(oauth.OAuthError) as raised:
@@ -6700,7 +6614,7 @@ class SignOutTest(Case):
         self.token_file.unlink()
         self.token_file.mkdir()
         self.assert_fails(self.call("logout"), 6, "cannot remove", "yourself", after_messages=True)
-        self.assertEqual(json.loads(self.models_file.read_text()), {})
+        self.assertEqual(self.stored_models(), {})
 
     def test_a_broken_models_file_is_reported_once_and_logout_continues(self):
         self.store(api_key="sk-1")
@@ -6787,16 +6701,9 @@ class AccountsTest(Case):
         self.double.account, self.double.email = f"acct-{number}", f"p{number}@example.com"
         self.double.organization, self.double.plan_subject = organization, f"user|{number}"
 
-    def entries(self):
-        return json.loads(self.models_file.read_text())
-
-    def official_sign_in(self, *arguments):
-        arguments = ("auth", "--official", "--no-browser", *arguments)
-        return self.call(*arguments, browser=visit)
-
     def test_three_accounts_from_sign_in_to_sign_out(self):
         self.sign_in()
-        first_entries, first_file = self.entries(), self.token_file.read_bytes()
+        first_entries, first_file = self.stored_models(), self.token_file.read_bytes()
         self.assertEqual(
             sorted(path.name for path in self.home.iterdir()),
             [
@@ -6816,7 +6723,7 @@ class AccountsTest(Case):
         self.assertNotIn("You are signed in as", err)
         self.change_person(3)
         self.assert_done(self.official_sign_in("--account", "my-plan"))
-        entries = self.entries()
+        entries = self.stored_models()
         self.assertEqual(list(entries.items())[:3], list(first_entries.items()))
         self.assertEqual(
             list(entries)[3:],
@@ -6846,17 +6753,8 @@ class AccountsTest(Case):
         out = self.assert_quiet(self.call("env", "--account", "work", "--shell", "sh")).out
         self.assertEqual(out, f"export CHATGPT_OAUTH_API_KEY_WORK='{work['api_key']}'\n")
         code = "import os; print(*sorted(n for n in os.environ if n[-5:] == '_WORK'))"
-        arguments = (
-            "exec",
-            "--account",
-            "work",
-            "--access-token",
-            "--",
-            sys.executable,
-            "-c",
-            code,
-        )
-        out = self.assert_quiet(self.run_program(*arguments)).out
+        command = ("exec", "--account", "work", "--access-token", "--")
+        out = self.assert_quiet(self.run_program(*command, sys.executable, "-c", code)).out
         names = ["CHATGPT_OAUTH_ACCESS_TOKEN_WORK", "CHATGPT_OAUTH_ACCOUNT_ID_WORK"]
         self.assertEqual(out.split(), names)
         out = self.assert_quiet(self.call("status", "--account", "work")).out
@@ -6875,7 +6773,7 @@ class AccountsTest(Case):
         left = [
             name for name in entries if name not in ("chatgpt-work-gpt-4o", "chatgpt-work-o3-pro")
         ]
-        self.assertEqual(sorted(self.entries()), sorted(left))
+        self.assertEqual(sorted(self.stored_models()), sorted(left))
 
         err = self.assert_done(self.call("logout", "--account", "work")).err
         self.assertIn("Signed out of p2@example.com; imported models removed", err)
@@ -6884,7 +6782,7 @@ class AccountsTest(Case):
         self.assertTrue(self.account_file("my-plan", "chatgpt_plan.json").exists())
         self.assert_done(self.call("logout", "--account", "my-plan"))
         self.assertTrue(self.account_file("my-plan", "chatgpt_agent.json").exists())
-        self.assertEqual(self.entries(), first_entries)
+        self.assertEqual(self.stored_models(), first_entries)
         self.assertEqual(self.token_file.read_bytes(), first_file)
 
     def test_wrong_names_are_refused_and_nothing_changes(self):
@@ -6905,10 +6803,7 @@ class AccountsTest(Case):
     def test_the_setting_selects_an_account_and_the_option_another(self):
         unnamed, work, home = self.store(), self.store_account("work"), self.store_account("home")
         environ = {"CHATGPT_OAUTH_ACCOUNT": "work"}
-        for arguments, expected in (
-            (("token",), work),
-            (("token", "--account", "home"), home),
-        ):
+        for arguments, expected in ((("token",), work), (("token", "--account", "home"), home)):
             result = self.call(*arguments, environ=environ)
             self.assertEqual(result, (0, expected["access_token"] + "\n", ""))
         result = self.call("token", environ={"CHATGPT_OAUTH_ACCOUNT": ""})
@@ -7018,11 +6913,11 @@ class AccountsTest(Case):
         result = self.call("models", "--account", "work")
         self.assertEqual(result.code, 0)
         self.assertIn("kept the entry chatgpt-work-gpt-5.5", result.err)
-        self.assertEqual(list(self.entries()), [*kept, "chatgpt-work-gpt-5.4"])
+        self.assertEqual(list(self.stored_models()), [*kept, "chatgpt-work-gpt-5.4"])
         # The account without a name owns the entries that name no account.
         self.call("logout")
         self.assertEqual(
-            list(self.entries()), ["chatgpt-other-x", "chatgpt-odd", "chatgpt-work-gpt-5.4"]
+            list(self.stored_models()), ["chatgpt-other-x", "chatgpt-odd", "chatgpt-work-gpt-5.4"]
         )
 
     def test_uninstall_removes_all_registrations_and_no_sign_in(self):
@@ -7050,20 +6945,6 @@ class AccountsTest(Case):
         for stored, printed in ((self.stored(), results[::2]), (work, results[1::2])):
             self.assertEqual(set(printed), {(0, stored["access_token"] + "\n", "")})
         self.assertEqual((self.stored()["account_id"], work["account_id"]), ("acct-1", "acct-2"))
-
-    def test_a_browser_gets_no_key_of_any_account(self):
-        self.store_account("work", api_key="sk-work")
-        script = self.folder / "browser.py"
-        script.write_text("import os; print(*os.environ.values(), file=open('seen.txt', 'w'))")
-        environ = {
-            "BROWSER": shell_line(sys.executable, script) + " %s",
-            "OPENAI_API_KEY": "sk-work",
-            "KEPT": "kept",
-        }
-        seen = self.folder / "seen.txt"
-        self.start("auth", "--timeout", "15", environ=environ, cwd=self.folder).wait_for_url()
-        wait_for(lambda: seen.exists() and "kept" in seen.read_text())
-        self.assertNotIn("sk-work", seen.read_text())
 
     def test_functions_of_the_module_take_an_account(self):
         unnamed = self.store(api_key="sk-1")
@@ -7381,6 +7262,7 @@ class TerminalTest(Case):
 
     def test_the_browser_process_receives_no_secret(self):
         self.store(api_key="sk-before")
+        self.store_account("work", api_key="sk-work")
         seen = self.folder / "seen.json"
         script = self.folder / "browser.py"
         script.write_text(
@@ -7393,6 +7275,7 @@ class TerminalTest(Case):
         environ = {
             "BROWSER": shell_line(sys.executable, script) + " %s",
             "OPENAI_API_KEY": "sk-before",
+            "WORK_API_KEY": "sk-work",
             "CHATGPT_OAUTH_API_KEY": "sk-other",
         }
         err = self.assert_done(self.run_program("auth", environ=environ)).err
@@ -7901,24 +7784,6 @@ class OnlineStatusTest(Case):
             self.double.credits = listed
             shown = re.search("^Credits: +(.*)$", self.call("status", "--online").out, re.M)
             self.assertEqual(shown and shown[1], text)
-
-    def test_durations_are_not_cut_down(self):
-        for seconds, text in (
-            (0, "0 seconds"),
-            (1, "1 second"),
-            (90, "1 minute 30 seconds"),
-            (3599, "59 minutes 59 seconds"),
-            (5400, "1 hour 30 minutes"),
-            (7140, "1 hour 59 minutes"),
-            (7199, "2 hours"),
-            (18000, "5 hours"),
-            (86399, "1 day"),
-            (604800, "7 days"),
-            (863999, "10 days"),
-            (90061, "1 day 1 hour"),
-        ):
-            self.assertEqual(oauth.duration(seconds), text)
-        self.assertEqual(oauth.duration(90061, is_exact=True), "1 day 1 hour 1 minute 1 second")
 
     def test_one_unreachable_service_is_not_an_error(self):
         self.fault("codex", 500)
@@ -9200,7 +9065,7 @@ class PuppyTest(PuppyCase):
         self.start_plugin()
         self.dispatch("/chatgpt-auth --device --include gpt-4?")
         self.assertIn("Signed in", self.message_text())
-        self.assertEqual(list(json.loads(self.models_file.read_text())), ["chatgpt-gpt-4o"])
+        self.assertEqual(list(self.stored_models()), ["chatgpt-gpt-4o"])
         self.dispatch("/chatgpt-auth --nonsense")
         self.assertIn(("error", "unknown option or argument: --nonsense"), self.messages)
         self.dispatch("/chatgpt-status --json")
@@ -9438,14 +9303,14 @@ class PuppyTest(PuppyCase):
         for release, kind in (("old", "custom_openai"), ("new", "custom_openai_responses")):
             self.start_plugin(release)
             self.dispatch("/chatgpt-auth")
-            models = json.loads(self.models_file.read_text())
+            models = self.stored_models()
             self.assertEqual(models["chatgpt-o3-pro"]["type"], kind)
 
     def test_an_old_release_can_use_the_models_that_another_program_imported(self):
         for account in ((), ("--account", "work")):
             self.assert_done(self.call("auth", "--no-browser", *account, browser=visit))
         theirs = {"chatgpt-theirs": {"type": "custom_openai_responses"}}
-        stored = {**theirs, **json.loads(self.models_file.read_text())}
+        stored = {**theirs, **self.stored_models()}
         self.models_file.write_text(json.dumps(stored))
         self.assertEqual(stored["chatgpt-work-o3-pro"]["type"], "custom_openai_responses")
         self.start_plugin("new")
@@ -10623,17 +10488,8 @@ class SpecificationTest(Case):
                 self.assertEqual("ended" in self.stored(), exit_code == 4)
 
     def test_the_meaning_of_a_polls_status(self):
-        for status, is_pending in (
-            (400, False),
-            (401, False),
-            (402, False),
-            (403, True),
-            (404, True),
-            (405, False),
-            (428, False),
-            (429, True),
-            (430, False),
-        ):
+        for status in (400, 401, 402, 403, 404, 405, 428, 429, 430):
+            is_pending = status in (403, 404, 429)
             with self.subTest(status):
                 fault = self.polls(1, status, "odd")
                 times, err = self.poll_times(FakeClock(), fault)
@@ -10840,8 +10696,11 @@ class SpecificationTest(Case):
                 self.assertEqual(times, [wanted, 2 * wanted])
 
     def test_slow_down_adds_5_seconds_for_good(self):
-        fault = self.polls(2, 400, "slow_down")
-        self.assertEqual(self.poll_times(FakeClock(), fault)[0], [5, 15, 30])
+        # The code is understood although this ID, which counts as a secret, is a part of it.
+        times, _ = self.poll_times(
+            FakeClock(), self.polls(2, 400, "slow_down"), device_auth_id="slow"
+        )
+        self.assertEqual(times, [5, 15, 30])
 
     def test_a_poll_respects_retry_after_up_to_60_seconds(self):
         for header, pause in ((3, 5), (59, 59), (61, 60)):
@@ -10903,7 +10762,7 @@ class SpecificationTest(Case):
         self.store()
         self.double.codex_models = [{"slug": "gpt-6", "visibility": "list", **listed}]
         self.assertEqual(self.call("models", "--source", "codex").code, 0)
-        return json.loads(self.models_file.read_text())["chatgpt-gpt-6"]["context_length"]
+        return self.stored_models()["chatgpt-gpt-6"]["context_length"]
 
     def test_context_lengths(self):
         for listed, length in (
@@ -10940,19 +10799,26 @@ class SpecificationTest(Case):
 
     def test_durations_in_words(self):
         self.store()
+        self.assertEqual(oauth.duration(0), "0 seconds")
         for seconds, exact, rounded in (
+            (1, "1 second", "1 second"),
             (59, "59 seconds", "59 seconds"),
             (60, "1 minute", "1 minute"),
             (61, "1 minute 1 second", "1 minute 1 second"),
             (3599, "59 minutes 59 seconds", "59 minutes 59 seconds"),
             (3600, "1 hour", "1 hour"),
+            (5400, "1 hour 30 minutes", "1 hour 30 minutes"),
+            (7140, "1 hour 59 minutes", "1 hour 59 minutes"),
+            (7199, "1 hour 59 minutes 59 seconds", "2 hours"),
             (7229, "2 hours 29 seconds", "2 hours"),
             (7230, "2 hours 30 seconds", "2 hours 1 minute"),
             (86399, "23 hours 59 minutes 59 seconds", "1 day"),
             (86400, "1 day", "1 day"),
+            (90061, "1 day 1 hour 1 minute 1 second", "1 day 1 hour"),
             (174599, "2 days 29 minutes 59 seconds", "2 days"),
             (174600, "2 days 30 minutes", "2 days 1 hour"),
             (604800, "7 days", "7 days"),
+            (863999, "9 days 23 hours 59 minutes 59 seconds", "10 days"),
         ):
             with self.subTest(seconds):
                 window = {"used_percent": 5, "limit_window_seconds": seconds}
