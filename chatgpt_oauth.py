@@ -1292,8 +1292,7 @@ class Exchange:
         if is_in_time:
             return self.answered.exception()
         # The whole JSON may have arrived without the sign of its end. The thread that reads it
-        # isn't waited for, because Windows doesn't wake it up before the server closes the
-        # connection.
+        # isn't waited for, because Windows may not wake it up until the server hangs up.
         return TimeoutError() if parse_json(self.body) is None else None
 
 
@@ -1368,7 +1367,7 @@ def build_request(
 
 
 def hang_up(connection: Socket) -> None:
-    """Shut down a connection, which wakes up a thread that reads from it, except on Windows."""
+    """Shut down a connection. Except on Windows, this wakes up a thread that reads from it."""
     import socket
 
     with contextlib.suppress(OSError):
