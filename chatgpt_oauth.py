@@ -6783,31 +6783,24 @@ def absolute_path(path: str) -> str:
 
 def launcher_content(paths: InstallPaths) -> bytes:
     """Return the launcher: a script that runs the installed program with this Python."""
-    python = permanent_python()
-    if sys.platform != "win32":
-        text = POSIX_LAUNCHER.format(
-            mark=MARK,
-            code=LAUNCH_CODE,
-            python=quote_path(python),
-            program=quote_path(paths.program),
-            directory=quote_path(paths.directory),
-        )
-        return os.fsencode(text)
-    # A command of a batch file is one line, and a double quote would end the argument.
-    literal = repr(LAUNCH_CODE).replace('"', r"\x22")
-    text = WINDOWS_LAUNCHER.format(
-        mark=MARK,
-        code=f"exec({literal})",
-        python=batch_quote(python),
-        program=batch_quote(paths.program),
-        directory=batch_quote(paths.directory),
+    template, code = POSIX_LAUNCHER, LAUNCH_CODE
+    quote: Callable[[str], str] = quote_path
+    if sys.platform == "win32":
+        # A command of a batch file is one line, and a double quote would end the argument.
+        literal = repr(LAUNCH_CODE).replace('"', r"\x22")
+        template, code, quote = WINDOWS_LAUNCHER, f"exec({literal})", batch_quote
+    words = [quote(path) for path in (permanent_python(), paths.program, paths.directory)]
+    python, program, directory = words
+    text = template.format(
+        mark=MARK, code=code, python=python, program=program, directory=directory
     )
+    if sys.platform != "win32":
+        return os.fsencode(text)
     try:
         # cmd reads batch files in the OEM code page.
         return text.replace("\n", "\r\n").encode("oem")
     except UnicodeEncodeError:
-        quoted = map(batch_quote, (python, paths.program, paths.directory))
-        raise StorageError(f"the command prompt cannot read one of {', '.join(quoted)}") from None
+        raise StorageError(f"the command prompt cannot read one of {', '.join(words)}") from None
 
 
 def launched_directory(launcher: bytes) -> Optional[str]:
@@ -7142,13 +7135,10 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     next_step, next_command = "To see who is signed in, run:", "status"
     try:
         api_key = session.tokens().api_key
-    except OfficialOnlyError:
-        pass
-    except NotSignedInError as error:
-        next_step, next_command = "To sign in, run:", error.command
-    except StorageError:
-        # `status` reports what is wrong with the file.
-        pass
+    except OAuthError as error:
+        # `status` explains every other error.
+        if error.exit_code == NotSignedInError.exit_code:
+            next_step, next_command = "To sign in, run:", error.command
     if api_key:
         program, variable = absolute_program_name(shell), settings.api_key_env_var
         line = profile_line(shell, program, variable, settings.account)
