@@ -5834,9 +5834,13 @@ def typed_command(command: str) -> str:
 
 def has_program_file() -> bool:
     """Whether this program was started from a file, with which it can be started again."""
-    # A module is a file. Otherwise, Python may have read the program from standard input, or from
-    # a pipe, as in `python3 <(curl ...)`.
-    return __name__ != "__main__" or os.path.isfile(sys.argv[0])
+    if __name__ != "__main__":
+        return True
+    path = sys.argv[0]
+    # A pipe, as in `python3 <(curl ...)`, exists and isn't a file. A path into a zip file doesn't
+    # exist.
+    is_pipe = os.path.exists(path) and not os.path.isfile(path)
+    return path not in ("-", "") and not is_pipe
 
 
 def python_name() -> str:
@@ -8635,12 +8639,11 @@ def profile_help() -> List[str]:
 
     It names the variable without reading the settings, because help must work with a bad setting.
     """
-    variable = str(CHATGPT_OAUTH_CONFIG["api_key_env_var"])
     lines = ["add one of these to your shell's profile (in cmd, which has none, type it):"]
     for name, shell in SHELLS.items():
         if shell.profile:
             program = absolute_program_name(name)
-            lines += [f"  {name}:", f"    {profile_line(name, program, variable)}"]
+            lines += [f"  {name}:", f"    {profile_line(name, program, DEFAULT_VARIABLE)}"]
     return lines
 
 

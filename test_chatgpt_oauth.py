@@ -10107,6 +10107,12 @@ chatgpt_oauth.run_program()
                 source.seek(0)
                 err = self.run_command([sys.executable, *command], stdin=source).err
                 self.assertIn(f"{name} auth", err)
+        with zipfile.ZipFile(archive, "w") as packed:
+            packed.write(PROGRAM, "chatgpt_oauth.py")
+        start = [sys.executable, "-m", "chatgpt_oauth", "logot"]
+        environ = {"PYTHONPATH": str(archive)}
+        err = self.run_command(start, environ, cwd=str(self.folder)).err
+        self.assertTrue(err.endswith(f"did you mean: {PYTHON} -m chatgpt_oauth logout\n"), err)
 
 
 # ---------------------------------------------------------------------------------------------
