@@ -4633,7 +4633,9 @@ def prepare_sign_in(session: Session) -> None:
     # Without a sign-in that works, there is nothing to replace.
     with contextlib.suppress(NotSignedInError, SignInEndedError, StorageError):
         tokens = session.tokens()
-        if not tokens.valid_for(0):
+        # If the end is on record, the person has just been told of it, even if the old access token
+        # still seems to be valid.
+        if "ended" in tokens.fields or not tokens.valid_for(0):
             session.require_refreshable(tokens)
         who = identity(tokens)["email"] or "an account without an email address"
         session.notify(

@@ -5164,10 +5164,11 @@ class SignInTest(Case):
         err = self.sign_in()
         self.assertTrue(err.startswith("You are signed in as ada@example.com. "), err)
         self.assertIn("Signed in as bob@example.com\n", err)
-        self.store(lifetime=-10, refresh_token="rt_unknown")
-        self.assert_fails(self.call("token"), 4, "session has ended")
         # Nobody is signed in any more after the session has ended.
-        self.assertNotIn("replaces", self.sign_in())
+        for lifetime in (-10, 3600):
+            self.store(lifetime=lifetime, refresh_token="rt_unknown")
+            self.assert_fails(self.call("token", "--refresh"), 4, "session has ended")
+            self.assertNotIn("replaces", self.sign_in())
 
     def test_other_ways_are_explained_if_no_browser_opens(self):
         port = self.ports[0]
