@@ -363,16 +363,14 @@ def original_environ() -> Dict[str, str]:
     try:
         with os.fdopen(os.open("/proc/self/environ", os.O_RDONLY), "rb") as file:
             entries = file.read().decode(errors="surrogateescape").split("\0")
+        original = [entry for entry in entries if entry.startswith("LC_CTYPE=")]
     except OSError:
         # Without /proc, UTF-8 mode is the sign that Python has added the locale. Python doesn't
         # turn that mode on for a locale that the person has set.
-        if sys.flags.utf8_mode:
-            del environ["LC_CTYPE"]
-        return environ
+        original = [] if sys.flags.utf8_mode else ["LC_CTYPE=" + environ["LC_CTYPE"]]
     del environ["LC_CTYPE"]
-    for entry in entries:
-        if entry.startswith("LC_CTYPE="):
-            environ["LC_CTYPE"] = entry.partition("=")[2]
+    for entry in original:
+        environ["LC_CTYPE"] = entry.partition("=")[2]
     return environ
 
 
@@ -929,11 +927,8 @@ def tls_context(settings: Settings) -> Any:
     # Every request needs this module, and importing it takes time as well.
     import urllib.request  # noqa: F401
 
-    variable = path = ""
-    for name in CA_VARIABLES:
-        if settings.environ.get(name):
-            variable, path = name, settings.environ[name]
-            break
+    variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
+    path = settings.environ.get(variable, "")
     if path not in _tls_contexts:
         _tls_contexts[path] = new_tls_context(settings, variable, path)
     return _tls_contexts[path]
@@ -3024,11 +3019,8 @@ class Session:
             return tokens
         command = self.client.sign_in_command
         if not self.client.is_official and self.official_session().token_file.holds_sign_in():
-            raise OfficialOnlyError(
-                "the official sign-in works only in Code Puppy",
-                "for other programs, run",
-                command,
-            )
+            text = "the official sign-in works only in Code Puppy"
+            raise OfficialOnlyError(text, "for other programs, run", command)
         message = f"not signed in (no tokens in {self.token_file.path})"
         hint = home_hint(self.settings)
         if hint:
@@ -3161,19 +3153,15 @@ class Session:
 
     def require_refreshable(self, tokens: Tokens) -> None:
         """Raise SignInEndedError if it is already known that a refresh will fail."""
-        mark = tokens.fields.get("ended")
+        mark, command = tokens.fields.get("ended"), self.client.sign_in_command
         if isinstance(mark, dict) and mark.get("refresh_token_sha256") == tokens.fingerprint():
-            raise InvalidGrantError(str(mark.get("reason")), self.client.sign_in_command)
+            raise InvalidGrantError(str(mark.get("reason")), command)
         if tokens.issuer != self.settings.issuer:
-            raise SignInEndedError(
-                f"the stored tokens come from another issuer, {tokens.issuer}",
-                self.client.sign_in_command,
-            )
+            text = f"the stored tokens come from another issuer, {tokens.issuer}"
+            raise SignInEndedError(text, command)
         if not tokens.refresh_token:
-            raise SignInEndedError(
-                "cannot refresh the access token: there is no refresh token",
-                self.client.sign_in_command,
-            )
+            text = "cannot refresh the access token: there is no refresh token"
+            raise SignInEndedError(text, command)
 
     def _refresh_with_retry(self, old: Tokens, window: float) -> Tokens:
         """Refresh. Try again for `window` seconds as long as the refresh token can't be spent."""
