@@ -6268,12 +6268,15 @@ def account_statuses(
 
     names = session.settings.account_names()
     sessions = [Session(Settings(name), session.notify) for name in names]
-    pool = ThreadPoolExecutor(len(sessions) if online else 1)
-    try:
-        statuses = list(pool.map(lambda each: Status(each, to_typed, online), sessions))
-    finally:
-        # Ctrl-C doesn't wait for the requests.
-        pool.shutdown(wait=False)
+    if online:
+        pool = ThreadPoolExecutor(len(sessions))
+        try:
+            statuses = list(pool.map(lambda each: Status(each, to_typed, True), sessions))
+        finally:
+            # Ctrl-C doesn't wait for the requests.
+            pool.shutdown(wait=False)
+    else:
+        statuses = [Status(each, to_typed) for each in sessions]
     return [each for each in statuses if each.stored.exists or each.official.exists]
 
 
@@ -7131,7 +7134,7 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
         api_key = session.tokens().api_key
     except OAuthError as error:
         # `status` explains every other error.
-        if error.exit_code == NotSignedInError.exit_code:
+        if error.exit_code == NotSignedInError.exit_code and error.command:
             next_step, next_command = "To sign in, run:", error.command
     if api_key:
         program, variable = absolute_program_name(shell), settings.api_key_env_var
