@@ -4069,17 +4069,25 @@ began = time.monotonic()
     @needs_windows
     def test_ctrl_break_does_not_lose_the_response(self):
         self.store(lifetime=-10)
-        self.double.delay = 0.5
-        code = (
-            "import signal, sys, threading; import chatgpt_oauth as oauth; "
-            "threading.Timer(0.2, signal.raise_signal, [signal.SIGBREAK]).start(); "
-            "sys.exit(oauth.main(['token']))"
-        )
-        environ = {"PYTHONPATH": str(pathlib.Path(PROGRAM).parent)}
-        result = self.run_command([sys.executable, "-c", code], environ)
+        released = self.hold_response("refresh")
+        pressed = self.folder / "pressed"
+        code = """
+import pathlib, signal, threading, chatgpt_oauth as oauth
+def press():
+    sys.stdin.readline()
+    signal.raise_signal(signal.SIGBREAK)
+    pathlib.Path(sys.argv[1]).touch()
+threading.Thread(target=press, daemon=True).start()
+sys.exit(oauth.main(["token"]))
+"""
+        running = self.start_python(code, str(pressed))
+        wait_for(lambda: self.double.count("refresh"))
+        running.type_line(b"")
+        wait_for(pressed.exists)
+        released.set()
+        result = running.result()
         self.assertNotEqual(result.code, 0)
         self.assertEqual((result.out, result.err), ("", ""))
-        self.assertEqual(self.double.count("refresh"), 1)
         self.assert_refreshed_once(self.call("token"))
 
     @needs_signals
