@@ -845,12 +845,11 @@ class Response:
         error, detail = outer.get("error"), outer.get("detail")
         # OpenAI's errors have the form {"error": {"code", "message"}}.
         if isinstance(error, dict):
-            code = error.get("code") or error.get("type")
+            code = error.get("code") or outer.get("code") or error.get("type")
             text = error.get("message")
         # RFC 6749 §5.2 has {"error", "error_description"}.
         else:
-            code, text = error, None
-        code = code or outer.get("code")
+            code, text = error or outer.get("code"), None
         text = text or outer.get("error_description")
         # The Codex backend has {"detail"}, which is a text or another object with a code.
         if isinstance(detail, dict):

@@ -3644,6 +3644,7 @@ for command in ("status", "token"):
         for status, body, expected in (
             (400, {"error": {"code": "APP_SESSION_EXPIRED"}}, end),
             (400, {"error": "app_session_terminated"}, end),
+            (403, {"error": {"type": "x", "code": None}, "code": "app_session_expired"}, end),
             (400, {"error": "APP_SESSION_TERMINATED_BY_ADMINISTRATOR"}, end),
             (403, {"code": "Session_Revoked"}, end),
             (401, {"detail": "session_invalidated"}, end),
