@@ -5123,18 +5123,25 @@ class BrowserSignIn:
 
     def _show_ways(self, callback: Callback) -> None:
         """Explain how to sign in when the browser runs on another machine."""
-        notify, port = self.session.notify, callback.request.port
+        notify, client, port = self.session.notify, self.session.client, callback.request.port
+        in_container = is_in_container()
         if self.stdin.usable:
             page = "- If the browser ends on a page that does not load, paste its URL here"
             notify("info", f"{page}{self.paste_note}.")
-        # Forwarding with SSH doesn't lead into a container.
-        if callback.servers and not is_in_container():
+        # Forwarding with SSH doesn't lead into a container, but a published port does.
+        if callback.servers and not in_container:
             lead = "- Or forward" if self.stdin.usable else "- Forward"
             notify("info", f"{lead} the port first. On the machine with the browser, run:")
             notify("info", f"    ssh -L {port}:localhost:{port} USER@THIS-MACHINE")
-        if self.session.client.device_command:
+        elif callback.servers and client.settings.callback_bind:
+            notify("info", f"- Open the URL on the machine that publishes port {port}.")
+        if client.device_command:
             notify("info", "- To sign in with a code instead, press Ctrl-C and run:")
-            notify("command", self.session.client.device_command)
+            notify("command", client.device_command)
+        elif not self.stdin.usable:
+            place = "with a terminal (-it)" if in_container else "in a terminal"
+            notify("info", f"- To paste the browser's last URL, run this {place}:")
+            notify("command", client.sign_in_command)
 
     def _await_response(self, callback: Callback, deadline: float) -> None:
         """Wait until a browser or a paste brings the response.

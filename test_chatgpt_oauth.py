@@ -5179,6 +5179,19 @@ class SignInTest(Case):
             self.assert_fails(self.call("token", "--refresh"), 4, "session has ended")
             self.assertNotIn("replaces", self.sign_in())
 
+    def test_without_input_the_official_sign_in_names_a_way(self):
+        place = "with a terminal (-it)" if IN_CONTAINER else "in a terminal"
+        published = f"- Open the URL on the machine that publishes port {self.ports[0]}.\n"
+        for bind in ("", "0.0.0.0"):
+            with self.subTest(bind):
+                environ = {"BROWSER": "lynx", "CHATGPT_OAUTH_CALLBACK_BIND": bind}
+                result = self.call("auth", "--official", environ=environ, browser=visit)
+                err = self.assert_done(result).err
+                _, _, ways = err.partition("\nUse a browser on any machine:\n")
+                self.assertIn(f"- To paste the browser's last URL, run this {place}:\n    ", ways)
+                self.assertIn(" auth --official\n", ways)
+                self.assertEqual(published in ways, IN_CONTAINER and bool(bind))
+
     def test_other_ways_are_explained_if_no_browser_opens(self):
         port = self.ports[0]
         tunnel, device = f"ssh -L {port}:localhost:{port}", "auth --device"
