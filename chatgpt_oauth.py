@@ -4011,6 +4011,8 @@ def callback_handler_class() -> Any:
 
         def setup(self) -> None:
             super().setup()
+            # A file of the connection keeps it open. PyPy closes the file only much later.
+            self.rfile.close()
             head = read_head(self.connection)
             if head.startswith(TLS_HANDSHAKE):
                 set_once(self.server.callback.tls_attempt, True)
