@@ -148,9 +148,9 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "model_source": "auto",
     # The ID of the only ChatGPT workspace to sign in to, or "" to allow any.
     "workspace": "",
-    # The name of this app at the official sign-in.
+    # The name under which the official sign-in lists this app.
     "agent_name": "Code Puppy (chatgpt_oauth)",
-    # The name of this app at the authorization page and at the Codex backend.
+    # Tells the authorization page and the Codex backend which program this is.
     "originator": "chatgpt_oauth",
     # Seconds for one whole request, name lookup included.
     "request_timeout": 30,
@@ -204,14 +204,15 @@ class Rule:
         return self.kind(groups.get("value", text))
 
 
-# In the class Settings, a rule has the place and the type of the setting's value.
+# The class Settings declares a setting's rule and the type of its value under one name. Any lets a
+# type checker accept both.
 new_rule: Any = Rule
 DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 INTEGER = r"(?P<number>[0-9]{1,10})"
 _SCHEME_AND_HOST = rf"(?:https://{HOST_NAME}|https?://{LOOPBACK})"
 _PATH = r"/[\w.~%/-]*"
 # Trailing slashes are removed because the paths of endpoints, which start with a slash, are
-# appended to the URL. The limits apply to the port.
+# appended to the URL. `low` and `high` limit the port.
 URL_RULE = new_rule(
     rf"(?P<value>{_SCHEME_AND_HOST}(?::{INTEGER})?(?:{_PATH})?)",
     "an https URL (http for localhost)",
@@ -243,8 +244,8 @@ class Settings:
 
     Everything that differs between accounts is decided here: `directory` is where the account's
     files are, its name is part of `prefix` and `api_key_env_var`, and `suffix` ends the names of
-    its other variables. `account` is its name, "" for the account without a name. By default, it is
-    the account that the settings name.
+    its other variables. `account` is its name, "" for the account without a name. None means that
+    the setting `account` decides.
 
     Each key of the configuration is an attribute: its rule in the class, its value in an instance.
     `environ` is a copy of the environment with which this process was started, and `home_variable`
