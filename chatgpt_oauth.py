@@ -425,6 +425,7 @@ def for_account(notify: Notify, account: str) -> Notify:
     """Return a function like `notify` that names `account` in the commands of its messages."""
 
     def notify_for_account(kind: str, text: str, command: str = "") -> None:
+        # The text of such a message is a command itself.
         if kind == "command":
             text = with_account(text, account)
         notify(kind, text, with_account(command, account))
@@ -442,10 +443,10 @@ class Hint:
 class OAuthError(Exception):
     """A reason why a command failed, in one line.
 
-    `hint` is the next step as a text. It is None for some errors with exit code 2 or 6. `command`
-    is the command with which the hint ends, such as "auth --device", or "". It doesn't include the
-    program's name, which the caller that reports the error adds. A Hint gives both at once.
-    `exit_code` is the exit code of the command that failed.
+    `hint` is the next step as a text. It is None if a UsageError or a StorageError is raised
+    without one. `command` is the command with which the hint ends, such as "auth --device", or "".
+    It doesn't include the program's name, which the caller that reports the error adds. A Hint can
+    be passed instead of these two. `exit_code` is the exit code of the command that failed.
     """
 
     exit_code = 1
