@@ -704,8 +704,8 @@ def is_loopback(url: str) -> bool:
 def parse_json(content: bytes) -> Any:
     """Return the value of a JSON text from a server, or None if the text isn't valid.
 
-    Arrays and objects that are nested too deeply for Python's parser are taken as empty, so that a
-    useless member of a response doesn't cost the tokens beside it.
+    Arrays and objects that are nested too deeply for Python's parser are taken as empty, so that
+    one useless member of a response doesn't make us lose the tokens in it.
     """
     # A byte order mark may come first (RFC 8259 §8.1).
     text = content.decode("utf-8", "replace").lstrip("\ufeff")
@@ -729,8 +729,8 @@ def without_deep_parts(text: str) -> str:
     kept, depth = [], 0
     # Each part is a string, text without strings and brackets, or a single bracket.
     for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^"\[\]{}]+|.', text, re.DOTALL):
-        # The depth falls before a closing bracket is judged and rises after an opening one, so that
-        # both are kept or both are dropped.
+        # Both brackets of a pair are judged by the depth outside of it. So they are both kept, or
+        # both dropped.
         if part in ("]", "}"):
             depth -= 1
         if depth < DEPTH_LIMIT:
@@ -751,7 +751,7 @@ def decode_claims(jwt: Optional[str]) -> Fields:
 
     try:
         _, payload, _ = (jwt or "").split(".")
-        # A JWT leaves out the padding (RFC 7515 §2), and a2b_base64 ignores padding in excess.
+        # A JWT leaves out the padding (RFC 7515 §2), and a2b_base64 ignores excess padding.
         claims = parse_json(a2b_base64(payload.replace("-", "+").replace("_", "/") + "=="))
     except ValueError:
         claims = {}
@@ -759,7 +759,7 @@ def decode_claims(jwt: Optional[str]) -> Fields:
 
 
 def auth_claims(token: Optional[str], kind: str = "auth") -> Fields:
-    """Return OpenAI's own claims in a token: the object https://api.openai.com/`kind`, or {}."""
+    """Return OpenAI's own claims in a token, or {}. `kind` is "auth" or "profile"."""
     claims = decode_claims(token).get(f"https://api.openai.com/{kind}")
     return claims if isinstance(claims, dict) else {}
 
@@ -845,7 +845,7 @@ class Response:
         self.data = parse_json(body)
         outer = self.data if isinstance(self.data, dict) else {}
         error, detail = outer.get("error"), outer.get("detail")
-        # OpenAI's errors have the form {"error": {"code", "message"}}.
+        # OpenAI's errors have the form {"error": {"code", "message"}}. A code may stand outside it.
         if isinstance(error, dict):
             code = error.get("code") or outer.get("code") or error.get("type")
             text = error.get("message")
@@ -887,7 +887,7 @@ class Response:
         if 300 <= self.status < 400:
             hint = "check HTTPS_PROXY and your network, then try again"
             return OAuthError(f"{failed}: unexpected redirect", hint)
-        # Nothing was forwarded (RFC 9110 §15.5.8).
+        # A proxy that asks for a password hasn't forwarded the request (RFC 9110 §15.5.8).
         if self.status == 407:
             text, hint = f"{failed}: a proxy asks for a password", proxy_password_hint("")
             return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
@@ -922,10 +922,11 @@ def parse_retry_after(header: str) -> float:
 def tls_context(settings: Settings) -> Any:
     """Return the TLS context that all requests share.
 
-    Loading it takes time, so a command can call this before the first request. Raises RequestError,
-    naming the variable at fault.
+    A sign-in calls this early, so that the slow modules and the certificates are loaded before the
+    first request, and a problem with them is reported. Raises RequestError, naming the variable at
+    fault.
     """
-    # Every request needs this module, and importing it takes time as well.
+    # This module isn't used here, but every request needs it, and importing it is slow.
     import urllib.request  # noqa: F401
 
     variable = next((name for name in CA_VARIABLES if settings.environ.get(name)), "")
@@ -1071,7 +1072,8 @@ def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
     import urllib.parse
     from binascii import b2a_base64
 
-    # The scheme is often left out. The connection to the proxy itself uses no TLS.
+    # The scheme is often left out. Even if it is https, the connection to the proxy itself doesn't
+    # use TLS.
     url = proxy if "://" in proxy else "http://" + proxy
     try:
         parts = urllib.parse.urlsplit(url)
@@ -1139,7 +1141,9 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
     """Connect to a host and port, and return the first connection that is established.
 
     If an address doesn't answer within ATTEMPT_DELAY, the next one is tried as well (RFC 8305 §5).
-    The name lookup comes first and isn't limited by `timeout`. Raises OSError.
+    The name lookup comes first and isn't limited by `timeout`. If no address answers, the last
+    error is raised, which is an OSError. http.client passes a source address as the third argument,
+    which is None for our connections.
     """
     import selectors
     import socket
@@ -1179,7 +1183,7 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                 if sys.platform == "win32":
                     text = socket.errorTab.get(code, text)
                 failure = OSError(code, text)
-            # Attempts that had ended by the deadline have been looked at.
+            # An attempt that ended just before the deadline was handled above.
             if remaining == 0 and not ended:
                 raise TimeoutError
     raise failure
@@ -1271,7 +1275,7 @@ class Exchange:
         began = time.monotonic()
         try:
             wait_for(self.connected, timeout / 2)
-            # This succeeds unless there is a connection by now. Then nothing is sent.
+            # If there is no connection by now, cancelling succeeds, and `run` sends nothing.
             if not self.connected.cancel():
                 # If this process was suspended meanwhile, `remaining` may be negative. The server
                 # gets half of the timeout anyway.
@@ -1402,7 +1406,7 @@ def connection_error(
     elif isinstance(error, socket.gaierror):
         fault = f"the host in {place} was not found" if place else f"host {host} not found"
     elif isinstance(error, OSError):
-        # A connection that was refused would have led to the proxy.
+        # If a proxy is set, only the proxy itself can have refused the connection.
         name = place if place and isinstance(error, ConnectionRefusedError) else host
         fault = f"{name}: {printable(error.strerror or type(error).__name__, 100)}"
         # Only the status is shown, because http.client appends the proxy's own text, which may
