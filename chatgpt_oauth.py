@@ -1487,7 +1487,10 @@ REVOKE_TIMEOUT = 10.0
 
 
 class InvalidGrantError(SignInEndedError):
-    """The end of a sign-in. `reason` is the server's code for it, or OTHER_ACCOUNT."""
+    """A refusal of the refresh token. It is stored, so that the token isn't sent again.
+
+    `reason` is the server's code for it, or OTHER_ACCOUNT.
+    """
 
     def __init__(self, reason: str, command: str) -> None:
         why = INVALID_GRANT_CODES["invalid_grant"]
@@ -1569,14 +1572,14 @@ class Client:
         """Process the parameters besides code and state. Raises OAuthError if one is invalid."""
 
     def sign_in_fields(self, response: Fields, nonce: str) -> Fields:
-        """Return what the token file stores from a sign-in's token response besides the tokens.
+        """Return the fields to store, besides the tokens, from the token response of a sign-in.
 
         Raises OAuthError if the response doesn't belong to the request with this `nonce`.
         """
         return {}
 
     def refresh_fields(self, response: Fields) -> Fields:
-        """Return what the token file stores from a refresh's response besides the tokens.
+        """Return the fields to store, besides the tokens, from the token response of a refresh.
 
         The response hasn't been stored yet, so nothing is checked here and nothing can fail.
         """
@@ -1738,6 +1741,7 @@ class OfficialClient(Client):
         return {
             "sub": sub,
             "email": text_or_none(claims.get("email")),
+            # A sign-in starts without scopes. Only those that the response names are granted.
             "scopes": [],
             **self.refresh_fields(response),
         }
@@ -1832,6 +1836,7 @@ def exchange_code(client: Client, code: str, verifier: str, redirect_uri: str) -
     what = "exchange the code"
     url = client.settings.issuer + client.token_path
     response = request_json(client.settings, url, what, form)
+    # OpenAI may answer this for an account whose plan can't be used, such as a free one.
     if response.code.lower() == "invalid_grant" and client.is_official:
         hint = "not every ChatGPT plan is eligible; to try again, run"
         raise OAuthError(str(response.error(what)), hint, client.sign_in_command)
@@ -1845,7 +1850,7 @@ def exchange_id_token(settings: Settings, id_token: str) -> Optional[str]:
     """Exchange an ID token for an API key (a token exchange as in RFC 8693 §2.1).
 
     The parameter requested_token is OpenAI's own. Returns None if the account has no organization,
-    as one that was made for a ChatGPT plan. Raises OAuthError for any other refusal.
+    such as one that was created for a ChatGPT plan. Raises OAuthError for any other refusal.
     """
     # The noqa marks are for names of token types, which aren't secrets.
     form = {
