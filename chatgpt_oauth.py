@@ -2078,8 +2078,8 @@ def request_device_code(settings: Settings) -> DeviceCode:
 #     6. Rename the temporary file into place.
 #
 # If the process is killed before step 6, or step 6 fails, the next process that reads the file or
-# takes the lock renames it. Nothing is written that couldn't be read again: `save` refuses what
-# exceeds the limit of `read`, and what comes from a server is stored as a typed value. A symbolic
+# takes the lock renames it. Nothing is written that couldn't be read again: `save` refuses contents
+# above the limit of `read`, and values from a server are checked or converted first. A symbolic
 # link is kept, and root never follows or changes another user's link.
 
 # How long to retry on Windows while another program, such as a virus scanner, has a file open.
@@ -2166,7 +2166,7 @@ class Tokens:
     def expires_at(self) -> Optional[float]:
         """Return when the access token expires (seconds since 1970), or None if unknown.
 
-        That is the earlier of its own date and the one that came with it.
+        If both are known, that is the earlier of its `exp` claim and the stored `expires_at`.
         """
         # An `exp` of 0 counts as unknown.
         claimed = number_or_none(decode_claims(self.access_token).get("exp")) or None
@@ -2203,7 +2203,7 @@ class Tokens:
         return self.valid_for(margin)
 
     def refresh_allowed_at(self) -> float:
-        """Return before which time OpenAI wants no refresh (seconds since 1970)."""
+        """Return when OpenAI allows the next refresh (seconds since 1970), or 0.0 if unknown."""
         return parse_timestamp(self.fields.get("earliest_refresh_at")) or 0.0
 
     def fingerprint(self) -> str:
@@ -2224,9 +2224,10 @@ def encode(value: Fields, indent: Optional[int] = 2) -> bytes:
 
 
 def storage_error(verb: str, path: str, error: OSError) -> StorageError:
-    """Return the StorageError for a system call that failed to `verb` (such as lock) a `path`.
+    """Return the StorageError for a system call that failed because of `error`.
 
-    The hint suggests only steps that don't fail for the same reason.
+    `verb` is what it should have done with `path`, such as "lock". The hint suggests only steps
+    that don't fail for the same reason.
     """
     hint = "check the free space and the permissions, then try again"
     # Windows reports a directory in the place of a file as a missing permission.
@@ -2910,7 +2911,8 @@ class TokenFile(JsonFile):
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
-        # A directory that this user can neither write to nor make writable is a read-only mount.
+        # If this user can neither write to the directory nor make it writable, it is probably a
+        # read-only mount.
         is_unwritable = self.holds_sign_in() and home_hint(self.settings)
         if is_unwritable and not can_change_mode(self.directory):
             failure = storage_error("change", self.path, error)
