@@ -2935,16 +2935,18 @@ class TokenFile(JsonFile):
 # ---------------------------------------------------------------------------------------------
 # A fresh access token costs one read: no lock, no write, no network. A refresh token is sent only
 # under the lock of the token file, and only after room for the response has been reserved. It is
-# sent again only if the server certainly hasn't processed the first request. From the request until
-# the response is on disk, nothing may interrupt: see `run_task`. The request is sent and the
-# response stored by a child process that has a session of its own, ignores signals, and inherits
-# the lock. Whatever happens to the process that waits for it, the child finishes its work. The
-# waiting process delays signals too: if it is the main process of a container, its end kills the
-# child. If no child can be started, signals and the end of the program wait instead.
-# The tokens of a response are stored before anything else in it is looked at: see `refresh_once`.
-# A fault that is found afterwards is a warning, or it marks the stored sign-in as ended.
-# A wrong clock, or a wrong `earliest_refresh_at` in the token file, never locks a user out: see
-# `_refreshed` and `accept_new_tokens`.
+# sent again only if the server certainly hasn't processed the first request.
+#
+# Nothing may interrupt the program between the request and the moment when the response is on disk
+# (see `run_task`). Therefore a child process does both. It has its own session, ignores signals and
+# inherits the lock, so it finishes even if the process that waits for it is killed. That process
+# delays signals, too: if it is the main process of a container, its end kills the child. If no
+# child can be started, the process does the work itself and delays signals and its own exit.
+#
+# The tokens of a response are stored before anything else in it is checked (see `refresh_once`). A
+# fault that is found afterwards is a warning, or it marks the stored sign-in as ended. Neither a
+# wrong clock nor a wrong `earliest_refresh_at` in the token file locks a user out (see `_refreshed`
+# and `accept_new_tokens`).
 
 # At exit, the program waits for a refresh that runs in a thread, for at most the request timeout
 # plus this.
@@ -3036,7 +3038,7 @@ class Session:
         message = f"not signed in (no tokens in {self.token_file.path})"
         hint = home_hint(self.settings)
         if hint:
-            # A sign-in could not be stored.
+            # Signing in wouldn't help, because the tokens couldn't be stored.
             raise NotSignedInError(message, hint)
         raise NotSignedInError(message, "to sign in, run", command)
 
@@ -3050,7 +3052,7 @@ class Session:
         return [self, Session(self.settings, self.notify, other(self.settings))]
 
     def sessions_of_all_accounts(self) -> List[Session]:
-        """Return the sessions of all sign-ins that a user has, starting with the unnamed ones."""
+        """Return the sessions of all accounts, starting with the account without a name."""
         names = self.settings.account_names()
         each_account = [Session(Settings(name), self.notify) for name in names]
         return [session for account in each_account for session in account.all_sessions()]
@@ -3128,9 +3130,9 @@ class Session:
     ) -> Tokens:
         """Return newer tokens than `old`, from another process's refresh or from our own.
 
-        A `timeout` is how many seconds to wait for the lock. It is given if the access token can
-        still be used, so the refresh isn't tried twice then. `rejected` is true if a server has
-        refused the access token, whatever its expiry says.
+        `timeout` is how many seconds to wait for the lock. It is given only if the access token can
+        still be used, and then a failed refresh isn't tried again. `rejected` is true if a server
+        has refused the access token, whatever its expiry says.
         """
         with self.token_file.lock(timeout):
             tokens = self.tokens()
@@ -3140,8 +3142,8 @@ class Session:
             self.require_refreshable(tokens)
             if tokens.refresh_token in self._refusals:
                 raise self._refusals[tokens.refresh_token]
-            # The date matters only while the access token is good. It must not lock anybody out,
-            # because it or the clock may be wrong.
+            # The date before which OpenAI allows no refresh matters only while the access token is
+            # good. It must not lock anybody out, because it or the clock may be wrong.
             is_too_early = tokens.refresh_allowed_at() > time.time()
             if is_too_early and tokens.valid_for(0) and not rejected:
                 return tokens
@@ -3176,7 +3178,7 @@ class Session:
             raise SignInEndedError(text, command)
 
     def _refresh_with_retry(self, old: Tokens, window: float) -> Tokens:
-        """Refresh. Try again for `window` seconds as long as the refresh token can't be spent."""
+        """Refresh. Try again for `window` seconds if the refresh token certainly isn't spent."""
         tries = Retry(window)
         while True:
             try:
@@ -3246,6 +3248,7 @@ class Session:
                 f"try again after {timestamp(old.refresh_allowed_at())}; if that fails, run",
                 self.client.sign_in_command,
             )
+        # If the response brought new tokens despite its error code, they aren't marked as ended.
         if isinstance(refusal, InvalidGrantError) and not was_stored:
             self._store_end(refusal.reason, old)
         if refusal:
@@ -3380,7 +3383,7 @@ def ask_child(session: Session, task: bytes) -> Optional[bytes]:
     # already received the whole task.
     with signals_deferred() as delayed, child.stdin, child.stdout:
         if not send_task(child, task):
-            # It may be another program, which doesn't end with its input.
+            # It may be another program, which may not exit when its input is closed.
             child.kill()
             child.wait()
             return None
@@ -3399,7 +3402,7 @@ def send_task(child: Any, task: bytes) -> bool:
         child.stdin.flush()
     # The child has ended before it could read the whole task.
     except BrokenPipeError:
-        # Closing the pipe tries to write the rest.
+        # close() tries to write the rest of the task, which fails again.
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
         return False
@@ -3462,9 +3465,11 @@ def own_python() -> str:
 def child_command() -> List[str]:
     """Return the command that runs this file as a child process, or [] if there is none.
 
-    There is none for a program that is read from standard input, which has no file, on Windows,
-    where a child can't inherit a lock, and in process 1 of a container, whose end would kill the
-    child.
+    There is none in these cases:
+
+    - The program is read from standard input, so it has no file.
+    - On Windows, a child can't inherit a lock.
+    - The end of process 1 of a container would kill the child.
     """
     program, python = str(globals().get("__file__", "")), own_python()
     if sys.platform == "win32" or os.getpid() == 1:
@@ -3543,6 +3548,7 @@ def signals_deferred() -> Iterator[List[int]]:
         # KeyboardInterrupt at once.
         for number, handler in reversed(list(handlers.items())):
             signal.signal(number, handler)
+        # asyncio turns this warning off, too. What another program chose can't be found out.
         if wakeup != -1:
             signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         # An ExitStack runs its callbacks last to first, so add them in reverse. It runs the rest
