@@ -3723,6 +3723,7 @@ class AuthorizationRequest:
         # A response from another issuer ends the sign-in, whatever else it contains.
         if self.has_other_issuer(response) or response.get("error"):
             return response
+        # The limit is our own, far above the length of a code.
         if not re.fullmatch("[!-~]{1,4096}", response.get("code", "")):
             raise ValueError("it has no authorization code")
         return response
@@ -3738,8 +3739,8 @@ class AuthorizationRequest:
     def parse_pasted(self, text: str) -> Dict[str, str]:
         """Return the authorization response in pasted text: in a URL or in its query alone.
 
-        The URL's host may be any, because a forwarded port can have another address. Raises
-        ValueError if the text holds no response to this request.
+        Any host is accepted, because a forwarded port can have another address. Raises ValueError
+        if the text contains no response to this request.
         """
         faults = []
         for url in pasted_urls(text):
@@ -3747,9 +3748,11 @@ class AuthorizationRequest:
                 return self._parse_pasted_url(url)
             except ValueError as error:
                 faults.append(error)
+        # The first string is the one that is most likely to be the URL.
         raise faults[0]
 
     def _parse_pasted_url(self, url: str) -> Dict[str, str]:
+        # If there is no question mark, all of it is the query, and `start` is empty.
         start, _, query = url.partition("#")[0].rpartition("?")
         # The paste may start in the middle of the path.
         if not (start.endswith(self.path) or self.path.endswith(start)):
@@ -3790,7 +3793,7 @@ def is_served_host(hosts: List[str]) -> bool:
     """Whether the values of the Host header name this machine by a loopback name.
 
     A website can point its own host name at 127.0.0.1 (DNS rebinding). Any port is fine, because
-    the browser may reach this one through a forwarded port, and leaves out port 80.
+    the browser may use a forwarded port, and it omits the port if that is 80.
     """
     if len(hosts) != 1:
         return False
@@ -3960,7 +3963,7 @@ def open_servers(addresses: Tuple[str, ...], port: int) -> List[Any]:
 
 
 def callback_server_class() -> Any:
-    """Return the server class for one loopback address. http.server is imported only here."""
+    """Return the server class for one address."""
     import socket
     from http.server import ThreadingHTTPServer
 
@@ -4111,6 +4114,7 @@ def read_head(connection: Socket) -> bytes:
         head = (head + part)[: HEAD_LIMIT + 1]
         has_blank_line = re.search(rb"\n\r?\n", tail) is not None
         is_complete = has_blank_line or head.startswith(TLS_HANDSHAKE)
+    # From now on, this limits each write of the response.
     connection.settimeout(HEAD_TIMEOUT)
     return head
 
