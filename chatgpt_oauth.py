@@ -5817,6 +5817,9 @@ def program_name(shell: str = "") -> str:
     A module that -m started is named with -m, and a program in PATH by its bare name. With `shell`
     (a key of SHELLS), the words are quoted for that shell.
     """
+    # Python has read the program from a pipe, so the way to start it again is another pipe.
+    if not has_program_file():
+        return f"curl -fsSL URL | {python_name()} -"
     path = started_file()
     name = os.path.basename(path)
     # With -m, Python searches the current directory, so the module's name isn't absolute.
@@ -5848,9 +5851,8 @@ def start_command(path: str, shell: str) -> str:
 
 
 def typed_command(command: str) -> str:
-    """Return `command` as a person types it here, with a note if that needs a file first."""
-    note = "" if has_program_file() else " (download that file first)"
-    return f"{program_name()} {command}{note}"
+    """Return `command` as a person types it here."""
+    return f"{program_name()} {command}"
 
 
 def has_program_file() -> bool:
@@ -6476,11 +6478,7 @@ def command_auth(session: Session, options: Namespace) -> None:
         return
     command = with_account("env", session.settings.account)
     line = SHELLS[key].profile.format(command=f"{program_name(key)} {command}")
-    text = "To use the API key in this shell"
-    # Without a program file, there is nothing that the line could start.
-    if not has_program_file():
-        text += ", download chatgpt_oauth.py, then run"
-    session.notify("info", f"{text}: {line}")
+    session.notify("info", f"To use the API key in this shell: {line}")
 
 
 def command_status(session: Session, options: Namespace) -> int:
