@@ -7136,15 +7136,41 @@ def require_owner(path: str, info: os.stat_result) -> None:
         )
 
 
+def login_shell() -> str:
+    """Return the file name of the user's login shell, or "sh" for a user without one."""
+    import pwd
+
+    with contextlib.suppress(KeyError):
+        return os.path.basename(pwd.getpwuid(os.getuid()).pw_shell)
+    return "sh"
+
+
+def bash_profiles() -> str:
+    """Return the files that need a line so that each new bash runs it.
+
+    A login shell reads the first of three files that exists. That file usually reads ~/.bashrc.
+    """
+    for name in ("~/.bash_profile", "~/.bash_login", "~/.profile"):
+        with contextlib.suppress(OSError):
+            content = file_content(os.path.expanduser(name))
+            return "~/.bashrc" if b"bashrc" in content else f"~/.bashrc and {name}"
+    return "~/.bashrc and ~/.profile"
+
+
 def report_next_steps(session: Session, paths: InstallPaths) -> None:
     """Report which lines to add to the shell's profile, and the command to type next."""
     import shutil
 
     notify, settings = session.notify, session.settings
     persons_shell = shell_name(settings, "auto")
+    # Containers often leave $SHELL unset.
+    if sys.platform != "win32" and not settings.environ.get("SHELL"):
+        persons_shell = shell_name(settings, login_shell())
     # An unknown shell probably understands the line for sh.
     shell = shell_key(persons_shell) or "sh"
     profile = SHELLS[shell].names.get(persons_shell, "~/.profile")
+    if persons_shell == "bash":
+        profile = bash_profiles()
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
         notify("warning", f"{paths.bin_directory} is not on your PATH")
@@ -7168,7 +7194,7 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     if api_key:
         program, variable = absolute_program_name(shell), settings.api_key_env_var
         line = profile_line(shell, program, variable, settings.account)
-        notify("info", f"To have the API key in each new shell, add this line to {profile}:")
+        notify("info", f"To set the API key in each new shell, add this line to {profile}:")
         notify("info", f"    {line}")
     notify("info", next_step)
     command = with_account(next_command, settings.account)

@@ -8216,6 +8216,42 @@ class InstallTest(Case):
         self.assertEqual(self.run_installed("--version")[::2], (0, ""))
         self.assertEqual([p for p in self.read_files() if p.endswith(".tmp")], [])
 
+    @needs_modes
+    def test_every_new_bash_has_the_key_with_the_lines_of_install(self):
+        self.require(shutil.which("bash"), "no bash here")
+        self.store(api_key="sk-1")
+        self.environ["CHATGPT_OAUTH_HOME"] = str(self.home)
+        # A login shell reads one of these instead of ~/.bashrc.
+        logins = [
+            (None, None, "~/.bashrc and ~/.profile"),
+            (".profile", "[ -f ~/.bashrc ] && . ~/.bashrc\n", "~/.bashrc"),
+            (".bash_profile", "true\n", "~/.bashrc and ~/.bash_profile"),
+        ]
+        for login, content, profile in logins:
+            with self.subTest(login):
+                home = self.folder / (login or "none")
+                self.use_home(home)
+                if login:
+                    (home / login).write_text(content)
+                messages = self.install(environ={"PATH": PATH})
+                lines = re.findall(f"add this line to {re.escape(profile)}:\n    (.+)\n", messages)
+                self.assertEqual(len(lines), 2)
+                for name in profile.split(" and "):
+                    with open(home / name[2:], "a") as file:
+                        file.write("\n".join([*lines, ""]))
+                for option in ("-lc", "-ic"):
+                    command = ["bash", option, "chatgpt-oauth token --api-key; echo $?"]
+                    environ = {"PATH": PATH}
+                    self.assertEqual(self.run_command(command, environ).out, "sk-1\n0\n")
+
+    @needs_modes
+    def test_without_shell_the_profile_is_that_of_the_login_shell(self):
+        import pwd
+
+        shell = pwd.getpwuid(os.getuid()).pw_shell
+        expected = self.install(environ={"PATH": PATH, "SHELL": shell})
+        self.assertEqual(self.install(environ={"PATH": PATH, "SHELL": ""}), expected)
+
     def test_install_from_standard_input_is_a_usage_error(self):
         with open(PROGRAM, "rb") as stdin:
             result = self.run_command([sys.executable, "-", "install"], stdin=stdin)
@@ -8573,7 +8609,7 @@ class InstallTest(Case):
         self.token_file = self.home / "chatgpt_oauth.json"
         self.store(api_key="sk-1")
         profiles = {
-            "bash": "~/.bashrc",
+            "bash": "~/.bashrc and ~/.profile",
             "zsh": "~/.zshrc",
             "fish": "~/.config/fish/config.fish",
             "tcsh": "~/.tcshrc",
