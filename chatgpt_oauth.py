@@ -5339,17 +5339,22 @@ def no_port_hint(client: Client) -> Hint:
 
 def port_error(client: Client, error: OSError) -> OAuthError:
     """Return the error for a client none of whose ports works."""
+    import shutil
+
     hint, reason = no_port_hint(client), error.strerror or "error"
     if error.errno == errno.EADDRINUSE:
-        explanation, commands = "; see: ", PORT_OWNERS
+        explanation, commands = "see", PORT_OWNERS
     elif error.errno == errno.EACCES:
-        explanation, commands = "; the system reserves them: ", RESERVED_PORTS
+        explanation, commands = "the system reserves them", RESERVED_PORTS
     else:
         fault = f"cannot listen on {' or '.join(client.addresses)} ({reason})"
         return OAuthError(fault, hint)
     ports = " or ".join(str(port) for port in client.ports)
     command = commands.get(sys.platform, commands["linux"]).format(client.ports[0])
-    fault = f"cannot listen on port {ports} ({reason}){explanation}{command}"
+    fault = f"cannot listen on port {ports} ({reason})"
+    # A container may not have the program.
+    if shutil.which(command.split()[0]):
+        fault += f"; {explanation}: {command}"
     return OAuthError(fault, hint)
 
 

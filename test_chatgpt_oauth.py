@@ -5755,9 +5755,15 @@ class PasteTest(Case):
             "win32": f"netstat -ano | findstr :{port}",
             "darwin": f"lsof -nP -iTCP:{port} -sTCP:LISTEN",
         }.get(sys.platform, f"ss -ltnp 'sport = :{port}'")
+        self.require(shutil.which(listing.split()[0]), "no program here that lists ports")
         self.assertIn(PORT_TAKEN, err)
         self.assertIn(listing, err)
         self.assertNotIn("kill", err)
+        if POSIX:
+            # Not every system has the program that lists ports.
+            environ = {"PATH": str(self.folder)}
+            result = self.run_program("auth", "--no-browser", environ=environ)
+            self.assert_fails(result, 1, f" ({PORT_TAKEN})\nhint: ")
         # A tunnel would carry the code to the program that has the port.
         self.assertNotIn("ssh -L", err)
         result = self.run_program("auth", "--no-browser")
