@@ -6206,7 +6206,8 @@ class Status:
         if tokens and tokens.api_key:
             lines.append("API key available")
         elif tokens:
-            lines.append(f"No API key; to get one, {ORGANIZATION_HINT}")
+            command = self.to_typed("auth")
+            lines.append(f"No API key; to get one, {ORGANIZATION_HINT}, then run: {command}")
         if isinstance(self.problem, NotSignedInError) and self.problem.command:
             lines.append(f"To sign in, run: {self.to_typed(self.problem.command)}")
         elif self.problem:

@@ -5155,7 +5155,7 @@ class SignInTest(Case):
         self.assertEqual(sent["headers"]["chatgpt-account-id"], "acct-1")
         result = self.run_program("status")
         self.assertEqual(result.code, 0)
-        self.assertIn("\nNo API key; to get one, create an organization", result.out)
+        self.assertRegex(result.out, r"\nNo API key; to get one, create an .+, then run: .+ auth\n")
         result = self.run_program("env")
         self.assert_fails(result, 1, "no API key", "--access-token", one_line=True)
         self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
