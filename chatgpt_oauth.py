@@ -5264,7 +5264,7 @@ class BrowserSignIn:
         """Return what to say about a `line` that isn't the response because of `fault`."""
         if self.stdin.is_terminal and line.startswith("/"):
             return "Still waiting for the sign-in; press Ctrl-C first to use another command."
-        if self.stdin.is_terminal and "=" not in line:
+        if self.stdin.is_terminal and not re.search("=|://", line):
             return (
                 "Still waiting for the sign-in; only the URL that the browser ends on helps here."
             )

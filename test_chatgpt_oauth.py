@@ -5845,6 +5845,8 @@ class PasteTest(Case):
         for number in range(1, 26):
             os.write(leader, b"hello\n")
             wait_for(lambda number=number: running.err.count("Still waiting") == number)
+        os.write(leader, b"http://localhost/auth/callback\n")
+        running.wait_for_line("That URL does not work: it is not complete; copy all of it")
         os.write(leader, authorization_response(url).encode() + b"\n")
         self.assert_done(running.result())
 
