@@ -7239,7 +7239,7 @@ def command_uninstall(session: Session, options: Namespace) -> None:
     for each in sessions:
         if os.path.lexists(each.token_file.path):
             session.notify("info", f"Your sign-in stays in {each.token_file.path}")
-    session.notify("info", "If you added a line for it to your shell's profile, remove that line.")
+    session.notify("info", "If you added lines for it to your shell's profile, remove them.")
 
 
 def remove_installation(paths: InstallPaths, session: Session, options: Namespace) -> List[str]:
