@@ -3019,8 +3019,10 @@ class Session:
         )
         # The tokens of the last request.
         self.used_tokens: Optional[Tokens] = None
-        # The refusals in this run, by the refresh token that was refused.
-        self._refusals: Dict[Optional[str], SignInEndedError] = {}
+        # The failed refreshes of this run, by refresh token. They aren't tried again.
+        self._failures: Dict[Optional[str], OAuthError] = {}
+        # The access token that is used until it expires, because its refresh failed.
+        self._kept_token: Optional[str] = None
         # The names of the models that this session has imported.
         self.imported: List[str] = []
         # Whether a server has refused the access token although it was a new one.
@@ -3077,7 +3079,7 @@ class Session:
             return stored
         if refresh or not stored.valid_for(0):
             return self._refreshed(stored)
-        if stored.is_fresh():
+        if stored.is_fresh() or stored.access_token == self._kept_token:
             return stored
         timeout = self.settings.lock_timeout
         if stored.valid_for(timeout):
@@ -3088,6 +3090,7 @@ class Session:
         except NotSignedInError:
             raise
         except OAuthError as error:
+            self._kept_token = stored.access_token
             self.notify("warning", str(error))
             self.notify("info", "Using the current token, which is still valid.")
             if isinstance(error, SignInEndedError):
@@ -3140,8 +3143,8 @@ class Session:
             if tokens.access_token != old.access_token:
                 return self.accept_new_tokens(tokens)
             self.require_refreshable(tokens)
-            if tokens.refresh_token in self._refusals:
-                raise self._refusals[tokens.refresh_token]
+            if tokens.refresh_token in self._failures:
+                raise self._failures[tokens.refresh_token]
             # The date before which OpenAI allows no refresh matters only while the access token is
             # good. It must not lock anybody out, because it or the clock may be wrong.
             is_too_early = tokens.refresh_allowed_at() > time.time()
@@ -3150,8 +3153,10 @@ class Session:
             try:
                 window = self.settings.retry_window if timeout is None else 0.0
                 return self.accept_new_tokens(self._refresh_with_retry(tokens, window))
-            except SignInEndedError as error:
-                self._refusals[tokens.refresh_token] = error
+            except OAuthError as error:
+                # An attempt with a `timeout` was brief. After a 401 it is repeated with more time.
+                if timeout is None or isinstance(error, SignInEndedError):
+                    self._failures[tokens.refresh_token] = error
                 raise
 
     def accept_new_tokens(self, tokens: Tokens) -> Tokens:

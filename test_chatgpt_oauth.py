@@ -3690,11 +3690,16 @@ for command in ("status", "token"):
                 self.assertNotIn(token, err.replace("it has expired", ""))
                 self.assertEqual("ended" in self.stored(), exit_code == 4)
 
-    def test_a_refused_refresh_is_asked_only_once_in_a_run(self):
-        self.store(lifetime=-10)
-        self.fault("refresh", 400, {"error": "unknown"})
-        self.assertNotEqual(self.call("status", "--online").code, 0)
-        self.assertEqual(self.double.count("refresh"), 1)
+    def test_a_failed_refresh_is_tried_and_reported_only_once_in_a_run(self):
+        for status, lifetime in ((400, -10), (500, -10), (500, 200)):
+            with self.subTest(status=status, lifetime=lifetime):
+                self.double.requests.clear()
+                self.store(lifetime=lifetime, last_refresh=timestamp(time.time() - 9000))
+                self.fault("refresh", status, {"error": "unknown"})
+                result = self.call("status", "--online")
+                self.assertEqual(self.double.count("refresh"), 1)
+                self.assertEqual(result.err.count("warning: "), int(lifetime > 0))
+                self.assertEqual(self.double.count("usage"), int(lifetime > 0))
 
     def test_a_token_expires_at_the_earlier_date(self):
         now = time.time()
