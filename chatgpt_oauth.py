@@ -6239,7 +6239,11 @@ class Status:
             rows["Plan"] = [who["plan"] or "unknown"]
             rows["Access token"] = expiry_texts(stored.expires_at, refreshable)
         if stored.check:
-            rows["API key"] = self.api_key_check.texts if self.api_key_check else ["none"]
+            check = self.api_key_check
+            rows["API key"] = check.texts if check else ["none"]
+            # The top of the report has the hint only if nothing could be reached.
+            if check and check.error and check.result == "refused":
+                rows["API key"].append(self._hint(check.error))
             rows["ChatGPT plan"] = stored.check.texts
             rows["Usage"] = self._usage_texts(to_terminal)
             if self.usage and self.usage.credits:

@@ -7705,6 +7705,7 @@ class OnlineStatusTest(Case):
         self.assertEqual(len(online["usage"]), 2)
         out = self.call("status", "--online").out
         self.assertIn("API key:      refused\n              could not list models (HTTP 401)", out)
+        self.assertRegex(out, r"\n {14}to get a new API key, run: .+ auth\nChatGPT plan: accepted")
 
     def test_requests_name_the_residency_of_the_workspace(self):
         for residency in ("eu", "no_constraint"):
