@@ -6527,8 +6527,11 @@ def command_models(session: Session, options: Namespace) -> None:
 def command_env(session: Session, options: Namespace) -> int:
     name = "auto" if options.shell is None else options.shell
     shell = shell_with_env_code(session.settings, name)
+    chosen = "" if options.shell is None else f"--shell {options.shell} "
     try:
-        variables = exported_variables(session, options, "env --access-token", options.unset)
+        variables = exported_variables(
+            session, options, f"env {chosen}--access-token", options.unset
+        )
     except (NotSignedInError, NoApiKeyError) as error:
         # A profile runs `env` in every new shell, so this message takes only one line.
         session.notify("error", f"{error}; {error.hint}", error.command)

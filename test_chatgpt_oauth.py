@@ -5162,7 +5162,9 @@ class SignInTest(Case):
         self.assertEqual(result.code, 0)
         self.assertRegex(result.out, r"\nNo API key; to get one, create an .+, then run: .+ auth\n")
         result = self.run_program("env")
-        self.assert_fails(result, 1, "no API key", "--access-token", one_line=True)
+        self.assert_fails(result, 1, "no API key", "--access-token\n", one_line=True)
+        result = self.run_program("env", "--shell", "fish")
+        self.assert_fails(result, 1, "env --shell fish --access-token\n", one_line=True)
         self.assert_fails(self.run_program("token", "--api-key"), 1, "no API key")
         out = self.run_program("env", "--access-token", "--shell", "json").out
         stored = self.stored()
