@@ -568,8 +568,11 @@ def unexpected_error(error: Exception) -> OAuthError:
         return StorageError(f"{what}: {error.strerror}")
     import traceback
 
-    # The error's text might contain a secret, so only its type and line are reported.
-    lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
+    # The error's text might contain a secret, so only its type is reported, and the line of this
+    # file that was running, even if the exception was raised in another file.
+    this_file = unexpected_error.__code__.co_filename
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == this_file]
     name = type(error).__name__
     text = f"internal error: {name} at line {lines[-1]}; this is a bug"
     return OAuthError(text, "report it, with the command and what --version prints")

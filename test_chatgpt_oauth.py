@@ -1785,6 +1785,23 @@ class ErrorsTest(Case):
                 self.double.faults = {endpoint: respond_with(code, body)}
                 self.assertRegex(self.run_command_for(endpoint).err, hint)
 
+    def test_an_internal_error_names_a_line_of_the_program(self):
+        self.store()
+        code = """
+import json
+import chatgpt_oauth as oauth
+def broken_loads(*_, **__):
+    raise ZeroDivisionError
+json.loads = broken_loads
+sys.exit(oauth.main(["token"]))
+"""
+        result = self.start_python(code).result()
+        pattern = r"error: internal error: ZeroDivisionError at line (\d+); this is a bug\n"
+        found = re.search(pattern, result.err)
+        self.assertTrue(found, result)
+        program = pathlib.Path(PROGRAM).read_text(encoding="utf-8").splitlines()
+        self.assertIn("json.loads(", program[int(found[1]) - 1])
+
     def test_short_secrets_are_removed_from_server_messages(self):
         self.store(lifetime=-10, refresh_token="rt_1")
         self.fault(
