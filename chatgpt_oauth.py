@@ -2515,8 +2515,8 @@ class JsonFile:
     limit = MODELS_LIMIT  # bytes
     broken_hint = Hint("fix or delete the file, then try again")
 
-    def __init__(self, settings: Settings, notify: Notify, directory: str, name: str) -> None:
-        self.settings, self.notify, self.directory = settings, notify, directory
+    def __init__(self, settings: Settings, directory: str, name: str) -> None:
+        self.settings, self.directory = settings, directory
         self.path = os.path.join(directory, name)
         self.reserved: Optional[Replacement] = None
         # The descriptors of the locks while this object holds them, otherwise None.
@@ -2817,7 +2817,8 @@ class TokenFile(JsonFile):
     limit = MEBIBYTE
 
     def __init__(self, client: Client, notify: Notify) -> None:
-        super().__init__(client.settings, notify, client.settings.directory, client.file_name)
+        super().__init__(client.settings, client.settings.directory, client.file_name)
+        self.notify = notify
         hint = "to start over (the file is kept beside it as .bad), run"
         self.broken_hint = Hint(hint, client.sign_in_command)
 
@@ -3012,14 +3013,12 @@ class Session:
         self, settings: Settings, notify: Notify = to_log, client: Optional[Client] = None
     ) -> None:
         self.settings = settings
-        self.notify = notify = for_account(notify, settings.account)
+        self.notify = for_account(notify, settings.account)
         self.client = client or Client(settings)
-        self.token_file = TokenFile(self.client, notify)
-        self.models_file = JsonFile(settings, notify, settings.home, "chatgpt_models.json")
+        self.token_file = TokenFile(self.client, self.notify)
+        self.models_file = JsonFile(settings, settings.home, "chatgpt_models.json")
         # The registration of the official sign-in. A sign-out leaves it.
-        self.registration_file = JsonFile(
-            settings, notify, settings.directory, "chatgpt_agent.json"
-        )
+        self.registration_file = JsonFile(settings, settings.directory, "chatgpt_agent.json")
         # The tokens of the last request.
         self.used_tokens: Optional[Tokens] = None
         # The failed refreshes of this run, by refresh token. They aren't tried again.
