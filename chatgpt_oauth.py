@@ -2618,6 +2618,7 @@ class JsonFile:
         locks: List[int] = []
         try:
             try:
+                self._prepare_directory()
                 self._take_locks(locks, deadline)
             except OSError as error:
                 raise self._lock_error(error) from None
@@ -2655,13 +2656,8 @@ class JsonFile:
         failure.hint = home_hint(self.settings) or failure.hint
         return failure
 
-    def _take_locks(self, locks: List[int], deadline: float) -> None:
-        """Lock the lock file beside the file, then the file itself, then its temporary file.
-
-        The descriptors are added to `locks`. The lock file alone isn't enough if somebody deletes
-        it, or if only the file is mounted into a container, which then has another lock file beside
-        it. The temporary file is locked because it takes the place of the file when it is renamed.
-        """
+    def _prepare_directory(self) -> None:
+        """Check the links on the way from `home` to the file, and make the file's directory."""
         places = [self.path]
         while places[-1] != self.settings.home:
             places.append(os.path.dirname(places[-1]))
@@ -2678,6 +2674,14 @@ class JsonFile:
             failure = storage_error("create", error.filename or self.directory, error)
             failure.hint = home_hint(self.settings) or failure.hint
             raise failure from None
+
+    def _take_locks(self, locks: List[int], deadline: float) -> None:
+        """Lock the lock file beside the file, then the file itself, then its temporary file.
+
+        The descriptors are added to `locks`. The lock file alone isn't enough if somebody deletes
+        it, or if only the file is mounted into a container, which then has another lock file beside
+        it. The temporary file is locked because it takes the place of the file when it is renamed.
+        """
         locks.append(acquire_lock_file(self.lock_path, deadline))
         # On Windows, a lock on a file would keep others from reading it.
         if sys.platform != "win32":
