@@ -2371,7 +2371,7 @@ def _overwrite(file: Any, data: bytes) -> None:
     file.truncate()
 
 
-def _owner(path: str) -> Tuple[int, int]:
+def file_owner(path: str) -> Tuple[int, int]:
     """Return the user and group ID of `path`, or of its directory if `path` doesn't exist."""
     info = os.stat(path if os.path.exists(path) else os.path.dirname(path))
     return info.st_uid, info.st_gid
@@ -2389,7 +2389,7 @@ def _is_own_file(path: str, owner_source: str) -> bool:
         return True
     user = os.geteuid()
     if user == 0:
-        user, _ = _owner(owner_source)
+        user, _ = file_owner(owner_source)
     return info.st_uid == user
 
 
@@ -2399,7 +2399,7 @@ def _chown_like(descriptor: int, path: str) -> None:
     Without this, root in a container would lock out the user whose home directory is mounted there.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
-        os.fchown(descriptor, *_owner(path))
+        os.fchown(descriptor, *file_owner(path))
 
 
 def make_directory(path: str, mode: int = 0o700) -> None:
@@ -7059,7 +7059,7 @@ def give_to_owner(directory: str) -> None:
     """If we are root, give the files in `directory` to its owner. Raises OSError."""
     if sys.platform != "win32" and os.geteuid() == 0:
         for entry in os.scandir(directory):
-            os.chown(entry.path, *_owner(directory), follow_symlinks=False)
+            os.chown(entry.path, *file_owner(directory), follow_symlinks=False)
 
 
 @contextlib.contextmanager
