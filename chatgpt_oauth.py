@@ -1864,7 +1864,7 @@ def exchange_id_token(settings: Settings, id_token: str) -> Optional[str]:
         "subject_token_type": "urn:ietf:params:oauth:token-type:id_token",  # noqa: S105
     }
     what = "get an API key"
-    response = request_json(settings, settings.issuer + "/oauth/token", what, form)
+    response = request_json(settings, settings.issuer + Client.token_path, what, form)
     if response.status < 500 and "missing organization_id" in response.text:
         return None
     key = str(token_response(response, what)["access_token"])
