@@ -892,8 +892,8 @@ class Response:
             return OAuthError(f"{failed}: unexpected redirect", hint)
         # A proxy that asks for a password hasn't forwarded the request (RFC 9110 §15.5.8).
         if self.status == 407:
-            text, hint = f"{failed}: a proxy asks for a password", proxy_password_hint("")
-            return RequestError(text, hint, unprocessed=True, retry_after=NEVER)
+            text = f"{failed}: a proxy asks for a password"
+            return cannot_send_error(text, proxy_password_hint(""))
         return OAuthError(f"{failed}: {self.reason}" if self.reason else failed)
 
     @property
@@ -1411,7 +1411,7 @@ def connection_error(
     elif isinstance(error, OSError):
         # If a proxy is set, only the proxy itself can have refused the connection.
         name = place if place and isinstance(error, ConnectionRefusedError) else host
-        fault = f"{name}: {printable(error.strerror or type(error).__name__, 100)}"
+        fault = f"{name}: {error.strerror or type(error).__name__}"
         # Only the status is shown, because http.client appends the proxy's own text, which may
         # contain our password.
         tunnel = re.match(r"Tunnel connection failed: ([0-9]{3})", str(error))
