@@ -622,6 +622,8 @@ PUBLIC_FIELDS = (
 # A string of this form and length in a server's error message may be a token, or a part of a URL
 # that contains one.
 LONG_WORD = r"[A-Za-z0-9._~+/=%-]{32,}"
+# The longest text of a server that is shown or stored as a reason, in characters.
+REASON_LIMIT = 200
 # If a response is nested too deeply for Python's parser, everything below this level is dropped.
 DEPTH_LIMIT = 20
 # The longest token or key, in characters. No server accepts a longer one in a header, and a file of
@@ -826,7 +828,7 @@ def without_secrets(text: str, private: Set[str]) -> str:
         is_error_code = re.fullmatch(r"(?:[a-z_]|_v\d_)+|[A-Z_]+", found[0]) is not None
         return found[0] if is_error_code else "[...]"
 
-    return printable(re.sub(LONG_WORD, replacement, text), 200)
+    return printable(re.sub(LONG_WORD, replacement, text), REASON_LIMIT)
 
 
 class Response:
@@ -1943,8 +1945,7 @@ def end_reason(response: Response) -> str:
     for text in (response.code, response.detail):
         code = text.lower()
         if code in INVALID_GRANT_CODES or any(word in code for word in END_WORDS):
-            # It is stored, and an error code is never this long.
-            return code[:200]
+            return code[:REASON_LIMIT]
     return ""
 
 
@@ -5290,7 +5291,7 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
     response, request = callback.response.result(), callback.request
     try:
         if request.has_other_issuer(response):
-            other = printable(response["iss"], 200) or "an unnamed issuer"
+            other = printable(response["iss"], REASON_LIMIT) or "an unnamed issuer"
             raise OAuthError(f"the response came from {other}, not from {request.issuer}")
         if response.get("error"):
             raise authorization_error(response)
@@ -5323,7 +5324,7 @@ def authorization_error(response: Dict[str, str]) -> OAuthError:
             "ask your workspace administrator to enable it, or use another workspace",
         )
     reason = f"{code}: {description}" if description else code
-    return OAuthError(f"authorization failed ({printable(reason, 200)})")
+    return OAuthError(f"authorization failed ({printable(reason, REASON_LIMIT)})")
 
 
 def open_port(client: Client) -> Tuple[int, List[Any]]:
