@@ -2329,7 +2329,7 @@ class Replacement:
             os.unlink(self.temporary)
 
 
-def _retry_on_windows(call: Callable[..., Any], *arguments: Any) -> Any:
+def _retry_on_windows(call: AnyCallable, *arguments: Any) -> Any:
     """Make a system call. On Windows, retry while another program has the file open."""
     deadline = time.monotonic() + SHARING_SECONDS
     while True:
@@ -3326,7 +3326,7 @@ def warn_about_invalid_members(response: Fields, notify: Notify) -> None:
         notify("warning", "the response has a token_type that is not Bearer; using it anyway")
 
 
-def run_task(session: Session, function: Callable[..., Any], *arguments: Any) -> Any:
+def run_task(session: Session, function: AnyCallable, *arguments: Any) -> Any:
     """Call `function(session, *arguments)` so that nothing interrupts it, and return the result.
 
     The function is one of TASK_FUNCTIONS: it spends a token or a code and stores the response. It
