@@ -6665,8 +6665,8 @@ def command_logout(session: Session, options: Namespace) -> None:
     if failures:
         raise failures[0]
     if not ended:
-        home = session.settings.home
-        session.notify("info", f"Not signed in (no tokens in {home}); nothing to do.")
+        place = session.settings.directory
+        session.notify("info", f"Not signed in (no tokens in {place}); nothing to do.")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6772,6 +6772,8 @@ class AccountsTest(Case):
         ):
             self.assertIn(words, err)
         self.assertNotIn("You are signed in as", err)
+        err = self.assert_done(self.call("logout", "--account", "nobody")).err
+        self.assertIn(f"(no tokens in {self.home / 'accounts' / 'nobody'})", err)
         self.change_person(3)
         self.assert_done(self.official_sign_in("--account", "my-plan"))
         entries = self.stored_models()
