@@ -6797,10 +6797,12 @@ class InstallPaths:
         except OSError as error:
             raise StorageError(f"{path}: cannot read: {error.strerror}") from None
         if MARK.encode() not in content:
-            raise StorageError(
-                f"{path}: not made by chatgpt_oauth, so it is left alone",
-                "rename or remove it, or use --bin DIR or --no-code-puppy",
-            )
+            hint = "rename or remove it"
+            if path == self.launcher:
+                hint += ", or use --bin DIR"
+            elif path == self.plugin:
+                hint += ", or use --no-code-puppy"
+            raise StorageError(f"{path}: not made by chatgpt_oauth, so it is left alone", hint)
         return content
 
 

@@ -8141,13 +8141,18 @@ class InstallTest(Case):
         self.assert_fails(self.run_installed("token"), 6, f"error: {self.program} is gone\n")
 
     def test_files_of_others_are_left_alone(self):
-        for path in (self.launcher, self.program, self.plugin):
+        for path, ways in (
+            (self.launcher, ", or use --bin DIR"),
+            (self.program, ""),
+            (self.plugin, ", or use --no-code-puppy"),
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("#!/bin/sh\nmine\n")
+            hint = f"hint: rename or remove it{ways}\n"
             before = self.read_files()
             for command in ("install", "uninstall"):
                 result = self.call(command, "--code-puppy")
-                self.assert_fails(result, 6, f"{path}: not made by chatgpt_oauth", "--bin")
+                self.assert_fails(result, 6, f"{path}: not made by chatgpt_oauth", hint)
                 self.assertEqual(self.read_files(), before)
             path.unlink()
             path.mkdir()
