@@ -5853,6 +5853,10 @@ class PasteTest(Case):
         hint = r"to sign in, run: curl -fsSL URL \| \S+ - auth$"
         self.assertRegex(self.start_from_pipe("token").result().err, hint)
         self.assertRegex(self.start_from_pipe("status").result().out, "(?mi)" + hint)
+        # A line for the profile would need a file.
+        out = self.start_from_pipe("env", "--help").result().out
+        self.assertNotIn("chatgpt_oauth.py", out)
+        self.assertTrue(out.endswith("save this program as a file first\n"), out)
         # A shell starts the program in this way for `python3 <(curl ...)`.
         pipe = self.folder / "pipe"
         os.mkfifo(pipe)
