@@ -162,7 +162,8 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
 }
 
-# A longer context, in tokens, must be a mistake. The limit is our own, far above that of any model.
+# The longest context, in tokens, that is accepted. The limit is our own, far above that of any
+# model, so a larger number must be a mistake.
 MAX_CONTEXT_LENGTH = 10**9
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
