@@ -1087,12 +1087,10 @@ def parse_proxy(proxy: str, place: str) -> Tuple[str, int, Dict[str, str]]:
         is_valid = parts.scheme in ("http", "https") and bool(host)
     except ValueError:
         is_valid = False
-    fault = ""
-    if url.lower().startswith("socks"):
-        fault = "SOCKS is not supported"
-    elif not is_valid:
+    if not is_valid:
         fault = "it is not the URL of an HTTP proxy"
-    if fault:
+        if url.lower().startswith("socks"):
+            fault = "SOCKS is not supported"
         text = f"cannot use the proxy in {place}: {fault}"
         raise cannot_send_error(text, "set HTTPS_PROXY to the URL of an HTTP proxy")
     headers = {}
