@@ -228,7 +228,6 @@ PORT_RULE = new_rule(INTEGER, "a number from 1 to 65535", int, 1, 65535)
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 _ADDRESS = rf"{_OCTET}(?:\.{_OCTET}){{3}}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*"
 _GLOBS = "glob patterns separated by commas"
-DIRECTORY_RULE = new_rule(r"[^\0]+", "the path of a directory")
 WORKSPACE_RULE = new_rule(r"[\w.-]{1,128}", "an ID of letters, digits and . _ -")
 # The name is part of a directory's path, of models' names and of variables' names. Windows reserves
 # the names of devices. The models of the account `plan` would be named like those of the official
@@ -8471,7 +8470,7 @@ OPTIONS = {
         r"directory for the command (default: ~/.local/bin; on Windows "
         r"%%LOCALAPPDATA%%\Programs\chatgpt_oauth)",
         "DIR",
-        DIRECTORY_RULE,
+        new_rule(r"[^\0]+", "the path of a directory"),
     ),
     "--code-puppy": Option("include the Code Puppy plugin even if Code Puppy is not found"),
     "--no-code-puppy": Option("leave the Code Puppy plugin as it is"),
