@@ -2114,8 +2114,6 @@ SECRET_KEYS = (*TOKEN_NAMES, "api_key")
 # writes such files.
 DEFAULT_ISSUER = str(CHATGPT_OAUTH_CONFIG.get("issuer"))
 DEFAULT_CLIENT_ID = str(CHATGPT_OAUTH_CONFIG.get("client_id"))
-# These members describe the stored tokens and are dropped when new tokens replace them.
-TOKEN_DETAILS = ("expires_at", "ended")
 
 
 class Tokens:
@@ -4778,7 +4776,7 @@ def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:
         fields["account_id"] = tokens.account_id
     if not (old and tokens.same_account(old)):
         return fields
-    replaced = (*SECRET_KEYS, *TOKEN_DETAILS)
+    replaced = (*SECRET_KEYS, "expires_at", "ended")
     kept = {name: value for name, value in old.fields.items() if name not in replaced}
     # All members of a workspace have the same account ID, but each one has their own API key.
     before, now = identity(old)["email"], identity(tokens)["email"]
