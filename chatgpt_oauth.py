@@ -2248,6 +2248,7 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
 
 def home_hint(settings: Settings) -> str:
     """Return the next step if this user can't create the account's files, otherwise ""."""
+    # Look at the lowest directory that exists, in which the missing ones would be made.
     place = settings.directory
     while not os.path.lexists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
