@@ -4139,11 +4139,12 @@ def read_head(connection: Socket) -> bytes:
 OAUTH_SOURCE = "chatgpt-oauth-plugin"
 # The types of entries for API models, which use /v1/chat/completions or /v1/responses.
 CHAT_TYPE, RESPONSES_TYPE = "custom_openai", "custom_openai_responses"
-# The context lengths of models whose real one is unknown. The API's list has no lengths. A plan's
-# models have a window of 272000 tokens, of which the Codex CLI uses 95 percent.
+# The context lengths to assume if the real one is unknown. The API's list has no lengths: 128000 is
+# that of GPT-4o, and most newer models have more. A plan's models have a window of 272000 tokens,
+# of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
 # A shorter context in the catalogue must be a mistake and is ignored, like one that is longer than
-# MAX_CONTEXT_LENGTH. The limit is our own, far below that of any model.
+# MAX_CONTEXT_LENGTH. The limit is our own, far below that of any model in the catalogue.
 MIN_CONTEXT_LENGTH = 16000  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
@@ -4223,7 +4224,8 @@ def account_headers(tokens: Tokens) -> Dict[str, str]:
 def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     """Request the list of models from `source`: "api", "codex" or "official".
 
-    Raises OAuthError if there is no response. Any status counts as a response.
+    For the token of an official sign-in, the API lists the plan's models in the same form as the
+    Codex backend. Raises OAuthError if there is no response. Any status counts as a response.
     """
     url = base_url(settings, source) + "/models"
     bearer, headers = tokens.api_key or "", {}
@@ -4240,9 +4242,10 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
 class Usage:
     """How much of the ChatGPT plan is used, from the usage endpoint's response.
 
-    `windows` are the windows of the usage limits, shortest first, as in `status --json`. `plan` is
-    the plan's name at this moment, and `credits` is the balance as a text. Both are None if the
-    response doesn't have them.
+    A plan limits the usage in each of several periods, called windows, such as 5 hours and a week.
+    `windows` has an object for each, shortest first, as in `status --json`. `plan` is the plan's
+    name at this moment, and `credits` is the balance as a text. Both are None if the response
+    doesn't have them.
     """
 
     def __init__(self, response: Fields) -> None:
@@ -4304,10 +4307,11 @@ def _usage_window(listed: object) -> Optional[Fields]:
 
 
 def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
-    """Return the sign-in that provides the models of `source`, and the actual source.
+    """Return the session that provides the models of `source`, and the actual source.
 
-    The actual source is "api", "codex" or "official": "auto" is resolved here. The official
-    sign-in has only one source, its own. Raises NotSignedInError.
+    The session is the one of the sign-in whose key or token is used. The actual source is "api",
+    "codex" or "official": "auto" is resolved here. The official sign-in has only one source, its
+    own. Raises NotSignedInError.
     """
     if session.client.is_official:
         return session, "official"
@@ -4377,6 +4381,7 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
     elif source == "api":
         hint = "to get a new API key, run"
     elif "invalid_authorization_context" in response.code:
+        # With this code, OpenAI refuses the token of an official sign-in. Only a new one helps.
         hint = "to sign in again, run"
     return RefusedError(str(error), hint, command)
 
@@ -4455,10 +4460,11 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
 
 
 def use_chat_completions(session: Session) -> None:
-    """Give this sign-in's entries for API models the type that every release of Code Puppy has.
+    """Change this sign-in's entries of RESPONSES_TYPE to CHAT_TYPE.
 
-    Instead of a model whose type it doesn't know, Code Puppy silently uses another one, which may
-    be billed to another account. Raises StorageError or UnavailableError.
+    The plugin calls this in a release of Code Puppy that has only CHAT_TYPE. Instead of a model
+    whose type it doesn't know, Code Puppy silently uses another one, which may be billed to another
+    account. Raises StorageError or UnavailableError.
     """
     if RESPONSES_TYPE not in (each.get("type") for each in registered_entries(session).values()):
         return
@@ -4481,7 +4487,7 @@ def model_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
 
 
 def _api_entry(settings: Settings, model: str) -> Fields:
-    # Code Puppy would ignore the URL of an entry with the type `openai` (model_factory.py).
+    # Not the type `openai`: Code Puppy would ignore the URL of such an entry (model_factory.py).
     uses_chat = matches_any(model, settings.chat_patterns.split(","))
     return {
         "type": CHAT_TYPE if uses_chat else RESPONSES_TYPE,
@@ -4543,7 +4549,7 @@ def _context_length(settings: Settings, listed: Fields) -> int:
 def import_models(
     session: Session, models: ModelFilter, dry_run: bool = False
 ) -> Tuple[str, List[str]]:
-    """Register the models that match the filter and return their source and entry names.
+    """Register the models that match the filter. Return their source and the entries' names.
 
     `dry_run` changes nothing. Raises OAuthError, also if patterns were given and none matches.
     """
@@ -4551,8 +4557,8 @@ def import_models(
     source_session, source = resolve_source(session, models.source)
     tokens_before = source_session.tokens()
     listed = list_models(source_session, source)
-    # list_models may have refreshed the tokens. same_account compares access tokens if there is no
-    # account ID, so use those of the last request.
+    # These are compared with the stored tokens below. If there is no account ID, same_account
+    # compares access tokens, and list_models may have refreshed the one that was stored before.
     tokens = source_session.used_tokens or tokens_before
     prefix = settings.prefix + source_session.client.model_prefix
     entries = {
