@@ -4617,7 +4617,7 @@ USER_CODE_LIMIT = 64  # characters
 # The remaining time is shown when it reaches one of these. Screen readers read every change aloud,
 # so it isn't shown every second.
 TIME_LEFT_MARKS = (90, 60, 30, 10)  # seconds
-# The least that is suggested for --timeout after a sign-in has timed out: twice the default.
+# The shortest --timeout to suggest after a sign-in has timed out: twice the default.
 LONGER_TIMEOUT = 240.0  # seconds
 # After this many lines that aren't the URL, no more are read, unless they come from a terminal. The
 # input could be the output of `yes`.
@@ -4648,7 +4648,8 @@ def prepare_sign_in(session: Session) -> None:
     Raises StorageError or UnavailableError before the browser opens.
     """
     stored: Fields = {}
-    # A broken file has no registration to continue. exchange_and_store reports it later.
+    # A broken file is reported later, by exchange_and_store. The registration is what identifies
+    # this installation to OpenAI: see OfficialClient.
     with contextlib.suppress(StorageError):
         move_registration(session)
         stored = session.token_file.read()
@@ -4660,8 +4661,8 @@ def prepare_sign_in(session: Session) -> None:
     # Without a sign-in that works, there is nothing to replace.
     with contextlib.suppress(NotSignedInError, SignInEndedError, StorageError):
         tokens = session.tokens()
-        # If the end is on record, the person has just been told of it, even if the old access token
-        # still seems to be valid.
+        # A sign-in that has ended can't be replaced, even if its access token still seems to be
+        # valid. require_refreshable raises an error for it, so the message is skipped.
         if "ended" in tokens.fields or not tokens.valid_for(0):
             session.require_refreshable(tokens)
         who = identity(tokens)["email"] or "an account without an email address"
@@ -4735,7 +4736,10 @@ def exchange_and_store(
 def exchange_once(
     session: Session, code: str, verifier: str, redirect_uri: str, nonce: str
 ) -> Optional[Fields]:
-    """Exchange the code, store the tokens, return the old fields. A function for `run_task`."""
+    """Exchange the code, store the tokens and return the old fields.
+
+    `run_task` runs this, in a process of its own if possible.
+    """
     old = None
     try:
         old = session.token_file.load()
@@ -4753,6 +4757,7 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
     origin = {"issuer": session.settings.issuer, "client_id": client.client_id}
     tokens = Tokens(merged(origin, response))
     try:
+        # If the ID token is invalid, this raises an error, and the tokens above are revoked.
         tokens = Tokens({**tokens.fields, **client.sign_in_fields(response, nonce)})
         if client.workspace and tokens.account_id != client.workspace:
             raise OAuthError(
@@ -4868,7 +4873,8 @@ def revoke_or_warn(session: Session, tokens: Tokens) -> None:
 def obtain_api_key(session: Session) -> None:
     """Keep the stored API key if the API accepts it, otherwise exchange the ID token for one.
 
-    A refused key is removed. Raises OAuthError if no new key is available.
+    A refused key is removed. An account without an organization has no key, which is not an error.
+    Raises OAuthError if the exchange fails.
     """
     tokens = session.tokens()
     if tokens.api_key and not is_api_key_refused(session.settings, tokens):
@@ -4878,8 +4884,8 @@ def obtain_api_key(session: Session) -> None:
     failure: Optional[OAuthError] = None
     try:
         api_key = exchange_id_token(session.settings, tokens.id_token or "")
-    # A network fault doesn't mean that the account can't have a key.
     except UnavailableError as error:
+        # The network or the server failed, so the account may have a key.
         failure = OAuthError(str(error), "to try again, run", session.client.sign_in_command)
     except OAuthError as error:
         failure = no_api_key_error(str(error))
@@ -4953,9 +4959,9 @@ def is_terminal(descriptor: int) -> bool:
 
 
 def is_console(descriptor: int, bits: int = 0) -> bool:
-    """Whether `descriptor` is a Windows console that supports `bits` in its mode, which are set.
+    """Whether `descriptor` is a Windows console. On other systems, this is always true.
 
-    On other systems, this is always true.
+    If there are `bits`, they are also set in the console's mode. The result is false if that fails.
     """
     if sys.platform != "win32":
         return True
@@ -5035,11 +5041,15 @@ class PastedInput:
                 if not byte:
                     break
                 text += byte
+        # From here on, close() can't cancel the future, so setting the result can't fail.
         if line.set_running_or_notify_cancel():
             line.set_result(text.decode("utf-8", "replace"))
 
     def _wait_for_input(self) -> bool:
-        """Wait up to 0.1 seconds for input. True at once on Windows, where select needs sockets."""
+        """Wait up to 0.1 seconds for input, and return whether there is any.
+
+        On Windows, select works only with sockets, so this returns True at once.
+        """
         import select
 
         if sys.platform == "win32":
@@ -5104,7 +5114,7 @@ class BrowserSignIn:
         self.pastes_left = PASTE_LIMIT
         # The last lines that were pasted. Together they may be one URL.
         self.pasted = ""
-        # Its result is an explanation, if the command that opens the browser fails.
+        # If the command that opens the browser fails, this gets an explanation.
         self.browser_failure: AnyFuture = Future()
 
     def run(self) -> None:
@@ -5237,7 +5247,10 @@ class BrowserSignIn:
             self.session.notify("warning", text)
 
     def _paste(self, callback: Callback, line: str) -> None:
-        """Accept the response in a `line` of the input ("" at its end), or read another line."""
+        """Use a line of the input as the response, or explain why not and ask for another line.
+
+        `line` is "" at the end of the input. Raises OAuthError if no response can arrive any more.
+        """
         # A line without the beginning of a response may continue the line before it.
         if re.search("://|code=|error=", line):
             self.pasted = ""
@@ -5287,7 +5300,7 @@ class BrowserSignIn:
 
 
 def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
-    """Exchange the response that `callback` has, and finish the sign-in.
+    """Exchange the code in the response that has arrived at `callback`, and finish the sign-in.
 
     The browser receives the outcome as soon as the tokens are stored. Raises OAuthError.
     """
@@ -5353,7 +5366,7 @@ def no_port_hint(client: Client) -> Hint:
 
 
 def port_error(client: Client, error: OSError) -> OAuthError:
-    """Return the error for a client none of whose ports works."""
+    """Return the error to raise if none of the client's ports works."""
     import shutil
 
     hint, reason = no_port_hint(client), error.strerror or "error"
@@ -5457,8 +5470,9 @@ def end_sign_in(session: Session, revoking: bool) -> bool:
         models_error: Optional[OAuthError] = None
         try:
             token_file.remove()
-        # The models are removed even if the token file can't be.
         finally:
+            # The models are removed even if the token file can't be. In that case, the error about
+            # the token file is raised.
             try:
                 register_models(session, {})
             except OAuthError as error:
@@ -5584,6 +5598,7 @@ def chosen_browser(value: str, url: str, path: Optional[str]) -> Tuple[List[str]
     import shlex
     import shutil
 
+    # The whole value is tried first, because a single command line may contain the separator.
     for line in (value, *value.split(os.pathsep)):
         try:
             words = shlex.split(line, posix=sys.platform != "win32")
