@@ -5637,8 +5637,8 @@ def is_in_container() -> bool:
 class Shell:
     """The syntax of a family of shells.
 
-    `names` maps the name of each shell of the family to the path of its profile. The other texts
-    are templates for str.format:
+    `names` maps the name of each shell of the family to the path of its profile, or to "" if it has
+    none. The other texts are templates for str.format:
 
     - `assign` sets the variable {name} to {value}, `unset` unsets the variable {name}, and
       `separator` stands between two such statements.
@@ -5696,8 +5696,8 @@ SHELLS = {
     ),
     "powershell": Shell(
         {"powershell": "$PROFILE", "pwsh": "$PROFILE"},
-        # PowerShell evaluates each line by itself. Out-String would pass on an empty string if the
-        # command fails, which iex rejects.
+        # PowerShell passes each line of the output to iex by itself. Many examples join the lines
+        # with Out-String, which would pass on an empty string if the command fails. iex rejects it.
         profile="{command} | iex",
         search="$env:PATH = {quoted} + [IO.Path]::PathSeparator + $env:PATH",
         assign="$env:{name} = '{value}'",
@@ -5840,17 +5840,18 @@ MESSAGE_LIMIT = 5000  # characters
 
 
 def started_file() -> str:
-    """Return the path with which this program was started, or its usual name without a file."""
+    """Return the path with which this program was started, or chatgpt_oauth.py if there is none."""
     path = sys.argv[0] if sys.argv else ""
-    # "-c" is all that Python keeps of the code that it was given.
+    # If another program has imported this file, has_program_file is always true. The path is then
+    # that program's, or one of these: `python3 -c CODE`, for example, sets it to "-c".
     return path if path not in ("", "-", "-c") and has_program_file() else "chatgpt_oauth.py"
 
 
 def program_name(shell: str = "") -> str:
     """Return the words that start this program again, for hints.
 
-    A module that -m started is named with -m, and a program in PATH by its bare name. With `shell`
-    (a key of SHELLS), the words are quoted for that shell.
+    If the program was started as a module, they use -m, too. If it is in PATH, its name is enough.
+    With `shell` (a key of SHELLS), the words are quoted for that shell.
     """
     # Python has read the program from a pipe, so the way to start it again is another pipe.
     if not has_program_file():
@@ -5949,13 +5950,13 @@ class Terminal:
 
     def __init__(self, environ: Dict[str, str]) -> None:
         # Without TERM, it is unknown whether the terminal understands escape sequences. A Windows
-        # console has no TERM, but is_console asks it.
+        # console doesn't set TERM, so it is asked below.
         default = "console" if sys.platform == "win32" else "dumb"
         is_dumb = environ.get("TERM", default) == "dumb"
-        # Whether standard error is a terminal that understands escape sequences.
         is_terminal = not is_dumb and sys.stderr.isatty()
+        # Whether escape sequences work. In a Windows console, is_console turns them on.
         self.has_escapes = is_terminal and is_console(sys.stderr.fileno(), ESCAPES)
-        # Whether URLs become hyperlinks. The console of Linux shows parts of their sequences.
+        # Whether URLs become hyperlinks. The Linux console prints parts of the escape sequences.
         self.links = self.has_escapes and environ.get("TERM") != "linux"
         self.color = self.has_escapes and not environ.get("NO_COLOR")
         # This is b"" if the encoding has no check mark.
