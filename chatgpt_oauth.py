@@ -6019,7 +6019,7 @@ ACCOUNT_FACTS = (
 
 
 class OnlineCheck:
-    """Whether a server accepts a token or key. It is asked for the models of `source`.
+    """Whether a server accepts a token or key: a request for the models of `source`.
 
     `result` is accepted, refused or unreachable. `texts` is the result in words, one line each, and
     `error` is the reason if it isn't accepted.
@@ -6347,7 +6347,7 @@ def account_statuses(
         try:
             statuses = list(pool.map(lambda each: Status(each, to_typed, True), sessions))
         finally:
-            # Ctrl-C doesn't wait for the requests.
+            # After Ctrl-C, don't wait for the requests that are still running.
             pool.shutdown(wait=False)
     else:
         statuses = [Status(each, to_typed) for each in sessions]
@@ -6419,7 +6419,7 @@ def expiry_texts(when: Optional[str], refreshable: bool) -> List[str]:
     if when is None:
         text = "expiry unknown"
     elif (parse_timestamp(when) or 0.0) >= time.time():
-        # The first 16 characters of a timestamp end with its minutes.
+        # The slice cuts off the seconds.
         text = f"expires {distance(when)} ({when[:16]}Z)"
     else:
         text, note = f"expired {distance(when)}", "refreshes at its next use"
