@@ -6468,7 +6468,10 @@ def sign_out(*, revoke: bool = True, account: Optional[str] = None) -> None:
 def sign_in_with_options(
     session: Session, options: Namespace, reading: bool, at_prompt: bool = False
 ) -> None:
-    """Sign in according to the options of `auth`. For `reading` and more, see BrowserSignIn."""
+    """Sign in according to the options of `auth`.
+
+    `reading` and `at_prompt` are explained in BrowserSignIn.
+    """
     models = ModelFilter(session.settings, options.include, options.exclude, options.source)
     prepare_sign_in(session)
     if options.device:
