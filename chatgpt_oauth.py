@@ -6703,7 +6703,7 @@ def command_logout(session: Session, options: Namespace) -> None:
 
 # Each of our files contains this text, so it must never change. This program contains it here.
 MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
-# The values that earlier releases had as defaults. A person hasn't chosen them.
+# The defaults of earlier releases. `edited_settings` doesn't take them for a person's own values.
 FORMER_DEFAULTS = {
     "codex_client_version": "0.169.0",
     "default_context_length": 128000,
@@ -6720,8 +6720,8 @@ WRITE_BY_OTHERS = 0o022
 # imports the program, because Python caches the compiled code of an import. A script would be
 # compiled at every start, which takes longer than everything else that `env` does. The directory
 # comes last in the search path, so that no file in it can hide a standard module. If the compiled
-# code is damaged, the cache is moved to a path that can't exist, below the file `launcher`, so that
-# Python compiles the program instead. The code must not contain an apostrophe, because
+# code is damaged, sys.pycache_prefix is set to the path of a file. Python then finds no compiled
+# code, and compiles the program instead. The code must not contain an apostrophe, because
 # POSIX_LAUNCHER puts it between apostrophes.
 LAUNCH_CODE = """\
 import sys
@@ -6810,6 +6810,7 @@ class InstallPaths:
 
         Raises StorageError if the file can't be read or isn't ours.
         """
+        # Anything that isn't a regular file counts as a file without our mark.
         content = b""
         try:
             if stat.S_ISREG(os.lstat(path).st_mode):
@@ -6879,7 +6880,10 @@ def launcher_content(paths: InstallPaths) -> bytes:
 
 
 def launched_directory(launcher: bytes) -> Optional[str]:
-    """Return the directory of the program that a launcher runs, or None if that isn't clear."""
+    """Return the directory of the program that a launcher runs, or None if that isn't clear.
+
+    The directory is an argument in the last line of both launcher templates.
+    """
     import shlex
 
     if sys.platform == "win32":
@@ -6925,7 +6929,7 @@ def own_source() -> bytes:
     path = str(globals().get("__file__", ""))
     with contextlib.suppress(OSError):
         source = file_content(path)
-    # A compiled file contains the mark, too. Only that one has a NUL byte.
+    # Compiled code contains the mark, too, but it also contains NUL bytes.
     if MARK.encode() not in source or b"\0" in source:
         raise UsageError(
             "the program was not started from a file that could be installed",
@@ -6943,7 +6947,7 @@ def file_content(path: str) -> bytes:
 def has_code_puppy(paths: InstallPaths, environ: Dict[str, str]) -> bool:
     """Whether Code Puppy is installed, or at least our plugin for it.
 
-    A ~/.code_puppy that holds only our own files and empty directories is no sign of Code Puppy.
+    A ~/.code_puppy that holds only our own files and empty directories doesn't count.
     """
     import shutil
 
@@ -7049,7 +7053,7 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
 
 
 def require_working_launcher(paths: InstallPaths) -> None:
-    """Run the installed command once, for which Python compiles the program.
+    """Run the installed command once, which also makes Python compile the program.
 
     Raises StorageError if the command doesn't print its version.
     """
@@ -7081,7 +7085,10 @@ def require_working_launcher(paths: InstallPaths) -> None:
 
 
 def give_to_owner(directory: str) -> None:
-    """If we are root, give the files in `directory` to its owner. Raises OSError."""
+    """If we are root, give the files in `directory` to its owner. Raises OSError.
+
+    They are compiled code that root has just written, and the owner must be able to replace it.
+    """
     if sys.platform != "win32" and os.geteuid() == 0:
         for entry in os.scandir(directory):
             os.chown(entry.path, *file_owner(directory), follow_symlinks=False)
@@ -7107,7 +7114,7 @@ def locked_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> Ite
     try:
         yield
     finally:
-        # The directories that contain the lock's file come last, without the lock.
+        # The directories that contain the lock's file can be removed only after that file.
         last = {path for path in made if paths.lock.startswith(os.path.join(path, ""))}
         remove_empty_directories(made - last)
         if os.path.lexists(paths.record):
@@ -7127,9 +7134,10 @@ def remove_empty_directories(paths: Set[str]) -> None:
 def make_directories(contents: Dict[str, bytes], paths: InstallPaths, made: Set[str]) -> None:
     """Make the directories of all files, and add them to `made`. Raises OSError, StorageError."""
     make_own_directory(paths.cache, made)
-    # Other programs use this directory, too.
+    # Other programs use this directory, too, so its permissions stay as they are.
     make_recorded_directory(os.path.dirname(paths.launcher), made)
     if paths.plugin in contents:
+        # Tokens may be stored in this directory later.
         make_recorded_directory(paths.code_puppy, made, 0o700)
         make_own_directory(paths.plugin_directory, made)
 
@@ -7237,7 +7245,7 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     try:
         api_key = session.tokens().api_key
     except OAuthError as error:
-        # `status` explains every other error.
+        # Nobody is signed in, or the sign-in has ended. `status` explains every other error.
         if error.exit_code == NotSignedInError.exit_code and error.command:
             next_step, next_command = "To sign in, run:", error.command
     if api_key:
@@ -7298,7 +7306,8 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
     directories = {paths.directory, paths.plugin_directory, plugins}
     with locked_directory(paths, session.settings.lock_timeout, directories):
         recorded = recorded_paths(paths)
-        # A path that isn't an empty directory will stay.
+        # These are launchers as well as directories. Only empty directories will be removed at the
+        # end of the block.
         directories.update(recorded)
         others = [path for path in sorted(recorded) if is_other_launcher(path, paths)]
         files = [paths.launcher]
@@ -7316,7 +7325,7 @@ def remove_installation(paths: InstallPaths, session: Session, options: Namespac
 
 
 def is_other_launcher(path: str, paths: InstallPaths) -> bool:
-    """Whether the file at `path` is another launcher of the program than `paths.launcher`."""
+    """Whether `path` is a launcher of the same program, other than `paths.launcher`."""
     # One of the paths may lead through a symbolic link.
     if os.path.realpath(path) == os.path.realpath(paths.launcher):
         return False
@@ -7340,7 +7349,7 @@ def remove_registration(official: Session) -> bool:
         with file.lock():
             file.remove()
         official.notify("done", f"Removed {file.path}")
-    # A sign-in that runs at this moment holds the lock and keeps its file.
+    # This doesn't wait. If a sign-in is running, it holds the lock, and the lock's file stays.
     with contextlib.suppress(OSError, UnavailableError):
         lock = acquire_lock(file.lock_path, time.monotonic())
         remove_lock_file(lock, file.lock_path)
@@ -7366,7 +7375,7 @@ def remove_compiled_code(path: str) -> None:
 
     file = pathlib.Path(path)
     for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
-        # It may be the temporary file of a command that compiles the program at this moment.
+        # Another process that compiles the program may just have renamed its temporary file.
         with contextlib.suppress(FileNotFoundError):
             compiled.unlink()
 
