@@ -7383,12 +7383,14 @@ def remove_compiled_code(path: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # Prompts: requests to the models that a ChatGPT plan pays for
 # ---------------------------------------------------------------------------------------------
-# Code Puppy, which these two rooms call the host, sends the prompts. This room builds the requests
-# that OpenAI accepts, checks its responses and picks the tokens. It gets the classes of pydantic-ai
-# that it extends as arguments and touches nothing else of the host. An answer is complete only
-# after the event `response.completed`. A refusal that is final ends the prompt with one message.
-# The host repeats the request after every other failure, except one in the middle of an answer. We
-# report that one as a 503, after which the host does repeat it. Version numbers are Code Puppy's.
+# Code Puppy sends the prompts. This room and the next one call it the host, and version numbers are
+# those of its releases. This room turns the host's requests into ones that OpenAI accepts, chooses
+# their tokens and checks the responses. It gets the classes of pydantic-ai that it extends as
+# arguments, and uses nothing else of the host.
+#
+# An answer is complete only after the event `response.completed`. If OpenAI refuses a prompt for
+# good, the prompt ends with one message. After any other failure, the host repeats the request. It
+# wouldn't do so after a failure in the middle of an answer, so we report that as a 503.
 
 # A prompt that waits longer than this for a refresh shows a message.
 SILENT_WAIT = 2.0  # seconds
@@ -7442,9 +7444,9 @@ def plan_request(body: Fields) -> Fields:
 
 
 def takes_flat_tools(model: str) -> bool:
-    """Whether a model, up to gpt-5.5, takes function tools in `tools`.
+    """Whether a model takes function tools in the field `tools`, as those up to gpt-5.5 do.
 
-    gpt-5.6 and later ones take them in an input item of type `additional_tools`.
+    Later ones take them in an input item of the type `additional_tools`.
     """
     version = re.match(r"gpt-([0-9]+)(?:\.([0-9]+))?", model)
     if version:
@@ -7585,7 +7587,8 @@ PLAN_REFUSALS = {
 def plan_refusal(status: int, fault: object, sign_in_command: str) -> Optional[OAuthError]:
     """Return the error for a refusal that is final, or None if the host should repeat the request.
 
-    `status` is the response's, 0 if the failure came after the answer had begun.
+    `status` is the response's, 0 if the failure came after the answer had begun. `fault` is the
+    server's error object, or the text of the response if there is no such object.
     """
     fields = fault if isinstance(fault, dict) else {"message": fault}
     code = str(fields.get("code") or fields.get("type") or "").lower()
@@ -7655,7 +7658,11 @@ class Prompts:
 
 
 class PlanAccess:
-    """The headers for one plan model's requests, and the exceptions for their failures."""
+    """The headers for one plan model's requests, and the exceptions for their failures.
+
+    `name` is the name of the model's entry, `official` is whether the official sign-in provides its
+    tokens, and `account` is the name of the account.
+    """
 
     def __init__(self, prompts: Prompts, name: str, official: bool, account: str) -> None:
         self.prompts, self.name, self.official, self.account = prompts, name, official, account
@@ -7671,9 +7678,10 @@ class PlanAccess:
         return headers
 
     def model_settings(self, settings: Optional[Fields]) -> Fields:
-        """Return the settings for a request, with two that the host sets only for its own type."""
+        """Return the settings for a request, with two that the host leaves out for our type."""
         settings = dict(settings or {})
-        # /model_settings offers these two for our type of model as well (0.0.946).
+        # The host's command /model_settings offers these two for our type of model, but the host
+        # sends them only for its own type (0.0.946).
         if self.official:
             settings.setdefault("openai_reasoning_summary", settings.get("summary", "auto"))
             settings.setdefault("openai_text_verbosity", settings.get("verbosity", "medium"))
@@ -7708,6 +7716,7 @@ class PlanAccess:
             tokens = stored
         else:
             tokens = session.valid_tokens()
+            # If a refresh fails, valid_tokens returns the stored token while it is still valid.
             if tokens.access_token == stored.access_token and not tokens.is_fresh():
                 refresh_times[tokens.access_token] = time.monotonic() + REFRESH_PAUSE
         if not session.client.can_use_plan(tokens.fields):
@@ -7808,7 +7817,8 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
                     if not access.may_try_again(session, tokens, is_second):
                         raise
                     is_second = True
-                    # The next refresh tells what is wrong.
+                    # The messages may say that the token is still valid, which is wrong after a
+                    # 401. The refresh that follows adds its own.
                     refresh_messages.clear()
                 else:
                     path, token = session.token_file.path, tokens.access_token
@@ -7819,7 +7829,7 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
 
 
 def refusing_model(base: Any, name: str, refusal: Callable[[], Exception]) -> Any:
-    """Return a model, of a subclass of `base` (Model), that raises `refusal()` at each request."""
+    """Return a model that raises `refusal()` at each request. `base` is the host's class Model."""
 
     class RefusingModel(base):  # type: ignore[misc]
         model_name, system = name, "openai"
