@@ -7950,9 +7950,9 @@ class CodePuppy:
         """Register our callbacks and unregister the built-in plugin's for the same phases.
 
         `ours` has one callback for each phase. Returns the built-in's callbacks by phase, without
-        those that are disabled. If our plugin is disabled, this returns None and the built-in's
-        stay. If this raises an exception, they stay, too: the calls that a host may lack come
-        before the first one is unregistered. Ours leave everything to them then (`is_active`).
+        those that are disabled. Returns None if our plugin is disabled, and raises an exception if
+        this release of the host doesn't have a function that is needed here. In both cases, the
+        built-in's callbacks stay registered, and `is_active` makes ours leave everything to them.
         """
         for phase, callback in ours.items():
             self.callbacks.register_callback(phase, callback)
@@ -7977,7 +7977,7 @@ class CodePuppy:
             return list(self.callbacks.get_callbacks(phase))
 
     def _is_builtin(self, callback: AnyCallable) -> bool:
-        # Releases up to 0.0.500 don't know the owners.
+        # Releases up to 0.0.500 can't tell which plugin owns a callback.
         owner_of = getattr(self.callbacks, "get_callback_owner", lambda _: None)
         module = str(getattr(callback, "__module__", ""))
         return owner_of(callback) == BUILTIN_OWNER or module.startswith(BUILTIN_MODULES)
@@ -8155,6 +8155,7 @@ class CodePuppyPlugin:
                     # signal.signal returns None for a handler that wasn't set from Python. Python
                     # can't restore such a handler.
                     stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
+                # /chatgpt-auth and /codex-auth both mean `auth`.
                 self._run(name.rpartition("-")[2], command)
         except OAuthError as error:
             report_error(self.notify, error)
@@ -8205,7 +8206,7 @@ class CodePuppyPlugin:
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
         """Return the model for an entry that the plan pays for.
 
-        If this failed, the host would silently use another model.
+        This must not fail, because the host would silently use another model.
         """
         official = entry.get("type") == OfficialClient.model_type
         access = PlanAccess(self.prompts, name, official, str(entry.get("account") or ""))
@@ -8295,7 +8296,10 @@ class CodePuppyPlugin:
         return None
 
     def fix_entries(self) -> None:
-        """Replace the type of entries that the command line has made if it's unknown here."""
+        """Replace RESPONSES_TYPE in all entries if this release doesn't have that type.
+
+        Code Puppy's directory may have been used by a later release, or by the command line.
+        """
         session = Session(Settings(""), self.notify)
         if not self.host.has_responses_type():
             with errors_as_warnings(session):
@@ -8432,7 +8436,11 @@ def can_be_api_key(value: Optional[str]) -> bool:
 
 
 def is_plugin() -> bool:
-    """Whether Code Puppy is loading this file as a plugin."""
+    """Whether Code Puppy is loading this file as a plugin.
+
+    The name of a plugin's module depends on the release. Newer ones also have a loading context
+    while they load a plugin.
+    """
     if __name__ == "__main__" or "code_puppy" not in sys.modules:
         return False
     loading = getattr(sys.modules.get("code_puppy.callbacks"), "get_loading_context", None)
