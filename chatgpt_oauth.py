@@ -8460,7 +8460,7 @@ class Option:
 
     `summary` and `metavar` (the placeholder for the value) are shown in the help. In both, %%
     stands for a percent sign. An option without a metavar takes no value. If there is a `rule`, the
-    value must keep it. The values of an option that `is_repeatable` are collected in a list.
+    value must match it. The values of an option that `is_repeatable` are collected in a list.
     """
 
     def __init__(
@@ -8639,8 +8639,8 @@ ALIASES = {"login": "auth", "signin": "auth", "signout": "logout", "whoami": "st
 def parse(name: str, arguments: List[str], prog: str = "") -> Any:
     """Return the options of the command `name`. Raises UsageError.
 
-    With -h or --help, the member `help` is the text to print, which calls the command `prog`.
-    Otherwise it is "".
+    The member `help` is the text to print for -h or --help, and "" without these options. In that
+    text, `prog` is the command as the person would type it.
     """
     command = COMMANDS[name]
     end = len(arguments)
@@ -8932,7 +8932,7 @@ def reply_to(task: Fields) -> Fields:
     session = Session(settings, notify, client)
     function = TASK_FUNCTIONS[task["function"]]
     try:
-        # The parent holds the locks.
+        # The parent holds the locks, so this process has no descriptors of them.
         with as_oauth_errors(), session.token_file.holding([]):
             return {"messages": messages, "result": function(session, *task["arguments"])}
     except Exception as error:
