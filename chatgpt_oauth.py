@@ -4149,8 +4149,9 @@ MIN_CONTEXT_LENGTH = 16000  # tokens
 # The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
 # has others, such as `ultra`.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-# What error messages call a request for the list of models.
+# What error messages call the requests of this room.
 LIST_MODELS = "list models"
+GET_USAGE = "get the usage"
 NO_API_KEY = "this account has no API key"
 ORGANIZATION_HINT = "create an organization and a project at https://platform.openai.com"
 
@@ -4201,8 +4202,7 @@ def matches_any(name: str, globs: List[str]) -> bool:
 
 def base_url(settings: Settings, source: str) -> str:
     """Return the URL below which the models of `source` are listed and used."""
-    url = settings.codex_base_url if source == "codex" else f"{settings.api_base_url}/v1"
-    return str(url)
+    return settings.codex_base_url if source == "codex" else f"{settings.api_base_url}/v1"
 
 
 def account_headers(tokens: Tokens) -> Dict[str, str]:
@@ -4228,7 +4228,8 @@ def request_models(settings: Settings, source: str, tokens: Tokens) -> Response:
     Codex backend. Raises OAuthError if there is no response. Any status counts as a response.
     """
     url = base_url(settings, source) + "/models"
-    bearer, headers = tokens.api_key or "", {}
+    bearer = tokens.api_key or ""
+    headers = {}
     if source != "api":
         url += f"?client_version={settings.codex_client_version}"
         bearer = tokens.access_token
@@ -4263,18 +4264,18 @@ def request_usage(session: Session) -> Usage:
 
     The Codex CLI uses this endpoint. It is undocumented and may disappear.
     """
-    settings, what = session.settings, "get the usage"
+    settings = session.settings
     response = session.request(
-        what,
+        GET_USAGE,
         lambda tokens: request_json(
             settings,
             settings.usage_url,
-            what,
+            GET_USAGE,
             bearer=tokens.access_token,
             headers=account_headers(tokens),
         ),
     )
-    return Usage(response.json_object(what))
+    return Usage(response.json_object(GET_USAGE))
 
 
 def _credits_text(listed: object) -> Optional[str]:
@@ -4466,7 +4467,8 @@ def use_chat_completions(session: Session) -> None:
     whose type it doesn't know, Code Puppy silently uses another one, which may be billed to another
     account. Raises StorageError or UnavailableError.
     """
-    if RESPONSES_TYPE not in (each.get("type") for each in registered_entries(session).values()):
+    entries = registered_entries(session)
+    if not any(entry.get("type") == RESPONSES_TYPE for entry in entries.values()):
         return
     # Code Puppy's start waits for this.
     with session.models_file.lock(BRIEF_LOCK_TIMEOUT):
@@ -4572,6 +4574,7 @@ def import_models(
             "to see them all, run",
             f"models --source {source} --all --dry-run",
         )
+        # Patterns that the person gave must match something. Those in the settings need not.
         if models.is_explicit:
             raise error
         report_error(session.notify, error, "warning")
