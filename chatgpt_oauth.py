@@ -4747,7 +4747,8 @@ def exchange_once(
     try:
         old = session.token_file.load()
     except StorageError as error:
-        session.notify("warning", f"{error}; moved to {session.token_file.set_aside()}")
+        broken_copy = session.token_file.set_aside()
+        session.notify("warning", f"{error}; moved to {broken_copy}")
     session.token_file.reserve(old.fields if old else {})
     response = exchange_code(session.client, code, verifier, redirect_uri)
     _store_sign_in(session, response, old, nonce)
@@ -4773,9 +4774,10 @@ def _store_sign_in(session: Session, response: Fields, old: Optional[Tokens], no
         # The tokens are on disk. The next process puts them into place.
         raise
     except OAuthError:
-        # Both sign-ins may belong to one grant, and revoking a token could end all of it.
-        same_client = old and (old.issuer, old.client_id) == (tokens.issuer, tokens.client_id)
-        if not same_client:
+        # An old sign-in with the same client may belong to the same grant as the new tokens, and
+        # revoking one of them could end all of it.
+        is_same_client = old and (old.issuer, old.client_id) == (tokens.issuer, tokens.client_id)
+        if not is_same_client:
             revoke_or_warn(session, tokens)
         raise
     warn_about_invalid_members(response, session.notify)
@@ -4795,8 +4797,8 @@ def _fields_to_store(tokens: Tokens, old: Optional[Tokens]) -> Fields:
     kept = {name: value for name, value in old.fields.items() if name not in replaced}
     # All members of a workspace have the same account ID, but each one has their own API key.
     before, now = identity(old)["email"], identity(tokens)["email"]
-    is_same_person = before == now or not (before and now)
-    if old.api_key and is_same_person:
+    is_other_person = before and now and before != now
+    if old.api_key and not is_other_person:
         kept["api_key"] = old.api_key
     return {**kept, **fields}
 
@@ -4807,7 +4809,8 @@ def complete_sign_in(session: Session, models: ModelFilter, old: Optional[Tokens
     Revokes the `old` sign-in if it belongs to another account. Failures are warnings, except that
     it raises OAuthError if an official sign-in isn't allowed to use the plan.
     """
-    client, tokens = session.client, session.accept_new_tokens(session.tokens())
+    client = session.client
+    tokens = session.accept_new_tokens(session.tokens())
     with errors_as_warnings(session):
         store_registration(session, text_or_none(tokens.fields.get("sub")))
     email = identity(tokens)["email"]
@@ -4984,7 +4987,7 @@ class PastedInput:
     If the program itself was read from standard input, as in `curl ... | python3 - auth`, it reads
     from the process's terminal instead.
 
-    `usable` is true if a line can arrive, and `is_terminal` if a person types there. Both are false
+    `usable` is true if a line can arrive, and `at_terminal` if a person types there. Both are false
     unless `reading`. The thread is necessary because a Windows console has no other way to wait.
     Nothing is read beyond the requested line, so the rest is left for the next program.
     """
@@ -4992,7 +4995,7 @@ class PastedInput:
     line: AnyFuture
 
     def __init__(self, reading: bool) -> None:
-        self.usable = self.is_terminal = False
+        self.usable = self.at_terminal = False
         # Standard input may be closed, or an object without a descriptor.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             self.descriptor = sys.stdin.fileno()
@@ -5002,7 +5005,7 @@ class PastedInput:
                 self.descriptor = os.open("/dev/tty", os.O_RDONLY)
             if reading and is_terminal(self.descriptor):
                 # The system stops a background job that reads from its terminal.
-                self.usable = self.is_terminal = self._is_in_foreground()
+                self.usable = self.at_terminal = self._is_in_foreground()
             elif reading:
                 # A character device that isn't a terminal, such as /dev/null, has no lines to read.
                 self.usable = not stat.S_ISCHR(os.fstat(self.descriptor).st_mode)
@@ -5027,7 +5030,7 @@ class PastedInput:
             threading.Thread(target=self._read, args=(self.line,), daemon=True).start()
 
     def close(self) -> None:
-        self.usable = self.is_terminal = False
+        self.usable = self.at_terminal = False
         self.line.cancel()
 
     def _read(self, line: AnyFuture) -> None:
@@ -5142,7 +5145,8 @@ class BrowserSignIn:
             port = client.ports[0] or client.settings.required_port
         if servers and client.settings.callback_bind:
             self._warn_of_bind(port)
-        callback = Callback(AuthorizationRequest(client, port), servers, self.stdin.usable)
+        request = AuthorizationRequest(client, port)
+        callback = Callback(request, servers, can_paste=self.stdin.usable)
         try:
             deadline = time.monotonic() + self.timeout
             self._show_url(callback)
@@ -5168,10 +5172,10 @@ class BrowserSignIn:
             notify("info", "Use a browser on any machine:")
         if not is_opening or not callback.servers:
             self._show_ways(callback)
-        elif self.stdin.is_terminal:
+        elif self.stdin.at_terminal:
             page = "If the browser ends on an error page, paste that page's URL here"
             notify("info", f"{page}{self.paste_note}.")
-        if self.stdin.is_terminal:
+        if self.stdin.at_terminal:
             notify("info", "Waiting for you to sign in... (Ctrl-C to cancel)")
 
     def _show_ways(self, callback: Callback) -> None:
@@ -5264,7 +5268,7 @@ class BrowserSignIn:
         except ValueError as error:
             if line:
                 self.session.notify("info", self._refusal(line, str(error)))
-        if not self.stdin.is_terminal:
+        if not self.stdin.at_terminal:
             self.pastes_left -= 1
         if not line or not self.pastes_left:
             self.stdin.close()
@@ -5276,7 +5280,7 @@ class BrowserSignIn:
     @contextlib.contextmanager
     def _echo_off(self) -> Iterator[None]:
         """At Code Puppy's prompt, hide what is typed, because it would mix with our messages."""
-        if sys.platform == "win32" or not (self.at_prompt and self.stdin.is_terminal):
+        if sys.platform == "win32" or not (self.at_prompt and self.stdin.at_terminal):
             yield
             return
         import termios
@@ -5293,9 +5297,9 @@ class BrowserSignIn:
 
     def _refusal(self, line: str, fault: str) -> str:
         """Return what to say about a `line` that isn't the response because of `fault`."""
-        if self.stdin.is_terminal and line.startswith("/"):
+        if self.stdin.at_terminal and line.startswith("/"):
             return "Still waiting for the sign-in; press Ctrl-C first to use another command."
-        if self.stdin.is_terminal and not re.search("=|://", line):
+        if self.stdin.at_terminal and not re.search("=|://", line):
             return (
                 "Still waiting for the sign-in; only the URL that the browser ends on helps here."
             )
@@ -5580,7 +5584,7 @@ def browser_command(environ: Dict[str, str], url: str) -> Tuple[List[str], str]:
         openers = WSL_OPENERS
     elif "SSH_CONNECTION" in environ or "SSH_TTY" in environ:
         return [], "this is an SSH session"
-    elif openers == LINUX_OPENERS and not has_display and not is_termux:
+    elif sys.platform not in URL_OPENERS and not has_display and not is_termux:
         return [], "this is a container" if is_in_container() else "there is no display"
     for opener in openers:
         if opener == PYTHON_OPENER:
