@@ -5959,10 +5959,9 @@ class Terminal:
         # Without TERM, it is unknown whether the terminal understands escape sequences. A Windows
         # console doesn't set TERM, so it is asked below.
         default = "console" if sys.platform == "win32" else "dumb"
-        is_dumb = environ.get("TERM", default) == "dumb"
-        is_terminal = not is_dumb and sys.stderr.isatty()
+        is_smart = environ.get("TERM", default) != "dumb" and sys.stderr.isatty()
         # Whether escape sequences work. In a Windows console, is_console turns them on.
-        self.has_escapes = is_terminal and is_console(sys.stderr.fileno(), ESCAPES)
+        self.has_escapes = is_smart and is_console(sys.stderr.fileno(), ESCAPES)
         # Whether URLs become hyperlinks. The Linux console prints parts of the escape sequences.
         self.links = self.has_escapes and environ.get("TERM") != "linux"
         self.color = self.has_escapes and not environ.get("NO_COLOR")
@@ -6037,12 +6036,15 @@ class OnlineCheck:
         try:
             count = len(list_models(session, source))
         except OAuthError as error:
-            is_refusal = isinstance(error, (RefusedError, SignInEndedError))
-            self.result, self.error = "refused" if is_refusal else "unreachable", error
+            self.error = error
+            self.result = "unreachable"
+            if isinstance(error, (RefusedError, SignInEndedError)):
+                self.result = "refused"
             self.texts = [self.result, str(error)]
         else:
             models = "1 model" if count == 1 else f"{count} models"
-            self.result, self.texts = "accepted", [f"accepted, {models}"]
+            self.result = "accepted"
+            self.texts = [f"accepted, {models}"]
 
 
 class SignInStatus:
@@ -6229,8 +6231,11 @@ class Status:
             return json.dumps(self.facts, indent=2)
         lines = [*self._headlines(), ""]
         for label, texts in self._rows(to_terminal).items():
-            lines.append(f"{label + ':':14}{texts[0]}")
-            lines += [f"{'':14}{text}" for text in texts[1:]]
+            # The label stands only before the first text.
+            heading = f"{label}:"
+            for text in texts:
+                lines.append(heading.ljust(14) + text)
+                heading = ""
         return "\n".join(map(printable, lines))
 
     def _headlines(self) -> List[str]:
@@ -6260,7 +6265,7 @@ class Status:
         return texts
 
     def _rows(self, to_terminal: bool) -> Dict[str, List[str]]:
-        """Return the other lines by label. Each label has at least one."""
+        """Return the texts of the other lines, by label."""
         stored, official = self.stored, self.official
         rows: Dict[str, List[str]] = {}
         if self.session.settings.account:
