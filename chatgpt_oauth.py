@@ -6654,11 +6654,11 @@ def run_instead(command: List[str], environ: Dict[str, str]) -> int:
     # CreateProcess finds only .exe files, and commands such as `npm` are .cmd files.
     program = shutil.which(command[0], path=environ.get("PATH")) or command[0]
     process = subprocess.Popen([program, *command[1:]], env=environ)  # noqa: S603 - no shell
-    while True:
+    code: Optional[int] = None
+    while code is None:
         # Windows sends Ctrl-C to the command as well, and the command decides what to do.
         with contextlib.suppress(KeyboardInterrupt):
             code = process.wait()
-            break
     # run_program passes the code to os._exit, which takes a signed number of 32 bits.
     return code - (1 << 32) if code >= 1 << 31 else code
 
