@@ -6876,7 +6876,9 @@ def launcher_content(paths: InstallPaths) -> bytes:
     if sys.platform == "win32":
         # A command of a batch file is one line, and a double quote would end the argument.
         literal = repr(LAUNCH_CODE).replace('"', r"\x22")
-        template, code, quote = WINDOWS_LAUNCHER, f"exec({literal})", batch_quote
+        template = WINDOWS_LAUNCHER
+        code = f"exec({literal})"
+        quote = batch_quote
     words = [quote(path) for path in (permanent_python(), paths.program, paths.directory)]
     python, program, directory = words
     text = template.format(
@@ -6952,7 +6954,9 @@ def own_source() -> bytes:
 
 def file_content(path: str) -> bytes:
     """Return the first mebibyte of the file at `path`. All of our files are smaller than that."""
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
+    import pathlib
+
+    with pathlib.Path(path).open("rb") as file:
         return file.read(MEBIBYTE)
 
 
@@ -7030,9 +7034,13 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         make_directories(contents, paths, directories)
         made = {paths.launcher, *directories, *recorded_paths(paths)}
         record = encode({"comment": MARK, "made": sorted(made)})
-        names = {path: edited_settings(content) for path, content in previous.items()}
-        edited = {path: each for path, each in names.items() if each}
-        kept = {path + KEPT_SUFFIX: previous[path] for path in edited}
+        edited: Dict[str, List[str]] = {}
+        kept: Dict[str, bytes] = {}
+        for path, content in previous.items():
+            names = edited_settings(content)
+            if names:
+                edited[path] = names
+                kept[path + KEPT_SUFFIX] = content
         # The record comes first, so that it lists the launcher if this process is killed.
         files = {paths.record: record, **kept, **contents}
         # Windows can't replace a file that is open, and the launcher may be running now.
@@ -7058,8 +7066,8 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
                 if not content:
                     remove_file(path)
             raise
-    for path, each in edited.items():
-        text = f"the installed copy had edited settings: {', '.join(each)}"
+    for path, names in edited.items():
+        text = f"the installed copy had edited settings: {', '.join(names)}"
         session.notify("warning", text)
         session.notify("info", f"That copy is kept as {path}{KEPT_SUFFIX}")
 
@@ -7091,8 +7099,8 @@ def require_working_launcher(paths: InstallPaths) -> None:
         if result.stdout.decode(errors="replace").strip() == version:
             give_to_owner(paths.cache)
             return
-        lines = result.stderr.decode(errors="replace").split("\n")
-        fault = " ".join(lines[-2:]).strip() or f"exit code {result.returncode}"
+        lines = result.stderr.decode(errors="replace").strip().split("\n")
+        fault = lines[-1] or f"exit code {result.returncode}"
     raise StorageError(f"{paths.launcher} does not work: {fault}")
 
 
@@ -7102,8 +7110,9 @@ def give_to_owner(directory: str) -> None:
     They are compiled code that root has just written, and the owner must be able to replace it.
     """
     if sys.platform != "win32" and os.geteuid() == 0:
+        user, group = file_owner(directory)
         for entry in os.scandir(directory):
-            os.chown(entry.path, *file_owner(directory), follow_symlinks=False)
+            os.chown(entry.path, user, group, follow_symlinks=False)
 
 
 @contextlib.contextmanager
@@ -7231,14 +7240,14 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     import shutil
 
     notify, settings = session.notify, session.settings
-    persons_shell = shell_name(settings, "auto")
+    user_shell = shell_name(settings, "auto")
     # Containers often leave $SHELL unset.
     if sys.platform != "win32" and not settings.environ.get("SHELL"):
-        persons_shell = shell_name(settings, login_shell())
+        user_shell = shell_name(settings, login_shell())
     # An unknown shell probably understands the line for sh.
-    shell = shell_key(persons_shell) or "sh"
-    profile = SHELLS[shell].names.get(persons_shell, "~/.profile")
-    if persons_shell == "bash":
+    shell = shell_key(user_shell) or "sh"
+    profile = SHELLS[shell].names.get(user_shell, "~/.profile")
+    if user_shell == "bash":
         profile = bash_profiles()
     found = shutil.which(COMMAND, path=settings.environ.get("PATH"))
     if found is None:
@@ -7288,11 +7297,11 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         raise storage_error("remove", error.filename or paths.directory, error) from None
     sessions = session.sessions_of_all_accounts()
     has_removed_registration = False
-    for each in sessions:
-        # Another command that stays needs the registrations.
-        is_needed = os.path.lexists(paths.program)
-        if each.client.is_official and not is_needed and remove_registration(each):
-            has_removed_registration = True
+    # If another launcher stays, the program stays, too, and needs the registrations.
+    if not os.path.lexists(paths.program):
+        for each in sessions:
+            if each.client.is_official and remove_registration(each):
+                has_removed_registration = True
     if not removed:
         if not has_removed_registration:
             session.notify("info", "Not installed; nothing to do.")
