@@ -7663,7 +7663,7 @@ class Prompts:
         # The access tokens that were answered with 401. They aren't sent again.
         self.refused_tokens: Set[str] = set()
         # The token files of the sign-ins whose token was refused although it was a new one.
-        self.rejected: Set[str] = set()
+        self.refused_files: Set[str] = set()
         # When to try again to refresh an access token after a failure, as time.monotonic().
         self.refresh_times: Dict[str, float] = {}
         # The access tokens whose failed refresh has been reported.
@@ -7671,11 +7671,11 @@ class Prompts:
 
     def report_success(self, token_file: str, token: str, messages: List[Tuple[str, ...]]) -> None:
         """Record that an access token was accepted. Show `messages` about a failed refresh once."""
-        self.rejected.discard(token_file)
+        self.refused_files.discard(token_file)
         if messages and token not in self.reported_tokens:
             self.reported_tokens.add(token)
-            for kind, text, *command in messages:
-                self.notify(kind, text, *command)
+            for message in messages:
+                self.notify(*message)
 
 
 class PlanAccess:
@@ -7749,22 +7749,26 @@ class PlanAccess:
         headers = {"Authorization": f"Bearer {tokens.access_token}"}
         return headers if self.official else {**headers, **account_headers(tokens)}
 
-    def may_try_again(self, session: Session, tokens: Tokens, is_second: bool) -> bool:
-        """Whether to try other tokens after these were answered with 401.
+    def record_refusal(self, session: Session, tokens: Tokens, is_replacement: bool) -> bool:
+        """Record that `tokens` were answered with 401, and return whether to try other ones.
 
-        If new tokens are refused, too (`is_second`), no refresh will help, now or at later prompts.
-        Otherwise several processes would refresh in turns.
+        If they replaced refused tokens (`is_replacement`), no refresh will help, now or at later
+        prompts. Otherwise several processes would refresh in turns.
         """
-        prompts, path = self.prompts, session.token_file.path
-        if is_second:
-            prompts.rejected.add(path)
-        if path in prompts.rejected:
+        path = session.token_file.path
+        if is_replacement:
+            self.prompts.refused_files.add(path)
+        if path in self.prompts.refused_files:
             return False
-        prompts.refused_tokens.add(tokens.access_token)
+        self.prompts.refused_tokens.add(tokens.access_token)
         return True
 
     def host_exception(self, error: Any, http_error: Any) -> Optional[Exception]:
-        """Return what to raise in the host instead of `error`, or None to raise `error` itself."""
+        """Return what to raise in the host instead of `error`, or None to raise `error` itself.
+
+        `error` is an OAuthError, a ResponseError or an `http_error`, which is the host's class of
+        errors for failed requests.
+        """
         sign_in_command = (OfficialClient if self.official else Client).sign_in_command
         if isinstance(error, OAuthError):
             return self.stopped(error)
@@ -7824,20 +7828,20 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
         ) -> Any:
             refresh_messages: List[Tuple[str, ...]] = []
             session = access.open_session(lambda *message: refresh_messages.append(message))
-            is_second = False
+            is_replacement = False
             while True:
-                tokens, is_replacement = await access.authorize(session)
-                is_second = is_second or is_replacement
-                wanted = {**settings, "extra_headers": access.headers(tokens)}
-                opening = super().request_stream(messages, wanted, *rest, **options)
+                tokens, replace_refused = await access.authorize(session)
+                is_replacement = is_replacement or replace_refused
+                settings = {**settings, "extra_headers": access.headers(tokens)}
+                opening = super().request_stream(messages, settings, *rest, **options)
                 try:
                     response = await stack.enter_async_context(opening)
                 except http_error as error:
                     if error.status_code != 401 or is_web_page(error.body):
                         raise
-                    if not access.may_try_again(session, tokens, is_second):
+                    if not access.record_refusal(session, tokens, is_replacement):
                         raise
-                    is_second = True
+                    is_replacement = True
                     # The messages may say that the token is still valid, which is wrong after a
                     # 401. The refresh that follows adds its own.
                     refresh_messages.clear()
