@@ -8158,7 +8158,7 @@ class CodePuppyPlugin:
             self.is_active, self.builtin = True, builtin
             with contextlib.suppress(Exception):
                 self.export_at_start()
-                self.fix_entries()
+                self.replace_unknown_types()
                 self.host.callbacks.register_callback("startup", self.on_startup)
 
     # Callbacks ------------------------------------------------------------------------------
@@ -8320,7 +8320,7 @@ class CodePuppyPlugin:
             return Session(Settings(account), self.notify).tokens()
         return None
 
-    def fix_entries(self) -> None:
+    def replace_unknown_types(self) -> None:
         """Replace RESPONSES_TYPE in all entries if this release doesn't have that type.
 
         Code Puppy's directory may have been used by a later release, or by the command line.
@@ -8383,7 +8383,7 @@ class CodePuppyPlugin:
             self._report_models(session, in_use)
 
     def _show_status(self, session: Session, options: Namespace) -> None:
-        self.fix_entries()
+        self.replace_unknown_types()
         self.notify("info", Status(session, self.typed, options.online).text(options.json))
         self.export_again(session.settings.account)
 
@@ -8411,7 +8411,8 @@ class CodePuppyPlugin:
             after = self._stored_tokens(account)
             if after and (not before or before.fields != after.fields):
                 self._export_and_reload(account)
-        self._warn_of_override(*self._stored_key(account))
+        variable, key = self._stored_key(account)
+        self._warn_of_override(variable, key)
 
     def _sign_out(self, session: Session, options: Namespace) -> None:
         try:
@@ -8420,7 +8421,8 @@ class CodePuppyPlugin:
             self._export_and_reload(session.settings.account)
 
     def _export_and_reload(self, account: str) -> None:
-        self._export(*self._stored_key(account))
+        variable, key = self._stored_key(account)
+        self._export(variable, key)
         self.host.reload_model()
 
     def _report_models(self, session: Session, in_use: Optional[str]) -> None:
