@@ -8780,8 +8780,9 @@ def unknown_argument_error(name: str, unknown: List[str]) -> UsageError:
         hint, help_command = "to run a command, type", name + command.tail
     # The dashes don't count, because otherwise --all and --local would be alike.
     words = [flag[2:] for flag in command.options]
-    for near in get_close_matches(unknown[0].partition("=")[0].lstrip("-"), words, 1):
-        hint, help_command = "did you mean", f"{name} --{near}"
+    near = get_close_matches(unknown[0].partition("=")[0].lstrip("-"), words, 1)
+    if near:
+        hint, help_command = "did you mean", f"{name} --{near[0]}"
     return UsageError(f"unknown option or argument: {' '.join(unknown)}", hint, help_command)
 
 
@@ -8829,7 +8830,7 @@ def usage() -> str:
     lines = []
     for name, command in COMMANDS.items():
         lines.append(f"  {name:11}{command.summary}")
-        aliases = [alias for alias, meant in ALIASES.items() if meant == name]
+        aliases = [alias for alias, target in ALIASES.items() if target == name]
         if aliases:
             lines.append(f"{'':13}(also: {', '.join(aliases)})")
     commands = "\n".join(lines)
