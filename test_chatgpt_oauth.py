@@ -5637,6 +5637,7 @@ class PasteTest(Case):
         self.assert_done(running.result())
 
     def test_a_pasted_url_may_be_quoted_or_only_a_part(self):
+        # The last form is what a terminal sends for pasted text in bracketed paste mode.
         for form in (
             "'{url}'",
             " <{url}> ",
@@ -5708,6 +5709,7 @@ class PasteTest(Case):
             # The reader notices within 0.1 seconds that it has to stop.
             time.sleep(0.2)
             sink.write(b"mine\n")
+            # A reader that had not stopped would take the line now.
             time.sleep(0.2)
 
         self.double.faults["key"] = type_ahead
@@ -5731,10 +5733,12 @@ class PasteTest(Case):
                 time.sleep(1)
                 with self.subTest("memory"):
                     self.require(POSIX, "under Wine, this would be the memory that Wine uses")
+                    # PyPy takes much more memory from the start.
                     bound = 64 if sys.implementation.name == "cpython" else 256  # MiB
                     self.assertLess(memory_in_kib(running.process.pid), bound << 10)
                 self.assert_fast(1, visit, f"http://127.0.0.1:{self.ports[0]}/x")
                 self.assertEqual(visit(url)[-1][1], 200)
+                # The program stops reading after 20 wrong lines.
                 self.assertLess(self.assert_done(running.result()).err.count("does not work"), 21)
 
     def test_half_a_line_without_a_port_is_an_error(self):
@@ -5757,12 +5761,14 @@ class PasteTest(Case):
         self.addCleanup(os.close, follower)
         running, url = self.start_sign_in(stdin=follower, start_new_session=True)
         os.close(leader)
+        # The reader notices the end of its input in this time.
         time.sleep(0.2)
         self.assertNotIn("Exception", self.finish_sign_in(running, url).err)
 
     def test_the_end_of_the_input_does_not_end_the_sign_in(self):
         running, url = self.start_sign_in(stdin=subprocess.PIPE)
         running.process.stdin.close()
+        # The reader notices the end of its input in this time.
         time.sleep(0.2)
         visit(url)
         self.assertEqual(running.result().code, 0)
@@ -5782,9 +5788,10 @@ class PasteTest(Case):
         self.require(shutil.which(listing.split()[0]), "no program here that lists ports")
         self.assertIn(PORT_TAKEN, err)
         self.assertIn(listing, err)
+        # The other program may be important, so nothing suggests to end it.
         self.assertNotIn("kill", err)
         if POSIX:
-            # Not every system has the program that lists ports.
+            # Without the program that lists ports, its command isn't suggested.
             environ = {"PATH": str(self.folder)}
             result = self.run_program("auth", "--no-browser", environ=environ)
             self.assert_fails(result, 1, f" ({PORT_TAKEN})\nhint: ")
@@ -5799,7 +5806,10 @@ class PasteTest(Case):
         self.assertIn("--device", result.err)
 
     def start_at_terminal(self, seconds, ahead=b"", environ=None):
-        """Start `auth` at a terminal with `ahead` already typed, and return the terminal and it."""
+        """Start `auth` at a terminal where `ahead` has already been typed.
+
+        Return the terminal and the process.
+        """
         leader, follower = self.open_terminal()
         self.addCleanup(os.close, follower)
         os.write(leader, ahead)
@@ -5815,7 +5825,10 @@ class PasteTest(Case):
         self.assertTrue(self.stored()["access_token"])
 
     def start_from_pipe(self, *arguments, terminal=None):
-        """Start the program as `curl ... | python3 -` does, in a session with this terminal."""
+        """Start the program as `curl ... | python3 -` does, and return the process.
+
+        It has a session of its own, which `terminal` controls.
+        """
 
         def take_terminal():
             import fcntl
@@ -5870,6 +5883,7 @@ class PasteTest(Case):
     def test_many_wrong_lines_at_a_terminal_do_not_end_the_reading(self):
         leader, running = self.start_at_terminal("20", environ={"TERM": "xterm"})
         url = running.wait_for_url()
+        # From a pipe, no more than 20 wrong lines would be read.
         for number in range(1, 26):
             os.write(leader, b"hello\n")
             wait_for(lambda number=number: running.err.count("Still waiting") == number)
@@ -5885,6 +5899,7 @@ class PasteTest(Case):
             _, running = self.start_at_terminal("0.5", ahead=typed)
             result = running.result()
             self.assert_fails(result, 1, "timed out after 0.5 seconds", "auth --timeout 240")
+            # The URL isn't repeated.
             self.assertEqual(running.err.count("/oauth/authorize?"), 1)
 
 
@@ -5896,6 +5911,7 @@ class PasteTest(Case):
 class DeviceTest(Case):
     def setUp(self):
         super().setUp()
+        # A sign-in that goes wrong must not wait for the default of two minutes.
         self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "5"
 
     def test_a_device_code_signs_in_without_a_port(self):
@@ -5992,6 +6008,7 @@ class DeviceTest(Case):
         self.assert_fails(self.call("auth", "--device"), 1, "Security", "administrator")
 
     def test_an_older_device_response_is_accepted(self):
+        # It has `usercode` in place of `user_code`, and the interval is a number.
         began, waited = time.monotonic(), []
         response = {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.2}
         self.fault("usercode", 200, response)
@@ -6027,19 +6044,20 @@ class OfficialTest(Case):
         return json.loads(self.agent_file.read_text())
 
     def change_stored_plan(self, **changes):
-        """Change members of the stored sign-in (None removes one) and return all of them."""
+        """Change members of the stored sign-in and return all members. None removes one."""
         fields = {k: v for k, v in {**self.stored_plan(), **changes}.items() if v is not None}
         self.plan_file.write_text(json.dumps(fields))
         return fields
 
     def expire_token(self):
-        """Make the stored access token expired and return the members of the file."""
+        """Change the file so that the access token has expired, and return the file's members."""
         now = time.time()
+        # The token was good for an hour, and the hour ended ten seconds ago.
         last = timestamp(now - 3610)
         return self.change_stored_plan(expires_at=timestamp(now - 10), last_refresh=last)
 
     def run_refresh(self):
-        """Run a command that refreshes an expired access token, and return the result."""
+        """Run a command that refreshes an expired access token, and return its Result."""
         return self.call("models", "--source", "official", "--dry-run")
 
     def test_scopes_that_are_not_a_list_allow_nothing(self):
@@ -6143,6 +6161,8 @@ class OfficialTest(Case):
         def sign_out():
             return self.call("logout", "--official")
 
+        # Version 1.1.0 stored the registration in the file of the tokens, and kept it there after a
+        # sign-out.
         for fields in ({**stored, **kept}, kept):
             for command in (sign_in, sign_out):
                 with self.subTest(fields=sorted(fields), command=command.__name__):
@@ -6270,6 +6290,7 @@ class OfficialTest(Case):
                 self.assertFalse(self.plan_file.exists())
                 # Tokens that are not stored have been revoked.
                 self.assertEqual(self.double.plan_tokens, {})
+        # `aud` may also be a string (RFC 7519 §4.1.3).
         self.agent_file.unlink()
         self.double.plan_issued = "oaiapp_text"
         self.double.id_token_changes = {"aud": "oaiapp_text"}
@@ -6324,7 +6345,8 @@ class OfficialTest(Case):
         # The token expires soon, but it is still valid.
         self.assert_quiet(self.run_refresh())
         self.assertEqual(self.double.count("plan_refresh"), 0)
-        # The date must not lock anybody out. If OpenAI refuses, it isn't the end.
+        # Once the token has expired, a refresh is tried in spite of the date. If OpenAI refuses it,
+        # the session has not ended.
         self.expire_token()
         self.assert_fails(self.run_refresh(), 5, "yet", "try again after", "auth --official")
         self.assertNotIn("ended", self.stored_plan())
@@ -6389,13 +6411,13 @@ class OfficialTest(Case):
         self.assertEqual(self.stored_plan(), before)
 
     def refresh_plan_with(self, **changes):
-        """Refresh the stored sign-in. The response has `changes`. Return it and the result.
+        """Refresh the stored sign-in with `changes` in the response.
 
-        A value of "nested" stands for 900 arrays in one another.
+        Return the response and the Result. The value "nested" stands for 900 nested arrays.
         """
         response = {**self.double.plan_sign_in(self.stored_plan()["client_id"]), **changes}
         self.double.requests.clear()
-        # PyPy can't encode what it can parse.
+        # PyPy can parse nested arrays of this depth, but it can't encode them.
         body = json.dumps(response).replace('"nested"', "[" * 900 + "]" * 900)
         self.fault_once("plan_refresh", 200, body.encode())
         return response, self.run_refresh()
@@ -6532,7 +6554,7 @@ class OfficialTest(Case):
         self.assertEqual(self.stored_plan(), stored)
         self.assertEqual(list(self.home.glob("chatgpt_agent.json*")), [])
         self.assertIn("nothing to do", self.assert_done(self.call("uninstall")).err)
-        # The tokens are used and replaced without it.
+        # Without the registration, the tokens can still be used and refreshed.
         self.expire_token()
         self.assert_quiet(self.run_refresh())
         self.assert_done(self.official_sign_in())
