@@ -6870,7 +6870,7 @@ class AccountsTest(Case):
             with self.subTest(name):
                 result = self.call("auth", f"--account={name}")
                 self.assert_fails(result, 2, "--account must be 1 to 32 of a-z, 0-9 and -")
-                # In the C locale, os.environ takes only what ASCII or an escaped byte stands for.
+                # In the C locale, os.environ can't hold "\u00e4" itself, only its bytes.
                 environ = {"CHATGPT_OAUTH_ACCOUNT": os.fsdecode(name.encode())}
                 self.assert_fails(self.call("token", environ=environ), 2, "CHATGPT_OAUTH_ACCOUNT")
         self.assert_fails(self.call("logout", "--account", ""), 2, "--account must be")
@@ -6959,6 +6959,8 @@ class AccountsTest(Case):
         self.store()
         for name in ("a", "b"):
             self.store_account(name)
+        # No request is answered before all three have arrived. The comparison is false, so the
+        # double then answers.
         everyone = threading.Barrier(3)
         self.double.faults["usage"] = lambda *_: everyone.wait(WAIT_LIMIT) < 0
         result = self.assert_quiet(self.call("accounts", "--online"))
@@ -7099,6 +7101,7 @@ class ShellTest(Case):
         ):
             with self.subTest(shell[0]):
                 self.require(shutil.which(shell[0]), f"no {shell[0]} here")
+                # In $SHELL, these two usually have another name.
                 name = {"mksh": "ksh", "busybox": "sh"}.get(shell[0], shell[0])
                 environ = {"SHELL": "/bin/" + name}
                 old_environ = {**environ, "CHATGPT_OAUTH_API_KEY": "old"}
@@ -7192,6 +7195,7 @@ class ShellTest(Case):
             out = self.assert_quiet(
                 self.run_command([sys.executable, str(program), "env", "-h"])
             ).out
+            # Each profile line comes after its shell's name. A path with a newline makes it two.
             lines.append(dict(re.findall(r"(?ms)^  (\w+):\n    (.+?)$(?=\n  \w+:\n|\n?\Z)", out)))
         echo = "echo $CHATGPT_OAUTH_API_KEY"
         for shell, row, show in (
@@ -7264,6 +7268,7 @@ class TerminalTest(Case):
                 "(this is a container)" if IN_CONTAINER else "(there is no display)",
             ),
         ):
+            # On a Mac, a browser needs no display.
             if sys.platform == "darwin" and not opened and "DISPLAY" not in environ:
                 continue
             with self.subTest(environ), mock.patch.object(subprocess, "Popen") as popen:
@@ -7289,6 +7294,7 @@ class TerminalTest(Case):
 
     @unittest.skipUnless(POSIX, "Windows has one way to open a URL")
     def test_a_program_that_is_not_python_does_not_start_itself_as_a_browser(self):
+        # Otherwise the program starts sys.executable to find a browser.
         self.environ.update(DISPLAY=":0", PATH="/none")
         for change in ("frozen = True", "executable = '/opt/app'", "executable = None"):
             with self.subTest(change):
@@ -7383,6 +7389,7 @@ class TerminalTest(Case):
         ):
             leader, follower = self.open_terminal()
             streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+            # The mark is reached after 0.9 seconds.
             command = [*PROGRAM_COMMAND, "auth", way, "--timeout", f"{seconds}.9"]
             environ = {**self.environ, "TERM": "xterm"}
             process = subprocess.Popen(command, env=environ, start_new_session=True, **streams)
@@ -7417,11 +7424,13 @@ class TerminalTest(Case):
                 command = ("auth", "--no-browser", "--timeout", "0.2")
                 screen = self.run_at_terminal("stderr", *command, environ={"TERM": term})
                 screen = screen.replace("\r\n", "\n")
+                # OSC 8 begins a link if it has a URL. Otherwise it ends the link.
                 link = r"^\x1b\]8;;(http\S+/oauth/authorize\?\S+)\x1b\\\1\x1b\]8;;\x1b\\$"
                 self.assertEqual(bool(re.search(link, screen, re.M)), is_link, screen)
                 self.assertEqual("\x1b]" in screen, is_link)
 
     def test_a_limited_encoding_does_not_crash(self):
+        # The last character reverses the direction of the text after it.
         self.double.email = "\u00e4d\u00e4\u202e@example.com"
         for encoding in ("ascii", "cp1252", "utf-8"):
             environ = {"PYTHONIOENCODING": encoding}
@@ -7686,6 +7695,7 @@ ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x
     @needs_signals
     def test_a_broken_pipe_ends_the_command(self):
         self.store(api_key="sk-1")
+        # A shell reports the end by SIGPIPE as 128 + 13.
         line = shlex.join(PROGRAM_COMMAND) + " exec -- sh -c 'yes; echo $? >&2' | head -n 1"
         self.assertEqual(self.run_shell(line), (0, "y\n", "141\n"))
 
@@ -7903,6 +7913,7 @@ class ModuleTest(Case):
 
     def test_a_refresh_at_the_end_of_the_interpreter_is_an_oauth_error(self):
         self.store(lifetime=-10)
+        # While Python shuts down, sys.meta_path is None, and every import fails.
         running = self.start_python("""
 import chatgpt_oauth as oauth
 sys.meta_path = None
