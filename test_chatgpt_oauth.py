@@ -8040,7 +8040,7 @@ class InstallTest(Case):
         return self.run_command([str(self.launcher), *arguments], **options)
 
     def read_files(self):
-        """Return the contents of each file under the folder by path, without .pyc files."""
+        """Return the contents of each file in the test's directory by path, without .pyc files."""
         found = (path for path in self.folder.rglob("*") if not path.is_dir())
         return {str(path): path.read_bytes() for path in found if path.suffix != ".pyc"}
 
@@ -8062,6 +8062,7 @@ class InstallTest(Case):
         hint = "hint: to sign in, run: chatgpt-oauth auth\n"
         self.assert_fails(self.run_installed("token"), 3, hint)
         self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h").out)
+        # Without the directory on PATH, the name alone would not be found.
         environ = {"PATH": PATH}
         hint = f"hint: to sign in, run: {self.launcher} auth\n"
         self.assert_fails(self.run_installed("token", environ=environ), 3, hint)
@@ -8142,6 +8143,7 @@ class InstallTest(Case):
             "print(sorted(each for each in os.environ.items() if each[0] not in shells))"
         )
         show = [sys.executable, "-c", code]
+        # The launcher is a shell script, which uses names like these itself.
         variables = {
             "python": "1",
             "directory": "2",
@@ -8245,7 +8247,8 @@ class InstallTest(Case):
         patches = contextlib.ExitStack()
         self.addCleanup(patches.close)
         patches.enter_context(mock.patch.object(oauth, "__file__", str(source)))
-        # This first run imports every module. The other user may not be able to read them.
+        # This first run imports every module, because the other user may not be able to read them.
+        # `install` changes sys.argv[0].
         with mock.patch.object(sys, "argv", list(sys.argv)):
             self.assertEqual(self.call("install", "--code-puppy").code, 0)
         for unwritable in (self.bin, self.data, self.plugin.parent):
@@ -8272,6 +8275,8 @@ class InstallTest(Case):
         self.install()
         duration = time.monotonic() - start
         worked = 0
+        # The first six runs replace a command that works, the other six start without one. They are
+        # killed at different tenths of the time that `install` takes.
         for tenth in range(12):
             if tenth == 6:
                 self.assert_done(self.run_program("uninstall"))
@@ -8344,7 +8349,7 @@ class InstallTest(Case):
         self.assertEqual(self.read_files(), {})
 
     def test_the_plugin_is_installed_if_code_puppy_exists(self):
-        # These are no sign of Code Puppy.
+        # None of these means that Code Puppy is installed.
         self.store()
         (self.home / "plugins" / "empty").mkdir(parents=True)
         (self.home / "accounts" / "work").mkdir(parents=True)
@@ -8448,7 +8453,7 @@ class InstallTest(Case):
         self.assertEqual(set(self.read_files()), set(map(str, mine)))
 
     def paths(self):
-        """Return the paths of all files and directories under the folder."""
+        """Return the paths of all files and directories in the test's directory."""
         return {str(path) for path in self.folder.rglob("*")}
 
     def test_uninstall_removes_the_directories_that_install_made(self):
@@ -8548,18 +8553,23 @@ class InstallTest(Case):
         self.install()
         (compiled,) = self.program.parent.glob("__pycache__/*.pyc")
         content = compiled.read_bytes()
+        # The first 16 bytes of such a file are its header.
         for damaged in (content[:-9999], content[:16], content[:16] + bytes(99), b""):
             compiled.write_bytes(damaged)
             self.assertEqual(self.run_installed("-V")[::2], (0, ""))
+            # The first run repairs the file, and this one uses it.
             self.assertEqual(self.run_installed("-V")[::2], (0, ""))
             self.assertGreater(compiled.stat().st_size, len(content) - 1000)
-        # It can't be removed, either.
+        # A directory in its place can't be repaired.
         compiled.unlink()
         compiled.mkdir()
         self.assertEqual(self.run_installed("-V")[::2], (0, ""))
 
     def run_in_mount(self, options, code):
-        """Run `code` with a new file system at self.folder. `install` there runs the program."""
+        """Run shell code with a new file system mounted at the test's directory.
+
+        `install` in the code runs the program's command of that name. Return the Result.
+        """
         self.require(can_mount(), "no mounts here")
         start = " ".join(map(shlex.quote, [*PROGRAM_COMMAND, "install"]))
         folder = shlex.quote(str(self.folder))
@@ -8599,7 +8609,8 @@ class InstallTest(Case):
             for path in (self.program.parent, *self.folder.rglob("*")):
                 self.assertFalse(path.stat().st_mode & 0o022, path)
             self.assert_done(self.run_program("uninstall"))
-        # What is already there is tightened, and compiled code of others is removed.
+        # Existing directories lose the permission, and compiled code in them is removed, because
+        # someone else may have put it there.
         cache = self.program.parent / "__pycache__"
         cache.mkdir(parents=True)
         planted = cache / "chatgpt_oauth.cpython-399.pyc"
@@ -8709,7 +8720,7 @@ class InstallTest(Case):
                 self.assertIn(f"warning: {self.bin} is not on your PATH\n", messages)
                 self.assertEqual(messages.count(f" add this line to {profile}:\n"), 2)
                 *lines, next_command = re.findall(r"(?m)^    (.+)$", messages)
-                # This one works in a shell that hasn't read the new lines.
+                # The suggested next command works in a shell that hasn't read the new lines.
                 out = self.run_command([shell, "-c", next_command], environ).out
                 self.assertIn("ChatGPT OAuth: Authenticated", out)
                 lines += [show.get(name, "echo $CHATGPT_OAUTH_API_KEY"), "chatgpt-oauth --version"]
