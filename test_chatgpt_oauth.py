@@ -8827,7 +8827,10 @@ class Streamed:
 
 
 class Host:
-    """A stand-in for the modules and the built-in plugin of an old or new release of Code Puppy."""
+    """A stand-in for Code Puppy's modules and its built-in plugin for ChatGPT.
+
+    The `release` "new" is 0.0.946. "old" is 0.0.229, which lacks much of what the plugin can use.
+    """
 
     BUILTIN = "code_puppy_core_plugins.chatgpt_oauth"
 
@@ -8874,7 +8877,7 @@ class Host:
         return module
 
     def add_new_features(self):
-        """Add what release 0.0.946 has and release 0.0.229 doesn't have."""
+        """Add what the new release has and the old one doesn't have."""
         self.callbacks.get_callbacks = self.enabled_callbacks
         self.callbacks.get_loading_context = lambda: self.context
         self.callbacks.set_loading_context = self.switch_context
@@ -8891,6 +8894,7 @@ class Host:
         self.add_module(
             "code_puppy.messaging.pause_controller", get_pause_controller=lambda: pausing
         )
+        # A client or a provider is a dictionary of its options, so that tests can look at them.
         make = lambda **options: options  # noqa: E731
         self.add_module("code_puppy.chatgpt_codex_client", create_codex_async_client=make)
         self.add_module("code_puppy.http_utils", get_cert_bundle_path=lambda: True)
@@ -8901,6 +8905,7 @@ class Host:
         self.add_module("pydantic_ai.providers.openai", OpenAIProvider=make)
 
     def load_builtin(self):
+        # The plugin recognizes the built-in one by the module that its functions belong to.
         code = (
             "def on_command(command, name):\n"
             "    return f'built-in {name}' if name[:5] in ('chatg', 'codex') else None\n"
@@ -8964,7 +8969,7 @@ class PuppyCase(Case):
         self.installed.enter_context(mock.patch.dict(os.environ, self.environ, clear=True))
 
     def load_plugin(self, name="chatgpt_oauth_file.register_callbacks"):
-        """Load the program under `name`. By default that is how Code Puppy loads a plugin."""
+        """Load the program as the module `name`, by default the one that Code Puppy would use."""
         spec = importlib.util.spec_from_file_location(name, PROGRAM)
         module = importlib.util.module_from_spec(spec)
         before = self.puppy.switch_context("mine" if name.endswith("register_callbacks") else None)
@@ -8981,7 +8986,7 @@ class PuppyCase(Case):
         self.load_plugin()
 
     def dispatch(self, text, browser=visit):
-        """Dispatch a command like the host. Return the first answer and the printed text."""
+        """Run a typed command as the host does. Return the first answer and the printed text."""
         name = text[1:].split()[0]
         out = BrowserStream(browser)
         self.messages.clear()
@@ -9026,6 +9031,7 @@ class PuppyTest(PuppyCase):
             self.start_host(builtin=False)
             self.load_plugin(name)
             self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
+        # Under another name, the host's loading context shows that this is a plugin.
         self.start_host(builtin=False)
         self.puppy.context = "mine"
         self.puppy.switch_context = lambda context: None
@@ -9124,7 +9130,7 @@ class PuppyTest(PuppyCase):
 
     def test_a_release_that_does_not_fit_keeps_the_builtin_plugin(self):
         def refuse(*_):
-            # A function that is missing ends in this exception, too.
+            # A missing function raises the same exception.
             raise AttributeError
 
         for name in ("unregister_callback", "get_callback_owner", "register_callback"):
@@ -9250,7 +9256,7 @@ class PuppyTest(PuppyCase):
             waiting.start()
             wait_for(lambda: "Ctrl-C to cancel" in self.message_text())
             wait_for(lambda: local_flags() == before & ~termios.ECHO)
-            # Less than `seconds` are left after this. A typed line makes it check the clock.
+            # After this pause, fewer than `seconds` are left. A typed line makes the plugin check.
             time.sleep(0.4)
             for line, answer in (
                 ("/model gpt", "press Ctrl-C first to use another command"),
@@ -9410,7 +9416,7 @@ class PuppyTest(PuppyCase):
             self.puppy.settings["model"] = chosen
             on_startup()
             self.assertEqual(self.messages, [])
-        # Another program replaces the entries, and the host starts with a model of its own choice.
+        # Another program replaces the entries. At its next start, the host chooses another model.
         self.puppy.model, self.puppy.settings["model"] = "synthetic", "chatgpt-gpt-4o"
         self.switch_account()
         self.assert_done(self.call("auth", "--no-browser", browser=visit))
@@ -9735,7 +9741,7 @@ class PuppyModelTest(PuppyCase):
         stop = caught.exception
         self.assertNotIsInstance(stop.__cause__ or stop.__context__, ModelHTTPError)
         self.assertEqual(type(stop).__name__, "PromptEnded")
-        # Since Python 3.11 it is a group, whose text the host shows.
+        # Since Python 3.11 the exception is a group, and the host shows the text of the group.
         if hasattr(stop, "exceptions"):
             self.assertIsInstance(stop.exceptions[0], InterruptedError)
             self.assertEqual(str(stop.derive(stop.exceptions)), "see the error above")
@@ -9878,6 +9884,7 @@ class PuppyModelTest(PuppyCase):
                 [HELLO, events({"type": "error", "error": fault})],
                 [HELLO, events({**fault, "type": "error", "code": fault.get("code")})],
             ):
+                # In a stream, `type` is the type of the event.
                 if isinstance(answer, list) and "type" in fault:
                     continue
                 answering = self.answer_with(answer)
@@ -9978,7 +9985,7 @@ class PuppyModelTest(PuppyCase):
                 self.assertEqual(self.send_requests(model), ["Hello"])
             self.assertEqual(self.double.count("refresh"), refreshes)
         self.assertEqual(len(self.messages), 2)
-        # Without a valid token, each prompt tries.
+        # Without a valid token, each prompt tries a refresh.
         self.double.access_tokens.clear()
         self.fault("refresh", 400, {"error": "unheard_of"})
         for refreshes in (4, 5):
