@@ -10084,7 +10084,7 @@ class MainTest(Case):
         self.assertEqual((result.code, result.out), (2, ""))
         self.assertIn("examples:", result.err)
         text = self.assert_quiet(self.run_program("-h")).out
-        # argparse replaces percent signs.
+        # The path has a percent sign, which argparse would interpret.
         program = self.folder / "100% ours" / "c.py"
         program.parent.mkdir()
         shutil.copy(PROGRAM, program)
@@ -10171,7 +10171,7 @@ chatgpt_oauth.run_program()
             self.call("auth", "--devise"), 2, "--devise", "did you mean: ", "--device"
         )
         self.assert_fails(self.call("status", "--jsn"), 2, "--jsn", "did you mean: ", "--json")
-        # Only --local is spelled like it, but it does something else.
+        # --local is the only option with a similar spelling, but it does something else.
         err = self.assert_fails(self.call("logout", "--all"), 2, "logout --help").err
         self.assertNotIn("--local", err)
         self.assert_fails(self.call("auth", "--dev"), 2, "unknown option or argument: --dev")
@@ -10271,11 +10271,14 @@ chatgpt_oauth.run_program()
 
 
 class FakeClock:
-    """A `time` module whose clock stands still and only moves when the program waits.
+    """A stand-in for the `time` module. Its clock moves only when the program waits.
 
-    Waiting takes no real time. `elapsed` is how long the program has waited, in seconds, and
-    `pauses` are its calls of sleep(). Waiting for a future moves the clock while `silence` holds a
-    request, or always if `skips_waits`: then `speed` times as far as was asked for.
+    A call of sleep() moves the clock and returns at once. `pauses` lists the seconds of these
+    calls, and `elapsed` is the sum of all waits in seconds.
+
+    A wait for a future takes real time, except while `silence` holds a request. Then it moves the
+    clock by its timeout. With `skips_waits`, every wait for a future does that, and the clock moves
+    `speed` times as far.
     """
 
     def __init__(self, skips_waits=False, speed=1):
@@ -10363,13 +10366,14 @@ class SpecificationTest(Case):
         "api_key_env_var": "CHATGPT_OAUTH_API_KEY",
     }
 
-    # The shipped values of what no command shows within the time of a test.
+    # The shipped values of constants whose effect a test could see only on some systems or after a
+    # long time.
     CONSTANTS = {
         # A browser command that fails later isn't reported.
         "BROWSER_WATCH": 2.0,
-        # A spare connection of a browser or a slow one may stay this long.
+        # A connection that sends no complete request is closed after this time.
         "HEAD_TIMEOUT": 10.0,
-        # The end of the process waits this much longer than a request may take.
+        # At exit, the program waits for a refresh in a thread: the request timeout and this.
         "EXIT_GRACE": 5.0,
         # A child process that doesn't greet is replaced after this time.
         "GREETING_TIMEOUT": 10.0,
@@ -10377,7 +10381,7 @@ class SpecificationTest(Case):
         "SHARING_SECONDS": 5.0,
         # Code Puppy needs this long to show a message.
         "MESSAGE_PAUSE": 0.05,
-        # Only on Windows does Ctrl-C wait for the end of such a slice.
+        # On Windows, Ctrl-C may take this long, because nothing can interrupt a wait there.
         "WAIT_SLICE": 0.05,
         # A host's next address is tried after this time.
         "ATTEMPT_DELAY": 0.25,
@@ -10389,12 +10393,12 @@ class SpecificationTest(Case):
 
     def setUp(self):
         super().setUp()
-        # The shipped pauses apply, because the fake clock makes them short.
+        # The fake clock skips waits, so nothing has to be shortened.
         self.waits = {}
         del self.environ["CHATGPT_OAUTH_RETRY_WINDOW"]
 
     def store_expiring(self, clock, left, life=864000, **changes):
-        """Store an access token that lives `life` seconds, of which `left` are left."""
+        """Store an access token with a life of `life` seconds, of which `left` remain."""
         access = encode_jwt({"exp": clock.start + left, "jti": secrets.token_hex(4)})
         refreshed = timestamp(clock.start + left - life)
         return self.store(access_token=access, last_refresh=refreshed, **changes)
@@ -10528,7 +10532,7 @@ class SpecificationTest(Case):
         self.store_expiring(clock, 0)
         self.double.faults["refresh"] = self.double.faults["revoke"] = clock.silence
         self.assert_fails(self.call_at(clock, "token"), 5, " in 30 s\n")
-        # After the deadline, a response may still arrive within one slice of 0.05 seconds.
+        # The program waits in slices of 0.05 seconds and notices the deadline after the last one.
         self.assertAlmostEqual(clock.elapsed, 30.05)
         self.assertIn(" in 10 s\n", self.call_at(clock, "logout").err)
 
@@ -10742,7 +10746,8 @@ class SpecificationTest(Case):
     def test_64_kib_of_a_request_head_are_read(self):
         running, url = self.start_sign_in()
         host = b"Host: localhost"
-        # The Host line is the last one. Without its last letter, it names another host.
+        # The program reads one byte more, so that http.server can reject a request line that is too
+        # long. The Host line comes last. Without its last letter, it names another host.
         before = b"GET / HTTP/1.1\r\n" + b"X: " + b"x" * 40000 + b"\r\nY: "
         for size, status in ((65537, 404), (65538, 400)):
             filler = b"y" * (size - len(before) - len(b"\r\n") - len(host))
@@ -10818,9 +10823,9 @@ class SpecificationTest(Case):
         self.assertAlmostEqual(clock.elapsed, 120, delta=0.1)
 
     def poll_times(self, clock, fault, **usercode):
-        """Sign in with a device code and return when each poll came, in seconds, and the output.
+        """Sign in with a device code. Return when each poll came, in seconds, and the output.
 
-        `fault` is called as the double's fault for each poll.
+        `fault` answers each poll. `usercode` changes the response that has the code.
         """
         times = []
         members = {"device_auth_id": "dev_0", "user_code": "ABCD", **usercode}
@@ -10834,7 +10839,7 @@ class SpecificationTest(Case):
         return times, self.assert_fails(self.call_at(clock, "auth", "--device"), 1).err
 
     def polls(self, count, status, error, **headers):
-        """Return a fault that answers `count` polls like this and ends the sign-in then."""
+        """Return a fault that answers `count` polls this way and then ends the sign-in."""
         answers = [(status, error, headers)] * count + [(400, "expired_token", {})]
 
         def fault(handler, _):
@@ -10852,7 +10857,7 @@ class SpecificationTest(Case):
                 self.assertEqual(times, [wanted, 2 * wanted])
 
     def test_slow_down_adds_5_seconds_for_good(self):
-        # The code is understood although this ID, which counts as a secret, is a part of it.
+        # "slow" is replaced in messages as a secret, but the error code is still understood.
         times, _ = self.poll_times(
             FakeClock(), self.polls(2, 400, "slow_down"), device_auth_id="slow"
         )
@@ -10871,7 +10876,7 @@ class SpecificationTest(Case):
         pauses = [later - earlier for earlier, later in zip(times, times[1:])]
         self.assertEqual(len(pauses), 5)
         for pause, interval in zip(pauses, (10, 20, 40, 60, 60)):
-            # Each poll takes the request timeout of 30 seconds and one more slice.
+            # Each poll takes the request timeout of 30 seconds and a slice of 0.05 seconds.
             self.assertAlmostEqual(pause, interval + 30.05)
 
     def test_a_device_code_lives_15_minutes_at_most(self):
@@ -10922,6 +10927,7 @@ class SpecificationTest(Case):
 
     def test_context_lengths(self):
         for listed, length in (
+            # The default is 95 % of 272000.
             ({}, 258400),
             ({"context_window": 100000}, 95000),
             ({"context_window": 16000, "effective_context_window_percent": 100}, 16000),
@@ -11034,7 +11040,7 @@ class SpecificationTest(Case):
 
 
 def leave_at_once(url):
-    """Bring the response as a browser does, and hang up before the page arrives."""
+    """Send the authorization response as a browser does, and hang up before the page arrives."""
     target = authorization_response(url).partition("//")[2]
     host, _, path = target.partition("/")
     with socket.create_connection(
