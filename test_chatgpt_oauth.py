@@ -11056,7 +11056,10 @@ def leave_at_once(url):
 
 class LongRunsTest(unittest.TestCase):
     def run_script(self, name, *arguments):
-        """Run a script in .ci, which people who download only two files don't have."""
+        """Run a script in .ci and return its output. Skip the test if there is no such script.
+
+        People who download only the program and this file don't have the scripts.
+        """
         script = pathlib.Path(TEST_FILE).with_name(".ci") / name
         if not script.exists():
             self.skipTest(f"there is no {script}")
@@ -11107,15 +11110,16 @@ class DemoTest(unittest.TestCase):
 # ---------------------------------------------------------------------------------------------
 
 
-# The variable of the other processes that holds the directory of claimed tests.
+# The environment variable that names the directory of claimed tests. Only the processes that a
+# ParallelSuite starts have it.
 CLAIMS = "TESTS_CLAIMED_IN"
 
 
 class ParallelSuite(unittest.TestSuite):
-    """All tests, in several processes, because most tests mostly wait.
+    """All tests, in several processes, because most tests spend most of their time waiting.
 
-    Each process goes through all tests. A test runs in the process that is the first to create
-    the file with its number, so no process ends long before the others.
+    Each process goes through all tests. It claims a test by creating the file with the test's
+    number, and runs only those that it claims. So no process ends long before the others.
     """
 
     PROCESSES = 4
@@ -11137,7 +11141,10 @@ class ParallelSuite(unittest.TestSuite):
         return result
 
     def start_process(self, stack, claims, result):
-        """Start another process, which ends with `stack`, and return it and its output's file."""
+        """Start another process. Return it and the file that receives its output.
+
+        `stack` ends the process and closes the file.
+        """
         flags = ["-v"] if getattr(result, "showAll", False) else []
         warnings = [f"-W{each}" for each in sys.warnoptions]
         module = pathlib.Path(TEST_FILE).stem
