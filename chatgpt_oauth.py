@@ -4668,10 +4668,8 @@ def prepare_sign_in(session: Session) -> None:
         # valid. require_refreshable raises an error for it, so the message is skipped.
         if "ended" in tokens.fields or not tokens.valid_for(0):
             session.require_refreshable(tokens)
-        who = identity(tokens)["email"] or "an account without an email address"
-        session.notify(
-            "info", f"You are signed in as {who}. Signing in again replaces that sign-in."
-        )
+        who = identity(tokens)["email"] or "an unknown account"
+        session.notify("info", f"You are signed in as {who}. A new sign-in replaces it.")
 
 
 def move_registration(session: Session) -> None:

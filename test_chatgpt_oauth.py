@@ -5197,6 +5197,9 @@ class SignInTest(Case):
         err = self.sign_in()
         self.assertTrue(err.startswith("You are signed in as ada@example.com. "), err)
         self.assertIn("Signed in as bob@example.com\n", err)
+        self.store(id_token=None)
+        line = "You are signed in as an unknown account. A new sign-in replaces it.\n"
+        self.assertTrue(self.sign_in().startswith(line))
         # Nobody is signed in any more after the session has ended.
         for lifetime in (-10, 3600):
             self.store(lifetime=lifetime, refresh_token="rt_unknown")
