@@ -8789,7 +8789,8 @@ def profile_help() -> List[str]:
 
     It names the variable without reading the settings, because help must work with a bad setting.
     """
-    if not has_program_file():
+    # The program may come from a pipe, without a file.
+    if not os.path.isfile(started_file()):
         return ["to set the key in each new shell, save this program as a file first"]
     lines = ["add one of these to your shell's profile (in cmd, which has none, type it):"]
     for name, shell in SHELLS.items():

@@ -5870,7 +5870,9 @@ class PasteTest(Case):
         self.assertRegex(self.start_from_pipe("token").result().err, hint)
         self.assertRegex(self.start_from_pipe("status").result().out, "(?mi)" + hint)
         # A line for the profile would need a file.
-        out = self.start_from_pipe("env", "--help").result().out
+        with open(PROGRAM, "rb") as stdin:
+            start = [sys.executable, "-", "env", "--help"]
+            out = self.run_command(start, cwd=str(self.folder), stdin=stdin).out
         self.assertNotIn("chatgpt_oauth.py", out)
         self.assertTrue(out.endswith("save this program as a file first\n"), out)
         # A shell starts the program in this way for `python3 <(curl ...)`.
