@@ -7006,7 +7006,16 @@ def command_install(session: Session, options: Namespace) -> None:
     try:
         replace_files(contents, paths, session)
     except OSError as error:
-        raise storage_error("write", error.filename or paths.directory, error) from None
+        path = error.filename or paths.directory
+        failure = storage_error("write", path, error)
+        directory = os.path.dirname(path)
+        is_ours = os.path.exists(directory) and can_change_mode(directory)
+        if isinstance(error, PermissionError) and not is_ours:
+            if directory == paths.bin_directory:
+                failure.hint = "use --bin with a directory of yours"
+            elif sys.platform != "win32":
+                failure.hint = "set HOME or XDG_DATA_HOME to a directory of yours"
+        raise failure from None
     # Hints name the command that the person typed. From now on they should name the new one.
     sys.argv[0] = paths.launcher
     notify("done", f"Installed the command {paths.launcher}")

@@ -8653,6 +8653,22 @@ class InstallTest(Case):
             self.assert_done(self.call("uninstall"))
 
     @needs_root
+    def test_a_directory_of_another_user_has_a_hint_for_its_option(self):
+        theirs, ours = self.folder / "theirs", self.folder / "ours"
+        theirs.mkdir()
+        ours.mkdir()
+        os.chown(ours, 65534, 65534)
+        self.folder.chmod(0o755)
+        for home, option, hint in (
+            (theirs, ours, "hint: set HOME or XDG_DATA_HOME to a directory of yours\n"),
+            (ours, theirs, "hint: use --bin with a directory of yours\n"),
+        ):
+            with self.as_unprivileged_user():
+                environ = {"HOME": str(home)}
+                result = self.call("install", "--bin", str(option), environ=environ)
+            self.assert_fails(result, 6, f"cannot write {theirs}/", hint)
+
+    @needs_root
     def test_root_does_not_follow_a_link_to_another_directory(self):
         target = self.folder / "target"
         target.mkdir(mode=0o777)
