@@ -2577,7 +2577,7 @@ class JsonFile:
         # Opening a FIFO would otherwise block until another process writes to it.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
         with os.fdopen(os.open(self.path, flags), "rb") as file:
-            self._check(file.fileno())
+            self._check_open_file(file.fileno())
             return file.read(self.limit)
 
     def broken_error(self, fault: str) -> StorageError:
@@ -2585,7 +2585,7 @@ class JsonFile:
         hint = home_hint(self.settings) or self.broken_hint
         return StorageError(f"{self.path}: {fault}", hint)
 
-    def _check(self, descriptor: int) -> None:
+    def _check_open_file(self, descriptor: int) -> None:
         """Raise StorageError unless the open file is a regular file within the size limit."""
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
@@ -2688,7 +2688,7 @@ class JsonFile:
                 with contextlib.suppress(OSError):
                     locks.append(acquire_lock(path, deadline))
 
-    def _replacement(self) -> Replacement:
+    def _new_replacement(self) -> Replacement:
         """Create the temporary file and lock it. The caller must hold the lock."""
         replacement = Replacement(self.path)
         if sys.platform != "win32" and self.locks is not None:
@@ -2715,7 +2715,7 @@ class JsonFile:
         self._discard_reserved()
         try:
             self._replace_with_copy()
-            self.reserved = self._replacement()
+            self.reserved = self._new_replacement()
             self.reserved.write(b" " * size)
             self.reserved.sync()
         except OSError as error:
@@ -2734,7 +2734,7 @@ class JsonFile:
             # There is nothing to copy. A sign-in renames such a file (see `set_aside`) before it
             # spends an authorization code.
             return
-        copy = self._replacement()
+        copy = self._new_replacement()
         try:
             copy.write(contents)
             copy.sync()
@@ -2769,7 +2769,7 @@ class JsonFile:
             )
         try:
             # If writing fails, `holding` discards this.
-            self.reserved = self.reserved or self._replacement()
+            self.reserved = self.reserved or self._new_replacement()
             self.reserved.write(data)
         except OSError as error:
             raise self._write_error(error) from None
@@ -2894,12 +2894,12 @@ class TokenFile(JsonFile):
             return True
         return os.path.getmtime(self.path) <= os.path.getmtime(path)
 
-    def _check(self, descriptor: int) -> None:
+    def _check_open_file(self, descriptor: int) -> None:
         """Check the open file as JsonFile does, and reject another user's file.
 
         If other users have access to it, that is removed.
         """
-        super()._check(descriptor)
+        super()._check_open_file(descriptor)
         if sys.platform == "win32":
             return
         info = os.fstat(descriptor)
@@ -3202,7 +3202,7 @@ class Session:
                 tries.wait(error)
 
     def refresh_once(self, fields: Fields) -> Fields:
-        """Send one refresh request, store the tokens in the response, and only then judge it.
+        """Send one refresh request, store the tokens in the response, and only then check it.
 
         `fields` are the stored members, and the new ones are returned. If another program has
         stored other tokens in the meantime, return those. This is a function for `run_task`.
@@ -3217,7 +3217,7 @@ class Session:
             current = self.tokens()
         if current.refresh_token == old.refresh_token:
             new, was_stored = self._store(response.members, current)
-            return self._judge(response, current, new, was_stored).fields
+            return self._check_response(response, current, new, was_stored).fields
         if current.valid_for(0):
             return current.fields
         error = refresh_error(self.client, response)
@@ -3244,7 +3244,9 @@ class Session:
         self.token_file.save(fields)
         return Tokens(fields), True
 
-    def _judge(self, response: Response, old: Tokens, new: Tokens, was_stored: bool) -> Tokens:
+    def _check_response(
+        self, response: Response, old: Tokens, new: Tokens, was_stored: bool
+    ) -> Tokens:
         """Return the `new` tokens after a refresh of the `old` ones, if the `response` is in order.
 
         `was_stored` tells whether the response brought tokens. Faults in it are warnings, or end
