@@ -1203,10 +1203,7 @@ class Case(unittest.TestCase):
         return leader, follower
 
     def run_at_terminal(self, stream, *arguments, environ=None):
-        """Run the program with `stream` ("stdout" or "stderr") at a new terminal.
-
-        Return what the terminal shows.
-        """
+        """Run the program with "stdout" or "stderr" at a new terminal. Return what that shows."""
         leader, follower = self.open_terminal()
         with open(follower, "wb") as terminal:
             self.run_program(*arguments, environ=environ, **{stream: terminal})
@@ -1279,7 +1276,7 @@ class Case(unittest.TestCase):
             seconds = time.monotonic() - began
             if seconds < limit:
                 return seconds, result
-        self.fail(f"{seconds} s, not {limit} s")
+        self.fail(f"it took {seconds:.2f} s, not less than {limit} s")
 
     def interrupt(self, running):
         """Press Ctrl-C and return the Result of `running`, which must end at once.
@@ -2524,8 +2521,7 @@ threading.Thread.start = limited
                 environ["NO_PROXY"] = exempt
                 result = self.run_program("token", environ=environ)
                 words = "token: HTTPS_PROXY: ", "check HTTPS_PROXY"
-                err = self.assert_fails(result, 5, *words).err
-                self.assertNotIn("secret", err)
+                self.assertNotIn("secret", self.assert_fails(result, 5, *words).err)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3542,8 +3538,7 @@ for command in ("status", "token"):
         for lifetime in (*good, *bad):
             with self.subTest(lifetime):
                 self.store(lifetime=-10)
-                response = {"access_token": "opaque", "expires_in": lifetime}
-                self.fault("refresh", 200, response)
+                self.fault("refresh", 200, {"access_token": "opaque", "expires_in": lifetime})
                 self.assertEqual(self.call("token"), (0, "opaque\n", ""))
                 self.assertEqual("expires_at" in self.stored(), lifetime in good)
 
@@ -4915,8 +4910,7 @@ class ModelsTest(Case):
         self.assertEqual(self.call("models", "--source", "codex").code, 0)
         self.double.codex_models.reverse()
         self.assertEqual(self.call("models", "--source", "codex").code, 0)
-        names = list(self.stored_models())
-        self.assertEqual(names, ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
+        self.assertEqual(list(self.stored_models()), ["chatgpt-gpt-5.4", "chatgpt-gpt-5.5"])
 
     def test_models_json_lists_the_imported_entries(self):
         out = self.call("models", "--json").out
@@ -5574,22 +5568,16 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("revoke"), 0)
 
     def test_a_declined_consent_is_explained(self):
-        for error, description, words in (
-            (
-                "access_denied",
-                "The <b>user</b> \x1b[31mdeclined",
-                "uthorization failed (access_denied: The",
-            ),
-            ("access_denied", "missing_codex_entitlement", "administrator"),
+        declined = "The <b>user</b> \x1b[31mdeclined"
+        for description, words in (
+            (declined, "uthorization failed (access_denied: The"),
+            ("missing_codex_entitlement", "administrator"),
         ):
-            running = self.start("auth", "--no-browser")
-            fields = urllib.parse.parse_qs(urllib.parse.urlsplit(running.wait_for_url()).query)
-            response = {
-                "error": error,
-                "error_description": description,
-                "state": fields["state"][0],
-            }
-            page = visit(fields["redirect_uri"][0] + "?" + urllib.parse.urlencode(response))[-1]
+            running, url = self.start_sign_in()
+            sent = query(url)
+            response = {"error": "access_denied", "error_description": description}
+            response = urllib.parse.urlencode({**response, "state": sent["state"]})
+            page = visit(f"{sent['redirect_uri']}?{response}")[-1]
             self.assertIn(words, page[3])
             self.assertNotIn("<b>user", page[3])
             err = self.assert_fails(running.result(), 1, words).err
@@ -5795,8 +5783,7 @@ class PasteTest(Case):
         self.assertNotIn("kill", err)
         if POSIX:
             # Without the program that lists ports, its command isn't suggested.
-            environ = {"PATH": str(self.folder)}
-            result = self.run_program("auth", "--no-browser", environ=environ)
+            result = self.run_program("auth", "--no-browser", environ={"PATH": str(self.folder)})
             self.assert_fails(result, 1, f" ({PORT_TAKEN})\nhint: ")
         # A tunnel would carry the code to the program that has the port.
         self.assertNotIn("ssh -L", err)
@@ -6015,8 +6002,7 @@ class DeviceTest(Case):
     def test_an_older_device_response_is_accepted(self):
         # It has `usercode` in place of `user_code`, and the interval is a number.
         began, waited = time.monotonic(), []
-        response = {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.2}
-        self.fault("usercode", 200, response)
+        self.fault("usercode", 200, {"device_auth_id": "d", "usercode": "WXYZ", "interval": 0.2})
 
         def fault(handler, _):
             waited.append(time.monotonic() - began)
@@ -9473,8 +9459,7 @@ class PuppyTest(PuppyCase):
         for release, kind in (("old", "custom_openai"), ("new", "custom_openai_responses")):
             self.start_plugin(release)
             self.dispatch("/chatgpt-auth")
-            models = self.stored_models()
-            self.assertEqual(models["chatgpt-o3-pro"]["type"], kind)
+            self.assertEqual(self.stored_models()["chatgpt-o3-pro"]["type"], kind)
 
     def test_an_old_release_can_use_the_models_that_another_program_imported(self):
         for account in ((), ("--account", "work")):
@@ -10849,8 +10834,7 @@ class SpecificationTest(Case):
         `fault` answers each poll. `usercode` changes the response that has the code.
         """
         times = []
-        members = {"device_auth_id": "dev_0", "user_code": "ABCD", **usercode}
-        self.fault("usercode", 200, members)
+        self.fault("usercode", 200, {"device_auth_id": "dev_0", "user_code": "ABCD", **usercode})
 
         def poll(handler, fields):
             times.append(clock.elapsed)
