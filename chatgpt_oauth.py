@@ -4300,13 +4300,20 @@ def _usage_window(listed: object) -> Optional[Fields]:
     used = number_or_none(listed.get("used_percent"))
     if length is None or used is None:
         return None
-    # The time of the reset is given twice. Seconds from now are right even if this machine's clock
-    # is wrong. `reset_at` is in seconds since 1970.
-    reset = number_or_none(listed.get("reset_at"))
-    seconds_left = number_or_none(listed.get("reset_after_seconds"))
+    resets_at = timestamp_or_none(reset_time(listed, "reset_at", "reset_after_seconds"))
+    return {"window_seconds": length, "used_percent": used, "resets_at": resets_at}
+
+
+def reset_time(listed: Fields, at: str, after: str) -> Optional[float]:
+    """Return when a usage limit resets, in seconds since 1970, or None if that is unknown.
+
+    OpenAI gives the time in two members of `listed`. `at` is in seconds since 1970. `after` is in
+    seconds from now, which is right even if this machine's clock is wrong.
+    """
+    seconds_left = number_or_none(listed.get(after))
     if seconds_left is not None:
-        reset = time.time() + seconds_left
-    return {"window_seconds": length, "used_percent": used, "resets_at": timestamp_or_none(reset)}
+        return time.time() + seconds_left
+    return number_or_none(listed.get(at))
 
 
 def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
@@ -7654,10 +7661,7 @@ def is_web_page(body: object) -> bool:
 
 def reset_note(fields: Fields) -> str:
     """Return when a usage limit resets, as the end of a message, or "" if that is unknown."""
-    when = number_or_none(fields.get("resets_at"))
-    after = number_or_none(fields.get("resets_in_seconds"))
-    if when is None and after is not None:
-        when = time.time() + after
+    when = reset_time(fields, "resets_at", "resets_in_seconds")
     return "" if when is None else f"; it resets {distance(timestamp(when))} ({timestamp(when)})"
 
 

@@ -9866,6 +9866,11 @@ class PuppyModelTest(PuppyCase):
         for fault, words in (
             ({"code": "usage_limit_reached"}, ("usage limit is reached\n", "settings/usage")),
             ({"type": "usage_limit_reached", **resets}, ("; it resets in 2 hours 2 minutes (",)),
+            # With a wrong clock, the distance to `resets_at` would be wrong.
+            (
+                {"code": "usage_limit_reached", "resets_at": 4, **resets},
+                ("; it resets in 2 hours 2 minutes (",),
+            ),
             ({"code": "usage_not_included"}, ("does not include this model", "another model")),
             (
                 {"message": "The 'gpt-5.5' model is not supported when using Codex."},
