@@ -1529,6 +1529,8 @@ class Client:
     sign_in_command, sign_out_command = "auth", "logout"
     # Signs in without a listener. It is "" if this client has no device codes.
     device_command = "auth --device"
+    # The type of the models' entries that this client's sign-in makes the plan pay for.
+    model_type = "chatgpt_oauth"
     # Comes after the setting `prefix` in the names of this client's models.
     model_prefix = ""
     # What to do after a sign-in without an API key.
@@ -1638,7 +1640,7 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
-    # The type of this client's entries in the models file. No other entry has it.
+    # No other entry in the models file has this type.
     model_type = "chatgpt_plan"
     model_prefix = "plan-"
     next_step_hint = Hint("To use one of the models, type in Code Puppy: /model NAME")
@@ -4514,7 +4516,7 @@ def _api_entry(settings: Settings, model: str) -> Fields:
 
 def _plan_entry(settings: Settings, source: str, model: str, listed: Fields) -> Fields:
     entry: Fields = {
-        "type": "chatgpt_oauth" if source == "codex" else OfficialClient.model_type,
+        "type": (Client if source == "codex" else OfficialClient).model_type,
         "name": model,
         "custom_endpoint": {"url": base_url(settings, source)},
         "context_length": _context_length(settings, listed),
@@ -7927,7 +7929,7 @@ MESSAGE_PAUSE = 0.05  # seconds
 BUILTIN_OWNER = "chatgpt_oauth"
 BUILTIN_MODULES = ("code_puppy_core_plugins.chatgpt_oauth", "code_puppy.plugins.chatgpt_oauth")
 # The types of model entries that a ChatGPT plan pays for.
-PLAN_TYPES = ("chatgpt_oauth", OfficialClient.model_type)
+PLAN_TYPES = (Client.model_type, OfficialClient.model_type)
 PLUGIN_COMMANDS = {
     "chatgpt-auth": "Sign in with ChatGPT and import its models (--device, --official, see --help)",
     "chatgpt-status": "Show the ChatGPT account and the imported models",
