@@ -6114,8 +6114,7 @@ class Status:
         self, session: Session, to_typed: Callable[[str], str], online: bool = False
     ) -> None:
         self.session, self.online = session, online
-        account = session.settings.account
-        self.to_typed: Callable[[str], str] = lambda text: to_typed(with_account(text, account))
+        self.to_typed = to_typed
         self.stored = SignInStatus(session, online)
         self.official = SignInStatus(session.official_session(), online)
         self.api_key_check: Optional[OnlineCheck] = None
@@ -6222,10 +6221,11 @@ class Status:
             return "api" if self.stored.tokens.api_key else "codex"
         return "official" if self.official.exists else "auto"
 
+    def _typed(self, command: str) -> str:
+        return self.to_typed(with_account(command, self.session.settings.account))
+
     def _hint(self, error: OAuthError) -> str:
-        """Return the hint of `error` with its command, or "" if there is no hint."""
-        command = f": {self.to_typed(error.command)}" if error.command else ""
-        return f"{error.hint or ''}{command}"
+        return hint_text(error, self._typed)
 
     def _sentence(self, error: Optional[OAuthError]) -> Optional[str]:
         """Return the text of `error` with its hint, or None without an error."""
@@ -6258,10 +6258,10 @@ class Status:
         if tokens and tokens.api_key:
             lines.append("API key available")
         elif tokens:
-            command = self.to_typed("auth")
+            command = self._typed("auth")
             lines.append(f"No API key; to get one, {ORGANIZATION_HINT}, then run: {command}")
         if isinstance(self.problem, NotSignedInError) and self.problem.command:
-            lines.append(f"To sign in, run: {self.to_typed(self.problem.command)}")
+            lines.append(f"To sign in, run: {self._typed(self.problem.command)}")
         elif self.problem:
             lines += self._problem_texts(self.problem)
         return lines
@@ -6350,6 +6350,12 @@ class Status:
             state = f"expired {distance(expires_at)}, refreshed on next use"
         email = facts["email"] or text_or_none(official.fields.get("email")) or "unknown"
         return [facts["account"] or "(no name)", email, facts["plan"] or "unknown", state]
+
+
+def hint_text(error: OAuthError, to_typed: Callable[[str], str]) -> str:
+    """Return the hint of `error` with its command as a person types it, or "" without a hint."""
+    command = f": {to_typed(error.command)}" if error.command else ""
+    return f"{error.hint or ''}{command}"
 
 
 def account_statuses(
@@ -8269,9 +8275,7 @@ class CodePuppyPlugin:
             report_error(self.notify, error)
             return PromptEnded(str(error), [InterruptedError(str(error))])
         # An editor shows the text of an exception, and nothing else.
-        hint = error.hint or ""
-        if error.command:
-            hint += f": {self.typed(error.command)}"
+        hint = hint_text(error, self.typed)
         return RuntimeError(f"{error} ({hint})" if hint else str(error))
 
     # The API key ----------------------------------------------------------------------------
