@@ -7147,14 +7147,16 @@ def locked_directory(paths: InstallPaths, timeout: float, made: Set[str]) -> Ite
     lock's file is removed, too. Raises OSError and OAuthError.
     """
     deadline = time.monotonic() + timeout
+    tries_left = 100
     while True:
         try:
             make_own_directory(paths.directory, made)
             lock = acquire_lock_file(paths.lock, deadline)
             break
         except FileNotFoundError:
-            # `uninstall` has just removed the directory.
-            if time.monotonic() >= deadline:
+            # Either `uninstall` has just removed the directory, or nobody can create it.
+            tries_left -= 1
+            if not tries_left:
                 raise
     try:
         yield

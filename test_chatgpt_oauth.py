@@ -8638,6 +8638,13 @@ class InstallTest(Case):
             self.assert_fails(self.call("install"), 6, f"{path}: owned by another user")
             self.assert_done(self.call("uninstall"))
 
+    @needs_proc
+    def test_a_directory_that_cannot_exist_is_reported_at_once(self):
+        start = time.monotonic()
+        result = self.call("install", environ={"HOME": "/proc"})
+        self.assert_fails(result, 6, "cannot write /proc/.local: No such file")
+        self.assertLess(time.monotonic() - start, 30)
+
     @needs_root
     def test_a_directory_of_another_user_has_a_hint_for_its_option(self):
         theirs, ours = self.folder / "theirs", self.folder / "ours"
