@@ -2604,7 +2604,7 @@ class JsonFile:
         if sys.platform != "win32" and os.geteuid() == 0:
             owner = os.lstat(path).st_uid
             if owner not in (0, info.st_uid):
-                text = f"{path}: another user (uid {owner}) made it a link to a file of others"
+                text = f"{path}: another user (uid {owner}) made it a link to somebody else's file"
                 raise StorageError(text, "remove it, then try again")
 
     @contextlib.contextmanager
@@ -2666,7 +2666,7 @@ class JsonFile:
                 self._check_link(path, os.stat(path))
             elif os.path.lexists(path):
                 # Creating the file would create the target of the link, which may be anywhere.
-                text = f"{path}: a link that leads nowhere"
+                text = f"{path}: a broken symbolic link"
                 raise StorageError(text, "remove it, then try again")
         try:
             make_directory(self.directory)
