@@ -1463,7 +1463,7 @@ DEVICE_CODE_LIFETIME = 900.0
 SLOW_DOWN = 5.0
 # The error codes, OpenAI's and RFC 6749 §5.2's, for a refresh token that can't be used any more.
 INVALID_GRANT_CODES = {
-    "refresh_token_reused": "its refresh token was used by another program",
+    "refresh_token_reused": "another program used its refresh token",
     "refresh_token_expired": "it has expired",
     "refresh_token_invalidated": "it was revoked",
     "token_expired": "it has expired",

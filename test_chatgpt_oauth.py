@@ -7801,6 +7801,14 @@ class OnlineStatusTest(Case):
         self.assertEqual((online["api_key"], online["access_token"]), (None, "refused"))
         self.assertIn("your session has ended", problem)
 
+    def test_the_reason_of_an_end_fits_in_80_columns(self):
+        for code in INVALID_GRANT_CODES:
+            self.store(lifetime=-10)
+            self.fault("refresh", 400, {"error": code})
+            out = self.call("status", "--online").out
+            self.assertIn("\n              your session has ended: ", out)
+            self.assert_fits(out)
+
     def test_a_web_page_counts_as_unreachable(self):
         for endpoint in ("api", "codex", "usage"):
             self.fault(endpoint, 403, b"<html>", Content_Type="text/html")
