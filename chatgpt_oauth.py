@@ -1529,7 +1529,7 @@ class Client:
     sign_in_command, sign_out_command = "auth", "logout"
     # Signs in without a listener. It is "" if this client has no device codes.
     device_command = "auth --device"
-    # The type of the models' entries that this client's sign-in makes the plan pay for.
+    # The type of the entries for the plan's models, in the models file.
     model_type = "chatgpt_oauth"
     # Comes after the setting `prefix` in the names of this client's models.
     model_prefix = ""
@@ -4393,7 +4393,7 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
     elif source == "api":
         hint = "to get a new API key, run"
     elif "invalid_authorization_context" in response.code:
-        # With this code, OpenAI refuses the token of an official sign-in. Only a new one helps.
+        # OpenAI refuses the token of an official sign-in with this code, until one signs in again.
         hint = "to sign in again, run"
     return RefusedError(str(error), hint, command)
 
@@ -6288,7 +6288,7 @@ class Status:
         if stored.check:
             check = self.api_key_check
             rows["API key"] = check.texts if check else ["none"]
-            # The top of the report has the hint only if nothing could be reached.
+            # A refused key isn't the main problem, so this hint isn't in the lines above the rows.
             if check and check.error and check.result == "refused":
                 rows["API key"].append(self._hint(check.error))
             rows["ChatGPT plan"] = stored.check.texts
