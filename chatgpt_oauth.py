@@ -5385,7 +5385,8 @@ def port_error(client: Client, error: OSError) -> OAuthError:
     """Return the error to raise if none of the client's ports works."""
     import shutil
 
-    hint, reason = no_port_hint(client), error.strerror or "error"
+    hint = no_port_hint(client)
+    reason = error.strerror or "error"
     if error.errno == errno.EADDRINUSE:
         explanation, commands = "see", PORT_OWNERS
     elif error.errno == errno.EACCES:
@@ -6287,7 +6288,7 @@ class Status:
             rows["Access token"] = expiry_texts(stored.expires_at, refreshable)
         if stored.check:
             check = self.api_key_check
-            rows["API key"] = check.texts if check else ["none"]
+            rows["API key"] = [*check.texts] if check else ["none"]
             # A refused key isn't the main problem, so this hint isn't in the lines above the rows.
             if check and check.error and check.result == "refused":
                 rows["API key"].append(self._hint(check.error))
@@ -7023,16 +7024,7 @@ def command_install(session: Session, options: Namespace) -> None:
     try:
         replace_files(contents, paths, session)
     except OSError as error:
-        path = error.filename or paths.directory
-        failure = storage_error("write", path, error)
-        directory = os.path.dirname(path)
-        is_ours = os.path.exists(directory) and can_change_mode(directory)
-        if isinstance(error, PermissionError) and not is_ours:
-            if directory == paths.bin_directory:
-                failure.hint = "use --bin with a directory of yours"
-            elif sys.platform != "win32":
-                failure.hint = "set HOME or XDG_DATA_HOME to a directory of yours"
-        raise failure from None
+        raise install_error(error, paths) from None
     # Hints name the command that the person typed. From now on they should name the new one.
     sys.argv[0] = paths.launcher
     notify("done", f"Installed the command {paths.launcher}")
@@ -7041,6 +7033,20 @@ def command_install(session: Session, options: Namespace) -> None:
         notify("done", f"Installed the Code Puppy plugin {paths.plugin}")
         notify("info", RESTART_CODE_PUPPY)
     report_next_steps(session, paths)
+
+
+def install_error(error: OSError, paths: InstallPaths) -> StorageError:
+    """Return the error for a file of ours that can't be written, with a hint that may help."""
+    path = error.filename or paths.directory
+    failure = storage_error("write", path, error)
+    directory = os.path.dirname(path)
+    is_own_directory = os.path.exists(directory) and can_change_mode(directory)
+    if isinstance(error, PermissionError) and not is_own_directory:
+        if directory == paths.bin_directory:
+            failure.hint = "use --bin with a directory of yours"
+        elif sys.platform != "win32":
+            failure.hint = "set HOME or XDG_DATA_HOME to a directory of yours"
+    return failure
 
 
 def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Session) -> None:
@@ -7751,7 +7757,8 @@ class PlanAccess:
         return await waiting
 
     def _authorize(self, session: Session) -> Tuple[Tokens, bool]:
-        stored, refresh_times = session.tokens(), self.prompts.refresh_times
+        stored = session.tokens()
+        refresh_times = self.prompts.refresh_times
         was_refused = stored.access_token in self.prompts.refused_tokens
         is_paused = time.monotonic() < refresh_times.get(stored.access_token, 0)
         if was_refused:
