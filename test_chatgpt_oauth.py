@@ -67,8 +67,8 @@ FROZEN_COMMAND = [
 ]
 AUTH_CLAIM = "https://api.openai.com/auth"
 POSIX = os.name == "posix"
-# The directories that programs are found in. A directory with an installed `chatgpt-oauth` is left
-# out, so that the tests never run that one.
+# PATH without the directories that have an installed `chatgpt-oauth`, so that the tests never run
+# that one.
 PATH = os.pathsep.join(
     place
     for place in os.environ.get("PATH", os.defpath).split(os.pathsep)
@@ -82,13 +82,13 @@ WORKERS = 4
 TEST_LIMIT = 300  # seconds
 AUTHORIZATION_URL = r"^http\S+/(?:oauth|api/accounts)/authorize\?\S+$"
 COMMANDS = ("auth", "status", "models", "env", "exec", "token", "logout", "install", "uninstall")
-# Every error with one of these exit codes tells what to do next.
+# An error with one of these exit codes always has a hint.
 EXIT_CODES_WITH_HINT = (1, 3, 4, 5)
-# The members of a token response besides the tokens.
+# Members that a token response may have besides the tokens. The last two don't belong there.
 ODD_MEMBERS = ("token_type", "expires_in", "scope", "earliest_refresh_at", "error", "unknown")
 # The files that a refresh leaves in the home.
 TOKEN_FILES = ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
-# The beginnings of the messages that a sign-in shows first.
+# The output of a sign-in begins with one of these.
 SIGN_IN_MESSAGES = ("To sign in, open ", "You are signed in as ")
 # The error codes of OpenAI and of RFC 6749 §5.2 for a refresh token that is no longer valid.
 INVALID_GRANT_CODES = (
@@ -144,6 +144,7 @@ def free_ports(count):
             try:
                 held.enter_context(bind("::1", port))
             except OSError as error:
+                # Any other error means that this system has no IPv6.
                 if error.errno == errno.EADDRINUSE:
                     continue
             ports.append(port)
@@ -184,6 +185,8 @@ PORT_TAKEN = os.strerror(errno.EADDRINUSE) if POSIX else "cannot listen on port"
 
 def quoted_path(path):
     """Return `path` quoted the way messages quote it in commands that people should type."""
+    # A path with an apostrophe goes into double quotes, unless it has a character that is special
+    # within them.
     if POSIX and not re.search(r"^[^']*$|[\"$`\\!]", str(path)):
         return f'"{path}"'
     if POSIX:
@@ -217,8 +220,8 @@ def cpu_seconds(process_id):
 # The double of OpenAI's servers
 # ---------------------------------------------------------------------------------------------
 
-# Each endpoint has a path, a grant type (only the token endpoint), a command that sends a request
-# to it (or None), and whether that command fails when the endpoint does.
+# Each endpoint has a path, the grant type of its requests (only at a token endpoint), the command
+# that tests run for TESTED_ENDPOINTS, and whether that command fails when the endpoint does.
 Endpoint = collections.namedtuple("Endpoint", "path grant_type command fatal")
 ENDPOINTS = {
     "authorize": Endpoint("/oauth/authorize", None, None, True),
@@ -235,6 +238,7 @@ ENDPOINTS = {
     "device": Endpoint("/api/accounts/deviceauth/token", None, "auth --device", True),
     # Code Puppy sends requests to this one and to plan_responses.
     "chat": Endpoint("/v1/chat/completions", None, None, True),
+    # The official sign-in, which lets API requests use the ChatGPT plan of the person.
     "plan_authorize": Endpoint("/api/accounts/authorize", None, None, True),
     "plan_code": Endpoint("/api/accounts/oauth/token", "authorization_code", None, True),
     "plan_refresh": Endpoint("/api/accounts/oauth/token", "refresh_token", None, True),
@@ -266,6 +270,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, serve):
         super().__init__(("127.0.0.1", 0), Handler)
         self.serve = serve
+        # Looking every 5 ms whether to shut down makes `close` fast.
         threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True).start()
 
     # HTTPServer.server_bind looks up the host's name, which can take seconds.
@@ -298,8 +303,14 @@ class OfficialEndpoints:
     )
 
     def __init__(self):
+        # By authorization code, the request that it was issued for. By refresh token, a list of the
+        # client ID (or "used") and the earliest time of its use. By access token, its expiry and
+        # whether it may use the plan.
         self.agents, self.plan_codes, self.plan_tokens, self.plan_access = {}, {}, {}, {}
+        # The person's ID, whether they let the client use their plan, and whether they decline the
+        # whole sign-in.
         self.plan_subject, self.plan_allowed, self.plan_declined = "user|ada", True, False
+        # How long an access token is valid, and how soon a refresh token may be used.
         self.plan_lifetime, self.plan_refresh_after = 3600, -1  # seconds
         # The client ID that is issued next, or None for a random one.
         self.plan_issued = None
@@ -416,7 +427,7 @@ class OfficialEndpoints:
         return 200, ""
 
     def plan_refusal(self, headers):
-        """Return the API's refusal if the bearer can't use the plan, otherwise None."""
+        """Return the API's refusal of an access token that can't use the plan, otherwise None."""
         expiry, allowed = self.plan_access.get(headers.get("authorization", "")[7:], (0, False))
         if expiry < time.time():
             return 401, {"detail": "Could not parse your authentication token."}
@@ -468,6 +479,7 @@ class OfficialEndpoints:
             wrong.append("system")
         if fields.get("stream") is not True or isinstance(fields.get("tool_choice"), dict):
             wrong.append("stream or tool_choice")
+        # These models take tools only in an input item of type `additional_tools`.
         if fields.get("tools") and re.match(r"gpt-(5\.[6-9]|[6-9])", fields.get("model", "")):
             wrong.append("flat tools")
         if fields.get("model") not in [model["slug"] for model in self.plan_models]:
@@ -541,7 +553,9 @@ class Double(OfficialEndpoints):
         self.residency = None
         # What the usage endpoint says: the plan, if it differs from the tokens', and the credits.
         self.usage_plan, self.credits = None, None
-        self.lifetime, self.delay = 864000, 0.0
+        # How long an access token is valid, and how long each response takes.
+        self.lifetime, self.delay = 864000, 0.0  # seconds
+        # The number of polls before the person enters the user code, and the polling interval.
         self.device_polls, self.device_interval = 1, "0"
         self.rate_limit = {
             "allowed": True,
@@ -630,7 +644,7 @@ class Double(OfficialEndpoints):
             found |= {*self.plan_codes, *self.plan_tokens, *self.plan_access}
             for entry in self.requests:
                 code, verifier = (entry["fields"].get(k) for k in ("code", "code_verifier"))
-                # The fuzzer may have cut a code to a few letters, which could occur in any text.
+                # .ci/fuzz may have cut a code to a few letters, which could occur in any text.
                 found |= {verifier, code if code and len(code) > 7 else None}
         return {secret for secret in found if secret}
 
@@ -888,6 +902,7 @@ def make_certificate(folder, host, issuer=None, issuer_key=None):
 def visit(url, follow=True):
     """Visit `url` as a browser does and return (url, status, headers, body) of each page."""
     pages = []
+    # No test needs more than nine pages. This ends a loop of redirects.
     while url and len(pages) < 9:
         parts = urllib.parse.urlsplit(url)
         # Browsers resolve localhost themselves and ignore /etc/hosts (RFC 6761 §6.3).
