@@ -1064,7 +1064,7 @@ def has_terminals():
     return True
 
 
-# Each shell with the options that keep it from reading the configuration of the person.
+# Interactive shells, with the options that keep them from reading a person's startup files.
 INTERACTIVE_SHELLS = [
     ("bash", "--norc", "-i"),
     ("zsh", "-f", "-i"),
@@ -1114,7 +1114,7 @@ class Case(unittest.TestCase):
     def setUp(self):
         faulthandler.dump_traceback_later(TEST_LIMIT, exit=True, file=sys.__stderr__)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
-        # Python would print these tracebacks, and the test would succeed.
+        # Without these hooks, Python would only print such a traceback, and the test would succeed.
         self.tracebacks = []
         self.addCleanup(self.assert_no_traceback)
         for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
@@ -1128,6 +1128,7 @@ class Case(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
+        # The program's own directory. HOME is `folder`.
         self.home = self.folder / ".code_puppy"
         self.token_file = self.home / "chatgpt_oauth.json"
         self.models_file = self.home / "chatgpt_models.json"
@@ -1256,9 +1257,9 @@ class Case(unittest.TestCase):
     def call(self, *arguments, environ=None, browser=None):
         """Run the program in this process and return its Result.
 
-        This is faster than a process, also because it sends requests from this process, as in a
-        frozen program. `browser` is called with the authorization URL as soon as the program prints
-        it.
+        This is faster than starting a process. Like a frozen program, it doesn't start a child for
+        its requests, either. `browser` is called with the authorization URL as soon as the program
+        prints it.
         """
         out, err = io.StringIO(), BrowserStream(browser)
         with contextlib.ExitStack() as stack:
@@ -1311,7 +1312,10 @@ class Case(unittest.TestCase):
         return result
 
     def run_command_for(self, endpoint):
-        """Run the command that uses `endpoint`, and return its Result."""
+        """Run the command of `endpoint` (see ENDPOINTS) from a fresh start, and return its Result.
+
+        Check what is true of the command whatever the endpoint answers.
+        """
         if self.token_file.exists():
             self.token_file.unlink()
         if "auth" not in ENDPOINTS[endpoint].command:
@@ -1319,6 +1323,7 @@ class Case(unittest.TestCase):
             self.double.api_keys.add(key)
             self.store(lifetime=-10 if endpoint == "refresh" else None, api_key=key)
         arguments = ENDPOINTS[endpoint].command.split()
+        # After some responses, the program goes on polling until its time is up.
         if endpoint == "device":
             arguments += ["--timeout", "0.15"]
         result = self.call(*arguments)
@@ -1438,8 +1443,6 @@ class Case(unittest.TestCase):
         self.token_file.chmod(mode)
         return fields
 
-    # Each of the following helpers that gets a Result returns it.
-
     def account_file(self, name, file="chatgpt_oauth.json"):
         """Return the path of a file of the account `name`."""
         return self.home / "accounts" / name / file
@@ -1461,6 +1464,8 @@ class Case(unittest.TestCase):
         response = {**self.double.tokens(), **changes}
         self.fault("refresh", 200, response)
         return response, self.call("token")
+
+    # Each of the following methods that takes a Result returns it.
 
     def assert_no_secret(self, *texts):
         for secret in self.double.secrets():
@@ -1517,10 +1522,10 @@ class Case(unittest.TestCase):
             self.assertLessEqual(len(line), 80, line)
 
     def assert_fails(self, result, exit_code, *words, after_messages=False, one_line=False):
-        """Check that the command failed with nothing but an error that has all `words`.
+        """Check that the command failed and printed only an error, which contains all `words`.
 
         Standard output must be empty. Standard error must be the lines "error: …" and "hint: …",
-        and only errors with exit code 2 or 6 can do without a hint. No line may be too long. A
+        and only errors with exit code 2 or 6 may lack the hint. No line may be too long. A
         sign-in shows instructions first. `after_messages` allows other messages before the error.
         `one_line` requires a hint within the error line, as `env` prints it.
         """
