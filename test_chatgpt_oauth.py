@@ -1637,6 +1637,7 @@ class SettingsTest(Case):
         self.assertEqual(list(oauth.RULES), list(oauth.CHATGPT_OAUTH_CONFIG))
 
     def test_a_bad_setting_is_refused_by_name_before_any_request(self):
+        # os.fsdecode() turns UTF-8 into what os.environ would contain in this locale.
         bad = {
             "issuer": (
                 *("", "http://example.com", "ftp://x", "https://u:p@h", "https://h?x"),
@@ -1945,6 +1946,7 @@ class WireTest(Case):
         fields = query(url)
         self.assertEqual(fields["originator"], "chatgpt_oauth")
         self.assertEqual(fields["redirect_uri"], f"http://localhost:{self.ports[0]}/auth/callback")
+        # In base64url, 43 characters are 32 bytes, and 86 characters are 64.
         self.assertEqual(len(fields["state"]), 43)
         self.assertNotIn("+", url)
         visit(url)
@@ -1957,7 +1959,7 @@ class WireTest(Case):
                 self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
     def check(self, answer):
-        """Give `answer` at each endpoint in turn, and check that the command reports it in time."""
+        """Check that commands report BAD_RESPONSES[answer] in time, at each endpoint in turn."""
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.2"
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         for endpoint in TESTED_ENDPOINTS:
@@ -2004,9 +2006,9 @@ class WireTest(Case):
 
     @contextlib.contextmanager
     def look_up(self, addresses=(), pause=0.0):
-        """Make name lookups in this process take `pause` seconds and return `addresses`, too.
+        """Make name lookups in this process take `pause` seconds and return `addresses` first.
 
-        Each of `addresses` is a family and an address of a socket, and comes before the real ones.
+        Each of `addresses` is the family and the address of a socket. The real ones follow.
         """
         real = socket.getaddrinfo
         found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
@@ -2019,7 +2021,7 @@ class WireTest(Case):
             yield
 
     def dead_address(self, host):
-        """Return the family and the address of a socket that doesn't answer."""
+        """Return the family and the address of a socket that accepts no connection."""
         listener = bind(host)
         self.addCleanup(listener.close)
         listener.listen(0)
@@ -2067,6 +2069,7 @@ class WireTest(Case):
             dead = [self.dead_address("::1") for _ in range(4)]
         except OSError:
             self.skipTest("no IPv6 here")
+        # Trying all four of these first would take a second.
         with self.look_up(dead):
             self.assert_fast(0.75, self.refresh_once)
 
@@ -2133,13 +2136,14 @@ class WireTest(Case):
 
     def test_an_answer_has_the_time_that_connecting_did_not_use(self):
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
+        # This is more than half of the time, which is all that a slow connection would leave.
         self.double.delay = 1.2
         self.store(lifetime=-10)
         with self.look_up(pause=0.1):
             self.assert_fresh(self.call("token"))
 
     def call_at_silence(self, message, *arguments):
-        """Run the program with a response that ends with `message` but stays open.
+        """Run the program. Its refresh gets `message`, and then the connection stays open.
 
         Time passes only once the program has read the message and wants more.
         """
@@ -2173,6 +2177,7 @@ class WireTest(Case):
             for is_open in (False, True):
                 body = json.dumps(self.double.tokens()).encode()
                 message = HTTP_OK + head + b"\r\n" + (start and start % len(body)) + body + end
+                # This lacks the end and the last two bytes of the body.
                 cut = message[: -len(end) - 2]
                 if is_open:
                     result = self.call_at_silence(message, "token", "--refresh")
@@ -2189,6 +2194,7 @@ class WireTest(Case):
         for depth in (500, 1000, 50000):
             for opening, closing in ((b"[", b"]"), (b'{"]": ', b"}")):
                 self.store(lifetime=-10)
+                # Brackets in a string are no nesting.
                 tokens = json.dumps({**self.double.tokens(), "note": '\\"[['}).encode()
                 deep = opening * depth + b"1" + closing * depth
                 body = b'{"first": ' + deep + b"," + tokens[1:-1] + b', "last": ' + deep + b"}"
@@ -2394,6 +2400,8 @@ threading.Thread.start = limited
         network = "open a web page in a browser: this network may ask you to sign in first"
         self.store(lifetime=-10, issuer="https://issuer.example.com")
         before = self.stored()
+        # In OpenSSL's x509_vfy.h, 9 means that the certificate isn't valid yet, 10 that it has
+        # expired, 62 that it is for another host name, and 64 that it is for another address.
         for code, word, proxy, hint in (
             (9, "bad", "", clock),
             (10, "expired", "", clock),
@@ -2481,7 +2489,9 @@ threading.Thread.start = limited
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
     def test_a_company_ca_without_key_usage_is_accepted(self):
+        # This sets the issuer's URL. The issuer is replaced by one with a certificate from a CA.
         self.use_untrusted_issuer()
+        # By default, `openssl req -x509` makes a CA certificate without a key usage.
         ca, ca_key = make_certificate(self.folder, "ca.example.com")
         folder = self.folder / "issuer"
         folder.mkdir()
