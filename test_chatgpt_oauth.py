@@ -2563,6 +2563,7 @@ class StoreTest(Case):
     @needs_modes
     def test_files_are_created_private(self):
         self.require(can_trace(), "no strace here that can trace")
+        # With this umask, a file has exactly the mode that the program asks for.
         self.addCleanup(os.umask, os.umask(0))
         self.store()
         trace = self.folder / "trace"
@@ -2694,7 +2695,7 @@ class StoreTest(Case):
         open_file = os.open
 
         def fail(path, *arguments, **options):
-            # The code has been brought, and the file is read for the last time before the exchange.
+            # The program has the code now and reads the file once more before it sends the code.
             if self.double.codes and str(path) == str(self.token_file):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return open_file(path, *arguments, **options)
@@ -2739,7 +2740,7 @@ class StoreTest(Case):
             self.assert_fails(self.call("token"), 6, "Permission denied")
 
     def create_root_target(self):
-        """Make the home directory another user's, and return a file of root's to lure root to."""
+        """Give the home to another user. Return a file of root's that a link could lead root to."""
         self.store(lifetime=-10)
         for path in (self.folder, self.home, self.token_file):
             os.chown(path, 65534, 65534)
@@ -2964,6 +2965,7 @@ class StoreTest(Case):
         text = json.dumps(self.stored())[:-1] + ', "theirs": ' + "[" * 1200 + "]" * 1200 + "}"
         self.token_file.write_text(text)
         result = self.call("token")
+        # Python's version decides whether this can be parsed. If it can't, no token may be spent.
         self.assertIn(result.code, (0, 6), result.err)
         self.assertEqual(self.double.count("refresh"), int(result.code == 0))
 
@@ -2985,6 +2987,7 @@ class StoreTest(Case):
         return [name for name in os.listdir(self.home) if name.endswith(".tmp")]
 
     def kill_at_random(self, kills):
+        """Kill refreshes at random moments. None of them may lose the tokens."""
         self.store()
         rng = random.Random(7)
         for _ in range(kills):
@@ -3000,7 +3003,7 @@ class StoreTest(Case):
         self.kill_at_random(10)
 
     def kill_at(self, call, rounds):
-        """Kill the child of a refresh at a system call. The next process must be signed in."""
+        """Kill the child of a refresh at the system call `call`. No tokens may be lost."""
         for _ in range(rounds):
             self.store(lifetime=-10)
             result = self.run_injected(f"{call}:signal=SIGKILL:error=EIO", "token")
@@ -3010,8 +3013,8 @@ class StoreTest(Case):
 
     def test_a_refresh_killed_at_any_step_keeps_the_sign_in(self):
         self.require_injection()
-        # The first rename and two calls of fsync replace the file by itself, and the third fsync
-        # reserves room. The other calls store the response.
+        # First, the program replaces the file with a copy, to see that this works: one rename and
+        # two calls of fsync. The third fsync reserves space. The other calls store the response.
         before = ("/^rename:when=1", "fsync:when=1", "fsync:when=3", "sendto")
         after = ("ftruncate:when=3", "fsync:when=4", "/^rename:when=2", "fsync:when=5")
         for call in before + after:
@@ -3116,6 +3119,7 @@ class StoreTest(Case):
         return leftover
 
     def test_the_response_of_a_killed_process_is_used(self):
+        # Reserved space that the response has not used is left as spaces.
         for rest in ("", " " * 99):
             old = self.store(lifetime=-10)
             self.double.refresh_tokens[old["refresh_token"]] = "used"
@@ -3173,6 +3177,7 @@ class StoreTest(Case):
     @unittest.skipUnless(POSIX, "Windows limits no file's size")
     def test_a_full_disk_is_reported_before_the_token_is_spent(self):
         before = self.store(lifetime=-10)
+        # The token file is smaller than this, but not with the space that new tokens may need.
         result = self.run_program("token", preexec_fn=limit_file_sizes(8192))
         self.assert_fails(result, 6, "cannot write")
         self.assertEqual(self.double.requests, [])
@@ -3247,8 +3252,8 @@ class StoreTest(Case):
 
     def test_a_response_gets_the_reserved_space_of_a_copy_on_write_file_system(self):
         self.store(lifetime=-10)
-        # The third write of the child to a file is the one of the response. Before that, it has
-        # written to a pipe.
+        # Such a file system may need free space even to overwrite reserved space. The child's first
+        # write is to a pipe, the next two are to files, and the fourth one stores the response.
         self.assert_refreshed_once(self.run_injected("write:error=ENOSPC:when=4", "token"))
 
     def test_the_response_of_a_killed_process_outlasts_a_full_disk(self):
@@ -3258,7 +3263,8 @@ class StoreTest(Case):
 
     def test_a_failed_fsync_loses_nothing(self):
         self.require_injection()
-        # Number 2 and 5 sync the directory, 1 and 3 come before the request, 4 after it.
+        # Calls 1 and 3 come before the request, and call 4 stores the response. Calls 2 and 5 sync
+        # the directory, which may fail.
         for when, spent in (("1", 0), ("2", 1), ("3", 0), ("4", 1), ("4+", 1), ("5", 1)):
             with self.subTest(when):
                 self.store_expired()
@@ -3439,6 +3445,7 @@ os._exit(0)
 
 class LimitsTest(Case):
     def test_a_token_that_no_server_accepts_is_not_a_token(self):
+        # The longest token that is accepted has 64 KiB.
         for length, good in ((65536, True), (65537, False)):
             before = self.store(lifetime=-10)
             _, result = self.refresh_with(id_token="x" * length)
@@ -3446,6 +3453,7 @@ class LimitsTest(Case):
             self.assertEqual(self.stored()["id_token"] != before["id_token"], good)
 
     def test_a_token_file_that_has_no_room_spends_no_token(self):
+        # Before a refresh, at most half of the file's limit of 1 MiB may be used.
         for size, exit_code in ((500000, 0), (530000, 6)):
             self.store(lifetime=-10, theirs="x" * size)
             result = self.call("token")
