@@ -3677,6 +3677,7 @@ for command in ("status", "token"):
                 self.assertEqual(self.stored()["ended"]["reason"], code)
                 result = self.call("status")
                 self.assertEqual(result.code, 4)
+                # Another second may have passed.
                 for words in ("Not authenticated\n", "ada@example.com", "expired 10 seconds ago"):
                     self.assertIn(words, result.out.replace(" 11 ", " 10 "))
                 result = self.call("status", "--json")
@@ -3725,6 +3726,7 @@ for command in ("status", "token"):
                     self.assertEqual("check the settings" in result.err, expected[0] == 1)
                 self.assertEqual("ended" in self.stored(), expected[1])
                 self.assertEqual(self.double.count("refresh"), 1 if expected[1] else 2)
+                # Nothing that was stored before has changed.
                 self.assertEqual({**self.stored(), **before}, self.stored())
 
     def test_a_refusal_is_understood_though_the_token_is_a_part_of_it(self):
@@ -3737,6 +3739,7 @@ for command in ("status", "token"):
                 self.store(lifetime=-10, refresh_token=token)
                 self.fault("refresh", 403, {"error": code})
                 err = self.assert_fails(self.call("token"), exit_code).err
+                # The program's own message contains "expired".
                 self.assertNotIn(token, err.replace("it has expired", ""))
                 self.assertEqual("ended" in self.stored(), exit_code == 4)
 
@@ -3973,9 +3976,10 @@ for command in ("status", "token"):
                 self.assert_refreshed_once(self.call("token"))
 
     def send_pairs(self, rounds, start):
-        """Send two signals, 0.2 to 10 ms apart, to a refresh and to its process group.
+        """Send each of `rounds` refreshes two signals, 0.2 to 10 ms apart.
 
-        `start` starts a program that refreshes. The signals arrive at any moment of the refresh.
+        `start` starts a program that refreshes. Each signal goes to that process alone or to its
+        process group. The first one comes at a random moment or during the request, in turns.
         """
         rng = random.Random(7)
         ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -3990,7 +3994,7 @@ for command in ("status", "token"):
                 wait_for(lambda: self.double.count("refresh"))
             for _ in range(2):
                 send = rng.choice((os.kill, os.killpg))
-                # A process that the first signal has ended is still there until it is waited for.
+                # A process that the first signal has ended still has its ID until it is waited for.
                 send(running.process.pid, rng.choice(ending))
                 time.sleep(rng.uniform(0.0002, 0.01))
             running.result()
@@ -4120,6 +4124,7 @@ began = time.monotonic()
 """
         with self.holding_lock():
             err = self.start_python(code).result().err
+        # The thread would wait for the lock for up to 60 seconds.
         self.assertLess(float(re.search("^waited (.+)$", err, re.M)[1]), 3)
 
     @needs_windows
@@ -4160,11 +4165,11 @@ sys.exit(oauth.main(["token"]))
         self.assertEqual(self.double.count("refresh"), 1)
 
     def interrupt_at_new_line(self, seen, each_time):
-        """Run `token` and press Ctrl-C at the first line after the refresh request not in `seen`.
+        """Run `token` and press Ctrl-C at the first line that isn't in `seen`, which is then added.
 
-        Lines of the program and of `contextlib` count, once for each line of the program that calls
-        them or, with `each_time`, each time that they are run. The line is added to `seen`. Return
-        the line, or None if there was none, and the Result.
+        Only lines that run after the refresh request count, those of the program and those of
+        `contextlib`. A line is new if it is called from a new line of the program or, with
+        `each_time`, whenever it runs. Return the line, or None if none was new, and the Result.
         """
         interrupted_at, lines_run = None, 0
 
@@ -4219,6 +4224,7 @@ sys.exit(oauth.main(["token"]))
             self.assert_nothing_lost()
             after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
             self.assertEqual(after, handlers, line)
+        # With fewer lines, the trace would have missed a part of the program.
         self.assertGreater(len(seen), 300)
 
     @needs_signals
@@ -4341,7 +4347,8 @@ asyncio.run(main())
     @needs_sh
     @needs_modes
     def test_a_child_that_never_greets_does_not_hold_the_lock(self):
-        # The first prints nothing, the second begins a line, and the third ignores its input.
+        # A real child first prints a greeting, its name and version. The first of these prints
+        # nothing, the second only the beginning of the greeting, and the third something else.
         for code in ("", "printf chatgpt", "echo Welcome"):
             with self.subTest(code):
                 program = self.folder / "python3"
@@ -4392,6 +4399,7 @@ asyncio.run(main())
             (self.folder / name).write_text("raise SystemExit('wrong module')")
         environ = {"PYTHONPATH": str(self.folder)}
         code = f"import sys; sys.path[:] = [p for p in sys.path if p]; {oauth.LAUNCH_CODE}"
+        # PROGRAM_COMMAND ends with the paths of the program and of its directory.
         command = [sys.executable, "-I", "-S", "-c", code, *PROGRAM_COMMAND[-2:], "token"]
         result = self.run_command(command, environ, cwd=self.folder)
         self.assertEqual(self.assert_fresh(result).err, "")
