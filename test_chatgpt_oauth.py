@@ -4603,7 +4603,7 @@ class CallbackTest(Case):
             with self.subTest(issuer):
                 running = self.start("auth", "--no-browser")
                 right = authorization_response(running.wait_for_url())
-                # With another state, it is a stray like any other.
+                # With another state, it changes nothing, like any stray request.
                 self.assertEqual(visit(right.replace("state=", "state=x") + "&iss=x")[-1][1], 400)
                 self.assertIsNone(running.process.poll())
                 page = visit(f"{right}&iss={issuer}")[-1]
@@ -4830,6 +4830,7 @@ class CallbackTest(Case):
         for _ in range(70):
             silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT))
             self.addCleanup(silent[-1].close)
+        # Of 70 connections, the listener has closed the first 6.
         for each in silent[:6]:
             self.assertEqual(each.recv(1), b"")
         self.assertEqual(select.select(silent[6:], [], [], 0.2)[0], [])
@@ -4877,6 +4878,7 @@ class CallbackTest(Case):
             lambda: b"GET /auth/callback?state=%ff\xff HTTP/1.1\r\n" + host + b"\r\n",
             lambda: b"GET " + good + b"\0 HTTP/1.1\r\n" + host + b"\r\n",
         )
+        # The first request loads modules, which is not to be measured.
         self.ask("/warm")
         before = memory_in_kib(self.running.process.pid)
         silent = []
@@ -4887,6 +4889,7 @@ class CallbackTest(Case):
             listener = ("127.0.0.1", self.ports[0])
             with contextlib.suppress(OSError), socket.create_connection(listener, 5) as sender:
                 sender.sendall(bad)
+                # Wait for every third response. The fourth kind is incomplete and gets none.
                 if number % 3 == 0 and number % 10 != 3:
                     sender.recv(100)
         bound = 20 if sys.implementation.name == "cpython" else 64  # MiB
@@ -4972,7 +4975,7 @@ class ModelsTest(Case):
         return self.stored_models()
 
     def plan_entry(self, **listed):
-        """Return the entry of one plan model with these catalogue fields."""
+        """Return the entry in the models file of a plan model with these catalog fields."""
         self.double.codex_models = [{"slug": "gpt-6", "visibility": "list", **listed}]
         return self.entries("--source", "codex")["chatgpt-gpt-6"]
 
@@ -5036,6 +5039,7 @@ class ModelsTest(Case):
         def length(**listed):
             return self.plan_entry(**listed)["context_length"]
 
+        # Without a percentage, 95 % of the window are used, and without a window, 95 % of 272000.
         self.assertEqual(length(context_window=272000), 258400)
         self.assertEqual(length(context_window=100000, effective_context_window_percent=90), 90000)
         self.assertEqual(length(context_window=100000, effective_context_window_percent=0), 95000)
@@ -5348,6 +5352,7 @@ class SignInTest(Case):
         for _ in range(2):
             self.assertIn("You're signed in", visit(success_url)[0][3])
         self.assert_done(running.result())
+        # After the second tab, the program doesn't wait for more, which would take five seconds.
         self.assertLess(time.monotonic() - began, 4)
 
     def test_a_clock_after_the_year_9999_does_not_break_the_page(self):
@@ -5615,6 +5620,7 @@ class SignInTest(Case):
 
     def test_a_declined_consent_is_explained(self):
         declined = "The <b>user</b> \x1b[31mdeclined"
+        # On the page, the first word has a capital letter.
         for description, words in (
             (declined, "uthorization failed (access_denied: The"),
             ("missing_codex_entitlement", "administrator"),
@@ -5632,6 +5638,7 @@ class SignInTest(Case):
     def test_auth_ends_after_its_timeout(self):
         environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
         result = self.run_program("auth", "--no-browser", environ=environ)
+        # The least that is suggested is twice the default.
         self.assert_fails(
             result, 1, "timed out after 0.3 seconds waiting for you to sign in", "--timeout 240"
         )
