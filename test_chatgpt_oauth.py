@@ -74,6 +74,8 @@ PATH = os.pathsep.join(
     for place in os.environ.get("PATH", os.defpath).split(os.pathsep)
     if not any(os.path.exists(os.path.join(place, name)) for name in oauth.LAUNCHERS)
 )
+# The ID that most systems give to a user, and to a group, without any rights.
+NOBODY = 65534
 # The longest wait for a process, a thread or a socket.
 WAIT_LIMIT = 60  # seconds
 # The number of processes that a test with many of them runs at once.
@@ -287,6 +289,11 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
 
+def bearer_token(headers):
+    """Return the token in the Authorization header of a request to the double, or ""."""
+    return headers.get("authorization", "")[len("Bearer ") :]
+
+
 class OfficialEndpoints:
     """The endpoints of OpenAI's official sign-in (developers.openai.com/siwc).
 
@@ -428,14 +435,14 @@ class OfficialEndpoints:
 
     def plan_refusal(self, headers):
         """Return the API's refusal of an access token that can't use the plan, otherwise None."""
-        expiry, allowed = self.plan_access.get(headers.get("authorization", "")[7:], (0, False))
+        expiry, allowed = self.plan_access.get(bearer_token(headers), (0, False))
         if expiry < time.time():
             return 401, {"detail": "Could not parse your authentication token."}
         return None if allowed else (403, {"detail": "The plan was not allowed."})
 
     def _plan_responses(self, fields, headers):
         refusal = None
-        if headers.get("authorization", "")[7:] not in self.api_keys:
+        if bearer_token(headers) not in self.api_keys:
             refusal = self.plan_refusal(headers) or self.request_refusal(fields)
         code = "subscription_sharing_usage_limit_exceeded"
         limit = {"code": code, "type": code, "message": "The usage limit has been reached"}
@@ -760,11 +767,11 @@ class Double(OfficialEndpoints):
         return 200, {}
 
     def _api(self, fields, headers):
-        if headers.get("authorization", "")[7:] in self.plan_access:
+        if bearer_token(headers) in self.plan_access:
             if not fields.get("client_version"):
                 return 400, {"detail": "client_version missing"}
             return self.plan_refusal(headers) or (200, {"models": self.plan_models})
-        if headers.get("authorization", "")[7:] not in self.api_keys:
+        if bearer_token(headers) not in self.api_keys:
             return self.refuse("invalid_api_key", "Incorrect API key provided")
         models = [{"id": name, "object": "model", "owned_by": "x"} for name in self.api_models]
         for model in models:
@@ -776,7 +783,7 @@ class Double(OfficialEndpoints):
 
     def refuse_on_codex_backend(self, headers):
         """Return the refusal of a request with a rejected token or for another region, or None."""
-        if headers.get("authorization", "")[7:] not in self.access_tokens:
+        if bearer_token(headers) not in self.access_tokens:
             return 401, {"detail": "Unauthorized"}
         region = None if self.residency == "no_constraint" else self.residency
         if headers.get("x-openai-internal-codex-residency") != region:
@@ -821,7 +828,7 @@ class Double(OfficialEndpoints):
         return 200, dict(zip(names, (code, challenge, verifier)))
 
     def _chat(self, fields, headers):
-        if headers.get("authorization", "")[7:] not in self.api_keys:
+        if bearer_token(headers) not in self.api_keys:
             return self.refuse("invalid_api_key")
         is_old = fields["model"].startswith(("gpt-3", "gpt-4"))
         if fields.get("tools") and fields.get("reasoning_effort") and not is_old:
@@ -1371,8 +1378,8 @@ class Case(unittest.TestCase):
         """Switch to another user if this is root, because permissions don't stop root."""
         user, group = os.geteuid(), os.getegid()
         if user == 0:
-            os.setegid(65534)
-            os.seteuid(65534)
+            os.setegid(NOBODY)
+            os.seteuid(NOBODY)
         try:
             yield
         finally:
@@ -1384,7 +1391,7 @@ class Case(unittest.TestCase):
         """Switch to another user who owns the test's files, if this is root."""
         if os.geteuid() == 0:
             for path in (self.folder, *self.folder.rglob("*")):
-                os.chown(path, 65534, 65534)
+                os.chown(path, NOBODY, NOBODY)
         with self.as_unprivileged_user():
             yield
 
@@ -2011,7 +2018,10 @@ class WireTest(Case):
         Each of `addresses` is the family and the address of a socket. The real ones follow.
         """
         real = socket.getaddrinfo
-        found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
+        found = [
+            (family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address)
+            for family, address in addresses
+        ]
 
         def slow(*arguments, **options):
             time.sleep(pause)
@@ -2110,7 +2120,9 @@ class WireTest(Case):
             self.require(sys.platform == "linux", "a full queue may refuse connections here")
             dead = self.dead_address("127.0.0.1")
             with mock.patch.object(socket, "getaddrinfo") as look_up:
-                look_up.return_value = [(dead[0], socket.SOCK_STREAM, 6, "", dead[1])]
+                look_up.return_value = [
+                    (dead[0], socket.SOCK_STREAM, socket.IPPROTO_TCP, "", dead[1])
+                ]
                 self.assert_fails(self.call("token"), 5, *words)
         self.assertEqual(self.double.requests, [])
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "30"
@@ -2732,7 +2744,7 @@ class StoreTest(Case):
         self.assertEqual((self.home / "chatgpt_oauth.json.lock").stat().st_uid, 12345)
         self.token_file.chmod(0o644)
         for path in (self.folder, self.home):
-            os.chown(path, 65534, 65534)
+            os.chown(path, NOBODY, NOBODY)
         with self.as_unprivileged_user():
             self.assert_fails(self.call("token"), 6, "owned by another user")
         self.token_file.chmod(0o600)
@@ -2743,7 +2755,7 @@ class StoreTest(Case):
         """Give the home to another user. Return a file of root's that a link could lead root to."""
         self.store(lifetime=-10)
         for path in (self.folder, self.home, self.token_file):
-            os.chown(path, 65534, 65534)
+            os.chown(path, NOBODY, NOBODY)
         target = self.folder / "target"
         target.write_text(json.dumps({"access_token": "roots"}))
         target.chmod(0o644)
@@ -2758,7 +2770,7 @@ class StoreTest(Case):
     def link_as_other_user(self, path, target):
         """Make `path` a symbolic link that belongs to another user."""
         path.symlink_to(target)
-        os.lchown(path, 65534, 65534)
+        os.lchown(path, NOBODY, NOBODY)
 
     @needs_root
     def test_root_does_not_follow_a_linked_lock_file(self):
@@ -2801,12 +2813,12 @@ class StoreTest(Case):
 
     @needs_root
     def test_a_home_that_root_creates_belongs_to_the_user(self):
-        os.chown(self.folder, 65534, 65534)
+        os.chown(self.folder, NOBODY, NOBODY)
         self.double.device_polls = 0
         environ = {"XDG_DATA_HOME": str(self.folder / "a" / "b")}
         self.assert_done(self.call("auth", "--device", environ=environ))
         self.assertTrue((self.folder / "a/b/code_puppy/chatgpt_oauth.json").exists())
-        self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {65534})
+        self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {NOBODY})
 
     @needs_modes
     def test_a_dangling_link_creates_no_file(self):
@@ -2858,7 +2870,7 @@ class StoreTest(Case):
                     auth = self.call("auth", "--device", environ=environ)
                 missing = f"error: not signed in (no tokens in {place / 'chatgpt_oauth.json'})"
                 self.assertEqual(token.err, f"{missing}\n{hint}\n")
-                self.assertIn(hint[6:], status.out)
+                self.assertIn(hint[len("hint: ") :], status.out)
                 self.assert_fails(auth, 6, "cannot ", hint)
         theirs.chmod(0o700)
         with self.as_unprivileged_user():
@@ -3159,7 +3171,7 @@ class StoreTest(Case):
             leftover.symlink_to(elsewhere)
 
         def somebody_elses(leftover):
-            os.chown(leftover, 65534, 65534)
+            os.chown(leftover, NOBODY, NOBODY)
 
         for change in (older, link, somebody_elses):
             with self.subTest(change.__name__):
@@ -4989,7 +5001,8 @@ class ModelsTest(Case):
 
     def test_api_models_use_the_responses_endpoint_except_chat_patterns(self):
         def types(**environ):
-            return {name[8:]: entry["type"] for name, entry in self.entries(**environ).items()}
+            entries = self.entries(**environ).items()
+            return {name[len("chatgpt-") :]: entry["type"] for name, entry in entries}
 
         self.double.api_models = ["gpt-6-sol", "gpt-5.4", "o3-pro", "gpt-4o", "gpt-3.5-turbo"]
         responses = dict.fromkeys(("gpt-6-sol", "gpt-5.4", "o3-pro"), "custom_openai_responses")
@@ -7111,7 +7124,7 @@ oauth.sign_out(account="work")
         self.home.mkdir()
         link = self.home / "accounts"
         link.symlink_to(target)
-        os.lchown(link, 65534, 65534)
+        os.lchown(link, NOBODY, NOBODY)
         result = self.call("auth", "--account", "work", "--no-browser")
         self.assert_fails(result, 6, f"{link}: another user")
         self.assertEqual(os.listdir(target), [])
@@ -8311,7 +8324,7 @@ class InstallTest(Case):
             for each in self.folder.rglob("*"):
                 each.chmod(0o777)
                 if os.geteuid() == 0:
-                    os.chown(each, 65534, 65534)
+                    os.chown(each, NOBODY, NOBODY)
             unwritable.chmod(0o555)
             with self.as_unprivileged_user():
                 result = self.call("install", "--code-puppy")
@@ -8676,9 +8689,9 @@ class InstallTest(Case):
 
     @needs_root
     def test_root_installs_for_the_owner_of_the_home_directory(self):
-        os.chown(self.folder, 65534, 65534)
+        os.chown(self.folder, NOBODY, NOBODY)
         self.install("--code-puppy")
-        self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {65534})
+        self.assertEqual({path.stat().st_uid for path in self.folder.rglob("*")}, {NOBODY})
         with self.as_unprivileged_user():
             self.assertEqual(self.call("uninstall").code, 0)
         self.assertEqual(self.paths(), set())
@@ -8688,14 +8701,16 @@ class InstallTest(Case):
         cache = self.program.parent / "__pycache__"
         for path in (self.program.parent, cache):
             cache.mkdir(parents=True)
-            os.chown(path, 65534, 65534)
+            os.chown(path, NOBODY, NOBODY)
             before = self.paths()
-            self.assert_fails(self.call("install"), 6, f"{path}: owned by another user (uid 65534)")
+            self.assert_fails(
+                self.call("install"), 6, f"{path}: owned by another user (uid {NOBODY})"
+            )
             self.assertEqual(self.paths(), before)
             shutil.rmtree(self.folder / ".local")
         for path in (self.launcher, self.program):
             self.install()
-            os.chown(path, 65534, 65534)
+            os.chown(path, NOBODY, NOBODY)
             self.assert_fails(self.call("install"), 6, f"{path}: owned by another user")
             self.assert_done(self.call("uninstall"))
 
