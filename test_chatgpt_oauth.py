@@ -87,7 +87,7 @@ COMMANDS = ("auth", "status", "models", "env", "exec", "token", "logout", "insta
 # An error with one of these exit codes always has a hint.
 EXIT_CODES_WITH_HINT = (1, 3, 4, 5)
 # Members that a token response may have besides the tokens. The last two don't belong there.
-ODD_MEMBERS = ("token_type", "expires_in", "scope", "earliest_refresh_at", "error", "unknown")
+OTHER_MEMBERS = ("token_type", "expires_in", "scope", "earliest_refresh_at", "error", "unknown")
 # The files that a refresh leaves in the home.
 TOKEN_FILES = ["chatgpt_oauth.json", "chatgpt_oauth.json.lock"]
 # The output of a sign-in begins with one of these.
@@ -1900,7 +1900,7 @@ def echo_request(handler, fields):
 
 
 HTTP_OK = b"HTTP/1.1 200 OK\r\n"
-NO_TOKENS = dict.fromkeys(("access_token", "refresh_token", "id_token", "data", "models"), 5)
+WRONG_TYPES = dict.fromkeys(("access_token", "refresh_token", "id_token", "data", "models"), 5)
 BAD_RESPONSES = {
     "empty": respond_with(200, b""),
     "no content": respond_with(204, b""),
@@ -1911,7 +1911,7 @@ BAD_RESPONSES = {
     "a number": respond_with(200, b"5"),
     "a string": respond_with(200, b'"x"'),
     "an empty object": respond_with(200, b"{}"),
-    "wrong types": respond_with(200, NO_TOKENS),
+    "wrong types": respond_with(200, WRONG_TYPES),
     "lists of wrong types": respond_with(
         200, b'{"data": [1, null, {"id": 5}], "models": [[], {}]}'
     ),
@@ -1965,7 +1965,7 @@ class WireTest(Case):
             if entry["endpoint"] != "authorize":
                 self.assertTrue(entry["headers"]["user-agent"].startswith(agent))
 
-    def check(self, answer):
+    def check_bad_response(self, answer):
         """Check that commands report BAD_RESPONSES[answer] in time, at each endpoint in turn."""
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.2"
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
@@ -2012,7 +2012,7 @@ class WireTest(Case):
         return proxy, certificate
 
     @contextlib.contextmanager
-    def look_up(self, addresses=(), pause=0.0):
+    def patched_lookups(self, addresses=(), pause=0.0):
         """Make name lookups in this process take `pause` seconds and return `addresses` first.
 
         Each of `addresses` is the family and the address of a socket. The real ones follow.
@@ -2058,7 +2058,7 @@ class WireTest(Case):
             # Half of the time, 0.75 seconds, is for connecting, and half for the answer.
             self.double.delay = random.uniform(0, 0.4)
             addresses = random.sample(dead, random.randint(0, 2))
-            with self.look_up(addresses, pause=random.uniform(0, 0.9)):
+            with self.patched_lookups(addresses, pause=random.uniform(0, 0.9)):
                 result = self.call("token")
             if result.code:
                 self.assert_fails(result, 5, "no connection to 127.0.0.1")
@@ -2069,7 +2069,7 @@ class WireTest(Case):
 
     def test_dead_addresses_cost_a_quarter_of_a_second_each(self):
         dead = [self.dead_address("127.0.0.1") for _ in range(2)]
-        with self.look_up(dead):
+        with self.patched_lookups(dead):
             seconds, _ = self.assert_fast(1, self.refresh_once)
         self.require(sys.platform == "linux", "a full queue may refuse connections here")
         self.assertGreater(seconds, 0.5)
@@ -2080,13 +2080,13 @@ class WireTest(Case):
         except OSError:
             self.skipTest("no IPv6 here")
         # Trying all four of these first would take a second.
-        with self.look_up(dead):
+        with self.patched_lookups(dead):
             self.assert_fast(0.75, self.refresh_once)
 
     def test_an_address_that_refuses_is_skipped_at_once(self):
         with bind("127.0.0.1") as unused:
             refusing = [(unused.family, unused.getsockname())] * 20
-            with self.look_up(refusing):
+            with self.patched_lookups(refusing):
                 self.assert_fast(1, self.refresh_once)
 
     def test_dead_addresses_of_a_proxy_are_skipped_too(self):
@@ -2095,7 +2095,7 @@ class WireTest(Case):
         dead = [self.dead_address("127.0.0.1") for _ in range(2)]
         self.environ["HTTPS_PROXY"] = f"http://127.0.0.1:{proxy.server_port}"
         self.environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
-        with self.look_up(dead):
+        with self.patched_lookups(dead):
             _, result = self.assert_fast(1, self.call, "auth", "--device")
         self.assert_fails(result, 5, "the proxy answered HTTP 407")
 
@@ -2104,11 +2104,11 @@ class WireTest(Case):
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         words = "no connection to 127.0.0.1", "in 0.4 s"
         self.store(lifetime=-10)
-        look_up, given_up = socket.getaddrinfo, threading.Event()
+        real_lookup, given_up = socket.getaddrinfo, threading.Event()
 
         def look_up_late(*arguments, **options):
             given_up.wait(WAIT_LIMIT)
-            return look_up(*arguments, **options)
+            return real_lookup(*arguments, **options)
 
         threads = set(threading.enumerate())
         with mock.patch.object(socket, "getaddrinfo", look_up_late):
@@ -2151,7 +2151,7 @@ class WireTest(Case):
         # This is more than half of the time, which is all that a slow connection would leave.
         self.double.delay = 1.2
         self.store(lifetime=-10)
-        with self.look_up(pause=0.1):
+        with self.patched_lookups(pause=0.1):
             self.assert_fresh(self.call("token"))
 
     def call_at_silence(self, message, *arguments):
@@ -3175,8 +3175,8 @@ class StoreTest(Case):
 
         for change in (older, link, somebody_elses):
             with self.subTest(change.__name__):
-                needs_root = change == somebody_elses
-                self.require(not needs_root or os.geteuid() == 0, "only root can change the owner")
+                if change == somebody_elses:
+                    self.require(os.geteuid() == 0, "only root can change the owner")
                 old = self.store(lifetime=-10)
                 leftover = self.leave_temporary_file({**old, "refresh_token": "rt_planted"})
                 change(leftover)
@@ -3215,8 +3215,8 @@ class StoreTest(Case):
     def test_a_mount_of_the_token_file_is_reported_before_the_token_is_spent(self):
         before = self.store(lifetime=-10)
         path = shlex.quote(str(self.token_file))
-        bind = f"mount --bind {path} {path}"
-        for mounts in (bind, f"{bind}; mount -o remount,bind,ro {path}"):
+        mount = f"mount --bind {path} {path}"
+        for mounts in (mount, f"{mount}; mount -o remount,bind,ro {path}"):
             message = f"cannot write {self.token_file}: "
             self.assert_fails(self.run_mounted(mounts, "token"), 6, message, "mount the directory")
             self.assertEqual(self.stored(), before)
@@ -3621,7 +3621,7 @@ for command in ("status", "token"):
     def test_odd_members_of_a_response_do_not_lose_its_tokens(self):
         nested = json.loads("[" * 400 + "]" * 400)
         odd = ("", "x", 5, -1, True, [], {}, nested, "9" * 5000, "\u0663")
-        cases = [(name, value) for name in ODD_MEMBERS for value in odd]
+        cases = [(name, value) for name in OTHER_MEMBERS for value in odd]
         for name, value in cases:
             with self.subTest(name, value=str(value)[:20]):
                 self.store(lifetime=-10)
@@ -5266,15 +5266,15 @@ class SignInTest(Case):
     def test_without_input_the_official_sign_in_names_a_way(self):
         place = "with a terminal (-it)" if IN_CONTAINER else "in a terminal"
         published = f"- Open the URL on the machine that publishes port {self.ports[0]}.\n"
-        for bind in ("", "0.0.0.0"):
-            with self.subTest(bind):
-                environ = {"BROWSER": "lynx", "CHATGPT_OAUTH_CALLBACK_BIND": bind}
+        for address in ("", "0.0.0.0"):
+            with self.subTest(address):
+                environ = {"BROWSER": "lynx", "CHATGPT_OAUTH_CALLBACK_BIND": address}
                 result = self.call("auth", "--official", environ=environ, browser=visit)
                 err = self.assert_done(result).err
                 _, _, ways = err.partition("\nUse a browser on any machine:\n")
                 self.assertIn(f"- To paste the browser's last URL, run this {place}:\n    ", ways)
                 self.assertIn(" auth --official\n", ways)
-                self.assertEqual(published in ways, IN_CONTAINER and bool(bind))
+                self.assertEqual(published in ways, IN_CONTAINER and bool(address))
 
     def test_other_ways_are_explained_if_no_browser_opens(self):
         port = self.ports[0]
@@ -6513,7 +6513,7 @@ class OfficialTest(Case):
 
     def test_odd_members_of_a_response_are_stored_as_typed_values(self):
         self.assert_done(self.official_sign_in())
-        for name, value in itertools.product(ODD_MEMBERS, ("", 5, [], "nested", "x " * 150000)):
+        for name, value in itertools.product(OTHER_MEMBERS, ("", 5, [], "nested", "x " * 150000)):
             with self.subTest(name, value=str(value)[:20]):
                 self.expire_token()
                 self.change_stored_plan(earliest_refresh_at=None)
@@ -11404,7 +11404,7 @@ def main():
         return demo(options.simulate)
     if options.command == "bad-responses":
         for answer in options.answers:
-            run_case(WireTest, "check", answer)
+            run_case(WireTest, "check_bad_response", answer)
         return 0
     if options.command == "visit":
         _, status, _, page = visit(options.url)[-1]
