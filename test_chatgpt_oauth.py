@@ -1736,7 +1736,7 @@ class SettingsTest(Case):
             self.assert_fails(result, 2, "CHATGPT_OAUTH_HOME must be", "device")
 
     @unittest.skipUnless(POSIX, "Windows does not remove a directory in use")
-    def test_a_deleted_working_directory_is_refused_in_a_setting_and_an_option(self):
+    def test_a_relative_path_in_a_deleted_directory_is_refused(self):
         relative = "x is a relative path", "the current directory is gone"
         for words, environ, shown in (
             (["status"], {"CHATGPT_OAUTH_HOME": "x"}, ("CHATGPT_OAUTH_HOME",)),
@@ -1782,7 +1782,7 @@ class ErrorsTest(Case):
                 prepare()
                 self.assert_fails(self.call(*command.split()), exit_code)
 
-    def test_each_refusal_has_a_hint_that_fits(self):
+    def test_the_hint_depends_on_the_endpoint_and_its_response(self):
         status = r"hint: to see what OpenAI accepts, run: .* status --online\n"
         refusal = b'{"error": "odd"}'
         for endpoint, code, body, hint in (
@@ -2099,7 +2099,7 @@ class WireTest(Case):
             _, result = self.assert_fast(1, self.call, "auth", "--device")
         self.assert_fails(result, 5, "the proxy answered HTTP 407")
 
-    def test_connecting_may_take_half_of_the_time(self):
+    def test_connecting_may_take_half_of_the_timeout(self):
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "0.8"
         self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
         words = "no connection to 127.0.0.1", "in 0.4 s"
@@ -2146,7 +2146,7 @@ class WireTest(Case):
         self.assertNotIn("sign in again", err)
         self.assertEqual(self.stored(), before)
 
-    def test_an_answer_has_the_time_that_connecting_did_not_use(self):
+    def test_a_response_may_take_the_time_that_connecting_did_not_use(self):
         self.environ["CHATGPT_OAUTH_REQUEST_TIMEOUT"] = "2"
         # This is more than half of the time, which is all that a slow connection would leave.
         self.double.delay = 1.2
@@ -2180,7 +2180,7 @@ class WireTest(Case):
         with mock.patch.object(socket.SocketIO, "readinto", readinto), clock.installed():
             return self.call(*arguments)
 
-    def test_a_body_without_its_end_counts_if_it_is_complete(self):
+    def test_a_complete_body_is_used_even_if_the_response_has_no_end(self):
         for head, start, end in (
             (b"", b"", b""),
             (b"Transfer-Encoding: chunked\r\n", b"%x\r\n", b"\r\n"),
@@ -2213,7 +2213,7 @@ class WireTest(Case):
                 self.fault("refresh", 200, body)
                 self.assert_fresh(self.call("token"))
 
-    def test_a_response_that_exceeds_the_memory_is_an_error(self):
+    def test_a_response_that_does_not_fit_into_memory_is_an_error(self):
         self.store(lifetime=-10)
         with mock.patch.object(http.client.HTTPResponse, "read1", side_effect=MemoryError):
             self.assert_fails(self.call("token"), 5, "memory")
@@ -2252,7 +2252,7 @@ class WireTest(Case):
                     self.assertIn(f"(HTTP {status}): unexpected redirect", result.out + result.err)
         self.assertEqual(other.requests, [])
 
-    def test_an_unreachable_server_is_exit_5_and_spends_no_token(self):
+    def test_an_unreachable_server_exits_with_5_and_spends_no_token(self):
         before = self.store(lifetime=-10)
         environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.1"}
         self.double.close()
@@ -2389,7 +2389,7 @@ threading.Thread.start = limited
         self.assertRegex(self.exception_of(token, no_tls), "OAuthError.*TLS")
 
     @unittest.skipUnless(shutil.which("openssl"), "no openssl here")
-    def test_an_untrusted_certificate_names_where_the_trusted_ones_are(self):
+    def test_the_hint_for_an_untrusted_certificate_names_the_ca_certificates_in_use(self):
         self.use_untrusted_issuer()
         other = make_certificate(self.folder, "other.example.com")[0]
         for name, path in (("SSL_CERT_FILE", other), ("SSL_CERT_DIR", str(self.folder))):
@@ -2632,7 +2632,7 @@ class StoreTest(Case):
         self.assertEqual(self.token_file.stat().st_mode & 0o777, 0o600)
         self.assertEqual(self.call("status").err, "")
 
-    def test_a_broken_token_file_is_exit_6_and_left_alone(self):
+    def test_a_broken_token_file_exits_with_6_and_is_left_alone(self):
         def directory(path):
             path.mkdir()
 
@@ -2702,7 +2702,7 @@ class StoreTest(Case):
         self.assert_done(self.call("logout"))
         self.assertEqual(sorted(os.listdir(self.home)), left)
 
-    def test_sign_in_does_not_move_a_file_that_cannot_be_opened_now(self):
+    def test_sign_in_does_not_move_a_file_that_it_cannot_open(self):
         before = self.store()
         open_file = os.open
 
@@ -2833,7 +2833,7 @@ class StoreTest(Case):
                 self.assertEqual(os.listdir(elsewhere), [])
         self.assertEqual(self.double.requests, [])
 
-    def test_a_missing_home_is_not_created_to_read_it(self):
+    def test_reading_does_not_create_a_missing_home(self):
         environ = {"CHATGPT_OAUTH_HOME": str(self.folder / "none")}
         self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
         self.assertEqual(self.call("logout", environ=environ).code, 0)
@@ -2851,7 +2851,7 @@ class StoreTest(Case):
         self.assertNotIn("Official", result.out)
 
     @needs_root
-    def test_a_home_that_is_not_ours_is_named_with_its_variable(self):
+    def test_the_hint_for_another_users_home_names_the_variable_to_set(self):
         theirs = self.folder / "theirs"
         theirs.mkdir(mode=0o755)
         self.folder.chmod(0o755)
@@ -2931,7 +2931,7 @@ class StoreTest(Case):
         result = self.run_mounted(mounts, "token")
         self.assert_fails(result, 6, f"cannot change {self.token_file}: Read-only", hint)
 
-    def test_a_directory_in_the_place_of_a_temporary_file_is_named(self):
+    def test_a_directory_that_blocks_the_temporary_file_is_named(self):
         self.store(lifetime=-10)
         temporary = self.home / "chatgpt_oauth.json.tmp"
         temporary.mkdir()
@@ -3105,7 +3105,7 @@ class StoreTest(Case):
         self.assert_done(first.result())
         self.assert_nothing_lost()
 
-    def test_a_file_that_another_program_changes_meanwhile_is_not_replaced(self):
+    def test_a_file_that_another_program_has_changed_is_not_replaced(self):
         self.store(lifetime=-10)
         self.require(can_inject(), "no strace here that can inject faults")
         theirs = {"access_token": "theirs", "refresh_token": "rt_theirs"}
@@ -3262,13 +3262,13 @@ class StoreTest(Case):
         self.assertEqual(self.double.count("revoke"), 0)
         self.assert_fresh(self.run_program("token"))
 
-    def test_a_response_gets_the_reserved_space_of_a_copy_on_write_file_system(self):
+    def test_a_response_is_stored_on_a_full_copy_on_write_file_system(self):
         self.store(lifetime=-10)
         # Such a file system may need free space even to overwrite reserved space. The child's first
         # write is to a pipe, the next two are to files, and the fourth one stores the response.
         self.assert_refreshed_once(self.run_injected("write:error=ENOSPC:when=4", "token"))
 
-    def test_the_response_of_a_killed_process_outlasts_a_full_disk(self):
+    def test_the_response_of_a_killed_process_is_used_even_if_the_disk_is_full(self):
         self.store(lifetime=-10)
         self.run_injected("/^rename:when=2:signal=SIGKILL:error=EIO", "token")
         self.assert_refreshed_once(self.run_program("token", preexec_fn=limit_file_sizes(0)))
@@ -3434,7 +3434,7 @@ os._exit(0)
         stop.set()
         replacing.join(WAIT_LIMIT)
 
-    def test_a_lock_that_is_never_released_is_exit_5(self):
+    def test_a_lock_that_is_never_released_exits_with_5(self):
         self.store(lifetime=-10)
         with self.holding_lock():
             environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.3"}
@@ -3456,7 +3456,7 @@ os._exit(0)
 
 
 class LimitsTest(Case):
-    def test_a_token_that_no_server_accepts_is_not_a_token(self):
+    def test_a_token_longer_than_64_kib_is_ignored(self):
         # The longest token that is accepted has 64 KiB.
         for length, good in ((65536, True), (65537, False)):
             before = self.store(lifetime=-10)
@@ -3464,7 +3464,7 @@ class LimitsTest(Case):
             self.assertEqual(result.code, 0, result.err)
             self.assertEqual(self.stored()["id_token"] != before["id_token"], good)
 
-    def test_a_token_file_that_has_no_room_spends_no_token(self):
+    def test_a_token_file_without_room_for_new_tokens_spends_no_token(self):
         # Before a refresh, at most half of the file's limit of 1 MiB may be used.
         for size, exit_code in ((500000, 0), (530000, 6)):
             self.store(lifetime=-10, theirs="x" * size)
@@ -3473,7 +3473,7 @@ class LimitsTest(Case):
             self.assert_nothing_lost()
         self.assertEqual(self.double.count("refresh"), 1)
 
-    def test_a_models_file_that_cannot_be_read_is_never_written(self):
+    def test_a_models_file_larger_than_8_mib_is_not_written(self):
         self.store()
         names = [f"gpt-{number:05}" for number in range(40000)]
         self.double.codex_models = [{"slug": name, "visibility": "list"} for name in names]
@@ -3670,7 +3670,7 @@ for command in ("status", "token"):
             (result.code, result.out), (0, self.stored()["access_token"] + "\n"), result.err
         )
 
-    def test_a_sign_out_during_a_refresh_wins(self):
+    def test_a_sign_out_while_a_refresh_waits_for_the_lock_wins(self):
         self.store(lifetime=200)
         with self.holding_lock():
             running = self.start("token")
@@ -3678,7 +3678,7 @@ for command in ("status", "token"):
             self.token_file.unlink()
         self.assert_fails(running.result(), 3, "not signed in")
 
-    def test_an_ended_sign_in_is_remembered_until_the_next_one(self):
+    def test_an_ended_sign_in_stays_ended_until_the_next_one(self):
         for code in INVALID_GRANT_CODES:
             with self.subTest(code):
                 self.store_expired()
@@ -3701,7 +3701,7 @@ for command in ("status", "token"):
         self.assertNotIn("ended", self.stored())
         self.assertEqual(self.call("token", "--refresh").code, 0)
 
-    def test_a_refused_refresh_has_a_next_step(self):
+    def test_a_refused_refresh_suggests_the_right_next_step(self):
         end, again, settings = (4, True), (4, False), (1, False)
         network = (5, False)
         for status, body, expected in (
@@ -3741,7 +3741,7 @@ for command in ("status", "token"):
                 # Nothing that was stored before has changed.
                 self.assertEqual({**self.stored(), **before}, self.stored())
 
-    def test_a_refusal_is_understood_though_the_token_is_a_part_of_it(self):
+    def test_an_error_code_is_read_even_if_it_contains_the_token(self):
         for token, code, exit_code in (
             ("expired", "session_expired", 4),
             ("invalid_request", "invalid_request", 1),
@@ -3780,7 +3780,7 @@ for command in ("status", "token"):
                 self.assert_quiet(self.call("token"))
                 self.assertEqual(self.double.count("refresh"), int(due))
 
-    def test_a_token_that_arrives_expired_is_used_and_the_clock_named(self):
+    def test_a_token_that_arrives_expired_is_used_with_a_warning_about_the_clock(self):
         self.double.lifetime = -100
         warning = "warning: the new access token has expired by this computer's clock; is it right?"
         self.store(lifetime=-10, api_key=None)
@@ -3811,7 +3811,7 @@ for command in ("status", "token"):
                 self.fault("refresh", 200, body)
                 self.assert_fresh(self.call("token"))
 
-    def test_an_end_is_remembered_only_for_the_refused_token(self):
+    def test_a_new_refresh_token_is_used_after_an_old_one_was_refused(self):
         ended = {"reason": "refresh_token_reused", "refresh_token_sha256": "0" * 64}
         self.store(lifetime=0, ended=ended)
         self.assertEqual(self.call("token").code, 0)
@@ -3961,7 +3961,7 @@ for command in ("status", "token"):
             self.assertEqual(self.assert_fresh(running.result()).err, "")
 
     @needs_signals
-    def test_a_stop_longer_than_the_timeout_loses_no_response(self):
+    def test_suspending_a_refresh_longer_than_the_timeout_loses_no_response(self):
         self.stop_and_go(1, 0.5)
 
     @needs_signals
@@ -4300,7 +4300,7 @@ sys.exit(oauth.main(["token"]))
                 self.assert_refreshed_once(self.call("token"))
 
     @needs_signals
-    def test_each_signal_calls_the_handler_of_a_host_once(self):
+    def test_a_signal_handler_of_the_importing_program_runs_once(self):
         code = """
 import asyncio, signal, chatgpt_oauth as oauth
 if sys.argv[1] == "frozen":
@@ -4335,7 +4335,7 @@ asyncio.run(main())
 
     @needs_sh
     @needs_modes
-    def test_only_an_interpreter_is_started_again(self):
+    def test_only_a_python_interpreter_is_started_as_a_child(self):
         mark = self.folder / "started"
         for name, is_started in (
             ("embedding-program", False),
@@ -4358,7 +4358,7 @@ asyncio.run(main())
 
     @needs_sh
     @needs_modes
-    def test_a_child_that_never_greets_does_not_hold_the_lock(self):
+    def test_a_child_that_does_not_answer_does_not_hold_the_lock(self):
         # A real child first prints a greeting, its name and version. The first of these prints
         # nothing, the second only the beginning of the greeting, and the third something else.
         for code in ("", "printf chatgpt", "echo Welcome"):
@@ -4405,7 +4405,7 @@ asyncio.run(main())
         self.assertNotIn(before["refresh_token"], "".join(seen))
 
     @needs_signals
-    def test_a_refresh_reads_no_module_of_the_current_directory(self):
+    def test_a_refresh_imports_nothing_from_the_current_directory(self):
         self.store(lifetime=-10)
         for name in ("json.py", "sitecustomize.py", "chatgpt_oauth.py"):
             (self.folder / name).write_text("raise SystemExit('wrong module')")
@@ -4455,7 +4455,7 @@ class PortTest(Case):
         with mock.patch.object(socket, "getfqdn", look_up):
             self.assert_done(self.call("auth", "--no-browser", browser=visit))
 
-    def test_a_failed_thread_start_is_silent(self):
+    def test_a_connection_without_a_thread_is_dropped_silently(self):
         start = threading.Thread.start
         refused = []
 
@@ -4597,7 +4597,7 @@ class CallbackTest(Case):
     def finish(self):
         self.finish_sign_in(self.running, self.url)
 
-    def test_our_own_issuer_may_be_named(self):
+    def test_a_response_that_names_the_right_issuer_is_accepted(self):
         own = urllib.parse.quote(self.double.url, safe="")
         self.assertEqual(visit(f"{authorization_response(self.url)}&iss={own}%2F")[-1][1], 200)
         self.assert_done(self.running.result())
@@ -4678,7 +4678,7 @@ class CallbackTest(Case):
         self.assertEqual(self.ask("/success", host="localhost")[0], 200)
         self.assert_done(self.running.result())
 
-    def test_a_page_at_another_host_name_offers_to_paste_its_url_if_that_works(self):
+    def test_a_page_at_another_host_name_suggests_pasting_its_url(self):
         self.finish()
         self.running, self.url = self.start_sign_in(stdin=subprocess.PIPE)
         target = "/auth" + authorization_response(self.url).partition("/auth")[2]
@@ -4774,7 +4774,7 @@ class CallbackTest(Case):
         self.assertEqual(self.ask("/success", extra=[("Sec-Fetch-Dest", "document")])[0], 200)
         self.assert_done(self.running.result())
 
-    def test_an_empty_error_is_absent(self):
+    def test_an_empty_error_parameter_is_ignored(self):
         self.assertEqual(self.ask(f"/auth/callback?error=&state={self.state}")[0], 400)
         self.assertIn("/success", visit(authorization_response(self.url) + "&error=")[-1][0])
         self.assert_done(self.running.result())
@@ -5030,7 +5030,7 @@ class ModelsTest(Case):
             with mock.patch.object(time, "time", lambda at=moment: oauth.parse_timestamp(at)):
                 self.assertIs(oauth.is_shut_down({"shutdown_date": "2026-12-11"}), is_over)
 
-    def test_effort_levels_come_from_the_catalogue(self):
+    def test_effort_levels_come_from_the_catalog(self):
         levels = [{"effort": e} for e in ("max", "low", "xhigh", "ultra")]
         entry = self.plan_entry(
             supported_reasoning_levels=[*levels, "x", {"effort": []}], default_reasoning_level="low"
@@ -5048,7 +5048,7 @@ class ModelsTest(Case):
         for levels in (None, "x", [], [5]):
             self.assertNotIn("setting_choices", self.plan_entry(supported_reasoning_levels=levels))
 
-    def test_plausible_context_lengths_come_from_the_catalogue(self):
+    def test_plausible_context_lengths_come_from_the_catalog(self):
         def length(**listed):
             return self.plan_entry(**listed)["context_length"]
 
@@ -5092,7 +5092,7 @@ class ModelsTest(Case):
         self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to get a new API key, run: ")
         self.assertEqual(self.double.count("refresh"), 0)
 
-    def test_a_useless_response_has_a_hint(self):
+    def test_an_unusable_list_of_models_has_a_hint(self):
         for status, body in ((404, b"{}"), (400, b"x"), (302, b""), (200, b"[]"), (200, b"{}")):
             for source in ("api", "codex"):
                 self.fault(source, status, body)
@@ -5100,7 +5100,7 @@ class ModelsTest(Case):
                 hint = "check HTTPS_PROXY" if status == 302 else "status --online"
                 self.assert_fails(result, 1, "could not list models", hint)
 
-    def test_a_forbidden_list_has_a_hint(self):
+    def test_a_forbidden_list_of_models_has_a_hint(self):
         self.fault("codex", 403, {"detail": "not included"})
         command = ("models", "--source", "codex")
         self.assert_fails(self.call(*command), 1, "not included", "to use another account, run: ")
@@ -5119,7 +5119,7 @@ class ModelsTest(Case):
         self.assertEqual(self.call("models", "--source", "codex", "--dry-run")[0], 0)
         self.assertEqual((self.double.count("codex"), self.double.count("refresh")), (2, 0))
 
-    def test_a_refresh_of_an_unknown_account_is_not_taken_for_another_one(self):
+    def test_a_refresh_without_account_ids_is_no_change_of_account(self):
         self.store(lifetime=-10, account_id=None, access_token="opaque", id_token=None)
         opaque = {"access_token": "new", "refresh_token": "rt_new", "expires_in": 3600}
         self.double.access_tokens["new"] = "acct-1"
@@ -5159,7 +5159,7 @@ class ModelsTest(Case):
         self.assert_fails(self.call("models"), 3, "not signed in")
         self.assertFalse(self.models_file.exists())
 
-    def test_without_an_api_key_there_are_no_api_models(self):
+    def test_api_models_need_an_api_key(self):
         self.store(self.stored(), api_key=None)
         self.assert_fails(self.call("models", "--source", "api"), 1, "no API key")
 
@@ -5263,7 +5263,7 @@ class SignInTest(Case):
             self.assert_fails(self.call("token", "--refresh"), 4, "session has ended")
             self.assertNotIn("replaces", self.sign_in())
 
-    def test_without_input_the_official_sign_in_names_a_way(self):
+    def test_without_a_terminal_the_official_sign_in_suggests_one(self):
         place = "with a terminal (-it)" if IN_CONTAINER else "in a terminal"
         published = f"- Open the URL on the machine that publishes port {self.ports[0]}.\n"
         for address in ("", "0.0.0.0"):
@@ -5390,12 +5390,12 @@ class SignInTest(Case):
         self.assertIn("To use the API key", err)
         self.assertTrue(0.2 < time.monotonic() - redirected[0] < 2.5)
 
-    def test_an_access_token_in_place_of_an_api_key_is_refused(self):
+    def test_an_access_token_is_not_stored_as_the_api_key(self):
         self.fault("key", 200, {"access_token": encode_jwt({"a": 1})})
         self.assertIn("warning: could not get an API key", self.sign_in())
         self.assertNotIn("api_key", self.stored())
 
-    def test_an_unavailable_catalogue_does_not_undo_the_sign_in(self):
+    def test_an_unavailable_list_of_models_does_not_undo_the_sign_in(self):
         self.fault("api", 500, b"{}")
         err = self.sign_in()
         self.assertIn("warning: could not list models (HTTP 500): server error", err)
@@ -5518,7 +5518,7 @@ class SignInTest(Case):
         self.assertEqual(self.double.count("revoke"), 0)
         self.assert_nothing_lost()
 
-    def test_a_temporary_key_failure_does_not_undo_the_sign_in_or_blame_the_account(self):
+    def test_a_server_error_for_the_api_key_does_not_undo_the_sign_in(self):
         for status, body in ((500, b"oops"), (503, b"{}")):
             self.fault("key", status, body)
             err = self.sign_in()
