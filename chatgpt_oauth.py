@@ -4147,10 +4147,10 @@ CHAT_TYPE, RESPONSES_TYPE = "custom_openai", "custom_openai_responses"
 # that of GPT-4o, and most newer models have more. A plan's models have a window of 272000 tokens,
 # of which the Codex CLI uses 95 percent.
 API_CONTEXT_LENGTH, PLAN_CONTEXT_LENGTH = 128000, 258400  # tokens
-# A shorter context in the catalogue must be a mistake and is ignored, like one that is longer than
-# MAX_CONTEXT_LENGTH. The limit is our own, far below that of any model in the catalogue.
+# A shorter context in the catalog must be a mistake and is ignored, like one that is longer than
+# MAX_CONTEXT_LENGTH. The limit is our own, far below that of any model in the catalog.
 MIN_CONTEXT_LENGTH = 16000  # tokens
-# The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalogue
+# The effort levels that Code Puppy knows (0.0.946, model_utils.py), weakest first. The catalog
 # has others, such as `ultra`.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # What error messages call the requests of this room.
@@ -4536,7 +4536,7 @@ def _plan_entry(settings: Settings, source: str, model: str, listed: Fields) -> 
 
 
 def _efforts(levels: object) -> List[str]:
-    """Return the effort levels in a catalogue entry that Code Puppy knows, weakest first."""
+    """Return the effort levels in a catalog entry that Code Puppy knows, weakest first."""
     if not isinstance(levels, list):
         return []
     named = [level.get("effort") for level in levels if isinstance(level, dict)]
