@@ -55,18 +55,17 @@ import chatgpt_oauth as oauth
 
 PROGRAM = str(pathlib.Path(oauth.__file__).resolve())
 TEST_FILE = str(pathlib.Path(__file__).resolve())
+AUTH_CLAIM = "https://api.openai.com/auth"
+POSIX = os.name == "posix"
 # Start the program the way the installed command does, compiled and without site-packages. Python
 # compiles a script at each start, which would double the time of most tests. Python on Windows may
 # need `sitecustomize`, so site-packages stay there.
-PROGRAM_COMMAND = [sys.executable, *(["-S"] if os.name == "posix" else [])]
-PROGRAM_COMMAND += ["-c", oauth.LAUNCH_CODE, PROGRAM, os.path.dirname(PROGRAM)]
+PYTHON_COMMAND = [sys.executable, "-S", "-c"] if POSIX else [sys.executable, "-c"]
+PROGRAM_ARGUMENTS = [PROGRAM, os.path.dirname(PROGRAM)]
+PROGRAM_COMMAND = [*PYTHON_COMMAND, oauth.LAUNCH_CODE, *PROGRAM_ARGUMENTS]
 # The same as a frozen program, which can't start a child process and must do everything itself.
-FROZEN_COMMAND = [
-    "import sys; sys.frozen = True; " * (each == oauth.LAUNCH_CODE) + each
-    for each in PROGRAM_COMMAND
-]
-AUTH_CLAIM = "https://api.openai.com/auth"
-POSIX = os.name == "posix"
+FROZEN_CODE = "import sys; sys.frozen = True; " + oauth.LAUNCH_CODE
+FROZEN_COMMAND = [*PYTHON_COMMAND, FROZEN_CODE, *PROGRAM_ARGUMENTS]
 # PATH without the directories that have an installed `chatgpt-oauth`, so that the tests never run
 # that one.
 PATH = os.pathsep.join(
@@ -250,6 +249,14 @@ ENDPOINTS = {
 TESTED_ENDPOINTS = [name for name, endpoint in ENDPOINTS.items() if endpoint.command]
 
 
+def endpoint_at(path, grant_type):
+    """Return the name of the endpoint with this path and grant type, or None."""
+    for name, endpoint in ENDPOINTS.items():
+        if (endpoint.path, endpoint.grant_type) == (path, grant_type):
+            return name
+    return None
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = WAIT_LIMIT
@@ -350,7 +357,8 @@ class OfficialEndpoints:
         }
         client = fields.get("client_id")
         registers = client == "dynamic_agent_client"
-        required.update({"agent_name_hint": r"\S.{0,99}"} if registers else {})
+        if registers:
+            required["agent_name_hint"] = r"\S.{0,99}"
         if not registers and "prompt" in fields:
             required["prompt"] = "consent"
         if not registers and "login_hint" in fields:
@@ -377,6 +385,7 @@ class OfficialEndpoints:
     def plan_sign_in(self, client, nonce=None):
         """Issue the tokens of a new sign-in and return the token endpoint's response."""
         expiry = int(time.time()) + self.plan_lifetime
+        earliest = time.time() + self.plan_refresh_after
         claims = {"iss": self.url, "aud": [client], "sub": self.plan_subject, "exp": expiry}
         claims = {**claims, "email": self.email, "name": "Ada", "nonce": nonce}
         answer = {
@@ -386,12 +395,11 @@ class OfficialEndpoints:
             "token_type": "Bearer",
             "expires_in": self.plan_lifetime,
             "scope": self.SCOPE if self.plan_allowed else self.SCOPE.rpartition(" ")[0],
-            "earliest_refresh_at": timestamp(time.time() + self.plan_refresh_after),
+            "earliest_refresh_at": timestamp(earliest),
         }
         with self.lock:
             self.id_tokens[answer["id_token"]] = None
-            self.plan_tokens[answer["refresh_token"]] = [client, time.time()]
-            self.plan_tokens[answer["refresh_token"]][1] += self.plan_refresh_after
+            self.plan_tokens[answer["refresh_token"]] = [client, earliest]
             self.plan_access[answer["access_token"]] = (expiry, self.plan_allowed)
         return answer
 
@@ -425,8 +433,8 @@ class OfficialEndpoints:
         return 200, self.plan_sign_in(client)
 
     def _plan_revoke(self, fields, headers):
-        known = set(fields) == {"token", "token_type_hint", "client_id"}
-        if "urlencoded" not in headers.get("content-type", "") or not known:
+        is_form = "urlencoded" in headers.get("content-type", "")
+        if not is_form or set(fields) != {"token", "token_type_hint", "client_id"}:
             return 400, {"error": "invalid_request"}
         if fields["token_type_hint"] != "refresh_token":
             return 400, {"error": "unsupported_token_type"}
@@ -676,7 +684,7 @@ class Double(OfficialEndpoints):
         else:
             fields = dict(urllib.parse.parse_qsl(body, strict_parsing=True))
         grant_type = fields.get("grant_type") if "urlencoded" in content_type else None
-        endpoint = next((n for n, e in ENDPOINTS.items() if e[:2] == (path, grant_type)), None)
+        endpoint = endpoint_at(path, grant_type)
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self.lock:
             entry = {"endpoint": endpoint, "path": path, "fields": fields, "headers": headers}
@@ -4411,8 +4419,7 @@ asyncio.run(main())
             (self.folder / name).write_text("raise SystemExit('wrong module')")
         environ = {"PYTHONPATH": str(self.folder)}
         code = f"import sys; sys.path[:] = [p for p in sys.path if p]; {oauth.LAUNCH_CODE}"
-        # PROGRAM_COMMAND ends with the paths of the program and of its directory.
-        command = [sys.executable, "-I", "-S", "-c", code, *PROGRAM_COMMAND[-2:], "token"]
+        command = [sys.executable, "-I", "-S", "-c", code, *PROGRAM_ARGUMENTS, "token"]
         result = self.run_command(command, environ, cwd=self.folder)
         self.assertEqual(self.assert_fresh(result).err, "")
 
