@@ -3101,26 +3101,24 @@ class StoreTest(Case):
     @needs_modes
     def test_a_removed_lock_file_does_not_endanger_a_first_sign_in(self):
         self.double.device_polls = 0
-        release = threading.Event()
-        self.addCleanup(release.set)
-        self.double.faults["code"] = lambda *_: release.wait(WAIT_LIMIT) and None
+        released = self.hold_response("code")
         first = self.start("auth", "--device")
         wait_for(lambda: self.double.count("code"))
         os.unlink(f"{self.token_file}.lock")
         environ = {"CHATGPT_OAUTH_LOCK_TIMEOUT": "0.2"}
         self.assert_fails(self.call("token", environ=environ), 3, "not signed in")
         self.assert_fails(self.call("auth", "--device", environ=environ), 5, "another process")
-        release.set()
+        released.set()
         self.assert_done(first.result())
         self.assert_nothing_lost()
 
     def test_a_file_that_another_program_has_changed_is_not_replaced(self):
         self.store(lifetime=-10)
-        self.require(can_inject(), "no strace here that can inject faults")
+        self.require_injection()
         theirs = {"access_token": "theirs", "refresh_token": "rt_theirs"}
 
         def write():
-            wait_for(lambda: self.temporary_files())
+            wait_for(self.temporary_files)
             self.token_file.write_text(json.dumps(theirs))
 
         writing = threading.Thread(target=write, daemon=True)
@@ -3316,10 +3314,10 @@ class StoreTest(Case):
         self.require(can_mount(), "no mounts here")
         other = self.another_home()
         script = (
-            'mount --bind "$1/chatgpt_oauth.json" "$2/chatgpt_oauth.json"\n'
-            'CHATGPT_OAUTH_HOME="$3" "$5" "$6" token >"$7.1" 2>&1 & one=$!\n'
+            'mount --bind "$HERE/chatgpt_oauth.json" "$OTHER/chatgpt_oauth.json"\n'
+            'CHATGPT_OAUTH_HOME="$FIRST" "$@" >"$OUTPUT.1" 2>&1 & one=$!\n'
             "sleep 0.2\n"
-            'CHATGPT_OAUTH_HOME="$4" "$5" "$6" token >"$7.2" 2>&1 & two=$!\n'
+            'CHATGPT_OAUTH_HOME="$SECOND" "$@" >"$OUTPUT.2" 2>&1 & two=$!\n'
             "code=0; wait $one || code=$?; echo $code\n"
             "code=0; wait $two || code=$?; echo $code\n"
         )
@@ -3327,9 +3325,11 @@ class StoreTest(Case):
         self.double.delay = 0.4
         for first, second in [(self.home, other), (other, self.home)] * rounds:
             self.store_expired()
-            arguments = [self.home, other, first, second, sys.executable, PROGRAM, output]
-            command = ["unshare", "-m", "sh", "-ec", script, "sh", *map(str, arguments)]
-            codes = self.run_command(command).out.split()
+            paths = {"HERE": self.home, "OTHER": other, "FIRST": first, "SECOND": second}
+            paths["OUTPUT"] = output
+            environ = {name: str(path) for name, path in paths.items()}
+            command = ["unshare", "-m", "sh", "-ec", script, "sh", *PROGRAM_COMMAND, "token"]
+            codes = self.run_command(command, environ).out.split()
             messages = [pathlib.Path(f"{output}.{number}").read_text() for number in (1, 2)]
             self.assertEqual(self.double.count("refresh"), 1, messages)
             self.assert_nothing_lost()
@@ -3358,9 +3358,8 @@ class StoreTest(Case):
         wait_for(lambda: self.double.count("refresh"))
         os.unlink(f"{self.token_file}.lock")
         second = self.start("token")
-        self.assertEqual(
-            {self.assert_fresh(first.result()).err, self.assert_fresh(second.result()).err}, {""}
-        )
+        for each in (first, second):
+            self.assertEqual(self.assert_fresh(each.result()).err, "")
         self.assertEqual(self.double.count("refresh"), 1)
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
