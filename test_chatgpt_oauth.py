@@ -3710,9 +3710,9 @@ for command in ("status", "token"):
         self.assertEqual(self.call("token", "--refresh").code, 0)
 
     def test_a_refused_refresh_suggests_the_right_next_step(self):
-        end, again, settings = (4, True), (4, False), (1, False)
-        network = (5, False)
-        for status, body, expected in (
+        # The exit code, and whether the refresh token is never sent again.
+        end, again, settings, network = (4, True), (4, False), (1, False), (5, False)
+        for status, body, (exit_code, is_end) in (
             (400, {"error": {"code": "APP_SESSION_EXPIRED"}}, end),
             (400, {"error": "app_session_terminated"}, end),
             (403, {"error": {"type": "x", "code": None}, "code": "app_session_expired"}, end),
@@ -3723,7 +3723,7 @@ for command in ("status", "token"):
             (400, {"error": {"code": "unknown"}}, again),
             (401, {"detail": "Unauthorized"}, again),
             (403, {"code": "forbidden"}, again),
-            (401, None, again),
+            (401, "", again),
             (400, {"error": "Invalid_Request"}, settings),
             (401, {"error": {"code": "invalid_client"}}, settings),
             (400, {"error": "unauthorized_client"}, settings),
@@ -3737,15 +3737,15 @@ for command in ("status", "token"):
         ):
             with self.subTest(status=status, body=body):
                 before = self.store_expired()
-                text = body if isinstance(body, str) else json.dumps(body) if body else ""
+                text = body if isinstance(body, str) else json.dumps(body)
                 self.fault("refresh", status, text.encode())
                 environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
                 for _ in range(2):
-                    result = self.assert_fails(self.call("token", environ=environ), expected[0])
-                    self.assertEqual("hint: to sign in again" in result.err, expected[0] == 4)
-                    self.assertEqual("check the settings" in result.err, expected[0] == 1)
-                self.assertEqual("ended" in self.stored(), expected[1])
-                self.assertEqual(self.double.count("refresh"), 1 if expected[1] else 2)
+                    result = self.assert_fails(self.call("token", environ=environ), exit_code)
+                    self.assertEqual("hint: to sign in again" in result.err, exit_code == 4)
+                    self.assertEqual("check the settings" in result.err, exit_code == 1)
+                self.assertEqual("ended" in self.stored(), is_end)
+                self.assertEqual(self.double.count("refresh"), 1 if is_end else 2)
                 # Nothing that was stored before has changed.
                 self.assertEqual({**self.stored(), **before}, self.stored())
 
@@ -4331,14 +4331,11 @@ asyncio.run(main())
                 self.assertEqual(running.result(), (0, "1\n", ""))
                 self.assertEqual(self.double.count("refresh"), 1)
 
-    def run_as(self, executable, change="__doc__"):
-        """Refresh in a program whose sys.executable is `executable`, and return its Result.
-
-        `change` is code that changes the module.
-        """
+    def run_as(self, executable, greeting_timeout=oauth.GREETING_TIMEOUT):
+        """Refresh in a program whose sys.executable is `executable`, and return its Result."""
         self.store_expired()
         code = "import chatgpt_oauth; sys.executable = sys.argv[1]; sys.argv[1:] = ['token']; "
-        code += f"chatgpt_oauth.{change}; chatgpt_oauth.run_program()"
+        code += f"chatgpt_oauth.GREETING_TIMEOUT = {greeting_timeout}; chatgpt_oauth.run_program()"
         return self.start_python(code, str(executable)).result()
 
     @needs_sh
@@ -4374,7 +4371,7 @@ asyncio.run(main())
                 program = self.folder / "python3"
                 program.write_text(f"#!/bin/sh\n{code}\nexec sleep {WAIT_LIMIT}\n")
                 program.chmod(0o700)
-                self.assert_refreshed_once(self.run_as(program, "GREETING_TIMEOUT = 0.2"))
+                self.assert_refreshed_once(self.run_as(program, greeting_timeout=0.2))
 
     @needs_proc
     def test_a_stopped_child_is_named_and_loses_no_response(self):
@@ -4590,9 +4587,10 @@ class CallbackTest(Case):
         """Send one request to the listener and return status, headers and page."""
         connection = http.client.HTTPConnection(address, self.ports[0], timeout=10)
         connection.putrequest(method, target, skip_host=True)
-        for each in (host if host is not None else f"localhost:{self.ports[0]}",):
-            if each:
-                connection.putheader("Host", each)
+        if host is None:
+            host = f"localhost:{self.ports[0]}"
+        if host:
+            connection.putheader("Host", host)
         for name, value in extra:
             connection.putheader(name, value)
         connection.endheaders()
