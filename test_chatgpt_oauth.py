@@ -5201,9 +5201,6 @@ class ModelsTest(Case):
             self.assertEqual(oauth.fetch_chatgpt_models(source="codex"), ["gpt-5.5", "gpt-5.4"])
             with self.assertRaises(oauth.UsageError):
                 oauth.fetch_chatgpt_models(source="x")
-            for timeout in ("x", 0, -1, float("nan")):
-                with self.assertRaises(oauth.UsageError):
-                    oauth.sign_in(timeout=timeout)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5652,6 +5649,12 @@ class SignInTest(Case):
             self.assertNotIn("<b>user", page[3])
             err = self.assert_fails(running.result(), 1, words).err
             self.assertNotIn("\x1b", err + page[3])
+
+    def test_the_module_refuses_an_invalid_timeout(self):
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            for timeout in ("x", 0, -1, float("nan")):
+                with self.assertRaises(oauth.UsageError):
+                    oauth.sign_in(timeout=timeout)
 
     def test_auth_ends_after_its_timeout(self):
         environ = {"CHATGPT_OAUTH_CALLBACK_TIMEOUT": "0.3"}
