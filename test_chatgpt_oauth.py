@@ -4171,19 +4171,6 @@ sys.exit(oauth.main(["token"]))
         self.assertEqual((result.out, result.err), ("", ""))
         self.assert_refreshed_once(self.call("token"))
 
-    @needs_signals
-    def test_ctrl_c_does_not_lose_the_response(self):
-        self.store(lifetime=-10)
-        released = self.hold_response("refresh")
-        running = self.start("token")
-        wait_for(lambda: self.double.count("refresh"))
-        running.process.send_signal(signal.SIGINT)
-        released.set()
-        result = running.result()
-        self.assertEqual((result.code, result.out), (130, ""), result.err)
-        self.assertEqual(self.call("token").code, 0)
-        self.assertEqual(self.double.count("refresh"), 1)
-
     def interrupt_at_new_line(self, seen, each_time):
         """Run `token` and press Ctrl-C at the first line that isn't in `seen`, which is then added.
 
