@@ -2554,9 +2554,9 @@ threading.Thread.start = limited
 
         self.double.faults["refresh"] = fault
         result = self.run_program("token", environ={"SSL_CERT_FILE": certificate})
-        server = "no TLS with issuer.example.com ("
-        err = self.assert_fails(result, 5, server, "if that fails, sign in again").err
-        self.assertNotIn("str", err)
+        err = self.assert_fails(result, 5, "if that fails, sign in again").err
+        # OpenSSL names its reasons in capital letters. PyPy may give none.
+        self.assertRegex(err, r"no TLS with issuer\.example\.com \(([A-Z][A-Z0-9_]+|SSLError)\)")
 
     def test_an_unreachable_proxy_is_named_and_loopback_is_not_proxied(self):
         with bind("127.0.0.1") as unused:
