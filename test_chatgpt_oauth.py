@@ -1295,6 +1295,25 @@ class Case(unittest.TestCase):
         with clock.installed():
             return self.call(*arguments, **options)
 
+    def call_with_pause(self, action, *arguments):
+        """Run the program in this process and return its Result.
+
+        `action` is called when the program pauses for the first time, which it must do. Pauses take
+        no real time.
+        """
+        clock = FakeClock()
+        move_clock = clock.sleep
+
+        def sleep(seconds):
+            move_clock(seconds)
+            if len(clock.pauses) == 1:
+                action()
+
+        clock.sleep = sleep
+        result = self.call_at(clock, *arguments)
+        self.assertTrue(clock.pauses, result)
+        return result
+
     def assert_fast(self, limit, action, *arguments):
         """Check that `action` takes less than `limit` seconds. Return its seconds and its result.
 
@@ -2736,10 +2755,8 @@ class StoreTest(Case):
         fields = self.store()
         whole = self.token_file.read_text()
         self.token_file.write_text(whole[:50])
-        running = self.start("token")
-        time.sleep(0.3)
-        self.token_file.write_text(whole)
-        self.assertEqual(self.assert_quiet(running.result()).out, fields["access_token"] + "\n")
+        result = self.call_with_pause(lambda: self.token_file.write_text(whole), "token")
+        self.assertEqual(self.assert_quiet(result).out, fields["access_token"] + "\n")
 
     @needs_root
     def test_another_users_file_is_refused_and_root_keeps_its_owner(self):
@@ -3680,11 +3697,15 @@ for command in ("status", "token"):
 
     def test_a_sign_out_while_a_refresh_waits_for_the_lock_wins(self):
         self.store(lifetime=200)
-        with self.holding_lock():
-            running = self.start("token")
-            time.sleep(0.3)
-            self.token_file.unlink()
-        self.assert_fails(running.result(), 3, "not signed in")
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.holding_lock())
+
+            def sign_out():
+                self.token_file.unlink()
+                held.close()
+
+            self.assert_fails(self.call_with_pause(sign_out, "token"), 3, "not signed in")
+        self.assertEqual(self.double.requests, [])
 
     def test_an_ended_sign_in_stays_ended_until_the_next_one(self):
         for code in INVALID_GRANT_CODES:
