@@ -10,6 +10,7 @@ neither a network nor an account, and they use only ports that are free.
 import argparse
 import asyncio
 import base64
+import calendar
 import collections
 import concurrent.futures
 import contextlib
@@ -5039,9 +5040,14 @@ class ModelsTest(Case):
         self.assertEqual(self.names("--source", "codex"), ["chatgpt-gpt-5.4"])
 
     def test_a_shutdown_date_ends_with_its_day(self):
-        for moment, is_over in (("2026-12-12T11:59:59Z", False), ("2026-12-12T12:00:00Z", True)):
-            with mock.patch.object(time, "time", lambda at=moment: oauth.parse_timestamp(at)):
-                self.assertIs(oauth.is_shut_down({"shutdown_date": "2026-12-11"}), is_over)
+        self.double.shutdown_dates = {"gpt-4o": "2026-12-11"}
+        # The day ends twelve hours later in the westernmost time zone than in UTC.
+        noon = calendar.timegm((2026, 12, 12, 12, 0, 0))
+        for now, is_listed in ((noon - 1, True), (noon, False)):
+            clock = FakeClock()
+            clock.start = now
+            out = self.assert_quiet(self.call_at(clock, "models", "--dry-run")).out
+            self.assertEqual("chatgpt-gpt-4o\n" in out, is_listed)
 
     def test_effort_levels_come_from_the_catalog(self):
         levels = [{"effort": e} for e in ("max", "low", "xhigh", "ultra")]
