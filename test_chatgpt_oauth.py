@@ -951,7 +951,7 @@ def authorization_response(url):
 
 
 class Result(NamedTuple):
-    """What a process left behind: its exit code, standard output and standard error."""
+    """The exit code, standard output and standard error of a process that has ended."""
 
     code: int
     out: str
@@ -4047,7 +4047,7 @@ for command in ("status", "token"):
             self.assertNotEqual(self.stored()["access_token"], before)
 
     def start_in_group(self, *arguments, **options):
-        """Start the program in a process group of its own, without core dumps."""
+        """Start the program in its own process group, without core dumps."""
         import resource
 
         def prepare():
@@ -4490,7 +4490,10 @@ class PortTest(Case):
 
     @contextlib.contextmanager
     def failing_bind(self, number, *families):
-        """Make `bind` fail with the error `number` for these address families."""
+        """Make `bind` fail with the error `number` for these address families.
+
+        The block gets a list, to which each address that is bound successfully is added.
+        """
         bind_to, bound = socket.socket.bind, []
 
         def bind_or_fail(listening, address):
@@ -4939,6 +4942,7 @@ class ModelsTest(Case):
         self.store(api_key="sk-mine")
 
     def names(self, *arguments, **environ):
+        """Return the names of the entries that `models` would write."""
         result = self.call("models", "--dry-run", *arguments, environ=environ)
         self.assertEqual(result.code, 0, result.err)
         return result.out.split()
