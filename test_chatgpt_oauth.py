@@ -1162,8 +1162,8 @@ class Case(unittest.TestCase):
 
     def keep_traceback(self, error):
         """Keep the traceback of an exception in a thread or a finalizer."""
-        kinds = error.exc_type, error.exc_value, error.exc_traceback
-        self.tracebacks.append("".join(traceback.format_exception(*kinds)))
+        lines = traceback.format_exception(error.exc_type, error.exc_value, error.exc_traceback)
+        self.tracebacks.append("".join(lines))
 
     def assert_no_traceback(self):
         self.assertFalse(self.tracebacks, "\n".join(self.tracebacks))
