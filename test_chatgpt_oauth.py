@@ -5846,7 +5846,9 @@ class PasteTest(Case):
         os.close(leader)
         # The reader notices the end of its input in this time.
         time.sleep(0.2)
-        self.assertNotIn("Exception", self.finish_sign_in(running, url).err)
+        err = self.finish_sign_in(running, url).err
+        self.assertNotIn("Traceback", err)
+        self.assertNotIn("internal error", err)
 
     def test_the_end_of_the_input_does_not_end_the_sign_in(self):
         running, url = self.start_sign_in(stdin=subprocess.PIPE)
@@ -7619,9 +7621,7 @@ class CommandsTest(Case):
         result = self.call("status", "--json")
         facts = json.loads(result.out)
         self.assertEqual((result.code, facts["authenticated"], facts["email"]), (0, True, None))
-        self.assertIn(
-            "no refresh token", facts["problem"].replace("another issuer", "no refresh token")
-        )
+        self.assertIn("come from another issuer", facts["problem"])
         self.assertEqual(self.call("token").out, "opaque\n")
         self.assertIn("unknown", self.call("status").out)
 
@@ -7770,9 +7770,8 @@ ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x
     @needs_signals
     def test_the_command_replaces_the_process(self):
         self.store(api_key="sk-1")
-        code = "import os, signal; print(os.getpid(), signal.getsignal(signal.SIGINT) is not None)"
-        running = self.start("exec", "--", sys.executable, "-c", code)
-        self.assertEqual(running.result().out.split()[0], str(running.process.pid))
+        running = self.start("exec", "--", sys.executable, "-c", "import os; print(os.getpid())")
+        self.assertEqual(running.result().out, f"{running.process.pid}\n")
 
     @needs_sh
     @needs_signals
@@ -8030,6 +8029,7 @@ sys.exit(oauth.main(["token"]))
                 self.assertNotIn("standard output", result.err)
                 self.assertNotIn("internal error", result.err)
                 self.assertEqual(bool(result.out), result.code == 0, result.err)
+                self.assert_nothing_lost()
                 if "Too many open files" in result.err:
                     self.assertIn("hint: close some programs", result.err)
 
@@ -8065,7 +8065,8 @@ for command in (["env", "--shell", "sh"], ["token", "--json"], ["status", "--jso
             self.assertEqual(caught.exception.exit_code, 3)
             self.store(lifetime=-10, api_key="sk-1")
             self.assertEqual(oauth.get_access_token(), self.stored()["access_token"])
-            self.assertNotEqual(oauth.get_access_token(refresh=True), "")
+            self.assertEqual(oauth.get_access_token(refresh=True), self.stored()["access_token"])
+            self.assertEqual(self.double.count("refresh"), 2)
             self.assertEqual(oauth.get_api_key(), "sk-1")
             self.assertEqual(oauth.get_account_id(), "acct-1")
             oauth.sign_out()
@@ -11069,12 +11070,12 @@ class SpecificationTest(Case):
     def test_status_shows_ten_models(self):
         self.double.api_keys.add("sk-mine")
         self.store(api_key="sk-mine")
-        for count, more in ((10, ""), (11, "1 more")):
+        for count, hidden in ((10, []), (11, ["1"])):
             self.double.api_models = [f"gpt-{number}" for number in range(count)]
             self.assertEqual(self.call("models").code, 0)
             out = self.call("status").out
             self.assertEqual(out.count("chatgpt-gpt-"), 10)
-            self.assertIn(more, out)
+            self.assertEqual(re.findall(r"(\d+) more", out), hidden)
 
     # Output -------------------------------------------------------------------------------
 
