@@ -3211,7 +3211,7 @@ class StoreTest(Case):
                     self.assertIn("rt_planted", elsewhere.read_text())
                     elsewhere.unlink()
 
-    @unittest.skipUnless(POSIX, "Windows limits no file's size")
+    @unittest.skipUnless(POSIX, "Windows has no limit on file sizes")
     def test_a_full_disk_is_reported_before_the_token_is_spent(self):
         before = self.store(lifetime=-10)
         # The token file is smaller than this, but not with the space that new tokens may need.
@@ -7266,7 +7266,7 @@ class ShellTest(Case):
             self.assertIn(f"  {shell}:\n", profiles)
             self.assertIn(line, profiles)
 
-    @unittest.skipUnless(POSIX, "Windows allows no such names")
+    @unittest.skipUnless(POSIX, "Windows doesn't allow such file names")
     @needs_sh
     def test_the_profile_lines_in_help_work_from_any_folder(self):
         self.store(api_key=self.KEY)
@@ -8014,7 +8014,7 @@ except oauth.OAuthError as error:
 """)
         self.assertEqual(running.result(), (0, "Python is shutting down" + os.linesep, ""))
 
-    @unittest.skipUnless(POSIX, "Windows limits no process's descriptors")
+    @unittest.skipUnless(POSIX, "Windows has no limit on file descriptors")
     def test_without_file_descriptors_no_token_is_used_up(self):
         code = """
 import resource, chatgpt_oauth as oauth
@@ -10342,8 +10342,8 @@ chatgpt_oauth.run_program()
         self.assertEqual(result.code, 6)
         self.assertNotIn("Traceback", result.err)
 
-    @unittest.skipUnless(hasattr(sys, "orig_argv"), "before 3.10 Python knows not how it started")
-    @unittest.skipUnless(POSIX, "Windows starts no link like a program")
+    @unittest.skipUnless(hasattr(sys, "orig_argv"), "needs Python 3.10 with sys.orig_argv")
+    @unittest.skipUnless(POSIX, "Windows doesn't run a symlink as a program")
     def test_a_hint_names_the_python_that_was_started(self):
         (self.folder / "python3.99").symlink_to(sys.executable)
         environ = {"PATH": str(self.folder) + os.pathsep + PATH}
@@ -10818,7 +10818,7 @@ class SpecificationTest(Case):
                     self.assertEqual(self.call(command).code, exit_code)
             path.write_bytes(content)
 
-    @unittest.skipUnless(POSIX, "Windows limits no file's size")
+    @unittest.skipUnless(POSIX, "Windows has no limit on file sizes")
     def test_16_kib_more_than_the_token_file_are_reserved(self):
         import resource
 
