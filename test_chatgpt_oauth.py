@@ -7652,22 +7652,6 @@ class TokenTest(Case):
 
 
 class ExecTest(Case):
-    @needs_signals
-    def test_a_variable_without_a_name_is_left_out(self):
-        self.store(lifetime=-10, api_key="sk-1")
-        # Only the system call itself can make such an environment.
-        code = """
-import ctypes, os
-def array(texts):
-    return (ctypes.c_char_p * (len(texts) + 1))(*texts)
-variables = [os.fsencode(f"{name}={value}") for name, value in os.environ.items()]
-arguments = [os.fsencode(each) for each in sys.argv[1:]]
-ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x"]))
-"""
-        for command in (["exec", "--", "true"], ["token"]):
-            running = self.start_python(code, *PROGRAM_COMMAND, *command)
-            self.assertEqual((running.result().code, running.err), (0, ""))
-
     def setUp(self):
         super().setUp()
         self.inspect = [
@@ -7693,6 +7677,22 @@ ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x
         received = self.run_and_inspect("exec", "--name", "OPENAI_API_KEY", "--", *self.inspect)[1]
         self.assertEqual(received["OPENAI_API_KEY"], "sk-1")
         self.assertNotIn("CHATGPT_OAUTH_API_KEY", received)
+
+    @needs_signals
+    def test_a_variable_without_a_name_is_left_out(self):
+        self.store(lifetime=-10, api_key="sk-1")
+        # Only the system call itself can make such an environment.
+        code = """
+import ctypes, os
+def array(texts):
+    return (ctypes.c_char_p * (len(texts) + 1))(*texts)
+variables = [os.fsencode(f"{name}={value}") for name, value in os.environ.items()]
+arguments = [os.fsencode(each) for each in sys.argv[1:]]
+ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x"]))
+"""
+        for command in (["exec", "--", "true"], ["token"]):
+            running = self.start_python(code, *PROGRAM_COMMAND, *command)
+            self.assertEqual((running.result().code, running.err), (0, ""))
 
     @needs_sh
     @unittest.skipUnless(POSIX, "Python on Windows adds no locale")
