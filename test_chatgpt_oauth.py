@@ -5689,7 +5689,7 @@ class SignInTest(Case):
 
 
 class PasteTest(Case):
-    def test_a_pasted_url_completes_the_sign_in(self):
+    def test_wrong_lines_are_explained_until_the_url_is_pasted(self):
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         callback_url = authorization_response(running.wait_for_url())
         code = query(callback_url)["code"]
@@ -5719,7 +5719,7 @@ class PasteTest(Case):
         running.type_line(line.encode())
         self.assert_done(running.result())
 
-    def test_a_pasted_url_may_be_quoted_or_only_a_part(self):
+    def test_a_pasted_url_can_be_quoted_or_lack_its_beginning(self):
         # The last form is what a terminal sends for pasted text in bracketed paste mode.
         for form in (
             "'{url}'",
@@ -5740,7 +5740,7 @@ class PasteTest(Case):
                     )
                 )
 
-    def test_the_host_of_a_pasted_url_may_be_any(self):
+    def test_a_pasted_url_can_have_any_host(self):
         for start in ("https://localhost:1", "https://x-1455.app.example.com/proxy/1455"):
             with self.subTest(start):
                 self.paste(lambda url, start=start: start + url[url.index("/auth/") :])
@@ -5824,7 +5824,7 @@ class PasteTest(Case):
                 # The program stops reading after 20 wrong lines.
                 self.assertLess(self.assert_done(running.result()).err.count("does not work"), 21)
 
-    def test_half_a_line_without_a_port_is_an_error(self):
+    def test_closed_input_without_a_port_is_an_error(self):
         self.take_ports()
         running, _ = self.start_sign_in(stdin=subprocess.PIPE)
         running.process.stdin.write(b"half a line")
@@ -5839,7 +5839,7 @@ class PasteTest(Case):
         )
 
     @needs_terminal
-    def test_a_closed_terminal_ends_the_input(self):
+    def test_a_closed_terminal_does_not_end_the_sign_in(self):
         leader, follower = os.openpty()
         self.addCleanup(os.close, follower)
         running, url = self.start_sign_in(stdin=follower, start_new_session=True)
@@ -5858,7 +5858,7 @@ class PasteTest(Case):
         visit(url)
         self.assertEqual(running.result().code, 0)
 
-    def test_a_url_can_be_pasted_without_a_port(self):
+    def test_a_url_can_be_pasted_if_both_ports_are_taken(self):
         self.take_ports()
         running = self.start("auth", "--no-browser", stdin=subprocess.PIPE)
         callback_url = authorization_response(running.wait_for_url())
@@ -5967,7 +5967,7 @@ class PasteTest(Case):
         self.assertRegex(running.result().err, hint)
 
     @needs_terminal
-    def test_many_wrong_lines_at_a_terminal_do_not_end_the_reading(self):
+    def test_any_number_of_wrong_lines_is_read_from_a_terminal(self):
         leader, running = self.start_at_terminal("20", environ={"TERM": "xterm"})
         url = running.wait_for_url()
         # From a pipe, no more than 20 wrong lines would be read.
@@ -6041,7 +6041,7 @@ class DeviceTest(Case):
         self.assertEqual(result.err.count("Still trying..."), 2, result.err)
         self.assertIn("(HTTP 500): server error\nStill trying...\n", result.err)
 
-    def test_authorization_pending_works_with_any_status(self):
+    def test_authorization_pending_is_accepted_with_any_status(self):
         statuses = [200, 400, 401, 403, 404, 428, 500]
         body = b'{"error": {"code": "deviceauth_authorization_pending"}}'
 
@@ -6204,7 +6204,7 @@ class OfficialTest(Case):
         self.assertEqual(self.registration(), registration)
         self.assertEqual(self.stored_plan()["client_id"], client)
 
-    def test_a_later_sign_in_sends_the_stored_address(self):
+    def test_a_later_sign_in_sends_the_stored_email_address(self):
         for _ in range(2):
             self.assert_done(self.official_sign_in())
         first, second = self.double.requests_to("plan_authorize")
@@ -6223,7 +6223,7 @@ class OfficialTest(Case):
         self.assertEqual(set(registration), {"host_id", "issuer"})
         self.assertIn(urllib.parse.quote(registration["host_id"]), url)
 
-    def test_a_failed_first_exchange_registers_nothing_twice(self):
+    def test_after_a_failed_exchange_the_registration_is_used_again(self):
         for status, body in ((400, b'{"error": "invalid_grant"}'), (500, b"")):
             self.fault_once("plan_code", status, body)
             self.assertNotEqual(self.official_sign_in().code, 0)
@@ -6339,7 +6339,7 @@ class OfficialTest(Case):
         self.assertEqual(self.double.count("plan_code"), 0)
         self.assertFalse(self.plan_file.exists())
 
-    def test_without_plan_permission_auth_fails_but_stays_signed_in(self):
+    def test_without_plan_permission_auth_fails_but_keeps_the_sign_in(self):
         self.double.plan_allowed = False
         err = self.assert_fails(
             self.official_sign_in(), 1, "Security and login", "auth --official"
@@ -6457,7 +6457,7 @@ class OfficialTest(Case):
         self.assert_quiet(self.run_refresh())
         self.assertEqual(self.double.count("plan_refresh"), 2)
 
-    def test_the_earlier_date_is_the_expiry(self):
+    def test_an_expiry_in_the_file_overrides_a_later_one_in_the_token(self):
         self.assert_done(self.official_sign_in())
         later = encode_jwt({"exp": int(time.time()) + 864000})
         self.double.plan_access[later] = (time.time() + 3600, True)
@@ -6521,7 +6521,7 @@ class OfficialTest(Case):
         self.assertEqual(after, {**before, "refresh_token": response["refresh_token"]})
         self.assertEqual(self.double.count("plan_refresh"), 1)
 
-    def test_an_odd_id_token_at_a_refresh_is_a_warning(self):
+    def test_an_invalid_id_token_at_a_refresh_is_a_warning(self):
         self.assert_done(self.official_sign_in())
         before = self.stored_plan()
         claims = {"iss": self.double.url, "aud": before["client_id"], "sub": "user|bob"}
@@ -6541,7 +6541,7 @@ class OfficialTest(Case):
                 self.assertEqual(after["refresh_token"], response["refresh_token"])
                 self.assertEqual(after["id_token"], before["id_token"])
 
-    def test_odd_members_of_a_response_are_stored_as_typed_values(self):
+    def test_unexpected_members_of_a_refresh_response_do_no_harm(self):
         self.assert_done(self.official_sign_in())
         for name, value in itertools.product(OTHER_MEMBERS, ("", 5, [], "nested", "x " * 150000)):
             with self.subTest(name, value=str(value)[:20]):
@@ -6570,7 +6570,7 @@ class OfficialTest(Case):
         self.assertEqual(self.double.count("plan_revoke"), 2)
         self.assertFalse(self.plan_file.exists())
 
-    def test_a_revocation_is_tried_twice(self):
+    def test_a_failed_revocation_is_retried_once_and_reported(self):
         hint = "hint: end it in ChatGPT: Settings > Security and login > Sign in with ChatGPT"
         for fault, tries, done in (
             (respond_with(500), 2, False),
@@ -6677,7 +6677,7 @@ class OfficialTest(Case):
         self.assertRegex(out, "Problem: cannot refresh .*\n.* auth --official")
         self.assert_no_secret(out)
 
-    def test_status_is_authenticated_if_only_the_other_session_ended(self):
+    def test_status_is_authenticated_if_only_the_codex_session_ended(self):
         self.assert_done(self.official_sign_in())
         self.store(lifetime=-10, refresh_token=None)
         facts = json.loads(self.assert_quiet(self.call("status", "--json")).out)
@@ -6774,7 +6774,7 @@ class OfficialTest(Case):
 
 
 class SignOutTest(Case):
-    def test_a_directory_as_token_file_does_not_keep_model_entries(self):
+    def test_logout_removes_models_if_the_token_file_is_a_directory(self):
         self.sign_in()
         self.token_file.unlink()
         self.token_file.mkdir()
@@ -6818,7 +6818,7 @@ class SignOutTest(Case):
         self.assertEqual(self.double.count("revoke"), 1)
         self.assertFalse(self.token_file.exists())
 
-    def test_a_directory_in_the_place_of_the_broken_copy_is_named(self):
+    def test_logout_reports_a_directory_in_place_of_the_bad_file(self):
         self.store()
         broken = self.home / "chatgpt_oauth.json.bad"
         broken.mkdir()
@@ -6965,7 +6965,7 @@ class AccountsTest(Case):
             result = self.call("token", "--account", name)
             self.assert_fails(result, 3, f"auth --account {name}\n")
 
-    def test_the_setting_selects_an_account_and_the_option_another(self):
+    def test_the_account_option_overrides_the_setting(self):
         unnamed, work, home = self.store(), self.store_account("work"), self.store_account("home")
         environ = {"CHATGPT_OAUTH_ACCOUNT": "work"}
         for arguments, expected in ((("token",), work), (("token", "--account", "home"), home)):
@@ -7062,7 +7062,7 @@ class AccountsTest(Case):
         result = self.assert_quiet(self.call("accounts", "--online"))
         self.assertEqual(result.out.count("\n    usage unknown: "), 3)
 
-    def test_the_account_and_the_type_say_whose_an_entry_is(self):
+    def test_each_account_changes_only_its_own_entries(self):
         self.double.organization = None
         self.store_account("work")
         self.store()
@@ -7148,7 +7148,7 @@ oauth.sign_out(account="work")
             self.assert_fails(self.call("env", "--shell", shell, environ=environ), 2, words)
 
     @needs_root
-    def test_a_link_of_another_user_in_the_place_of_an_account_is_refused(self):
+    def test_a_link_of_another_user_in_place_of_the_accounts_is_refused(self):
         target = self.folder / "target"
         target.mkdir()
         self.home.mkdir()
@@ -7270,7 +7270,7 @@ class ShellTest(Case):
 
     @unittest.skipUnless(POSIX, "Windows doesn't allow such file names")
     @needs_sh
-    def test_the_profile_lines_in_help_work_from_any_folder(self):
+    def test_the_profile_lines_in_help_work_from_any_directory(self):
         self.store(api_key=self.KEY)
         names = ["it's a", 'a $HOME & \\\' (b) "c"; *?[d] {e} ~ # !', "`f`", "a\nb"]
         programs = [self.folder / name / "c.py" for name in names]
@@ -7332,7 +7332,7 @@ class TerminalTest(Case):
         return str(directory)
 
     @unittest.skipUnless(POSIX, "Windows has one way to open a URL")
-    def test_the_browser_is_opened_with_the_program_for_it(self):
+    def test_each_environment_opens_the_browser_or_says_why_not(self):
         display = {"DISPLAY": ":0"}
         firefox, xdg = self.add_programs("firefox"), self.add_programs("xdg-open")
         windows, termux = self.add_programs("rundll32.exe"), self.add_programs("termux-open-url")
@@ -7388,7 +7388,7 @@ class TerminalTest(Case):
                 self.assertIn("No browser was opened (no program that opens URLs was found)", err)
 
     @unittest.skipUnless(POSIX, "needs a shell script as the browser")
-    def test_BROWSER_is_a_command_line(self):  # noqa: N802
+    def test_the_browser_variable_is_a_command_line(self):
         directory = self.add_programs("my browser", code='printf "%s\\n" "$@" > "$HOME/arguments"')
         program, arguments = f"'{directory}/my browser'", self.folder / "arguments"
 
@@ -7424,7 +7424,7 @@ class TerminalTest(Case):
         result = self.assert_done(self.call("auth", environ=environ, browser=visit_after_warning))
         self.assertIn(f"{warning}hint: open the URL above in any browser\n", result.err)
 
-    def test_without_a_browser_each_other_way_is_shown(self):
+    def test_without_a_browser_the_other_ways_are_shown(self):
         err = self.finish_sign_in(*self.start_sign_in(stdin=subprocess.PIPE)).err
         self.assertNotIn("No browser was opened", err)
         self.assertIn("paste its URL here", err)
@@ -7456,7 +7456,7 @@ class TerminalTest(Case):
         self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
         self.assertIn("PATH", inherited)
 
-    def test_the_browser_start_imports_nothing_from_the_current_folder(self):
+    def test_opening_the_browser_imports_nothing_from_the_current_directory(self):
         trap = self.folder / "webbrowser.py"
         trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
         result = self.run_program("auth", environ={"BROWSER": BROWSER}, cwd=str(self.folder))
@@ -7464,7 +7464,7 @@ class TerminalTest(Case):
         self.assertFalse((self.folder / "sprung").exists())
 
     @needs_terminal
-    def test_the_remaining_time_is_shown_as_lines_at_four_moments(self):
+    def test_the_remaining_time_is_printed_at_four_moments(self):
         self.double.device_polls = 99
         screens, expected = {}, {}
         for way, seconds in (
@@ -7505,7 +7505,7 @@ class TerminalTest(Case):
             self.assertEqual("\x1b" in screen, colored, screen)
 
     @needs_terminal
-    def test_the_authorization_url_is_a_hyperlink_on_a_live_terminal(self):
+    def test_the_authorization_url_is_a_hyperlink_on_a_capable_terminal(self):
         for term, is_link in (("xterm", True), ("linux", False), ("dumb", False)):
             with self.subTest(term):
                 command = ("auth", "--no-browser", "--timeout", "0.2")
@@ -7616,7 +7616,7 @@ class CommandsTest(Case):
         self.assertIn("models.json: not valid JSON", out)
         self.assertIn("\n              refreshes automatically\n", out)
 
-    def test_a_minimal_file_is_a_sign_in(self):
+    def test_a_file_with_only_an_access_token_is_a_sign_in(self):
         self.store({"access_token": "opaque"})
         result = self.call("status", "--json")
         facts = json.loads(result.out)
@@ -7627,7 +7627,7 @@ class CommandsTest(Case):
 
 
 class TokenTest(Case):
-    def test_json_is_one_line(self):
+    def test_json_has_the_token_the_account_and_the_expiry(self):
         fields = self.store(lifetime=9000)
         out = self.assert_quiet(self.call("token", "--json")).out
         self.assertEqual(out.count("\n"), 1)
@@ -7677,7 +7677,7 @@ class ExecTest(Case):
         self.assertNotIn("CHATGPT_OAUTH_API_KEY", received)
 
     @needs_signals
-    def test_a_variable_without_a_name_is_left_out(self):
+    def test_an_environment_variable_without_a_name_does_no_harm(self):
         self.store(lifetime=-10, api_key="sk-1")
         # Only the system call itself can make such an environment.
         code = """
@@ -7710,7 +7710,7 @@ ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x
                 found = dict(re.findall("^(LANG|LC_[A-Z]+)=(.*)$", result.out, re.M))
                 self.assertEqual((result.code, found), (0, variables))
 
-    def test_access_token_is_refreshed_and_has_its_account_id(self):
+    def test_the_access_token_is_refreshed_and_comes_with_its_account_id(self):
         self.store(lifetime=-10)
         received = self.run_and_inspect("exec", "--access-token", "--", *self.inspect)[1]
         self.assertEqual(received["CHATGPT_OAUTH_ACCESS_TOKEN"], self.stored()["access_token"])
@@ -7794,7 +7794,7 @@ class OnlineStatusTest(Case):
         facts = json.loads(result.out)
         return facts["online"], facts["problem"]
 
-    def test_everything_is_accepted(self):
+    def test_an_accepted_sign_in_and_its_usage_are_shown(self):
         online, problem = self.online_status()
         self.assertIsNone(problem)
         self.assertEqual((online["api_key"], online["access_token"]), ("accepted", "accepted"))
@@ -7912,7 +7912,7 @@ class OnlineStatusTest(Case):
             "Usage:        unknown\n              could not get the usage (HTTP 403)", result.out
         )
 
-    def test_a_missing_usage_endpoint_is_one_line(self):
+    def test_missing_usage_is_shown_as_unknown(self):
         self.fault("usage", 404, b"{}")
         self.assertEqual(self.online_status()[0]["usage"], [])
         out = self.assert_quiet(self.call("status", "--online")).out
@@ -7940,7 +7940,7 @@ class OnlineStatusTest(Case):
             )
             self.assertIn("used, resets in 2 minutes ", self.call("status", "--online").out)
 
-    def test_the_plan_shown_is_the_one_that_openai_has_just_named(self):
+    def test_online_status_shows_the_current_plan(self):
         self.double.usage_plan = "promax"
         self.assertIn("\nPlan:         promax\n", self.call("status", "--online").out)
         facts = json.loads(self.call("status", "--online", "--json").out)
@@ -7999,7 +7999,7 @@ class ModuleTest(Case):
         self.assertEqual(self.stored(), before)
         self.assertEqual(self.double.count("refresh"), 0)
 
-    def test_a_refresh_at_the_end_of_the_interpreter_is_an_oauth_error(self):
+    def test_a_refresh_while_python_shuts_down_is_an_oauth_error(self):
         self.store(lifetime=-10)
         # While Python shuts down, sys.meta_path is None, and every import fails.
         running = self.start_python("""
@@ -8042,7 +8042,7 @@ sys.exit(oauth.main(["token"]))
         self.assertEqual(self.assert_quiet(result).out.split("\n")[0].rstrip(), "[] 1")
         self.assertFalse(self.home.exists())
 
-    def test_the_commands_of_a_shells_start_import_nothing_heavy(self):
+    def test_commands_in_a_shell_profile_import_nothing_heavy(self):
         self.store(api_key="sk-mine")
         code = """
 import io, chatgpt_oauth as oauth
@@ -8055,7 +8055,7 @@ for command in (["env", "--shell", "sh"], ["token", "--json"], ["status", "--jso
         result = self.start_python(code).result()
         self.assertEqual(self.assert_quiet(result).out.split(), ["0"] * 3)
 
-    def test_public_functions(self):
+    def test_module_functions_read_refresh_and_sign_out(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
             with self.assertRaises(oauth.NotSignedInError) as caught:
                 oauth.get_access_token()
@@ -8071,7 +8071,7 @@ for command in (["env", "--shell", "sh"], ["token", "--json"], ["status", "--jso
             self.assertEqual(self.double.count("revoke"), 1)
             self.assertFalse(self.token_file.exists())
 
-    def test_sign_in_from_python(self):
+    def test_python_code_can_sign_in(self):
         with mock.patch.dict(os.environ, self.environ, clear=True):
             with self.assertLogs("chatgpt_oauth", "WARNING") as logged:
 
@@ -8190,7 +8190,7 @@ class InstallTest(Case):
                     self.assertIn("sk-1" if command == "env" else "API key", result.out)
         self.assertFalse((self.folder / "sprung").exists())
 
-    def test_a_profile_line_names_an_absolute_file(self):
+    def test_a_profile_line_names_an_absolute_path(self):
         self.store(api_key="sk-1")
         folder = os.path.realpath(self.folder)
         shutil.copy(PROGRAM, folder)
@@ -8321,7 +8321,7 @@ class InstallTest(Case):
         self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
 
     @needs_modes
-    def test_the_umask_sets_the_permissions(self):
+    def test_the_umask_limits_the_permissions(self):
         for umask, modes in ((0o022, (0o755, 0o644)), (0o077, (0o700, 0o600)), (0, (0o755, 0o644))):
             self.assert_done(
                 self.run_shell(f"umask {umask:o}; exec {self.shell_command('install')}")
@@ -8394,7 +8394,7 @@ class InstallTest(Case):
         self.assertEqual([p for p in self.read_files() if p.endswith(".tmp")], [])
 
     @needs_modes
-    def test_every_new_bash_has_the_key_with_the_lines_of_install(self):
+    def test_with_the_suggested_lines_every_new_bash_has_the_key(self):
         self.require(shutil.which("bash"), "no bash here")
         self.store(api_key="sk-1")
         self.environ["CHATGPT_OAUTH_HOME"] = str(self.home)
@@ -8422,7 +8422,7 @@ class InstallTest(Case):
                     self.assertEqual(self.run_command(command, environ).out, "sk-1\n0\n")
 
     @needs_modes
-    def test_without_shell_the_profile_is_that_of_the_login_shell(self):
+    def test_without_the_shell_variable_the_login_shell_decides(self):
         import pwd
 
         shell = pwd.getpwuid(os.getuid()).pw_shell
@@ -8468,7 +8468,7 @@ class InstallTest(Case):
         self.assertEqual(self.plugin.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertIn("running, restart it.\n", self.assert_done(self.run_program("uninstall")).err)
 
-    def test_the_command_code_puppy_is_a_sign_of_code_puppy(self):
+    def test_the_plugin_is_installed_if_the_command_code_puppy_exists(self):
         command = self.folder / ("code-puppy" if POSIX else "code-puppy.exe")
         command.touch(mode=0o755)
         self.install(environ={"PATH": os.pathsep.join((str(self.bin), str(self.folder), PATH))})
@@ -8519,7 +8519,7 @@ class InstallTest(Case):
         self.assertFalse(launcher.exists() or self.program.exists())
 
     @needs_modes
-    def test_the_home_directory_may_be_a_symlink(self):
+    def test_the_home_directory_can_be_a_symlink(self):
         real, link = self.folder / "real", self.folder / "link"
         real.mkdir()
         link.symlink_to(real)
@@ -8530,7 +8530,7 @@ class InstallTest(Case):
         self.assertEqual(len(re.findall("Removed .*/chatgpt-oauth\n", messages)), 2, messages)
         self.assertEqual(self.paths(), {str(real), str(link)})
 
-    def test_uninstall_from_another_directory_removes_nothing(self):
+    def test_uninstall_with_a_wrong_bin_removes_nothing(self):
         self.install()
         before = list(self.read_files())
         result = self.run_program("uninstall", "--bin", str(self.folder))
@@ -9146,7 +9146,7 @@ class PuppyTest(PuppyCase):
             self.load_plugin()
         self.assertEqual(len(self.puppy.phases["custom_command"]), 1)
 
-    def test_loading_it_as_a_plugin_registers_it(self):
+    def test_loading_the_program_as_a_plugin_registers_it(self):
         for name in ("x.register_callbacks", "code_puppy.plugins.chatgpt_oauth_file"):
             self.start_host(builtin=False)
             self.load_plugin(name)
@@ -9190,7 +9190,7 @@ class PuppyTest(PuppyCase):
         self.dispatch("/chatgpt-auth --account Home")
         self.assertIn("--account must be", self.message_text())
 
-    def test_other_commands_of_the_builtin_plugin_stay(self):
+    def test_other_commands_of_the_builtin_plugin_keep_working(self):
         self.start_plugin()
         for name in ("/codex-status", "/chatgpt-status"):
             self.assertEqual(self.dispatch(name), (True, ""))
@@ -9747,7 +9747,7 @@ class PuppyModelTest(PuppyCase):
             sent["User-Agent"], f"codex_cli_rs/{oauth.CHATGPT_OAUTH_CONFIG['codex_client_version']}"
         )
 
-    def test_the_end_of_a_prompt_can_be_stored(self):
+    def test_the_exception_that_ends_a_prompt_can_be_pickled(self):
         # The host's DBOS plugin pickles exceptions.
         with self.assertRaises(Exception) as caught:
             self.send_requests(self.build_model())
@@ -9780,7 +9780,7 @@ class PuppyModelTest(PuppyCase):
             self.assertEqual(self.send_requests(model), ["Hello"])
         self.assertEqual((len(self.headers), self.double.count("refresh")), (2, 0))
 
-    def test_a_second_401_ends_the_prompt_and_the_refreshing(self):
+    def test_a_second_401_ends_the_prompt_without_another_refresh(self):
         self.store()
         model = self.build_model()
         refused = ModelHTTPError(401, "gpt-6", {"detail": "no"})
@@ -10018,7 +10018,7 @@ class PuppyModelTest(PuppyCase):
                 with self.subTest(fault), answering:
                     self.assert_request_stops(model, *words)
 
-    def test_an_answer_that_fails_in_passing_is_left_to_the_host_to_repeat(self):
+    def test_the_host_gets_a_503_after_a_temporary_failure(self):
         self.store()
         model = self.build_model()
         overloaded = {"code": "server_is_overloaded", "message": "We are overloaded."}
@@ -10054,7 +10054,7 @@ class PuppyModelTest(PuppyCase):
             with self.subTest(reason), answering:
                 self.assert_request_stops(model, words)
 
-    def test_an_answer_may_speak_of_errors(self):
+    def test_an_answer_can_mention_errors(self):
         self.store()
         model = self.build_model()
         part = {"type": "response.output_text.delta", "delta": 'say "error" or "response.failed"'}
@@ -10195,7 +10195,7 @@ class PuppyModelTest(PuppyCase):
 
 
 class MainTest(Case):
-    def test_help_of_every_command(self):
+    def test_every_command_has_help(self):
         result = self.run_program()
         self.assertEqual((result.code, result.out), (2, ""))
         self.assertIn("examples:", result.err)
@@ -10246,7 +10246,7 @@ runpy.run_path({1!r}, run_name="__main__")
                 self.assertEqual(error, f"error: this Python has no module {module}")
                 self.assertIn("hint: install a complete Python", hint)
 
-    def test_an_embedded_python_has_no_original_arguments(self):
+    def test_missing_original_arguments_do_not_crash(self):
         code = "import chatgpt_oauth; sys.orig_argv = []; sys.argv[1:] = ['env']; "
         result = self.start_python(code + "chatgpt_oauth.run_program()").result()
         self.assert_fails(result, 3, "not signed in", one_line=True)
@@ -10350,7 +10350,7 @@ chatgpt_oauth.run_program()
         err = self.run_command(["python3.99", PROGRAM, "token"], environ).err
         self.assertIn(f"run: python3.99 {quoted_path(PROGRAM)} auth", err)
 
-    def test_it_runs_as_a_module_a_zip_a_copy_and_from_a_pipe(self):
+    def test_the_program_runs_as_a_module_a_zip_a_copy_and_from_a_pipe(self):
         import zipfile
 
         self.store(api_key="sk-1")
@@ -10526,12 +10526,12 @@ class SpecificationTest(Case):
 
     # Settings -----------------------------------------------------------------------------
 
-    def test_the_default_of_every_setting(self):
+    def test_every_setting_has_its_documented_default(self):
         code = "import json, chatgpt_oauth; print(json.dumps(chatgpt_oauth.CHATGPT_OAUTH_CONFIG))"
         out = self.assert_quiet(self.start_python(code).result()).out
         self.assertEqual(json.loads(out), self.DEFAULTS)
 
-    def test_shipped_constants(self):
+    def test_constants_have_their_shipped_values(self):
         code = (
             "import json, chatgpt_oauth as oauth; "
             "print(json.dumps([getattr(oauth, name) for name in sys.argv[1:]]))"
@@ -10539,7 +10539,7 @@ class SpecificationTest(Case):
         out = self.assert_quiet(self.start_python(code, *self.CONSTANTS).result()).out
         self.assertEqual(json.loads(out), list(self.CONSTANTS.values()))
 
-    def test_the_bounds_of_every_setting(self):
+    def test_a_setting_beyond_its_bounds_is_refused(self):
         seconds = (
             ("0.001", "86400", "0.123456789", "000000030"),
             ("0.0009", "0", "86400.1", "0.1234567890", "0000000030"),
@@ -10619,7 +10619,7 @@ class SpecificationTest(Case):
                 self.store(access_token=access, last_refresh=None)
                 self.assertEqual(self.refreshes(clock), due)
 
-    def test_an_id_token_may_have_expired_300_seconds_ago(self):
+    def test_an_id_token_can_have_expired_300_seconds_ago(self):
         self.environ["CHATGPT_OAUTH_CALLBACK_TIMEOUT"] = "5"
         for ago, exit_code in ((300, 0), (301, 1)):
             with self.subTest(ago):
@@ -10629,7 +10629,7 @@ class SpecificationTest(Case):
                 self.assertEqual(result.code, exit_code, result.err)
                 self.assertEqual("hint: check this computer's clock" in result.err, exit_code == 1)
 
-    def test_a_claim_that_is_no_text_is_unknown(self):
+    def test_a_claim_that_is_not_text_is_unknown(self):
         for claim in (5, True, "", [], ["x"], {"x": 1}, None):
             with self.subTest(claim):
                 auth = {"chatgpt_plan_type": claim, "organizations": [{"id": claim}]}
@@ -10651,7 +10651,7 @@ class SpecificationTest(Case):
         self.assertAlmostEqual(clock.elapsed, 30.05)
         self.assertIn(" in 10 s\n", self.call_at(clock, "logout").err)
 
-    def test_the_pauses_between_two_tries(self):
+    def test_retries_wait_longer_each_time_or_as_long_as_retry_after(self):
         for header, code, pauses in (
             ({}, 5, [0.5, 1, 2, 4, 4, 4, 4]),
             ({"Retry_After": 3}, 5, [3, 3, 3, 4, 4]),
@@ -10696,7 +10696,7 @@ class SpecificationTest(Case):
                 err = self.assert_fails(self.call("token"), 4).err
                 self.assertIn(f"(HTTP 400): {shown}\n", err)
 
-    def test_an_error_has_2000_characters(self):
+    def test_an_error_is_cut_after_2000_characters(self):
         start = "the stored tokens come from another issuer, https://"
         for length, end in ((2000, ""), (2001, "...")):
             with self.subTest(length):
@@ -10706,7 +10706,7 @@ class SpecificationTest(Case):
                 shown = (start + name)[:2000] + end
                 self.assertEqual(err.splitlines()[0], f"error: {shown}")
 
-    def test_a_message_has_5000_characters(self):
+    def test_a_message_is_cut_after_5000_characters(self):
         clock = FakeClock(skips_waits=True)
         environ = {"CHATGPT_OAUTH_SCOPE": "s" * 6000}
         result = self.call_at(clock, "auth", "--no-browser", "--timeout", "1", environ=environ)
@@ -10714,7 +10714,7 @@ class SpecificationTest(Case):
         url = next(line for line in result.err.splitlines() if line.startswith("http"))
         self.assertEqual((len(url), url[-4:]), (5003, "s..."))
 
-    def test_the_meaning_of_a_status(self):
+    def test_the_status_of_a_response_decides_the_exit_code(self):
         server_error = "server error"
         for status, exit_code, text in (
             (200, 0, ""),
@@ -10737,7 +10737,7 @@ class SpecificationTest(Case):
                 self.assertEqual(result.code, exit_code, result.err)
                 self.assertIn(text, result.err)
 
-    def test_status_online_reports_what_a_status_means(self):
+    def test_online_status_shows_what_an_http_status_means(self):
         for status, answer in (
             (200, "accepted"),
             (401, "refused"),
@@ -10753,7 +10753,7 @@ class SpecificationTest(Case):
                 result = self.call_at(FakeClock(), "status", "--online", "--json")
                 self.assertEqual(json.loads(result.out)["online"]["api_key"], answer)
 
-    def test_only_a_4xx_ends_a_sign_in(self):
+    def test_a_5xx_does_not_end_a_sign_in(self):
         for status, exit_code in ((200, 4), (400, 4), (499, 4), (500, 5), (503, 5)):
             with self.subTest(status):
                 clock = FakeClock()
@@ -10762,11 +10762,11 @@ class SpecificationTest(Case):
                 self.assert_fails(self.call_at(clock, "token"), exit_code)
                 self.assertEqual("ended" in self.stored(), exit_code == 4)
 
-    def test_the_meaning_of_a_polls_status(self):
+    def test_only_403_404_and_429_keep_polling(self):
         for status in (400, 401, 402, 403, 404, 405, 428, 429, 430):
             is_pending = status in (403, 404, 429)
             with self.subTest(status):
-                fault = self.polls(1, status, "odd")
+                fault = self.answer_polls(1, status, "odd")
                 times, err = self.poll_times(FakeClock(), fault)
                 self.assertEqual(len(times), 2 if is_pending else 1)
                 self.assertEqual(f"(HTTP {status}): odd" in err, not is_pending)
@@ -10883,7 +10883,7 @@ class SpecificationTest(Case):
         self.assertEqual(visit(callback_url + "&x=1" * 47)[-1][1], 200)
         self.assert_done(running.result())
 
-    def test_an_authorization_code_may_have_4096_characters(self):
+    def test_an_authorization_code_can_have_4096_characters(self):
         running, url = self.start_sign_in()
         state = query(url)["state"]
         start = authorization_response(url).partition("?")[0]
@@ -10918,7 +10918,7 @@ class SpecificationTest(Case):
 
     # Signing in ---------------------------------------------------------------------------
 
-    def test_more_time_is_suggested(self):
+    def test_a_timeout_suggests_twice_the_time(self):
         for timeout, suggested in (
             ("0.3", "240"),
             ("120", "240"),
@@ -10952,7 +10952,7 @@ class SpecificationTest(Case):
         self.double.faults["device"] = poll
         return times, self.assert_fails(self.call_at(clock, "auth", "--device"), 1).err
 
-    def polls(self, count, status, error, **headers):
+    def answer_polls(self, count, status, error, **headers):
         """Return a fault that answers `count` polls this way and then ends the sign-in."""
         answers = [(status, error, headers)] * count + [(400, "expired_token", {})]
 
@@ -10962,29 +10962,29 @@ class SpecificationTest(Case):
 
         return fault
 
-    def test_the_interval_of_the_polls(self):
+    def test_polls_wait_for_an_interval_of_1_to_60_seconds(self):
         pending = "authorization_pending"
         for interval, wanted in ((None, 5), (0, 1), (0.9, 1), (7, 7), ("8", 8), (60, 60), (61, 60)):
             with self.subTest(interval):
-                fault = self.polls(1, 403, pending)
+                fault = self.answer_polls(1, 403, pending)
                 times, _ = self.poll_times(FakeClock(), fault, interval=interval)
                 self.assertEqual(times, [wanted, 2 * wanted])
 
     def test_slow_down_adds_5_seconds_for_good(self):
         # "slow" is replaced in messages as a secret, but the error code is still understood.
         times, _ = self.poll_times(
-            FakeClock(), self.polls(2, 400, "slow_down"), device_auth_id="slow"
+            FakeClock(), self.answer_polls(2, 400, "slow_down"), device_auth_id="slow"
         )
         self.assertEqual(times, [5, 15, 30])
 
     def test_a_poll_respects_retry_after_up_to_60_seconds(self):
         for header, pause in ((3, 5), (59, 59), (61, 60)):
             with self.subTest(header):
-                fault = self.polls(1, 429, "authorization_pending", Retry_After=header)
+                fault = self.answer_polls(1, 429, "authorization_pending", Retry_After=header)
                 self.assertEqual(self.poll_times(FakeClock(), fault)[0], [5, 5 + pause])
 
     def test_a_poll_without_a_response_doubles_the_interval_up_to_60_seconds(self):
-        clock, ended = FakeClock(), self.polls(0, 400, "")
+        clock, ended = FakeClock(), self.answer_polls(0, 400, "")
         faults = [clock.silence] * 5 + [ended]
         times, _ = self.poll_times(clock, lambda *request: faults.pop(0)(*request))
         pauses = [later - earlier for earlier, later in zip(times, times[1:])]
@@ -11015,7 +11015,7 @@ class SpecificationTest(Case):
 
     def test_64_characters_of_a_user_code_are_shown(self):
         for length, shown in ((64, "A" * 64), (65, "A" * 64 + "...")):
-            fault = self.polls(0, 400, "")
+            fault = self.answer_polls(0, 400, "")
             _, err = self.poll_times(FakeClock(), fault, user_code="A" * length)
             self.assertIn(f"\n{shown}\n", err)
 
@@ -11039,7 +11039,7 @@ class SpecificationTest(Case):
         self.assertEqual(self.call("models", "--source", "codex").code, 0)
         return self.stored_models()["chatgpt-gpt-6"]["context_length"]
 
-    def test_context_lengths(self):
+    def test_a_context_length_is_95_percent_of_the_window_by_default(self):
         for listed, length in (
             # The default is 95 % of 272000.
             ({}, 258400),
@@ -11073,7 +11073,7 @@ class SpecificationTest(Case):
 
     # Output -------------------------------------------------------------------------------
 
-    def test_durations_in_words(self):
+    def test_durations_are_shown_in_words(self):
         self.store()
         self.assertEqual(oauth.duration(0), "0 seconds")
         for seconds, exact, rounded in (
@@ -11120,7 +11120,7 @@ class SpecificationTest(Case):
             self.assertEqual(re.findall(r"1 minute: ([#.]+) ", screen), bars)
 
     @needs_terminal
-    def test_the_colors_of_messages(self):
+    def test_errors_are_red_warnings_yellow_and_successes_green(self):
         self.fault("revoke", 500)
         for command, signed_in, shown in (
             ("token", False, "\x1b[31merror:"),
@@ -11136,7 +11136,7 @@ class SpecificationTest(Case):
     # Permissions --------------------------------------------------------------------------
 
     @needs_modes
-    def test_the_modes_of_files_and_directories(self):
+    def test_files_have_mode_600_and_directories_700(self):
         self.double.device_polls = 0
         for umask in (0o000, 0o022, 0o077):
             with self.subTest(oct(umask)):
