@@ -5826,17 +5826,12 @@ class PasteTest(Case):
 
     def test_closed_input_without_a_port_is_an_error(self):
         self.take_ports()
-        running, _ = self.start_sign_in(stdin=subprocess.PIPE)
-        running.process.stdin.write(b"half a line")
-        running.process.stdin.close()
-        self.assert_fails(
-            running.result(),
-            1,
-            "not complete",
-            "standard input is closed",
-            "--device",
-            after_messages=True,
-        )
+        for typed, words in ((b"half a line", ["it is not complete"]), (b"", [])):
+            running, _ = self.start_sign_in(stdin=subprocess.PIPE)
+            running.process.stdin.write(typed)
+            running.process.stdin.close()
+            words += ["standard input is closed", "--device"]
+            self.assert_fails(running.result(), 1, *words, after_messages=True)
 
     @needs_terminal
     def test_a_closed_terminal_does_not_end_the_sign_in(self):
@@ -5865,29 +5860,31 @@ class PasteTest(Case):
         self.assertIn(f"localhost:{self.ports[0]}/", callback_url)
         running.type_line(callback_url.encode())
         err = self.assert_done(running.result()).err
+        self.assertIn(PORT_TAKEN, err)
+        # A tunnel would carry the code to the program that has the port.
+        self.assertNotIn("ssh -L", err)
+        # The other program may be important, so nothing suggests to end it.
+        self.assertNotIn("kill", err)
+        self.assertIn(self.port_listing(), err)
+
+    def test_taken_ports_and_no_input_are_an_error(self):
+        self.take_ports()
+        result = self.run_program("auth", "--no-browser")
+        self.assert_fails(result, 1, PORT_TAKEN, "--device", self.port_listing())
+        if POSIX:
+            # Without the program that lists ports, its command isn't suggested.
+            result = self.run_program("auth", "--no-browser", environ={"PATH": str(self.folder)})
+            self.assert_fails(result, 1, f" ({PORT_TAKEN})\nhint: ")
+
+    def port_listing(self):
+        """Return the command that shows which program has the port. Skip the test without it."""
         port = self.ports[0]
         listing = {
             "win32": f"netstat -ano | findstr :{port}",
             "darwin": f"lsof -nP -iTCP:{port} -sTCP:LISTEN",
         }.get(sys.platform, f"ss -ltnp 'sport = :{port}'")
         self.require(shutil.which(listing.split()[0]), "no program here that lists ports")
-        self.assertIn(PORT_TAKEN, err)
-        self.assertIn(listing, err)
-        # The other program may be important, so nothing suggests to end it.
-        self.assertNotIn("kill", err)
-        if POSIX:
-            # Without the program that lists ports, its command isn't suggested.
-            result = self.run_program("auth", "--no-browser", environ={"PATH": str(self.folder)})
-            self.assert_fails(result, 1, f" ({PORT_TAKEN})\nhint: ")
-        # A tunnel would carry the code to the program that has the port.
-        self.assertNotIn("ssh -L", err)
-        result = self.run_program("auth", "--no-browser")
-        self.assert_fails(result, 1, PORT_TAKEN, "--device", listing)
-        running, _ = self.start_sign_in(stdin=subprocess.PIPE)
-        running.process.stdin.close()
-        result = running.result()
-        self.assertEqual(result.code, 1)
-        self.assertIn("--device", result.err)
+        return listing
 
     def start_at_terminal(self, seconds, ahead=b"", environ=None):
         """Start `auth` at a terminal where `ahead` has already been typed.
