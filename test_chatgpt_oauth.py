@@ -8976,7 +8976,7 @@ class Host:
         )
         self.common = self.add_module("code_puppy.tools.common")
         for kind in ("info", "success", "warning", "error"):
-            emit = lambda text, kind=kind: self.messages.append((kind, str(text)))  # noqa: E731
+            emit = functools.partial(self.keep_message, kind)
             setattr(self.modules["code_puppy.messaging"], "emit_" + kind, emit)
         self.callbacks.register_callback = self.register
         self.callbacks.unregister_callback = lambda phase, f: self.phases[phase].remove(f)
@@ -9037,6 +9037,9 @@ class Host:
         if self.release == "new":
             self.register("register_model_type", self.builtin.model_types)
         self.switch_context(before)
+
+    def keep_message(self, kind, text):
+        self.messages.append((kind, str(text)))
 
     def count_reload(self):
         self.reloads += 1
@@ -9367,7 +9370,10 @@ class PuppyTest(PuppyCase):
         leader, follower = self.open_terminal()
         self.stdin = os.fdopen(follower)
         self.addCleanup(self.stdin.close)
-        local_flags = lambda: termios.tcgetattr(follower)[3]  # noqa: E731
+
+        def local_flags():
+            return termios.tcgetattr(follower)[3]
+
         before, urls = local_flags(), []
         for seconds in ("90", "60", "30"):
             arguments = (f"/chatgpt-auth --timeout {seconds}.3", urls.append)
@@ -9905,7 +9911,11 @@ class PuppyModelTest(PuppyCase):
         plan_file = self.home / "chatgpt_plan.json"
         model = self.build_official_model("gpt-6-astra")
         headers_sent = []
-        answer = lambda headers: headers_sent.append(headers) or [COMPLETED]  # noqa: E731
+
+        def answer(headers):
+            headers_sent.append(headers)
+            return [COMPLETED]
+
         with mock.patch.object(ResponsesModel, "backend", answer):
             self.send_requests(model)
             first = json.loads(plan_file.read_text())
