@@ -11418,10 +11418,10 @@ def main():
     commands = parser.add_subparsers(dest="command")
     demo_parser = commands.add_parser("demo", help="a tour of the commands, without an account")
     demo_parser.add_argument(
-        "--simulate", action="store_true", help="open no browser, but play one"
+        "--simulate", action="store_true", help="simulate a browser instead of opening one"
     )
     answers_parser = commands.add_parser(
-        "bad-responses", help="a share of the suite's longest test"
+        "bad-responses", help="check bad responses (used by the suite)"
     )
     answers_parser.add_argument("answers", nargs="+")
     visit_parser = commands.add_parser("visit", help="act as the browser (used by the demo)")
