@@ -6568,6 +6568,7 @@ class OfficialTest(Case):
             (respond_with(500), 2, False),
             (send_bytes(b""), 2, False),
             (respond_with(400), 1, False),
+            # Only the first try fails.
             (None, 2, True),
         ):
             self.assert_done(self.official_sign_in())
@@ -8954,6 +8955,8 @@ class Host:
         self.phases = {"custom_command": [], "custom_command_help": [], "startup": []}
         if release == "new":
             self.phases["register_model_type"] = []
+        # The name of the plugin that is being loaded, the plugin that registered each callback, and
+        # the disabled plugins.
         self.context, self.owners, self.disabled = None, {}, set()
         self.messages, self.settings, self.model, self.reloads = [], {}, None, 0
         self.agent = types.SimpleNamespace(reload_code_generation_agent=self.count_reload)
@@ -10448,6 +10451,7 @@ class FakeClock:
             yield
 
 
+# The real function, which FakeClock.installed() replaces.
 WAIT_FOR_FUTURES = concurrent.futures.wait
 
 
@@ -10550,6 +10554,7 @@ class SpecificationTest(Case):
             ("0.0009", "0", "86400.1", "0.1234567890", "0000000030"),
         )
         port = ("1", "65535"), ("0", "65536")
+        # Each setting has values that are accepted and values that are refused.
         for key, (accepted, refused) in {
             "callback_timeout": seconds,
             "request_timeout": seconds,
@@ -10881,7 +10886,7 @@ class SpecificationTest(Case):
         callback_url = authorization_response(url)
         state = query(url)["state"]
         start = callback_url.partition("?")[0]
-        # The double's response has three fields.
+        # The double's response has three fields, and 50 are allowed.
         self.assertEqual(visit(callback_url + "&x=1" * 48)[-1][1], 400)
         self.assertEqual(visit(f"{start}?state={state}&code={'x' * 4097}")[-1][1], 400)
         self.assertIsNone(running.process.poll())
@@ -10907,6 +10912,7 @@ class SpecificationTest(Case):
     def test_the_browser_has_5_seconds_for_the_last_page_and_2_for_an_error(self):
         waits = []
 
+        # The program waits on a condition until the tabs have their page. Nothing waits here.
         def recorded(condition, predicate, timeout=None):
             waits.append(timeout)
             return predicate()
