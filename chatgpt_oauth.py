@@ -7782,8 +7782,8 @@ class PlanAccess:
     def record_refusal(self, session: Session, tokens: Tokens, is_replacement: bool) -> bool:
         """Record that `tokens` were answered with 401, and return whether to try other ones.
 
-        If they replaced refused tokens (`is_replacement`), no refresh will help, now or at later
-        prompts. Otherwise several processes would refresh in turns.
+        If they replaced refused tokens (`is_replacement`), no refresh will help, so none is tried
+        at later prompts either. Without this rule, several processes would refresh in turns.
         """
         path = session.token_file.path
         if is_replacement:
