@@ -1811,7 +1811,6 @@ class ErrorsTest(Case):
                 self.assert_fails(self.call(*command.split()), exit_code)
 
     def test_the_hint_depends_on_the_endpoint_and_its_response(self):
-        status = r"hint: to see what OpenAI accepts, run: .* status --online\n"
         refusal = b'{"error": "odd"}'
         for endpoint, code, body, hint in (
             ("usercode", 400, refusal, r"hint: to sign in without a code, run: .* auth\n"),
@@ -1820,19 +1819,13 @@ class ErrorsTest(Case):
             ("code", 400, refusal, r"hint: to try again, run: .* auth --device\n"),
             ("refresh", 302, b"", r"hint: try again; if that fails, sign in again with: .* auth\n"),
             ("refresh", 407, b"", r"hint: check the name and password in HTTPS_PROXY \("),
-            ("api", 302, b"", "hint: check HTTPS_PROXY and your network, then try again\n"),
             ("api", 407, b"", r"hint: check the name and password in HTTPS_PROXY \("),
-            ("api", 400, refusal, status),
-            ("api", 200, b"[]", status),
-            ("api", 200, b"{}", status),
-            ("api", 401, refusal, r"hint: to get a new API key, run: .* auth\n"),
             (
                 "api",
                 403,
                 refusal,
                 r"hint: to use your plan's models, run: .* models --source codex",
             ),
-            ("codex", 403, refusal, r"hint: to use another account, run: .* auth\n"),
         ):
             with self.subTest(endpoint, code=code, body=body):
                 self.double.faults = {endpoint: respond_with(code, body)}
@@ -5112,7 +5105,8 @@ class ModelsTest(Case):
 
     def test_a_refused_api_key_has_a_hint(self):
         self.double.api_keys.clear()
-        self.assert_fails(self.call("models"), 1, "HTTP 401", "hint: to get a new API key, run: ")
+        hint = "hint: to get a new API key, run: "
+        self.assert_fails(self.call("models"), 1, "HTTP 401", hint, " auth\n")
         self.assertEqual(self.double.count("refresh"), 0)
 
     def test_an_unusable_list_of_models_has_a_hint(self):
@@ -5120,13 +5114,16 @@ class ModelsTest(Case):
             for source in ("api", "codex"):
                 self.fault(source, status, body)
                 result = self.call("models", "--source", source)
-                hint = "check HTTPS_PROXY" if status == 302 else "status --online"
-                self.assert_fails(result, 1, "could not list models", hint)
+                hint = "hint: to see what OpenAI accepts, run: ", " status --online\n"
+                if status == 302:
+                    hint = ("hint: check HTTPS_PROXY and your network, then try again\n",)
+                self.assert_fails(result, 1, "could not list models", *hint)
 
     def test_a_forbidden_list_of_models_has_a_hint(self):
         self.fault("codex", 403, {"detail": "not included"})
         command = ("models", "--source", "codex")
-        self.assert_fails(self.call(*command), 1, "not included", "to use another account, run: ")
+        hint = "hint: to use another account, run: "
+        self.assert_fails(self.call(*command), 1, "not included", hint, " auth\n")
         self.fault("codex", 403, {"error": {"code": "unsupported_country_region_territory"}})
         self.assert_fails(self.call(*command), 5, "supported region")
         self.assertEqual(self.double.count("refresh"), 0)
