@@ -2224,7 +2224,7 @@ class WireTest(Case):
                 self.assertEqual(self.assert_fresh(result).err, "")
                 self.assert_fails(broken, 5, "no answer" if is_open else "not a JSON object")
 
-    def test_deeply_nested_members_do_not_cost_the_tokens(self):
+    def test_deeply_nested_members_do_not_lose_the_tokens(self):
         for depth in (500, 1000, 50000):
             for opening, closing in ((b"[", b"]"), (b'{"]": ', b"}")):
                 self.store(lifetime=-10)
@@ -2740,7 +2740,7 @@ class StoreTest(Case):
         self.assertEqual(self.stored(), before)
         self.assertFalse((self.home / "chatgpt_oauth.json.bad").exists())
 
-    def test_sign_in_moves_away_a_directory_in_place_of_the_file(self):
+    def test_sign_in_moves_aside_a_directory_at_the_path_of_the_file(self):
         self.token_file.mkdir(parents=True)
         self.sign_in()
         self.assertTrue((self.home / "chatgpt_oauth.json.bad").is_dir())
@@ -3594,7 +3594,7 @@ for command in ("status", "token"):
                     for each in ("access_token", "refresh_token", "id_token"):
                         self.assertEqual(self.stored()[each], expected[each])
 
-    def test_an_invalid_grant_inside_a_success_ends_the_sign_in(self):
+    def test_an_invalid_grant_in_a_success_response_ends_the_sign_in(self):
         for body in ({"error": "invalid_grant"}, {"error": {"code": "refresh_token_reused"}}):
             self.store_expired()
             self.fault("refresh", 200, body)
@@ -3627,7 +3627,7 @@ for command in ("status", "token"):
                 self.assertEqual(after, {**before, "refresh_token": refresh_token})
         self.assertEqual(self.double.count("refresh"), 2)
 
-    def test_each_token_is_compared_with_its_own_predecessor(self):
+    def test_tokens_of_two_accounts_in_one_file_can_be_refreshed(self):
         access = self.double.tokens(account="acct-8")["access_token"]
         fields = self.store(access_token=access, account_id="acct-8", expires_at="2026-01-01")
         response = self.double.tokens()
@@ -3789,7 +3789,7 @@ for command in ("status", "token"):
                 self.assertEqual(result.err.count("warning: "), int(lifetime > 0))
                 self.assertEqual(self.double.count("usage"), int(lifetime > 0))
 
-    def test_a_token_expires_at_the_earlier_date(self):
+    def test_a_token_expires_at_the_earlier_of_two_dates(self):
         now = time.time()
         for dates, due in (
             ({"expires_at": timestamp(now + 100)}, True),
@@ -3826,7 +3826,7 @@ for command in ("status", "token"):
             self.assertIn("this computer's clock", result.err)
         self.assertLess(self.double.count("refresh"), 4)
 
-    def test_a_response_that_python_cannot_parse_strictly_keeps_its_tokens(self):
+    def test_a_response_with_an_unparsable_member_keeps_its_tokens(self):
         for odd in (b"9" * 5000, b"-1e999", b'"\xff"', b'"' + b"x" * 300000 + b'"'):
             with self.subTest(odd[:9]):
                 self.store(lifetime=-10)
@@ -4555,7 +4555,7 @@ class PortTest(Case):
         self.finish_sign_in(second, other)
         self.finish_sign_in(first, url)
 
-    def test_a_port_taken_on_one_address_family_is_taken(self):
+    def test_a_port_taken_on_ipv4_or_ipv6_alone_is_not_used(self):
         for address in ("127.0.0.1", "::1"):
             try:
                 taken = bind(address, self.ports[0], reuse=True)
@@ -4847,7 +4847,7 @@ class CallbackTest(Case):
                 self.assert_done(self.assert_fast(3, sign_in)[1])
                 self.assertGreater(min(durations), 0.9)
 
-    def test_more_than_64_idle_connections_drop_the_oldest(self):
+    def test_the_oldest_of_more_than_64_idle_connections_is_dropped(self):
         silent = []
         for _ in range(70):
             silent.append(socket.create_connection(("127.0.0.1", self.ports[0]), WAIT_LIMIT))
@@ -5620,7 +5620,7 @@ class SignInTest(Case):
                 else:
                     self.assert_fails(result, 1, "token_type")
 
-    def test_an_error_inside_a_success_is_shown(self):
+    def test_an_error_in_a_success_response_is_shown(self):
         body = {"error": "temporarily_blocked", "error_description": "Wait a while"}
         self.fault("code", 200, body)
         result = self.call("auth", "--no-browser", browser=visit)
