@@ -5428,6 +5428,9 @@ def sign_in_with_device(session: Session, models: ModelFilter, timeout: Optional
         old = exchange_and_store(session, code, verifier, device.redirect_uri)
     except OAuthError as error:
         error.set_default_hint(client.device_command)
+        # The next attempt needs the options of this one.
+        if error.command.startswith("auth"):
+            error.command = client.device_command
         raise
     complete_sign_in(session, models, old)
 

@@ -5321,9 +5321,15 @@ class SignInTest(Case):
                 self.double.requests_to("authorize")[-1]["allowed_workspace_id"], "acct-2"
             )
             self.assertEqual(self.stored(), before)
-        result = self.call("auth", "--device", "--workspace", "acct-2")
+        command = ("auth", "--device", "--workspace", "acct-2")
+        result = self.call(*command)
         self.assert_fails(result, 1, "the wrong workspace, acct-1\nhint: choose acct-2 in")
+        self.assertTrue(result.err.endswith(" auth --device --workspace acct-2\n"), result.err)
         self.assertEqual(self.stored(), before)
+        self.fault("device", 400, {"error": "expired_token"})
+        err = self.assert_fails(self.call(*command), 1, "to get a new code, run: ").err
+        self.assertTrue(err.endswith(" auth --device --workspace acct-2\n"), err)
+        del self.double.faults["device"]
         # A revocation could end the grant of the stored sign-in.
         self.assertEqual(self.double.count("revoke"), 0)
         self.double.account = "acct-2"
