@@ -7455,6 +7455,24 @@ class TerminalTest(Case):
         self.assertNotIn("sk-", " ".join(arguments) + json.dumps(inherited))
         self.assertIn("PATH", inherited)
 
+    @unittest.skipUnless(POSIX, "Windows has no process groups like these")
+    def test_ctrl_c_and_the_terminal_do_not_reach_the_browser(self):
+        seen, script = self.folder / "seen", self.folder / "browser.py"
+        script.write_text(
+            f"import os; file = open({str(seen)!r}, 'w')\n"
+            "print(os.getpgid(0), os.environ.get('TERM'), file=file)\n"
+        )
+        environ = {"BROWSER": shell_line(sys.executable, script), "TERM": "xterm"}
+        # A terminal sends Ctrl-C to a process group, which is the program's own here.
+        running = self.start("auth", environ=environ, start_new_session=True)
+        url = running.wait_for_url()
+        wait_for(lambda: seen.exists() and seen.read_text().endswith("\n"))
+        group, term = seen.read_text().split()
+        self.assertNotEqual(int(group), running.process.pid)
+        # With TERM, Python's `webbrowser` might start a browser in the terminal.
+        self.assertEqual(term, "None")
+        self.finish_sign_in(running, url)
+
     def test_opening_the_browser_imports_nothing_from_the_current_directory(self):
         trap = self.folder / "webbrowser.py"
         trap.write_text(f"open({str(self.folder / 'sprung')!r}, 'w')")
