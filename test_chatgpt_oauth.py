@@ -9772,6 +9772,8 @@ class PuppyModelTest(PuppyCase):
         self.assertEqual(len({h["Authorization"] for h in self.headers}), 3)
         sent = model.provider["openai_client"]["http_client"]["headers"]
         self.assertEqual(sent["originator"], "codex_cli_rs")
+        # A compressed answer could not be checked while it arrives.
+        self.assertEqual(sent["Accept-Encoding"], "identity")
         self.assertEqual(
             sent["User-Agent"], f"codex_cli_rs/{oauth.CHATGPT_OAUTH_CONFIG['codex_client_version']}"
         )
@@ -9959,25 +9961,25 @@ class PuppyModelTest(PuppyCase):
 
     def test_plan_requests_are_adapted_to_the_api(self):
         tool = {"type": "function", "name": "list_files", "parameters": {}}
+        search = {"type": "web_search"}
+        refused = [*self.double.REFUSED.split(), "prompt_cache_options"]
         request = {
+            **dict.fromkeys(refused, "x"),
             "input": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
-            "tools": [tool, {"type": "code_interpreter"}],
+            "tools": [tool, search, {"type": "code_interpreter"}],
             "tool_choice": {"type": "function", "name": "list_files"},
-            "temperature": 1,
-            "max_output_tokens": 5,
-            "previous_response_id": "x",
             "reasoning": {"effort": "low"},
         }
         tools_message = {"type": "additional_tools", "role": "developer", "tools": [tool]}
         self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
         for name, moved_tools, tools in (
-            ("gpt-5.5", [], [tool]),
-            ("gpt-5", [], [tool]),
-            ("gpt-4.1", [], [tool]),
-            ("o3", [], [tool]),
-            ("gpt-5.6", [tools_message], None),
-            ("gpt-5.10", [tools_message], None),
-            ("gpt-6-astra", [tools_message], None),
+            ("gpt-5.5", [], [tool, search]),
+            ("gpt-5", [], [tool, search]),
+            ("gpt-4.1", [], [tool, search]),
+            ("o3", [], [tool, search]),
+            ("gpt-5.6", [tools_message], [search]),
+            ("gpt-5.10", [tools_message], [search]),
+            ("gpt-6-astra", [tools_message], [search]),
         ):
             answering = self.answer_with([COMPLETED])
             with self.subTest(name), answering:
@@ -10003,6 +10005,15 @@ class PuppyModelTest(PuppyCase):
                 # The host sends these two only for the types that it knows.
                 self.assertEqual(model.settings["openai_reasoning_summary"], "auto")
                 self.assertEqual(model.settings["openai_text_verbosity"], "medium")
+
+    def test_a_chosen_summary_and_verbosity_are_sent(self):
+        self.assert_done(self.call("auth", "--official", "--no-browser", browser=visit))
+        model = self.build_official_model()
+        chosen = {"summary": "detailed", "verbosity": "low"}
+        with self.answer_with([COMPLETED]):
+            asyncio.run(model.request([], chosen, None))
+        self.assertEqual(model.settings["openai_reasoning_summary"], "detailed")
+        self.assertEqual(model.settings["openai_text_verbosity"], "low")
 
     def test_an_invalid_setting_is_reported_at_the_request(self):
         os.environ["CHATGPT_OAUTH_CODEX_CLIENT_VERSION"] = "a b"
@@ -10030,6 +10041,15 @@ class PuppyModelTest(PuppyCase):
             ({"code": "context_length_exceeded"}, ("too long for this model", "/compact")),
             ({"message": "It exceeds the context window."}, ("too long", "/clear")),
             ({"code": "subscription_sharing_user_not_eligible"}, ("does not let this",)),
+            ({"code": "subscription_sharing_route_not_supported"}, ("pay for this request",)),
+            ({"code": "subscription_sharing_unsupported_capability"}, ("pay for this request",)),
+            ({"code": "subscription_sharing_usage_unavailable"}, ("cannot check your", "later")),
+            ({"code": "subscription_sharing_user_unavailable"}, ("cannot use your", "later")),
+            (
+                {"code": "subscription_sharing_workplace_individual_usage_limit_exceeded"},
+                ("usage limit for you", "ask your workspace administrator"),
+            ),
+            ({"code": "invalid_prompt"}, ("refused this prompt", "rephrase it")),
             ({"code": "subscription_sharing_invalid_user"}, ("to sign in again", "/chatgpt-auth")),
             (
                 {"code": "chatpass_v2_invalid_authorization_context"},
@@ -10094,6 +10114,14 @@ class PuppyModelTest(PuppyCase):
         done = events(part) + b"data: not JSON\r\n\r\n" + COMPLETED.strip()
         with self.answer_with([done]):
             self.assertEqual(len(self.send_requests(model)), 1)
+
+    def test_a_failure_after_the_completion_is_ignored(self):
+        self.store()
+        model = self.build_model()
+        failed = events({"type": "response.failed", "response": {"error": {"code": "x"}}})
+        with self.answer_with([HELLO, COMPLETED + failed]):
+            self.assertEqual(self.send_requests(model), ["Hello"])
+        self.assertEqual(self.messages, [])
 
     def test_a_refused_request_is_reported_with_its_reason_and_a_hint(self):
         self.store()
