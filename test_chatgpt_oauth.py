@@ -6668,7 +6668,7 @@ class OfficialTest(Case):
         self.assertIn("Using ChatGPT plan", out)
         self.expire_token()
         self.change_stored_plan(refresh_token=None)
-        # The other sign-in is valid, so the exit code is 0.
+        # The Codex sign-in is valid, so the exit code is 0.
         out = self.assert_quiet(self.call("status")).out
         self.assertRegex(out, "Problem: cannot refresh .*\n.* auth --official")
         self.assert_no_secret(out)
@@ -6710,7 +6710,7 @@ class OfficialTest(Case):
         self.assertEqual(result.code, 6)
         # A broken file does not say whether the plan may be used.
         self.assertNotIn("ChatGPT plan", result.out)
-        # `token` needs the other sign-in, which does not exist.
+        # `token` needs the Codex sign-in, which does not exist.
         self.assertEqual(self.call("token").code, 3)
         self.assertIn("chatgpt_plan.json.bad", self.assert_done(self.official_sign_in()).err)
         self.assertTrue(self.stored_plan()["access_token"])
@@ -7412,7 +7412,7 @@ class TerminalTest(Case):
     @unittest.skipUnless(POSIX, "needs a shell script as the browser")
     def test_a_browser_command_that_fails_at_once_is_reported(self):
         environ = {"BROWSER": self.add_programs("broken", code="exit 3") + "/broken"}
-        # The report must not come only at the end of this time.
+        # The failure must be reported before this time is over.
         self.waits.update(BROWSER_WATCH=2 * WAIT_LIMIT)
         warning = "\nwarning: the browser did not open (broken: exit code 3)\n"
 
@@ -8662,7 +8662,7 @@ class InstallTest(Case):
             if self.launcher.exists():
                 self.assertEqual(self.run_installed("-V").code, 0)
         self.run_program("uninstall")
-        # One process may have made these when another one found them.
+        # These stay if one process made them and another one found them there.
         self.assertLessEqual(self.paths(), {str(self.data), str(self.data.parent)})
 
     def test_damaged_compiled_code_is_ignored_and_replaced(self):
@@ -9146,7 +9146,7 @@ class PuppyCase(Case):
         return "\n".join(text for _, text in self.messages)
 
     def exported_key(self):
-        """Return the API key that the host would use."""
+        """Return the API key that the host uses, or None."""
         return os.environ.get("CHATGPT_OAUTH_API_KEY")
 
     def switch_account(self, organization=None):
@@ -9580,7 +9580,7 @@ class PuppyTest(PuppyCase):
 
     def test_an_old_release_refuses_the_official_sign_in(self):
         self.start_plugin("old")
-        # No URL is printed.
+        # The URL of a sign-in would be printed.
         self.assertEqual(self.dispatch("/chatgpt-auth --official"), (True, ""))
         self.assertIn("cannot use models that a ChatGPT plan pays for", self.message_text())
         self.assertIn("pip install --upgrade code-puppy", self.message_text())
@@ -10473,7 +10473,7 @@ class FakeClock:
     def sleep(self, seconds):
         self.pauses.append(seconds)
         self.elapsed += seconds
-        # A request that is over must not make the next one time out.
+        # Wait for the end of the held request. Otherwise the next one would time out, too.
         wait_for(lambda: not self.is_silent)
 
     def wait(self, futures, timeout=None, return_when=concurrent.futures.ALL_COMPLETED):
@@ -10490,7 +10490,7 @@ class FakeClock:
         return done
 
     def silence(self, handler, _):
-        """Keep a client waiting until it hangs up, as a fault of the double."""
+        """Keep a client waiting until it hangs up. This is a fault for the double."""
         self.is_silent = True
         handler.connection.recv(1)
         self.is_silent = False
@@ -10560,9 +10560,9 @@ class SpecificationTest(Case):
         "MESSAGE_PAUSE": 0.05,
         # On Windows, Ctrl-C may take this long, because nothing can interrupt a wait there.
         "WAIT_SLICE": 0.05,
-        # A host's next address is tried after this time.
+        # If an address of a host does not answer, the next one is tried after this time.
         "ATTEMPT_DELAY": 0.25,
-        # This is a bit in the mode of a Windows console.
+        # The bit in the mode of a Windows console that turns on escape sequences.
         "ESCAPES": 4,
         # Code Puppy says that it waits for a refresh after this time.
         "SILENT_WAIT": 2.0,
@@ -10750,7 +10750,7 @@ class SpecificationTest(Case):
             ("word " * 40, "word " * 40),
             ("word " * 40 + "x", "word " * 40 + "..."),
             ("Ab1" * 10 + "x", "Ab1" * 10 + "x"),
-            # It may be a secret.
+            # A longer word may be a secret.
             ("Ab1" * 10 + "xy", "[...]"),
         ):
             with self.subTest(sent):
