@@ -6344,7 +6344,12 @@ class OfficialTest(Case):
         self.assertFalse(self.models_file.exists())
         self.assertNotIn("chatgpt.tokens.use.direct", self.stored_plan()["scopes"])
         self.assert_fails(self.run_refresh(), 1, "not allowed", "Security and login")
-        self.assertIn("ChatGPT plan not allowed", self.assert_quiet(self.call("status")).out)
+        for arguments in (["status"], ["status", "--online"]):
+            out = self.assert_quiet(self.call(*arguments)).out
+            self.assertIn("ChatGPT plan not allowed", out)
+            self.assertEqual(out.count("Problem: "), 1)
+            # Without the permission, nothing is sent.
+            self.assertNotIn("OpenAI says", out)
         official = json.loads(self.call("status", "--json").out)["official"]
         self.assertFalse(official["plan_allowed"])
         self.assertIn("auth --official", official["problem"])
@@ -7027,6 +7032,7 @@ class AccountsTest(Case):
             ],
         )
         self.assertTrue(lines[0].endswith("  expires in 10 days"), lines[0])
+        self.assertIn("  expires in ", lines[1])
         self.assertTrue(lines[2].endswith("not valid JSON"), lines[2])
         self.assertIn("session has ended", lines[3])
         listed = json.loads(self.call("accounts", "--json").out)
@@ -7039,6 +7045,11 @@ class AccountsTest(Case):
         self.assertEqual(listed[1]["official"]["email"], "p3@example.com")
         self.assertIn(" auth --account ended", listed[3]["problem"])
         self.assert_no_secret(result.out, json.dumps(listed))
+
+    def test_accounts_says_that_an_expired_token_will_be_refreshed(self):
+        self.store(lifetime=-3600)
+        out = self.assert_quiet(self.call("accounts")).out
+        self.assertTrue(out.endswith("  expired 1 hour ago, refreshed on next use\n"), out)
 
     def test_accounts_online_asks_for_all_accounts_at_the_same_time(self):
         self.store()
@@ -7603,8 +7614,16 @@ class CommandsTest(Case):
         )
         self.assertEqual(set(facts), set(keys.split()))
         self.assertEqual((facts["plan"], facts["organization_id"]), ("plus", "org-1"))
+        self.assertEqual(facts["last_refresh"], self.stored()["last_refresh"])
+        self.assertIs(facts["has_refresh_token"], True)
         self.assertIsNone(facts["problem"])
         self.assert_no_secret(out)
+
+    def test_status_says_whether_the_token_refreshes_automatically(self):
+        for changes, refreshes in (({}, True), ({"refresh_token": None}, False)):
+            self.store(**changes)
+            out = self.assert_quiet(self.call("status")).out
+            self.assertEqual("refreshes automatically" in out, refreshes)
 
     def test_status_shows_the_default_organization(self):
         first, second = {"id": "org-1"}, {"id": "org-2"}
@@ -7639,6 +7658,7 @@ class CommandsTest(Case):
         facts = json.loads(result.out)
         self.assertEqual((result.code, facts["authenticated"], facts["email"]), (0, True, None))
         self.assertIn("come from another issuer", facts["problem"])
+        self.assertEqual((facts["has_refresh_token"], facts["last_refresh"]), (False, None))
         self.assertEqual(self.call("token").out, "opaque\n")
         self.assertIn("unknown", self.call("status").out)
 
@@ -7837,6 +7857,10 @@ class OnlineStatusTest(Case):
         self.assertEqual(self.online_status()[0]["access_token"], "accepted")
         self.assertEqual(self.double.count("refresh"), 1)
 
+    def test_one_model_is_not_plural(self):
+        self.double.api_models = ["gpt-4o"]
+        self.assertIn("API key:      accepted, 1 model\n", self.call("status", "--online").out)
+
     def test_without_a_key_the_api_is_not_asked(self):
         self.store()
         online, problem = self.online_status()
@@ -7936,9 +7960,15 @@ class OnlineStatusTest(Case):
         self.assertIn(
             "Usage:        unknown\n              could not get the usage (HTTP 404)\n", out
         )
-        for answer in (b"[]", b"{}", b'{"rate_limit": null}', b'{"rate_limit": {}}'):
+        for answer, shown in (
+            (b"[]", "unknown"),
+            (b"{}", "OpenAI reports no limits"),
+            (b'{"rate_limit": null}', "OpenAI reports no limits"),
+            (b'{"rate_limit": {}}', "OpenAI reports no limits"),
+        ):
             self.fault("usage", 200, answer)
             self.assertEqual(self.online_status()[0]["usage"], [])
+            self.assertIn(f"Usage:        {shown}\n", self.call("status", "--online").out)
 
     def test_invalid_usage_windows_are_left_out(self):
         self.double.rate_limit = {
