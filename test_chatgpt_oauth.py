@@ -215,6 +215,7 @@ def child_of(process_id):
 def cpu_seconds(process_id):
     """Return the processor time of a process in seconds. This works only on Linux."""
     fields = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    # These are utime and stime (proc(5)).
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -318,10 +319,13 @@ class OfficialEndpoints:
     )
 
     def __init__(self):
-        # By authorization code, the request that it was issued for. By refresh token, a list of the
-        # client ID (or "used") and the earliest time of its use. By access token, its expiry and
-        # whether it may use the plan.
-        self.agents, self.plan_codes, self.plan_tokens, self.plan_access = {}, {}, {}, {}
+        self.agents = {}
+        # The authorization request of each unused code.
+        self.plan_codes = {}
+        # For each refresh token, its client ID (or "used") and the earliest time of its use.
+        self.plan_tokens = {}
+        # For each access token, its expiry and whether it may use the plan.
+        self.plan_access = {}
         # The person's ID, whether they let the client use their plan, and whether they decline the
         # whole sign-in.
         self.plan_subject, self.plan_allowed, self.plan_declined = "user|ada", True, False
@@ -557,8 +561,15 @@ class Double(OfficialEndpoints):
 
     def __init__(self, ports=(1455, 1457)):
         super().__init__()
-        self.codes, self.refresh_tokens, self.api_keys, self.devices = {}, {}, set(), {}
+        # The code challenge and the redirect URI of each code, or (None, None) after its use.
+        self.codes = {}
+        # The account of each refresh token, or "used".
+        self.refresh_tokens = {}
+        # The account of each access token, and the organization of each ID token, or None.
         self.access_tokens, self.id_tokens = {}, {}
+        self.api_keys = set()
+        # The number of polls that each device ID must still wait for.
+        self.devices = {}
         self.requests, self.faults = [], {}
         self.lock = threading.RLock()
         self.redirect_uris = {f"http://localhost:{port}/auth/callback" for port in ports}
