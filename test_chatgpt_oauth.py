@@ -2582,15 +2582,19 @@ threading.Thread.start = limited
         # OpenSSL names its reasons in capital letters. PyPy may give none.
         self.assertRegex(err, r"no TLS with issuer\.example\.com \(([A-Z][A-Z0-9_]+|SSLError)\)")
 
-    def test_an_unreachable_proxy_is_named_and_loopback_is_not_proxied(self):
+    def test_loopback_is_not_proxied(self):
+        self.store(lifetime=-10)
         with bind("127.0.0.1") as unused:
-            proxy = f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}"
+            proxy = f"http://127.0.0.1:{unused.getsockname()[1]}"
             environ = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "NO_PROXY": ""}
-            environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "0.01"
-            self.store(lifetime=-10)
             self.assert_quiet(self.run_program("token", environ=environ))
-            self.store(lifetime=-10, issuer="https://issuer.example.com")
+
+    def test_an_unreachable_proxy_is_named(self):
+        self.store(lifetime=-10, issuer="https://issuer.example.com")
+        with bind("127.0.0.1") as unused:
+            environ = {"CHATGPT_OAUTH_RETRY_WINDOW": "0.01"}
             environ["CHATGPT_OAUTH_ISSUER"] = "https://issuer.example.com"
+            environ["HTTPS_PROXY"] = f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}"
             # In the second case, the proxy's own host is exempt from the proxy.
             for exempt in ("", "localhost,127.0.0.1"):
                 environ["NO_PROXY"] = exempt
@@ -2764,7 +2768,7 @@ class StoreTest(Case):
         self.assertEqual(self.assert_quiet(result).out, fields["access_token"] + "\n")
 
     @needs_root
-    def test_another_users_file_is_refused_and_root_keeps_its_owner(self):
+    def test_root_keeps_the_owner_of_the_files(self):
         self.store(lifetime=-10)
         os.chown(self.token_file, 12345, 12345)
         self.assertEqual(self.call("token").code, 0)
@@ -2773,7 +2777,11 @@ class StoreTest(Case):
         os.chown(self.home, 12345, 12345)
         self.assertEqual(self.call("token", "--refresh").code, 0)
         self.assertEqual((self.home / "chatgpt_oauth.json.lock").stat().st_uid, 12345)
-        self.token_file.chmod(0o644)
+
+    @needs_root
+    def test_another_users_file_is_refused(self):
+        self.store(mode=0o644)
+        os.chown(self.token_file, 12345, 12345)
         for path in (self.folder, self.home):
             os.chown(path, NOBODY, NOBODY)
         with self.as_unprivileged_user():
