@@ -19,14 +19,14 @@ anything else happens.  If the account belongs to an organization, the ID token 
 for an API key (RFC 8693).  Finally, the models that the key or the ChatGPT plan pays for are
 written to the file in which Code Puppy looks for them.
 
-After that, everything that needs an access token calls `Session.valid_tokens`, which refreshes the
-tokens under a lock shared by all processes.  The lock is necessary because each of OpenAI's refresh
-tokens works only once: if two programs refreshed at the same moment, one of them would be signed
-out.
+After that, everything that needs an access token calls `Session.valid_tokens`, which refreshes
+expiring tokens under a lock shared by all processes.  The lock is necessary because each of
+OpenAI's refresh tokens works only once: if two programs refreshed at the same moment, one of them
+would be signed out.
 
 `auth --official` uses OpenAI's official sign-in for apps instead, with a client ID that OpenAI
 issues to this installation.  The file can also be imported as a module (`get_access_token` and six
-more functions).  In Code Puppy's plugin directory it is a plugin with the same commands.
+more functions).  In Code Puppy's plugin directory it is a plugin with similar commands.
 
 Anyone who can read the token file can use the account.  The file is therefore readable only by its
 owner, and `env` and `token` are the only commands that print a secret from it.  `exec` passes the
@@ -167,8 +167,8 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
 MAX_CONTEXT_LENGTH = 10**9
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 LOOPBACK = r"(?:localhost|127\.[0-9]+\.[0-9]+\.[0-9]+|\[::1\])"
-# The parts of a host name have 1 to 63 characters each (RFC 1035 §2.3.4). Python fails with a
-# ValueError for other names, and for an address in brackets that isn't a valid IPv6 address.
+# The parts of a host name have 1 to 63 characters each (RFC 1035 §2.3.4). Python raises ValueError
+# for other names. IPv6 addresses in brackets aren't accepted, except [::1].
 HOST_NAME = r"[\w-]{1,63}(?:\.[\w-]{1,63})*\.?"
 
 
@@ -205,8 +205,7 @@ class Rule:
         return self.kind(groups.get("value", text))
 
 
-# The class Settings declares a setting's rule and the type of its value under one name. Any lets a
-# type checker accept both.
+# With Any, type checkers accept declarations such as `issuer: str = URL_RULE` in Settings.
 new_rule: Any = Rule
 DECIMAL = r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 INTEGER = r"(?P<number>[0-9]{1,10})"
@@ -242,10 +241,9 @@ ACCOUNT_RULE = new_rule(
 class Settings:
     """The settings of one account: CHATGPT_OAUTH_CONFIG, overridden by environment variables.
 
-    Everything that differs between accounts is decided here: `directory` is where the account's
-    files are, its name is part of `prefix` and `api_key_env_var`, and `suffix` ends the names of
-    its other variables. `account` is its name, "" for the account without a name. None means that
-    the setting `account` decides.
+    `account` is the account's name, or "" for the account without a name. None means that the
+    setting `account` decides. The name is part of `directory` (where the account's files are),
+    `prefix` and `api_key_env_var`. `suffix` is appended to the names of other variables.
 
     Each key of the configuration is an attribute: its rule in the class, its value in an instance.
     `environ` is a copy of the environment with which this process was started, and `home_variable`
@@ -4321,9 +4319,8 @@ def reset_time(listed: Fields, at: str, after: str) -> Optional[float]:
 def resolve_source(session: Session, source: str) -> Tuple[Session, str]:
     """Return the session that provides the models of `source`, and the actual source.
 
-    The session is the one of the sign-in whose key or token is used. The actual source is "api",
-    "codex" or "official": "auto" is resolved here. The official sign-in has only one source, its
-    own. Raises NotSignedInError.
+    The actual source is "api", "codex" or "official", because "auto" is resolved here. The official
+    sign-in has only one source, its own. Raises NotSignedInError.
     """
     if session.client.is_official:
         return session, "official"
@@ -4393,7 +4390,7 @@ def _list_error(session: Session, source: str, response: Response, error: OAuthE
     elif source == "api":
         hint = "to get a new API key, run"
     elif "invalid_authorization_context" in response.code:
-        # OpenAI refuses the token of an official sign-in with this code, until one signs in again.
+        # With this code, OpenAI refuses an official sign-in's token until there is a new sign-in.
         hint = "to sign in again, run"
     return RefusedError(str(error), hint, command)
 
@@ -4570,8 +4567,8 @@ def import_models(
     source_session, source = resolve_source(session, models.source)
     tokens_before = source_session.tokens()
     listed = list_models(source_session, source)
-    # These are compared with the stored tokens below. If there is no account ID, same_account
-    # compares access tokens, and list_models may have refreshed the one that was stored before.
+    # list_models may have refreshed the access token, which same_account below compares if there is
+    # no account ID.
     tokens = source_session.used_tokens or tokens_before
     prefix = settings.prefix + source_session.client.model_prefix
     entries = {
@@ -4675,8 +4672,7 @@ def prepare_sign_in(session: Session) -> None:
     # Without a sign-in that works, there is nothing to replace.
     with contextlib.suppress(NotSignedInError, SignInEndedError, StorageError):
         tokens = session.tokens()
-        # A sign-in that has ended can't be replaced, even if its access token still seems to be
-        # valid. require_refreshable raises an error for it, so the message is skipped.
+        # The access token of a sign-in that has ended may still seem to be valid.
         if "ended" in tokens.fields or not tokens.valid_for(0):
             session.require_refreshable(tokens)
         who = identity(tokens)["email"] or "an unknown account"
@@ -4684,9 +4680,9 @@ def prepare_sign_in(session: Session) -> None:
 
 
 def move_registration(session: Session) -> None:
-    """Move the registration that earlier versions stored in the token file to its own file.
+    """Move the registration, which earlier versions stored in the token file, to its own file.
 
-    After a sign-out, they left it there without tokens. Raises StorageError.
+    After a sign-out, such a token file holds no tokens. Raises StorageError.
     """
     token_file, file = session.token_file, session.registration_file
     if not session.client.is_official or "host_id" not in token_file.read():
@@ -5328,7 +5324,7 @@ def redeem(session: Session, models: ModelFilter, callback: Callback) -> None:
         if response.get("error"):
             raise authorization_error(response)
         session.client.accept_response(response)
-        # If the exchange fails, the next sign-in uses the client ID that was issued now.
+        # If the exchange fails, the next sign-in uses the client ID in this response.
         store_registration(session)
         old = exchange_and_store(
             session, response["code"], request.code_verifier, request.redirect_uri, request.nonce
@@ -5555,7 +5551,8 @@ def open_browser(session: Session, url: str, failure: AnyFuture) -> Optional[str
         try:
             code = process.wait(BROWSER_WATCH)
         except subprocess.TimeoutExpired:
-            # The command is the browser itself, or has one open.
+            # The command is the browser itself, or has one open. Without a wait, it would become a
+            # zombie process at its end.
             process.wait()
             return
         if code:
@@ -5862,8 +5859,8 @@ MESSAGE_LIMIT = 5000  # characters
 def started_file() -> str:
     """Return the path with which this program was started, or chatgpt_oauth.py if there is none."""
     path = sys.argv[0] if sys.argv else ""
-    # If another program has imported this file, has_program_file is always true. The path is then
-    # that program's, or one of these: `python3 -c CODE`, for example, sets it to "-c".
+    # If another program has imported this file, the path is that program's. `python3 -c CODE` sets
+    # it to "-c".
     return path if path not in ("", "-", "-c") and has_program_file() else "chatgpt_oauth.py"
 
 
@@ -5912,12 +5909,12 @@ def typed_command(command: str) -> str:
 
 
 def has_program_file() -> bool:
-    """Whether this program was started from a file, with which it can be started again."""
+    """Whether this program was started from a file and can be started from it again."""
     if __name__ != "__main__":
         return True
     path = sys.argv[0]
-    # A pipe, as in `python3 <(curl ...)`, exists and isn't a file. A path into a zip file doesn't
-    # exist.
+    # A pipe, as in `python3 <(curl ...)`, exists but isn't a file. A path into a zip file doesn't
+    # exist, but the program can be started from it.
     is_pipe = os.path.exists(path) and not os.path.isfile(path)
     return path not in ("-", "") and not is_pipe
 
@@ -6164,8 +6161,7 @@ class Status:
             return checks[0].error, UnavailableError.exit_code
         if self.models_error:
             return self.models_error, self.models_error.exit_code
-        # The sign-in can be used. It may have a problem anyway: it has no access to the plan, say,
-        # or can't be refreshed but is valid for a while.
+        # The sign-in can be used, even if it can't use the plan or can't be refreshed any more.
         return None, 0
 
     @property
@@ -6419,7 +6415,7 @@ def usage_line(window: Fields, to_terminal: bool) -> str:
 def duration(seconds: float, is_exact: bool = False) -> str:
     """Return a duration in words: `5 hours`, `1 hour 59 minutes`, `45 seconds`.
 
-    If `is_exact` is false, it's rounded so that at most two units are shown.
+    Unless `is_exact` is true, it's rounded to at most two units.
     """
     left = round(abs(seconds))
     # From a day on, round to hours. From an hour on, round to minutes.
@@ -6732,7 +6728,7 @@ def command_logout(session: Session, options: Namespace) -> None:
 # Nothing that the launcher executes is writable by other users. `uninstall` removes what `install`
 # created and never a sign-in.
 
-# Each of our files contains this text, so it must never change. This program contains it here.
+# Each of our files contains this text, so it must never change.
 MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
 # The defaults of earlier releases. `edited_settings` doesn't take them for a person's own values.
 FORMER_DEFAULTS = {
@@ -7079,7 +7075,7 @@ def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Sess
         # Windows can't replace a file that is open, and the launcher may be running now.
         if sys.platform == "win32" and previous[paths.launcher] == contents[paths.launcher]:
             del files[paths.launcher]
-        # Others may have written to this directory before its permissions were restricted.
+        # Before make_directories restricted it, others may have written to __pycache__.
         remove_compiled_code(paths.program)
         replacements = []
         for path, content in files.items():
@@ -7234,7 +7230,7 @@ def make_own_directory(path: str, made: Set[str]) -> None:
 
 
 def require_owner(path: str, info: os.stat_result) -> None:
-    """Raise StorageError unless this user, or for root the owner of its directory, owns `path`.
+    """Raise StorageError unless `path` belongs to this user (for root: to its directory's owner).
 
     Anyone else could replace what the launcher executes.
     """
@@ -7591,7 +7587,10 @@ def check_event_line(line: bytes) -> bool:
 
 
 class ResponseError(Exception):
-    """The failure of a response that had begun well. `fields` are the server's error object."""
+    """The failure of a response that had begun well. `fields` are the server's error object.
+
+    If it `is_final`, repeating the request wouldn't help.
+    """
 
     def __init__(self, fields: object, text: str = "", is_final: bool = False) -> None:
         self.fields = fields if isinstance(fields, dict) else {}
@@ -7696,7 +7695,7 @@ class Prompts:
         self.refused_tokens: Set[str] = set()
         # The token files of the sign-ins whose token was refused although it was a new one.
         self.refused_files: Set[str] = set()
-        # When to try again to refresh an access token after a failure, as time.monotonic().
+        # The time.monotonic() at which an access token whose refresh failed may be refreshed again.
         self.refresh_times: Dict[str, float] = {}
         # The access tokens whose failed refresh has been reported.
         self.reported_tokens: Set[str] = set()
@@ -7731,7 +7730,7 @@ class PlanAccess:
         return headers
 
     def model_settings(self, settings: Optional[Fields]) -> Fields:
-        """Return the settings for a request, with two that the host leaves out for our type."""
+        """Return the settings for a request."""
         settings = dict(settings or {})
         # The host's command /model_settings offers these two for our type of model, but the host
         # sends them only for its own type (0.0.946).
@@ -7918,10 +7917,7 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
         return str(self.args[0])
 
     def derive(self, members: Any) -> Any:
-        """Return the group that the host shows, below our own message.
-
-        `except*` calls this to make the group that it catches, so the host prints this text.
-        """
+        """Return the group that `except*` catches, whose text the host prints below our message."""
         return PromptEnded("see the error above", members)
 
     def __reduce__(self) -> Any:
@@ -7930,15 +7926,14 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
 
 
 # ---------------------------------------------------------------------------------------------
-# Code Puppy: the commands and the plan's models inside Code Puppy (code_puppy/callbacks.py)
+# Code Puppy: the commands and the plan's models inside Code Puppy
 # ---------------------------------------------------------------------------------------------
-# Code Puppy is "the host" in this room, its own ChatGPT plugin is "the built-in one", and versions
-# such as 0.0.946 are the host's. We register our callbacks, then unregister the built-in's for the
-# same phases (kinds of callbacks) and keep them for what we don't do, such as /codex-imagegen.
-# `CodePuppy` contains everything that touches the host, `CodePuppyPlugin` what we do there. No
-# exception of ours reaches the host, except from a request to a plan model. Building such a model
-# never fails, because the host would silently use another one, which may be billed to another
-# account.
+# Code Puppy's own ChatGPT plugin is "the built-in one" here. We register our callbacks, then
+# unregister the built-in's for the same phases (kinds of callbacks, see code_puppy/callbacks.py)
+# and keep them for what we don't do, such as /codex-imagegen. `CodePuppy` contains everything that
+# touches the host, `CodePuppyPlugin` what we do there. No exception of ours reaches the host,
+# except from a request to a plan model. Building such a model never fails, because the host would
+# silently use another one, which may be billed to another account.
 
 # Two threads of the host display its messages. The pause lets one finish before the next begins.
 MESSAGE_PAUSE = 0.05  # seconds
@@ -8105,9 +8100,6 @@ class CodePuppy:
         model = plan_model_class(base, http_error, access)
         return model(entry["name"], provider=provider, profile=self._profile(name, entry))
 
-    # Names of the host that aren't public ---------------------------------------------------
-    # Each method says in which releases the name exists, and what is lost without it.
-
     def adapt(self) -> None:
         """Adjust our configuration to this release of Code Puppy."""
         # 0.0.229 has no DATA_DIR and ignores XDG_DATA_HOME.
@@ -8115,6 +8107,9 @@ class CodePuppy:
         CHATGPT_OAUTH_CONFIG["home"] = CHATGPT_OAUTH_CONFIG["home"] or str(home)
         if not self.has_responses_type():
             CHATGPT_OAUTH_CONFIG["chat_patterns"] = "*"
+
+    # Names of the host that aren't public ---------------------------------------------------
+    # Each method says in which releases the name exists, and what is lost without it.
 
     def has_responses_type(self) -> bool:
         """Whether a model's entry can have the type `custom_openai_responses`.
@@ -8324,7 +8319,7 @@ class CodePuppyPlugin:
         self.host.reload_model()
 
     def _warn_of_override(self, variable: str, key: Optional[str]) -> bool:
-        """Whether a setting of the host overrides the key. If so, also warn about it."""
+        """Warn if a setting of the host overrides the key, and return whether one does."""
         way_out = self.host.how_to_remove_override(variable, key)
         if way_out:
             text = f"the Code Puppy setting {variable.lower()} overrides this API key"
@@ -8423,7 +8418,7 @@ class CodePuppyPlugin:
             # Nothing could use the tokens.
             raise no_plan_models_error()
         if self.host.is_answering():
-            # The sign-in would delay the answer until it ends.
+            # The answer would have to wait for the sign-in.
             text = "a prompt is being answered"
             raise UsageError(text, "when the answer is complete, run", "auth")
         options.no_browser = options.no_browser or self.host.suppresses_browser()
@@ -8457,7 +8452,7 @@ class CodePuppyPlugin:
         self.host.reload_model()
 
     def _report_models(self, session: Session, in_use: Optional[str]) -> None:
-        """Report which of our models can be used now. `in_use` was in use before."""
+        """Report which of our models can be used now that `in_use` may be gone."""
         entries: Dict[str, Fields] = {}
         # The commands report it if the models file can't be read.
         with contextlib.suppress(StorageError):
