@@ -82,7 +82,6 @@ if TYPE_CHECKING:
     # Python 3.8 cannot subscript Future, but it never runs this block. "novm" tells that to vermin,
     # the tool that checks which Python versions this file supports.
     AnyFuture = Future[Any]  # novm
-    # A callback of any kind.
     AnyCallable = Callable[..., Any]
     # A JSON object.
     Fields = Dict[str, Any]
@@ -343,7 +342,6 @@ class Settings:
         return home
 
 
-# The rule of each setting.
 RULES = {name: each for name, each in vars(Settings).items() if isinstance(each, Rule)}
 
 
@@ -377,9 +375,8 @@ def original_environ() -> Dict[str, str]:
 # Errors
 # ---------------------------------------------------------------------------------------------
 # Every failure that a person can do something about is an OAuthError: one line that says what
-# happened, the next step, and the exit code of the command. An error is raised once. Its caller
-# reports it with `report_error`. Its text never contains a secret, and printable() makes it safe
-# for a terminal.
+# happened, the next step, and the exit code of the command. The commands report it with
+# `report_error`. Its text never contains a secret, and printable() makes it safe for a terminal.
 #
 #     OAuthError                   1  refused or failed
 #     ├── UsageError               2  the command line or a setting is wrong
@@ -441,10 +438,10 @@ class Hint:
 class OAuthError(Exception):
     """A reason why a command failed, in one line.
 
-    `hint` is the next step as a text. It is None if a UsageError or a StorageError is raised
-    without one. `command` is the command with which the hint ends, such as "auth --device", or "".
-    It doesn't include the program's name, which the caller that reports the error adds. A Hint can
-    be passed instead of these two. `exit_code` is the exit code of the command that failed.
+    `hint` is the next step, or None if a UsageError or a StorageError is raised without one.
+    `command` is the command with which the hint ends, such as "auth --device", or "". Reporting the
+    error adds the program's name. A Hint can be passed instead of these two. `exit_code` is the
+    exit code of the command that failed.
     """
 
     exit_code = 1
