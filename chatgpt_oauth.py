@@ -587,8 +587,7 @@ def report_error(notify: Notify, error: OAuthError, kind: str = "error") -> None
 # redirect, and reads a limited number of bytes. A failure is an OAuthError whose text contains
 # nothing secret. A RequestError tells whether the server may have processed the request, because a
 # refresh token or an authorization code must not be sent twice unless it certainly wasn't used.
-# A request is sent only if at least half of its timeout is left for the response. Nothing here
-# reads or writes a file of ours.
+# Nothing here reads or writes a file of ours.
 
 MEBIBYTE = 1 << 20
 # The largest list of models that is read from a server or a file, in bytes.
@@ -729,8 +728,7 @@ def without_deep_parts(text: str) -> str:
     kept, depth = [], 0
     # Each part is a string, text without strings and brackets, or a single bracket.
     for part in re.findall(r'"(?:[^"\\]|\\.)*"|[^"\[\]{}]+|.', text, re.DOTALL):
-        # Both brackets of a pair are judged by the depth outside of it. So they are both kept, or
-        # both dropped.
+        # Both brackets of a pair are judged by the depth outside of it, so none is kept alone.
         if part in ("]", "}"):
             depth -= 1
         if depth < DEPTH_LIMIT:
@@ -793,7 +791,6 @@ def timestamp(moment: float) -> str:
 
 
 def timestamp_or_none(moment: Optional[float]) -> Optional[str]:
-    """Return `moment` in the format of `timestamp`, or None for None."""
     return None if moment is None else timestamp(moment)
 
 
@@ -1219,7 +1216,7 @@ class Exchange:
         self.answered: AnyFuture = Future()
         # The parts of the body that have arrived.
         self.parts: List[bytes] = []
-        # The response, and whether the request was sent. `wait` completes these.
+        # The response, and whether the request was sent. They are valid after `wait`.
         self.status, self.body, self.retry_after = 0, b"", ""
         self.was_sent = False
 
@@ -1522,7 +1519,7 @@ class Client:
     # for either of these addresses (RFC 8252 §7.3 and §8.3).
     addresses: Tuple[str, ...] = ("127.0.0.1", "::1")
     sign_in_command, sign_out_command = "auth", "logout"
-    # Signs in without a listener. It is "" if this client has no device codes.
+    # The command that signs in without a listener, or "" if this client has no device codes.
     device_command = "auth --device"
     # The type of the entries for the plan's models, in the models file.
     model_type = "chatgpt_oauth"
@@ -1635,7 +1632,6 @@ class OfficialClient(Client):
     addresses = ("127.0.0.1",)
     sign_in_command, sign_out_command = "auth --official", "logout --official"
     device_command = ""
-    # No other entry in the models file has this type.
     model_type = "chatgpt_plan"
     model_prefix = "plan-"
     next_step_hint = Hint("To use one of the models, type in Code Puppy: /model NAME")
@@ -1643,7 +1639,7 @@ class OfficialClient(Client):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.client_id = self.ENTRY_POINT
-        # The ID of this installation.
+        # The ID of this installation. It is generated once and survives sign-outs.
         self.host_id = ""
         # The account (`sub`) to which the client ID belongs, and its email address. Either may be
         # "", because it isn't known before the first sign-in.
@@ -1662,7 +1658,6 @@ class OfficialClient(Client):
     def resume(self, registration: Fields, stored: Fields) -> None:
         import uuid
 
-        # The ID of this installation is generated once and survives sign-outs.
         self.host_id = text_or_none(registration.get("host_id")) or ""
         if not re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", self.host_id):
             self.host_id = uuid.uuid4().urn
