@@ -2061,8 +2061,9 @@ def request_device_code(settings: Settings) -> DeviceCode:
 # ---------------------------------------------------------------------------------------------
 # Store: the token file and the models file, each with the lock under which it changes
 # ---------------------------------------------------------------------------------------------
-# Reading needs no lock. Everyone who changes a file holds its lock, and replaces the file as a
-# whole, so a reader sees the old or the new contents. The order for tokens is:
+# Reading needs no lock. This program changes a file only under its lock, and replaces the file as a
+# whole, so a reader sees the old or the new contents. Code Puppy's own plugin does neither. The
+# order for tokens is:
 #
 #     1. Take the lock.
 #     2. Replace the file with a copy of itself, to prove that this works.
@@ -2084,7 +2085,7 @@ REFRESH_MARGIN = 300  # seconds
 # The Codex CLI refreshes its tokens eight days after the last refresh (TOKEN_REFRESH_INTERVAL in
 # its sources). A token whose expiry is unknown is assumed to live that long.
 ASSUMED_LIFETIME = 8 * 86400  # seconds
-# Code Puppy's own plugin writes in place, so an incomplete file may be complete a moment later.
+# A file that is being written in place may be complete a moment later.
 REREAD_SECONDS = 0.5
 # How much larger than the present token file the next one may be. At a sign-in, all of the tokens
 # must fit into this. An access token and an ID token usually have 2 to 3 KB each.
@@ -2093,7 +2094,6 @@ RESERVE = 16384  # bytes
 PRIVATE = 0o600
 # New contents are written to a temporary file beside the file. A killed process leaves it there.
 TEMPORARY_SUFFIX = ".tmp"
-# The permissions of the group and of all other users.
 GROUP_AND_OTHERS = 0o077
 # The errors of flock on a file system without locks, such as NFS without its lock daemon.
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -2278,8 +2278,8 @@ class NotReplacedError(StorageError):
 class Replacement:
     """A new version of the file at `path`, written beside it and then renamed into place.
 
-    The temporary file has its `mode` (minus the umask) from its first byte. The caller must hold
-    the lock. Every method may raise OSError.
+    The temporary file is created with `mode` (minus the umask). The caller must hold the lock.
+    Every method may raise OSError.
     """
 
     def __init__(self, path: str, mode: int = PRIVATE) -> None:
@@ -2351,7 +2351,6 @@ def _create(path: str, owner_source: str, mode: int) -> int:
 
 
 def _overwrite(file: Any, data: bytes) -> None:
-    """Replace the contents of an open file with `data`."""
     # The file is cut to its new length last. If the process is killed before that, only the blanks
     # that `reserve` wrote follow the data, and JSON with trailing blanks is valid.
     file.seek(0)
@@ -2368,7 +2367,7 @@ def file_owner(path: str) -> Tuple[int, int]:
 
 
 def _is_own_file(path: str, owner_source: str) -> bool:
-    """Whether `path` is a regular file of this user, or of the owner of `owner_source` for root."""
+    """Whether `path` is a regular file of this user. Root counts as the owner of `owner_source`."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -2473,7 +2472,6 @@ def acquire_lock_file(path: str, deadline: float) -> int:
 
 
 def release_lock(descriptor: int) -> None:
-    """Release a lock and close its file."""
     if sys.platform != "win32":
         import fcntl
 
@@ -2599,7 +2597,7 @@ class JsonFile:
 
     @contextlib.contextmanager
     def lock(self, timeout: Optional[float] = None) -> Iterator[None]:
-        """Hold the lock that everyone who changes the file takes.
+        """Hold the lock under which this program changes the file.
 
         Raises UnavailableError if another process holds the lock for `timeout` seconds.
         """
@@ -2723,14 +2721,14 @@ class JsonFile:
         try:
             contents = _retry_on_windows(self._read_bytes) if version else b"{}\n"
         except (StorageError, IsADirectoryError, PermissionError):
-            # There is nothing to copy. A sign-in renames such a file (see `set_aside`) before it
-            # spends an authorization code.
+            # A sign-in renames a file that can't be read before it spends an authorization code
+            # (see `set_aside`).
             return
         copy = self._new_replacement()
         try:
             copy.write(contents)
             copy.sync()
-            # Code Puppy's own plugin doesn't take the lock. Don't undo what it has just written.
+            # Don't undo what Code Puppy's own plugin has just written.
             if self._version() != version:
                 raise UnavailableError(f"another program is changing {self.path}", "try again")
             copy.commit()
@@ -2880,17 +2878,13 @@ class TokenFile(JsonFile):
             # The process may have been killed before it synced the file.
             with contextlib.suppress(OSError):
                 os.fsync(file.fileno())
-        # Code Puppy's own plugin writes the token file in place and without a lock. If that file is
-        # newer, the plugin wrote it.
+        # If the token file is newer, Code Puppy's own plugin wrote it.
         if not self.holds_sign_in():
             return True
         return os.path.getmtime(self.path) <= os.path.getmtime(path)
 
     def _check_open_file(self, descriptor: int) -> None:
-        """Check the open file as JsonFile does, and reject another user's file.
-
-        If other users have access to it, that is removed.
-        """
+        """Check the open file as JsonFile does, reject another user's, and make it private."""
         super()._check_open_file(descriptor)
         if sys.platform == "win32":
             return
@@ -2908,7 +2902,6 @@ class TokenFile(JsonFile):
                     self.notify("warning", text)
 
     def _lock_error(self, error: OSError) -> StorageError:
-        """Return the StorageError for a system call that failed to take the locks."""
         # If this user can neither write to the directory nor make it writable, it is probably a
         # read-only mount.
         is_unwritable = self.holds_sign_in() and home_hint(self.settings)
