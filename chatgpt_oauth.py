@@ -2931,7 +2931,7 @@ class TokenFile(JsonFile):
 # Nothing may interrupt the program between the request and the moment when the response is on disk
 # (see `run_task`). Therefore a child process does both. It has its own session, ignores signals and
 # inherits the lock, so it finishes even if the process that waits for it is killed. That process
-# delays signals, too: if it is the main process of a container, its end kills the child. If no
+# delays signals, too, because its end may be the end of a container, which kills the child. If no
 # child can be started, the process does the work itself and delays signals and its own exit.
 #
 # The tokens of a response are stored before anything else in it is checked (see `refresh_once`). A
@@ -2943,8 +2943,7 @@ class TokenFile(JsonFile):
 # plus this.
 EXIT_GRACE = 5.0  # seconds
 # Signals that ask a process to end. They are delayed even if the program that imports this module
-# handles them. SIGINT must come first, because its handler may raise KeyboardInterrupt as soon as
-# it is restored, and the first handler is restored last (see signals_deferred).
+# handles them. The handler of the first one, SIGINT, is restored last (see signals_deferred).
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 # Signals that are delayed only if they would end the process. If the program that imports this
 # module has a handler (for an alarm, say), it is called without delay.
@@ -2968,7 +2967,7 @@ CHILD_GREETING = f"chatgpt_oauth {__version__} is ready\n".encode()
 # How long a child process may take to start. A program that only looks like Python may never greet.
 GREETING_TIMEOUT = 10.0  # seconds
 # A child process is given up after the request timeout plus this. Besides sending its request, it
-# writes to the disk and may revoke a token, twice REVOKE_TIMEOUT at most.
+# writes to the disk and may try twice to revoke a token, for REVOKE_TIMEOUT each.
 CHILD_GRACE = 30.0  # seconds
 # How often to look for a Ctrl-C while a child process is at work.
 INTERRUPT_SLICE = 0.1  # seconds
@@ -2984,7 +2983,7 @@ def to_log(kind: str, text: str, command: str = "") -> None:
 
     if command:
         text = f"{text}: python3 {__file__} {command}"
-    # A URL that the user must visit is logged as a warning, because Python hides lower levels.
+    # A URL to visit ("verbatim") is logged as a warning, because Python hides lower levels.
     level = logging.WARNING if kind in ("warning", "verbatim") else logging.DEBUG
     logging.getLogger("chatgpt_oauth").log(level, "%s", printable(text))
 
@@ -3034,7 +3033,6 @@ class Session:
         raise NotSignedInError(message, "to sign in, run", command)
 
     def official_session(self) -> Session:
-        """Return the session of the official sign-in."""
         return Session(self.settings, self.notify, OfficialClient(self.settings))
 
     def all_sessions(self) -> List[Session]:
@@ -3107,10 +3105,9 @@ class Session:
         """Return new tokens after a server has answered 401 to the access token `rejected`.
 
         A 401 means that a token is invalid, whatever its expiry says. If another process has stored
-        a newer token meanwhile, return that one and spend nothing. Otherwise refresh. Many
-        processes at once refresh once, because `_refreshed` looks again under the lock.
-
-        Raises OAuthError.
+        a newer token meanwhile, return that one and spend nothing. Otherwise refresh. If many
+        processes do this at once, only one refreshes, because `_refreshed` looks again under the
+        lock. Raises OAuthError.
         """
         stored = self.tokens()
         if stored.access_token != rejected:
@@ -3345,7 +3342,6 @@ def run_task(session: Session, function: AnyCallable, *arguments: Any) -> Any:
 
 
 def without(members: Fields, name: str) -> Fields:
-    """Return `members` without the one called `name`."""
     return {key: value for key, value in members.items() if key != name}
 
 
@@ -3419,9 +3415,8 @@ def read_pipe(pipe: Any, size: int, seconds: float) -> Optional[bytes]:
 def read_reply(session: Session, child: Any, delayed: List[int]) -> bytes:
     """Return everything that comes from a child process.
 
-    Signals that arrive meanwhile are appended to `delayed` (see signals_deferred). None of them
-    ends the wait, because the end of this process may also be the end of a container, which kills
-    the child. Raises UnavailableError if the child takes much longer than its request may. It has
+    Signals that arrive meanwhile are appended to `delayed` (see signals_deferred) and don't end the
+    wait. Raises UnavailableError if the child takes much longer than its request may. It has
     probably been stopped, and goes on when it is resumed. Until then, it keeps the locks.
     """
     import signal
@@ -3459,13 +3454,10 @@ def own_python() -> str:
 
 
 def child_command() -> List[str]:
-    """Return the command that runs this file as a child process, or [] if there is none.
+    """Return the command that runs this file as a child process, or [] if that isn't possible.
 
-    There is none in these cases:
-
-    - The program is read from standard input, so it has no file.
-    - On Windows, a child can't inherit a lock.
-    - The end of process 1 of a container would kill the child.
+    A program that is read from standard input has no file. On Windows, a child can't inherit a
+    lock. The end of process 1 of a container would kill the child.
     """
     program, python = str(globals().get("__file__", "")), own_python()
     if sys.platform == "win32" or os.getpid() == 1:
@@ -3510,8 +3502,8 @@ def uninterrupted(settings: Settings) -> Iterator[None]:
 def signals_deferred() -> Iterator[List[int]]:
     """Delay signals that would end the process until the block is done.
 
-    The block gets a list to which each of them is added. Afterwards, each takes effect once. In a
-    thread other than the main one, nothing is delayed.
+    The block gets a list to which each of them is added. Afterwards, they take effect. In a thread
+    other than the main one, nothing is delayed.
     """
     import signal
 
@@ -3529,8 +3521,8 @@ def signals_deferred() -> Iterator[List[int]]:
 
     # ValueError: signal handlers can only be set in the main thread.
     with contextlib.suppress(ValueError):
-        # asyncio calls its handlers for what is written to this descriptor, so turn it off while
-        # signals are delayed. raise_signal writes to it afterwards.
+        # asyncio learns of signals through this descriptor, so do without it while they are
+        # delayed. raise_signal writes to it afterwards.
         wakeup = signal.set_wakeup_fd(-1)
         for name in ENDING_SIGNALS + OTHER_SIGNALS:
             number = getattr(signal, name, 0)
@@ -3573,28 +3565,21 @@ def get_access_token(*, refresh: bool = False, account: Optional[str] = None) ->
     """Return a valid access token. Refresh it first if that is due, or if `refresh` is true.
 
     In all functions of the module, `account` is the name of an account. None means the one that the
-    settings name, and "" the one without a name.
-
-    Raises OAuthError: NotSignedInError, SignInEndedError, UnavailableError or StorageError.
+    settings name, and "" the one without a name. All of them raise only OAuthError, for example
+    NotSignedInError or SignInEndedError.
     """
     with module_session(account) as session:
         return session.valid_tokens(refresh).access_token
 
 
 def get_account_id(*, account: Optional[str] = None) -> Optional[str]:
-    """Return the account ID that some requests must contain, or None if it is unknown.
-
-    Raises NotSignedInError or StorageError.
-    """
+    """Return the account ID that some requests must contain, or None if it is unknown."""
     with module_session(account) as session:
         return session.tokens().account_id
 
 
 def get_api_key(*, account: Optional[str] = None) -> Optional[str]:
-    """Return the stored API key, or None if the account doesn't have one.
-
-    Raises NotSignedInError or StorageError.
-    """
+    """Return the stored API key, or None if the account doesn't have one."""
     with module_session(account) as session:
         return session.tokens().api_key
 
