@@ -3595,8 +3595,8 @@ def get_api_key(*, account: Optional[str] = None) -> Optional[str]:
 # until the sign-in has set the outcome, and then shows it. The listener answers until the sign-in
 # is finished, so that every such tab gets its last page.
 
-# One listener keeps at most this many connections whose request isn't complete yet. Browsers open
-# spare connections, and a local program that opens many must not exhaust our threads.
+# A server keeps at most this many connections whose request isn't complete yet. Browsers open spare
+# connections, and a local program that opens many must not exhaust our threads.
 MAX_CONNECTIONS = 64
 # The time for a request line and its headers.
 HEAD_TIMEOUT = 10.0  # seconds
@@ -3829,10 +3829,7 @@ class Callback:
             self.started.append(server)
 
     def answer(self, target: str, headers: Any) -> Answer:
-        """Return the answer to a GET of `target`.
-
-        Blocks while the authorization response is being redeemed.
-        """
+        """Return the answer to a GET of `target`. For a valid response, wait for the outcome."""
         path, _, query = target.partition("?")
         if not is_served_host(headers.get_all("Host") or []):
             text = "This host name is not served here."
@@ -3877,7 +3874,7 @@ class Callback:
             return render_page("Sign-in stopped", "Return to your terminal and start again.")
         if error is None:
             return b""
-        # `redeem` sets only OAuthErrors.
+        # The sign-in sets only OAuthErrors.
         hint = error.hint
         # A command is of no use in a browser. The terminal shows it.
         if error.command or not hint:
@@ -4014,7 +4011,8 @@ def callback_handler_class() -> Any:
 
         def setup(self) -> None:
             super().setup()
-            # A file of the connection keeps it open. PyPy closes the file only much later.
+            # The file that http.server reads from would keep the connection open in PyPy, which
+            # closes it only much later.
             self.rfile.close()
             head = read_head(self.connection)
             if head.startswith(TLS_HANDSHAKE):
