@@ -592,8 +592,7 @@ def report_error(notify: Notify, error: OAuthError, kind: str = "error") -> None
 MEBIBYTE = 1 << 20
 # The largest list of models that is read from a server or a file, in bytes.
 MODELS_LIMIT = 8 * MEBIBYTE
-# Seconds before the second try of a request. The pause doubles with each further try, up to the
-# limit.
+# Seconds before the second try of a request. It doubles with each further try, up to the limit.
 RETRY_PAUSE = 0.5
 RETRY_PAUSE_LIMIT = 4.0
 # Seconds. Windows can't interrupt a wait, so Ctrl-C takes up to this long there.
@@ -602,8 +601,7 @@ WAIT_SLICE = 0.05
 ATTEMPT_DELAY = 0.25
 # The `retry_after` of an error that trying again can't fix.
 NEVER = float("inf")
-# The fields of a request that aren't secret. The values of all other fields are removed from the
-# server's error messages.
+# The values of all other fields of a request are removed from the server's error messages.
 PUBLIC_FIELDS = (
     "grant_type",
     "client_id",
@@ -785,7 +783,7 @@ def number_or_none(value: object) -> Optional[float]:
 def timestamp(moment: float) -> str:
     """Return `moment` (seconds since 1970) as a UTC time in ISO 8601, ending in Z."""
     # A clock that is centuries off must not cause an error here, because the caller is about to
-    # store new tokens. Such a time becomes the nearest one that can be represented.
+    # store new tokens.
     moment = min(max(0.0, moment), LAST_MOMENT)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
@@ -1106,8 +1104,7 @@ def new_connection(settings: Settings, url: str, timeout: float) -> Any:
         def begin(self) -> None:
             super().begin()
             # Interim responses can come first (RFC 9110 §15.2), and http.client skips only 100.
-            # Because begin() does nothing once there are headers, they have to be removed before it
-            # can read the next response.
+            # begin() reads the next response only if there are no headers yet.
             while 100 < self.status < 200 and self.status != 101:
                 self.headers = None  # type: ignore[assignment]
                 super().begin()
@@ -1444,8 +1441,7 @@ USAGE_PAGE = "https://chatgpt.com/settings/usage"
 CLOCK_SKEW = 300
 # Seconds between two polls if the server gives no interval (RFC 8628 §3.5).
 DEFAULT_POLL_INTERVAL = 5.0
-# The shortest and the longest time between two polls, in seconds. They limit what a server can ask
-# for.
+# The shortest and the longest time between two polls, in seconds, whatever a server asks for.
 POLL_FLOOR = 1.0
 POLL_CEILING = 60.0
 # Seconds for which a device code is valid, unless the server gives a shorter time. OpenAI's device
@@ -1472,8 +1468,7 @@ REQUEST_ERROR_CODES = (
     "unsupported_grant_type",
     "invalid_scope",
 )
-# The reason that is stored when a refresh has brought tokens of another account. No server sends
-# it.
+# Stored as the reason when a refresh has brought another account's tokens. No server sends it.
 OTHER_ACCOUNT = "other_account"
 # What error messages call a refresh.
 REFRESH = "refresh the token"
@@ -1907,8 +1902,7 @@ def refresh_error(client: Client, response: Response) -> Optional[OAuthError]:
     reason = end_reason(response)
     if reason:
         return InvalidGrantError(reason, client.sign_in_command)
-    # The network, the region or the server is the reason, not the sign-in. A RequestError is one
-    # kind of UnavailableError.
+    # The network, the region or the server is the reason, not the sign-in.
     if isinstance(failure, UnavailableError):
         return failure
     # The response has a new refresh token, which can be used for the next try.
