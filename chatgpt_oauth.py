@@ -1159,8 +1159,7 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                 attempts.register(attempt, selectors.EVENT_WRITE)
             remaining = max(0.0, deadline - time.monotonic())
             pause = min(remaining, ATTEMPT_DELAY) if waiting else remaining
-            ended = attempts.select(pause)
-            for key, _ in ended:
+            for key, _ in attempts.select(pause):
                 attempt = key.fileobj  # type: ignore[assignment]
                 attempts.unregister(attempt)
                 code = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -1175,8 +1174,7 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
                 if sys.platform == "win32":
                     text = socket.errorTab.get(code, text)
                 failure = OSError(code, text)
-            # An attempt that ended just before the deadline was handled above.
-            if remaining == 0 and not ended:
+            if remaining == 0:
                 raise TimeoutError
     raise failure
 
