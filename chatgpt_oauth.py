@@ -840,14 +840,14 @@ class Response:
         self.data = parse_json(body)
         outer = self.data if isinstance(self.data, dict) else {}
         error, detail = outer.get("error"), outer.get("detail")
-        # OpenAI's errors have the form {"error": {"code", "message"}}. A code may stand outside it.
+        # OpenAI's errors have the form {"error": {"code", "message"}}, and RFC 6749 §5.2's have
+        # {"error", "error_description"}. A code may stand outside of `error`.
         if isinstance(error, dict):
             code = error.get("code") or outer.get("code") or error.get("type")
             text = error.get("message")
-        # RFC 6749 §5.2 has {"error", "error_description"}.
         else:
-            code, text = error or outer.get("code"), None
-        text = text or outer.get("error_description")
+            code = error or outer.get("code")
+            text = outer.get("error_description")
         # The Codex backend has {"detail"}, which is a text or another object with a code.
         if isinstance(detail, dict):
             detail = detail.get("code")
