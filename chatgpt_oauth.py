@@ -3506,11 +3506,6 @@ def signals_deferred() -> Iterator[List[int]]:
     def hold(number: int, _: object) -> None:
         delayed.append(number)
 
-    def must_wait(name: str, handler: object) -> bool:
-        if name in ENDING_SIGNALS and callable(handler):
-            return True
-        return handler == signal.SIG_DFL
-
     # ValueError: signal handlers can only be set in the main thread.
     with contextlib.suppress(ValueError):
         # asyncio learns of signals through this descriptor, so do without it while they are
@@ -3519,7 +3514,8 @@ def signals_deferred() -> Iterator[List[int]]:
         for name in ENDING_SIGNALS + OTHER_SIGNALS:
             number = getattr(signal, name, 0)
             handler = signal.getsignal(number) if number else None
-            if must_wait(name, handler):
+            asks_to_end = name in ENDING_SIGNALS and callable(handler)
+            if asks_to_end or handler == signal.SIG_DFL:
                 handlers[number] = signal.signal(number, hold)
     try:
         yield delayed
