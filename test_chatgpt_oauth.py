@@ -8473,6 +8473,7 @@ class InstallTest(Case):
             (None, None, "~/.bashrc and ~/.profile"),
             (".profile", "[ -f ~/.bashrc ] && . ~/.bashrc\n", "~/.bashrc"),
             (".bash_profile", "true\n", "~/.bashrc and ~/.bash_profile"),
+            (".bash_login", "true\n", "~/.bashrc and ~/.bash_login"),
         ]
         for login, content, profile in logins:
             with self.subTest(login):
@@ -9016,6 +9017,10 @@ class Streamed:
         return self.text
 
 
+class PlainText(str):
+    """A stand-in for rich's Text."""
+
+
 class Host:
     """A stand-in for Code Puppy's modules and its built-in plugin for ChatGPT.
 
@@ -9040,7 +9045,7 @@ class Host:
             self.add_module(name)
         self.callbacks = self.add_module("code_puppy.callbacks")
         self.add_module("code_puppy.agents", get_current_agent=lambda: self.agent)
-        self.add_module("rich", text=self.add_module("rich.text", Text=str))
+        self.add_module("rich", text=self.add_module("rich.text", Text=PlainText))
         self.config = self.add_module(
             "code_puppy.config",
             CONFIG_DIR=str(home),
@@ -9089,7 +9094,7 @@ class Host:
         # A client or a provider is a dictionary of its options, so that tests can look at them.
         make = lambda **options: options  # noqa: E731
         self.add_module("code_puppy.chatgpt_codex_client", create_codex_async_client=make)
-        self.add_module("code_puppy.http_utils", get_cert_bundle_path=lambda: True)
+        self.add_module("code_puppy.http_utils", get_cert_bundle_path=lambda: "/bundle.pem")
         self.add_module("openai", AsyncOpenAI=make)
         self.add_module("pydantic_ai.exceptions", ModelHTTPError=ModelHTTPError)
         self.add_module("pydantic_ai.models", Model=object)
@@ -9116,6 +9121,8 @@ class Host:
         self.switch_context(before)
 
     def keep_message(self, kind, text):
+        if not isinstance(text, PlainText):
+            raise AssertionError(f"the host would interpret {text!r} as markup")
         self.messages.append((kind, str(text)))
 
     def count_reload(self):
@@ -9590,6 +9597,12 @@ class PuppyTest(PuppyCase):
         names = ["synthetic", "chatgpt-gpt-4o", "chatgpt-o1-mini", "chatgpt-o3-pro (in use)"]
         self.assertEqual(self.message_text().split("\n"), names)
 
+    def test_models_says_if_there_are_none(self):
+        self.start_plugin()
+        self.puppy.factory.ModelFactory.load_config = lambda: {}
+        self.dispatch("/models")
+        self.assertEqual(self.messages, [("info", "There are no models.")])
+
     def test_a_removed_model_that_is_in_use_is_reported(self):
         self.start_plugin()
         self.dispatch("/chatgpt-auth")
@@ -9739,6 +9752,9 @@ class PuppyTest(PuppyCase):
             self.assertEqual(self.dispatch(f"/chatgpt-auth {option}"), (True, ""))
             self.assertIn("an editor shows messages only after", self.message_text())
             self.assertIn("auth --device", self.message_text())
+        self.puppy.common.should_suppress_browser = lambda: True
+        self.assertEqual(self.dispatch("/chatgpt-auth"), (True, ""))
+        self.assertIn("an editor shows messages only after", self.message_text())
         self.assertFalse(self.token_file.exists())
 
     def test_no_sign_in_begins_while_a_prompt_is_answered(self):
@@ -9819,7 +9835,11 @@ class PuppyModelTest(PuppyCase):
         residencies = [h.get("x-openai-internal-codex-residency") for h in self.headers]
         self.assertEqual(residencies, [None] * 4 + ["eu"])
         self.assertEqual(len({h["Authorization"] for h in self.headers}), 3)
-        sent = model.provider["openai_client"]["http_client"]["headers"]
+        client = model.provider["openai_client"]
+        # The host repeats failed requests itself.
+        self.assertEqual(client["max_retries"], 0)
+        self.assertEqual(client["http_client"]["verify"], "/bundle.pem")
+        sent = client["http_client"]["headers"]
         self.assertEqual(sent["originator"], "codex_cli_rs")
         # A compressed answer could not be checked while it arrives.
         self.assertEqual(sent["Accept-Encoding"], "identity")
