@@ -4427,9 +4427,8 @@ def register_models(session: Session, entries: Dict[str, Fields]) -> List[str]:
 def use_chat_completions(session: Session) -> None:
     """Change this sign-in's entries of RESPONSES_TYPE to CHAT_TYPE.
 
-    The plugin calls this in a release of Code Puppy that has only CHAT_TYPE. Instead of a model
-    whose type it doesn't know, Code Puppy silently uses another one, which may be billed to another
-    account. Raises StorageError or UnavailableError.
+    The plugin calls this in a release of Code Puppy that has only CHAT_TYPE. Such a release would
+    silently use another model instead. Raises StorageError or UnavailableError.
     """
     entries = registered_entries(session)
     if not any(entry.get("type") == RESPONSES_TYPE for entry in entries.values()):
@@ -5076,7 +5075,6 @@ class BrowserSignIn:
         new_connection(session.settings, session.settings.issuer, session.settings.request_timeout)
         self.stdin = PastedInput(reading)
         self.at_prompt = at_prompt
-        # Appended to the request to paste the URL.
         self.paste_note = " and press Enter (it does not show while you paste)" if at_prompt else ""
         self.pastes_left = PASTE_LIMIT
         # The last lines that were pasted. Together they may be one URL.
@@ -5334,7 +5332,6 @@ def no_port_hint(client: Client) -> Hint:
 
 
 def port_error(client: Client, error: OSError) -> OAuthError:
-    """Return the error to raise if none of the client's ports works."""
     import shutil
 
     hint = no_port_hint(client)
@@ -5823,15 +5820,14 @@ def started_file() -> str:
 def program_name(shell: str = "") -> str:
     """Return the words that start this program again, for hints.
 
-    If the program was started as a module, they use -m, too. If it is in PATH, its name is enough.
-    With `shell` (a key of SHELLS), the words are quoted for that shell.
+    With `shell` (a key of SHELLS), they are quoted for that shell.
     """
     # Python has read the program from a pipe, so the way to start it again is another pipe.
     if not has_program_file():
         return f"curl -fsSL URL | {python_name()} -"
     path = started_file()
     name = os.path.basename(path)
-    # With -m, Python searches the current directory, so the module's name isn't absolute.
+    # After -m, a module's name is enough, because Python searches the current directory.
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name != "__main__" and name not in LAUNCHERS:
         return f"{python_name()} -m {spec.name}"
@@ -5860,7 +5856,6 @@ def start_command(path: str, shell: str) -> str:
 
 
 def typed_command(command: str) -> str:
-    """Return `command` as a person types it here."""
     return f"{program_name()} {command}"
 
 
@@ -6223,7 +6218,6 @@ class Status:
         return lines
 
     def _problem_texts(self, problem: OAuthError) -> List[str]:
-        """Return a line for the problem and, if it has a hint, another line for that."""
         texts = [f"Problem: {problem}"]
         if problem.hint:
             texts.append(f"Hint: {self._hint(problem)}")
@@ -6414,8 +6408,7 @@ def expiry_texts(when: Optional[str], refreshable: bool) -> List[str]:
 # ---------------------------------------------------------------------------------------------
 # A command gets a session and its options, prints its result on standard output and returns its
 # exit code (None means 0). A command that raises an OAuthError has not printed a result. Only `env`
-# and `token` print secrets. `env`, `token` and `status` run at every start of a shell, so they must
-# stay fast.
+# and `token` print secrets. `env`, `token` and `status` must stay fast.
 
 
 def sign_in(
@@ -6698,14 +6691,12 @@ KEPT_SUFFIX = ".old"
 OWN_FILES = r"chatgpt_(oauth|models|plan|agent)\.json(\.[a-z]+)?"
 # The permission of the group and of all other users to write.
 WRITE_BY_OTHERS = 0o022
-# The Python code in the launcher. It is started with sys.argv = ["-c", launcher, directory,
-# *arguments] and changes that to [launcher, *arguments], as if the launcher were the program. It
-# imports the program, because Python caches the compiled code of an import. A script would be
-# compiled at every start, which takes longer than everything else that `env` does. The directory
-# comes last in the search path, so that no file in it can hide a standard module. If the compiled
-# code is damaged, sys.pycache_prefix is set to the path of a file. Python then finds no compiled
-# code, and compiles the program instead. The code must not contain an apostrophe, because
-# POSIX_LAUNCHER puts it between apostrophes.
+# The Python code in the launcher. It imports the program, because Python caches the compiled code
+# of an import. A script would be compiled at every start, which takes longer than everything else
+# that `env` does. The directory comes last in the search path, so that no file in it can hide a
+# standard module. If the compiled code is damaged, sys.pycache_prefix is set to the path of a file,
+# so that Python finds no compiled code and compiles the program. The code must not contain an
+# apostrophe, because POSIX_LAUNCHER puts it between apostrophes.
 LAUNCH_CODE = """\
 import sys
 _, launcher, directory, *arguments = sys.argv
@@ -6780,7 +6771,6 @@ class InstallPaths:
         self.set_directory(absolute_path(os.path.join(data, "chatgpt_oauth")))
 
     def set_directory(self, directory: str) -> None:
-        """Set the directory of the program, its record and its lock."""
         self.directory = directory
         self.program = os.path.join(directory, "chatgpt_oauth.py")
         # Python keeps the compiled code of the program there.
@@ -7686,7 +7676,6 @@ class PlanAccess:
         return headers
 
     def model_settings(self, settings: Optional[Fields]) -> Fields:
-        """Return the settings for a request."""
         settings = dict(settings or {})
         # The host's command /model_settings offers these two for our type of model, but the host
         # sends them only for its own type (0.0.946).
@@ -7888,8 +7877,7 @@ class PromptEnded(getattr(builtins, "ExceptionGroup", Exception)):  # type: igno
 # unregister the built-in's for the same phases (kinds of callbacks, see code_puppy/callbacks.py)
 # and keep them for what we don't do, such as /codex-imagegen. `CodePuppy` contains everything that
 # touches the host, `CodePuppyPlugin` what we do there. No exception of ours reaches the host,
-# except from a request to a plan model. Building such a model never fails, because the host would
-# silently use another one, which may be billed to another account.
+# except from a request to a plan model.
 
 # Two threads of the host display its messages. The pause lets one finish before the next begins.
 MESSAGE_PAUSE = 0.05  # seconds
@@ -7925,7 +7913,6 @@ def has_module(name: str) -> bool:
 
 
 def no_plan_models_error(consequence: str = "") -> OAuthError:
-    """Return the error for a host that has no models that a plan can pay for."""
     text = "this release of Code Puppy cannot use models that a ChatGPT plan pays for" + consequence
     return OAuthError(text, "to use them, update it: pip install --upgrade code-puppy")
 
@@ -7942,8 +7929,7 @@ class CodePuppy:
         # With these options, nobody can type a command at a prompt.
         without_prompt = re.compile(r"-p.*|--prompt(=.*)?|--setup")
         self.has_prompt = not any(map(without_prompt.fullmatch, arguments))
-        # 0.0.229 has no models that a plan can pay for. If a model has a type that it doesn't
-        # know, it silently sends the prompt to another provider.
+        # 0.0.229 has no models that a plan can pay for.
         self.has_plan_models = has_module("code_puppy.chatgpt_codex_client")
 
     def emit(self, kind: str, text: str) -> None:
@@ -8033,7 +8019,6 @@ class CodePuppy:
             host_module("code_puppy.agents").get_current_agent().reload_code_generation_agent()
 
     def plan_model(self, name: str, entry: Fields, access: PlanAccess) -> Any:
-        """Build the model for the entry `name`, which the plan pays for."""
         endpoint = entry["custom_endpoint"]
         request_hooks = [shape_request] if access.official else []
         # This client changes each request into a form that the Codex backend understands. It
@@ -8215,7 +8200,8 @@ class CodePuppyPlugin:
     def plan_model(self, name: str, entry: Fields, _: Fields) -> Any:
         """Return the model for an entry that the plan pays for.
 
-        This must not fail, because the host would silently use another model.
+        This must not fail, because the host would silently use another model, which may be billed
+        to another account.
         """
         official = entry.get("type") == OfficialClient.model_type
         access = PlanAccess(self.prompts, name, official, str(entry.get("account") or ""))
@@ -8675,10 +8661,9 @@ def parse(name: str, arguments: List[str], prog: str = "") -> Any:
 def read_plain_options(command: Command, arguments: List[str]) -> Any:
     """Return the options without importing argparse, or None if only argparse can read them.
 
-    `env`, `token` and `status` run at every start of a shell, and importing argparse would take
-    about a quarter of their time. Scripts and profiles write options in the plainest way, which is
-    easy to read. Everything else (-h, `--name=VALUE`, every mistake) is left to read_options, which
-    understands the plainest way as well, with the same result.
+    Importing argparse would take about a quarter of the time of `env`, `token` and `status`. This
+    reads the form in which scripts and profiles write options. Everything else (-h, `--name=VALUE`,
+    every mistake) is left to read_options, which reads that form as well, with the same result.
     """
     import types
 
@@ -8809,7 +8794,6 @@ environment:
 
 
 def usage() -> str:
-    """Return the help of the whole program."""
     lines = []
     for name, command in COMMANDS.items():
         lines.append(f"  {name:11}{command.summary}")
@@ -8821,7 +8805,6 @@ def usage() -> str:
 
 
 def unknown_command_error(name: str) -> UsageError:
-    """Return the error for an unknown command, with the most similar command as its hint."""
     from difflib import get_close_matches
 
     kind = "option" if name.startswith("-") else "command"
