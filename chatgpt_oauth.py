@@ -7758,8 +7758,8 @@ class PlanAccess:
             return self.stopped(refusal or OAuthError(text))
         self.prompts.notify("warning", text)
         # The host repeats a request after this status, as often as its settings say.
-        again: Exception = http_error(503, self.name, {"message": error.reason})
-        return again
+        repeatable: Exception = http_error(503, self.name, {"message": error.reason})
+        return repeatable
 
     def stopped(self, error: OAuthError) -> Exception:
         """Show `error` and return an exception that ends the prompt."""
@@ -7807,8 +7807,8 @@ def plan_model_class(base: Any, http_error: Any, access: PlanAccess) -> Any:
             session = access.open_session(lambda *message: refresh_messages.append(message))
             is_replacement = False
             while True:
-                tokens, replace_refused = await access.authorize(session)
-                is_replacement = is_replacement or replace_refused
+                tokens, replaces_refused = await access.authorize(session)
+                is_replacement = is_replacement or replaces_refused
                 settings = {**settings, "extra_headers": access.headers(tokens)}
                 opening = super().request_stream(messages, settings, *rest, **options)
                 try:
@@ -7951,18 +7951,18 @@ class CodePuppy:
         """
         for phase, callback in ours.items():
             self.callbacks.register_callback(phase, callback)
-        found, builtin = {}, {}
+        builtin, enabled_builtin = {}, {}
         for phase, callback in ours.items():
             enabled = self.callbacks.get_callbacks(phase)
             if callback not in enabled:
                 return None
             others = [each for each in self._all_callbacks(phase) if each != callback]
-            found[phase] = [each for each in others if self._is_builtin(each)]
-            builtin[phase] = [each for each in found[phase] if each in enabled]
-        for phase, callbacks in found.items():
+            builtin[phase] = [each for each in others if self._is_builtin(each)]
+            enabled_builtin[phase] = [each for each in builtin[phase] if each in enabled]
+        for phase, callbacks in builtin.items():
             for each in callbacks:
                 self.callbacks.unregister_callback(phase, each)
-        return builtin
+        return enabled_builtin
 
     def _all_callbacks(self, phase: str) -> List[AnyCallable]:
         try:
