@@ -6284,7 +6284,8 @@ class Status:
 
     def account_facts(self) -> Fields:
         """Return what `accounts --json` prints about the account."""
-        facts = {name: self.facts[name] for name in ACCOUNT_FACTS}
+        all_facts = self.facts
+        facts = {name: all_facts[name] for name in ACCOUNT_FACTS}
         if self.online:
             facts["usage"] = self.usage.windows if self.usage else []
         return facts
