@@ -4995,6 +4995,9 @@ class PastedInput:
 
     def _read(self, line: AnyFuture) -> None:
         text = bytearray()
+        # A Windows console accepts no more characters than the read asks for, or 254 if it asks for
+        # fewer. It returns only one line at a time.
+        size = LINE_LIMIT if sys.platform == "win32" and self.at_terminal else 1
         # A terminal that has disappeared counts as the end of the input.
         with contextlib.suppress(OSError):
             while len(text) < LINE_LIMIT and not text.endswith(b"\n"):
@@ -5003,10 +5006,10 @@ class PastedInput:
                     return
                 if not is_ready:
                     continue
-                byte = os.read(self.descriptor, 1)
-                if not byte:
+                data = os.read(self.descriptor, size)
+                if not data:
                     break
-                text += byte
+                text += data
         # From here on, close() can't cancel the future, so setting the result can't fail.
         if line.set_running_or_notify_cancel():
             line.set_result(text.decode("utf-8", "replace"))

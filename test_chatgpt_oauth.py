@@ -5795,6 +5795,26 @@ class PasteTest(Case):
             self.addCleanup(each.close)
         return ends
 
+    def test_a_windows_console_accepts_a_long_url(self):
+        url = "http://localhost:1455/auth/callback?code=" + "a" * 600
+        unread = []
+
+        def read_console(_, size):
+            # The console keeps only as much of a line as fits into 256 characters or into the
+            # read's buffer, whichever is larger.
+            if not unread:
+                unread.append(url[: max(size, 256) - 2].encode() + b"\r\n")
+            data, unread[0] = unread[0][:size], unread[0][size:]
+            return data
+
+        with mock.patch.object(sys, "platform", "win32"), mock.patch.object(
+            oauth, "is_terminal", return_value=True
+        ), mock.patch.object(os, "read", read_console), open(
+            os.devnull
+        ) as stdin, mock.patch.object(sys, "stdin", stdin):
+            line = oauth.PastedInput(reading=True).line.result(WAIT_LIMIT)
+        self.assertEqual(line, url + "\r\n")
+
     def test_input_after_the_pasted_line_is_not_read(self):
         source, sink = self.pipe()
         running = self.start("auth", "--no-browser", stdin=source)
