@@ -6769,6 +6769,7 @@ class InstallPaths:
             launcher_name = LAUNCHERS[0]
         self.bin_directory = absolute_path(options.bin or default_bin)
         self.launcher = os.path.join(self.bin_directory, launcher_name)
+        self.environ = environ
         self.code_puppy = absolute_path("~/.code_puppy")
         self.plugin_directory = os.path.join(self.code_puppy, "plugins", "chatgpt_oauth_file")
         self.plugin = os.path.join(self.plugin_directory, "register_callbacks.py")
@@ -6837,14 +6838,15 @@ def absolute_path(path: str) -> str:
 def launcher_content(paths: InstallPaths) -> bytes:
     """Return the launcher: a script that runs the installed program with this Python."""
     template, code = POSIX_LAUNCHER, LAUNCH_CODE
-    quote: Callable[[str], str] = quote_path
+    words = [permanent_python(), paths.program, paths.directory]
     if sys.platform == "win32":
         # A command of a batch file is one line, and a double quote would end the argument.
         literal = repr(LAUNCH_CODE).replace('"', r"\x22")
         template = WINDOWS_LAUNCHER
         code = f"exec({literal})"
-        quote = batch_quote
-    words = [quote(path) for path in (permanent_python(), paths.program, paths.directory)]
+        words = [batch_quote(path, paths.environ) for path in words]
+    else:
+        words = [quote_path(path) for path in words]
     python, program, directory = words
     text = template.format(
         mark=MARK, code=code, python=python, program=program, directory=directory
@@ -6852,13 +6854,16 @@ def launcher_content(paths: InstallPaths) -> bytes:
     if sys.platform != "win32":
         return os.fsencode(text)
     try:
-        # cmd reads batch files in the OEM code page.
+        # cmd reads batch files in the OEM code page, unless the person has changed it.
         return text.replace("\n", "\r\n").encode("oem")
     except UnicodeEncodeError:
-        raise StorageError(f"the command prompt cannot read one of {', '.join(words)}") from None
+        raise StorageError(
+            f"the command prompt cannot read one of {', '.join(words)}",
+            "use a Python whose path has only ASCII characters",
+        ) from None
 
 
-def launched_directory(launcher: bytes) -> Optional[str]:
+def launched_directory(launcher: bytes, environ: Dict[str, str]) -> Optional[str]:
     """Return the directory of the program that a launcher runs, or None if that isn't clear.
 
     The directory is an argument in the last line of both launcher templates.
@@ -6866,8 +6871,11 @@ def launched_directory(launcher: bytes) -> Optional[str]:
     import shlex
 
     if sys.platform == "win32":
-        found = re.search(r'"%~f0" "(.*)" %\*', launcher.decode("oem"))
-        return found[1].replace("%%", "%") if found else None
+        found = re.search(r'"%~f0" "(?:%(\w+)%)?(.*)" %\*', launcher.decode("oem"))
+        if not found:
+            return None
+        start = environ.get(found[1], "") if found[1] else ""
+        return start + found[2].replace("%%", "%")
     _, _, end = os.fsdecode(launcher).partition('\' "$0" ')
     # A quotation mark is missing in a launcher that is damaged.
     with contextlib.suppress(ValueError):
@@ -6875,9 +6883,19 @@ def launched_directory(launcher: bytes) -> Optional[str]:
     return None
 
 
-def batch_quote(path: str) -> str:
-    """Return `path` as a word of a batch file, where a % would begin a variable."""
-    return '"' + path.replace("%", "%%") + '"'
+def batch_quote(path: str, environ: Dict[str, str]) -> str:
+    """Return `path` as a word of a batch file, where a % would begin a variable.
+
+    A path that isn't ASCII begins with a variable if possible. Its value doesn't depend on the code
+    page, and a user name is usually in it.
+    """
+    start = ""
+    for name in ("LOCALAPPDATA", "USERPROFILE"):
+        value = environ.get(name, "")
+        if value and path.startswith(os.path.join(value, "")) and not path.isascii():
+            start, path = f"%{name}%", path[len(value) :]
+            break
+    return f'"{start}' + path.replace("%", "%%") + '"'
 
 
 def permanent_python() -> str:
@@ -7271,7 +7289,7 @@ def command_uninstall(session: Session, options: Namespace) -> None:
         hint = "use --bin with the directory that was given to install"
         raise UsageError(f"there is no command {paths.launcher}", hint)
     # The program is elsewhere if XDG_DATA_HOME was different when it was installed.
-    paths.set_directory(launched_directory(launcher) or paths.directory)
+    paths.set_directory(launched_directory(launcher, paths.environ) or paths.directory)
     try:
         removed = remove_installation(paths, session, options)
     except OSError as error:
@@ -7332,7 +7350,7 @@ def is_other_launcher(path: str, paths: InstallPaths) -> bool:
     if os.path.realpath(path) == os.path.realpath(paths.launcher):
         return False
     with contextlib.suppress(StorageError):
-        directory = launched_directory(paths.content(path))
+        directory = launched_directory(paths.content(path), paths.environ)
         return directory is not None and os.path.samefile(directory, paths.directory)
     return False
 

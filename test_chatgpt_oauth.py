@@ -8881,6 +8881,21 @@ class InstallTest(Case):
                 messages = self.install(environ={"PATH": PATH})
                 self.assertTrue(messages.endswith(f", run:\n    {self.launcher} {command}\n"))
 
+    @unittest.skipIf(POSIX, "only cmd decodes scripts with a code page")
+    def test_the_launcher_works_for_every_user_name_and_code_page(self):
+        for name in ("Zo\u00eb", "\u0141ucja \u0436 & it's me"):
+            for variable in ("USERPROFILE", "LOCALAPPDATA"):
+                with self.subTest(name=name, variable=variable):
+                    self.use_home(self.folder / name)
+                    if variable == "LOCALAPPDATA":
+                        self.environ[variable] = str(self.data)
+                    self.install()
+                    self.assertTrue(self.launcher.read_bytes().isascii())
+                    self.assert_installed_command_works()
+                    self.assert_done(self.run_program("uninstall"))
+                    self.environ.pop("LOCALAPPDATA", None)
+                    self.assertFalse(self.program.exists())
+
     def test_another_command_with_the_name_is_a_warning(self):
         first = self.folder / "first"
         first.mkdir()
