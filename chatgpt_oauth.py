@@ -5835,7 +5835,9 @@ def program_name(shell: str = "") -> str:
     if spec and spec.name != "__main__" and name not in LAUNCHERS:
         return f"{python_name()} -m {spec.name}"
     if is_in_search_path(path):
-        return COMMAND if name in LAUNCHERS else quote_path(name)
+        # Git Bash finds a command without its suffix only if that is .exe.
+        launcher = name if is_in_git_bash() else COMMAND
+        return launcher if name in LAUNCHERS else quote_path(name)
     return start_command(path, shell)
 
 
@@ -5883,6 +5885,16 @@ def python_name() -> str:
     return "python" if sys.platform == "win32" else "python3"
 
 
+def is_in_git_bash() -> bool:
+    """Whether this is Windows and the person's shell is probably Git Bash, MSYS2 or Cygwin.
+
+    Those set SHELL to a path with slashes.
+    """
+    environ = os.environ
+    has_marks = bool(environ.get("MSYSTEM")) or "/" in environ.get("SHELL", "")
+    return sys.platform == "win32" and has_marks
+
+
 def is_in_search_path(path: str) -> bool:
     """Whether a person can run the program `path` without typing its directory."""
     for directory in os.environ.get("PATH", "").split(os.pathsep):
@@ -5899,6 +5911,10 @@ def quote_path(path: str, shell: str = "") -> str:
 
     Without a `shell`, the quoting suits sh or, on Windows, both PowerShell and the command prompt.
     """
+    # In other shells, a backslash is an escape character. Windows accepts slashes as well.
+    takes_backslashes = shell in ("powershell", "cmd") or not (shell or is_in_git_bash())
+    if sys.platform == "win32" and not takes_backslashes:
+        path = path.replace("\\", "/")
     if re.fullmatch(UNQUOTED, path):
         return path
     if sys.platform == "win32" and shell != "powershell":
@@ -6502,7 +6518,9 @@ def command_auth(session: Session, options: Namespace) -> None:
         return
     command = with_account("env", session.settings.account)
     line = SHELLS[key].profile.format(command=f"{program_name(key)} {command}")
-    session.notify("info", f"To use the API key in this shell: {line}")
+    # On Windows, this process can't tell whether it was started from PowerShell or cmd.
+    place = "PowerShell" if key == "powershell" else "this shell"
+    session.notify("info", f"To use the API key in {place}: {line}")
 
 
 def command_status(session: Session, options: Namespace) -> int:
@@ -7252,8 +7270,12 @@ def report_next_steps(session: Session, paths: InstallPaths) -> None:
     if found is None:
         notify("warning", f"{paths.bin_directory} is not on your PATH")
         notify("info", f"To change that, add this line to {profile}:")
+        path = quote_path(paths.bin_directory, shell)
+        if sys.platform == "win32" and shell == "sh":
+            # The colon after a drive letter would separate two directories.
+            path = f'"$(cygpath {path})"'
         line = SHELLS[shell].search.format(
-            path=quote_path(paths.bin_directory, shell),
+            path=path,
             quoted=shell_quote(shell, paths.bin_directory),
         )
         notify("info", f"    {line}")
@@ -8805,7 +8827,7 @@ options:
 
 examples:
   {program} auth
-  eval "$({program} env)"
+  {line}
   {program} auth --device
 
 environment:
@@ -8823,7 +8845,10 @@ def usage() -> str:
         if aliases:
             lines.append(f"{'':13}(also: {', '.join(aliases)})")
     commands = "\n".join(lines)
-    return USAGE.format(program=program_name(), commands=commands)
+    # This doesn't read the settings, because help must work with a bad setting.
+    shell = "powershell" if sys.platform == "win32" and not is_in_git_bash() else "sh"
+    line = SHELLS[shell].profile.format(command=f"{program_name(shell)} env")
+    return USAGE.format(program=program_name(), commands=commands, line=line)
 
 
 def unknown_command_error(name: str) -> UsageError:

@@ -196,6 +196,11 @@ def quoted_path(path):
     return f'"{path}"' if re.search(r"[^\w.:\\/-]", str(path)) else str(path)
 
 
+def bash_path(path):
+    """Return `path` quoted the way messages quote it for bash, which on Windows is Git Bash."""
+    return quoted_path(path) if POSIX else quoted_path(path).replace("\\", "/")
+
+
 # The command line that stands in for a browser: this file visits the URL.
 BROWSER = shell_line(sys.executable, TEST_FILE, "visit") + " %s"
 
@@ -1622,7 +1627,7 @@ class WholeSessionTest(Case):
             "API key available",
             "3 of 5",
             "API account",
-            "To use the API key in this shell: " + ("eval" if POSIX else "python"),
+            "To use the API key in " + ("this shell: eval" if POSIX else "PowerShell: python"),
         ):
             self.assertIn(words, err)
         self.assertIn(str(self.token_file), err)
@@ -5224,7 +5229,7 @@ class ModelsTest(Case):
         self.models_file.write_text("[")
         err = self.call("auth", "--no-browser", browser=visit).err
         self.assertIn("chatgpt_models.json: not valid JSON", err)
-        self.assertIn("To use the API key in this shell: ", err)
+        self.assertIn("To use the API key in ", err)
         self.assert_fails(self.call("models"), 6, "chatgpt_models.json: not valid JSON")
         self.assertEqual(self.call("status").code, 6)
         self.assertEqual(self.models_file.read_text(), "[")
@@ -5441,7 +5446,7 @@ class SignInTest(Case):
         self.fault("api", 500, b"{}")
         err = self.sign_in()
         self.assertIn("warning: could not list models (HTTP 500): server error", err)
-        self.assertIn("To use the API key in this shell: ", err)
+        self.assertIn("To use the API key in ", err)
         self.assertTrue(self.stored()["api_key"])
         self.assertFalse(self.models_file.exists())
 
@@ -8233,9 +8238,9 @@ class InstallTest(Case):
         self.store(api_key="sk-1")
         messages = self.install("--no-code-puppy")
         self.assertIn(f"Installed the command {self.launcher}\n", messages)
-        self.assertTrue(messages.endswith("who is signed in, run:\n    chatgpt-oauth status\n"))
+        self.assertTrue(messages.endswith(f"in, run:\n    {self.launcher.name} status\n"))
         # A profile may run before PATH is complete, as ~/.bashrc does on Debian.
-        self.assertIn(f"{quoted_path(self.launcher)} env --shell ", messages)
+        self.assertIn(f"{bash_path(self.launcher)} env --shell ", messages)
         self.assertEqual(self.program.read_bytes(), pathlib.Path(PROGRAM).read_bytes())
         self.assertTrue(list(self.program.parent.glob("__pycache__/chatgpt_oauth.*.pyc")))
         out = self.assert_quiet(self.run_installed("env", "--shell", "sh")).out
@@ -8244,12 +8249,14 @@ class InstallTest(Case):
 
     def test_hints_name_the_command_that_was_started(self):
         self.install()
-        hint = "hint: to sign in, run: chatgpt-oauth auth\n"
+        hint = f"hint: to sign in, run: {self.launcher.name} auth\n"
         self.assert_fails(self.run_installed("token"), 3, hint)
-        self.assertIn("usage: chatgpt-oauth status ", self.run_installed("status", "-h").out)
+        self.assertIn(
+            f"usage: {self.launcher.name} status ", self.run_installed("status", "-h").out
+        )
         # Without the directory on PATH, the name alone would not be found.
         environ = {"PATH": PATH}
-        hint = f"hint: to sign in, run: {self.launcher} auth\n"
+        hint = f"hint: to sign in, run: {bash_path(self.launcher)} auth\n"
         self.assert_fails(self.run_installed("token", environ=environ), 3, hint)
 
     def test_the_launcher_imports_nothing_from_elsewhere(self):
@@ -8289,10 +8296,10 @@ class InstallTest(Case):
             with self.subTest(words), open(source, "rb") as stdin:
                 start = [sys.executable, *words, "env", "-h"]
                 lines = self.run_command(start, cwd=folder, stdin=stdin).out
-                self.assertIn(f'eval "$({PYTHON} {quoted_path(source)} env --shell sh)"', lines)
+                self.assertIn(f'eval "$({PYTHON} {bash_path(source)} env --shell sh)"', lines)
         start = [sys.executable, "-m", "chatgpt_oauth", "install"]
         messages = self.assert_done(self.run_command(start, cwd=folder)).err
-        self.assertIn(f"{quoted_path(self.launcher)} env --shell ", messages)
+        self.assertIn(f"{bash_path(self.launcher)} env --shell ", messages)
 
     def test_an_empty_bin_is_a_usage_error(self):
         for command in ("install", "uninstall"):
@@ -8877,9 +8884,32 @@ class InstallTest(Case):
                 command = "auth" if case == "signed out" else "status"
                 messages = self.install()
                 self.assertNotIn(" env ", messages)
-                self.assertTrue(messages.endswith(f", run:\n    chatgpt-oauth {command}\n"))
+                self.assertTrue(messages.endswith(f", run:\n    {self.launcher.name} {command}\n"))
                 messages = self.install(environ={"PATH": PATH})
-                self.assertTrue(messages.endswith(f", run:\n    {self.launcher} {command}\n"))
+                command = f"{bash_path(self.launcher)} {command}"
+                self.assertTrue(messages.endswith(f", run:\n    {command}\n"))
+
+    @unittest.skipIf(POSIX, "only Windows has Git Bash, PowerShell and cmd")
+    def test_the_suggested_lines_suit_git_bash_or_powershell(self):
+        self.store(api_key="sk-1")
+        launcher, environ = str(self.launcher), {"SHELL": ""}
+        usage = self.run_program("--help", environ=environ).out
+        self.assertRegex(usage, r"\n  python .+ env \| iex\n")
+        messages = self.install(environ={"PATH": PATH, "SHELL": ""})
+        self.assertIn(f"    {launcher} env --shell powershell | iex\n", messages)
+        self.assertTrue(messages.endswith(f"    {launcher} status\n"), messages)
+        messages = self.install(environ=environ)
+        self.assertTrue(messages.endswith("    chatgpt-oauth status\n"), messages)
+        # Git Bash sets both variables.
+        environ = {"PATH": PATH, "MSYSTEM": "MINGW64", "SHELL": "/usr/bin/bash"}
+        messages = self.install(environ=environ)
+        self.assertIn(f'    export PATH="$(cygpath {bash_path(self.bin)})":"$PATH"\n', messages)
+        line = f'eval "$({bash_path(launcher)} env --shell sh)"'
+        self.assertIn(f"    {line}\n", messages)
+        self.assertTrue(messages.endswith(f"    {bash_path(launcher)} status\n"), messages)
+        # Git Bash doesn't find a .cmd file without its suffix.
+        messages = self.install(environ={"MSYSTEM": "MINGW64"})
+        self.assertTrue(messages.endswith("    chatgpt-oauth.cmd status\n"), messages)
 
     @unittest.skipIf(POSIX, "only cmd decodes scripts with a code page")
     def test_the_launcher_works_for_every_user_name_and_code_page(self):
