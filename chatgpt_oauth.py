@@ -8578,7 +8578,9 @@ EXCLUSIVE = (
 
 
 class Command:
-    """A command: its function, summary, options and examples, where {0} stands for its name.
+    """A command: its function, summary, options and examples.
+
+    In the examples, {0} stands for the command and {1} for Python.
 
     `tail` describes the arguments that may follow the options after a `--`.
     """
@@ -8626,7 +8628,7 @@ COMMANDS = {
         "list the account's models and import them into Code Puppy",
         "--account --include --exclude --all --source --dry-run --json",
         "{0} --all --dry-run",
-        "{0} --include 'gpt-5*' --exclude '*-sol'",
+        '{0} --include "gpt-5*" --exclude "*-sol"',
     ),
     "env": Command(
         command_env,
@@ -8637,7 +8639,7 @@ COMMANDS = {
         command_exec,
         "run a command with the API key in its environment",
         "--account --name --access-token",
-        "{0} -- python3 my_script.py",
+        "{0} -- {1} my_script.py",
         "{0} --name OPENAI_API_KEY -- aider",
         tail=" -- COMMAND [ARGUMENT...]",
     ),
@@ -8747,7 +8749,8 @@ def read_options(name: str, arguments: List[str], prog: str) -> Any:
             raise UsageError(message, "to see the options, run", f"{name} --help")
 
     command = COMMANDS[name]
-    ending = ["examples:", *(f"  {example.format(prog)}" for example in command.examples)]
+    examples = [f"  {each.format(prog, python_name())}" for each in command.examples]
+    ending = ["examples:", *examples]
     if name == "env":
         ending = profile_help()
     parser: Any = Parser(
