@@ -2220,6 +2220,9 @@ def storage_error(verb: str, path: str, error: OSError) -> StorageError:
         hint = "remove it yourself, then try again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "make its directory writable, then try again"
+        # Windows also denies access to a file that another program has open.
+        if sys.platform == "win32":
+            hint = "close programs that use it, or make its directory writable; try again"
     # A mount of a single file, as in a container, can't be replaced or removed.
     elif error.errno == errno.EBUSY:
         hint = "mount the directory instead of the file, then try again"
@@ -6616,6 +6619,8 @@ def command_exec(session: Session, options: Namespace) -> int:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         why = "command not found" if missing else f"cannot run it: {error.strerror}"
         hint = "check the spelling and PATH" if missing else "check the file and its permissions"
+        if missing and sys.platform == "win32":
+            hint += " (commands of cmd, such as dir, need cmd /c)"
         failed = OAuthError(f"{options.command[0]}: {why}", hint)
         # POSIX.1-2017, Shell Command Language, section 2.8.2
         failed.exit_code = 127 if missing else 126
