@@ -7825,7 +7825,8 @@ ctypes.CDLL(None).execve(arguments[0], array(arguments), array([*variables, b"=x
 
     def test_a_command_that_cannot_run_is_named(self):
         self.store(api_key="sk-1")
-        self.assert_fails(self.run_program("exec", "--", "no-such-xyzzy"), 127, "no-such-xyzzy")
+        words = ["check the spelling and PATH", "no-such-xyzzy" if POSIX else "cmd /c"]
+        self.assert_fails(self.run_program("exec", "--", "no-such-xyzzy"), 127, *words)
         self.assert_fails(self.run_program("exec", "--", "/no/such/xyzzy"), 127, "/no/such/xyzzy")
         self.require(POSIX, "Windows has no permission to run a file")
         plain = self.folder / "plain"
