@@ -4578,8 +4578,8 @@ def fetch_chatgpt_models(*, source: str = "auto", account: Optional[str] = None)
 # ---------------------------------------------------------------------------------------------
 # Each way of signing in ends in exchange_and_store and then complete_sign_in. The old sign-in stays
 # until the new tokens are stored, and room for them is reserved before the code is spent. After
-# they are stored, a failure is a warning. Tokens that can't be stored are revoked. Nothing here
-# prints: messages go to the session's `notify`.
+# they are stored, a failure is a warning. Tokens that can't be stored are revoked, unless that
+# could end the old sign-in.
 
 # A real user code has about nine characters. This keeps a broken one from flooding the screen.
 USER_CODE_LIMIT = 64  # characters
@@ -5765,7 +5765,8 @@ def shell_key(name: str) -> Optional[str]:
 def shell_code(key: str, variables: Dict[str, Optional[str]]) -> str:
     """Return code that sets the `variables`, and unsets those whose value is None.
 
-    `key` selects the shell in SHELLS. The values must be tokens or identifiers (see above).
+    `key` selects the shell in SHELLS. The values must be tokens or identifiers, because nothing in
+    them is escaped.
     """
     if key == "json":
         return json.dumps(variables)
@@ -7811,7 +7812,6 @@ class PlanAccess:
         return repeatable
 
     def stopped(self, error: OAuthError) -> Exception:
-        """Show `error` and return an exception that ends the prompt."""
         error.command = with_account(error.command, self.account)
         return self.prompts.stop(error)
 
@@ -8351,7 +8351,7 @@ class CodePuppyPlugin:
     # Commands -------------------------------------------------------------------------------
 
     def typed(self, command: str) -> str:
-        """Return how to type a command at the host's prompt or, if it can't be, in a shell."""
+        """Return what to type for a command: at the host's prompt if possible, else in a shell."""
         if self.host.has_prompt and f"chatgpt-{command.partition(' ')[0]}" in PLUGIN_COMMANDS:
             return f"/chatgpt-{command}"
         return self._typed_in_shell(command)
@@ -8496,7 +8496,7 @@ def is_plugin() -> bool:
 # main: the command line
 # ---------------------------------------------------------------------------------------------
 # OPTIONS and COMMANDS describe the command line. Both option readers and all help texts use these
-# tables. Errors become messages and exit codes only here, after everything else has finished.
+# tables. Errors become messages and exit codes here, after everything else has finished.
 
 
 class Option:
