@@ -6703,7 +6703,7 @@ def command_logout(session: Session, options: Namespace) -> None:
 # contains a mark that is the same in every version. A file without its mark belongs to somebody
 # else: neither command touches it. Files are replaced atomically and all together, under one lock.
 # Nothing that the launcher executes is writable by other users. `uninstall` removes what `install`
-# created and never a sign-in.
+# created, and the stored registrations, but never a sign-in.
 
 # Each of our files contains this text, so it must never change.
 MARK = "Made by chatgpt_oauth.py install; to remove it, run chatgpt-oauth uninstall."
