@@ -2207,30 +2207,30 @@ def encode(value: Fields, indent: Optional[int] = 2) -> bytes:
         ) from None
 
 
-def storage_error(verb: str, path: str, error: OSError) -> StorageError:
+def storage_error(verb: str, path: str, error: OSError, hint: str = "") -> StorageError:
     """Return the StorageError for a system call that failed because of `error`.
 
-    `verb` is what it should have done with `path`, such as "lock". The hint suggests only steps
-    that don't fail for the same reason.
+    `verb` is what it should have done with `path`, such as "lock". Without a `hint`, it gets one
+    that suggests only steps that don't fail for the same reason.
     """
-    hint = "check the free space and the permissions, then try again"
+    usual_hint = "check the free space and the permissions, then try again"
     # Windows reports a directory in the place of a file as a missing permission.
     is_directory = sys.platform == "win32" and os.path.isdir(path)
     if is_directory or error.errno in (errno.EISDIR, errno.ELOOP):
-        hint = "remove it yourself, then try again"
+        usual_hint = "remove it yourself, then try again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        hint = "make its directory writable, then try again"
+        usual_hint = "make its directory writable, then try again"
         # Windows also denies access to a file that another program has open.
         if sys.platform == "win32":
-            hint = "close programs that use it, or make its directory writable; try again"
+            usual_hint = "close programs that use it, or make its directory writable; try again"
     # A mount of a single file, as in a container, can't be replaced or removed.
     elif error.errno == errno.EBUSY:
-        hint = "mount the directory instead of the file, then try again"
+        usual_hint = "mount the directory instead of the file, then try again"
     elif error.errno in AT_LIMITS:
-        hint = LIMITS_HINT
+        usual_hint = LIMITS_HINT
     elif verb == "lock" and error.errno in CANNOT_LOCK:
-        hint = "this file system has no locks; set CHATGPT_OAUTH_HOME to a local directory"
-    return StorageError(f"cannot {verb} {path}: {error.strerror}", hint)
+        usual_hint = "this file system has no locks; set CHATGPT_OAUTH_HOME to a local directory"
+    return StorageError(f"cannot {verb} {path}: {error.strerror}", hint or usual_hint)
 
 
 def home_hint(settings: Settings) -> str:
@@ -2635,9 +2635,8 @@ class JsonFile:
 
     def _lock_error(self, error: OSError) -> StorageError:
         """Return the StorageError for a system call that failed to take the locks."""
-        failure = storage_error("lock", error.filename or self.lock_path, error)
-        failure.hint = home_hint(self.settings) or failure.hint
-        return failure
+        path = error.filename or self.lock_path
+        return storage_error("lock", path, error, home_hint(self.settings))
 
     def _prepare_directory(self) -> None:
         """Check the links on the way from `home` to the file, and make the file's directory."""
@@ -2654,9 +2653,8 @@ class JsonFile:
         try:
             make_directory(self.directory)
         except OSError as error:
-            failure = storage_error("create", error.filename or self.directory, error)
-            failure.hint = home_hint(self.settings) or failure.hint
-            raise failure from None
+            path = error.filename or self.directory
+            raise storage_error("create", path, error, home_hint(self.settings)) from None
 
     def _take_locks(self, locks: List[int], deadline: float) -> None:
         """Lock the lock file beside the file, then the file itself, then its temporary file.
@@ -2901,9 +2899,8 @@ class TokenFile(JsonFile):
         # read-only mount.
         is_unwritable = self.holds_sign_in() and home_hint(self.settings)
         if is_unwritable and not can_change_mode(self.directory):
-            failure = storage_error("change", self.path, error)
-            failure.hint = "set CHATGPT_OAUTH_HOME to a writable directory with its own sign-in"
-            return failure
+            hint = "set CHATGPT_OAUTH_HOME to a writable directory with its own sign-in"
+            return storage_error("change", self.path, error, hint)
         return super()._lock_error(error)
 
     def set_aside(self) -> str:
@@ -7028,16 +7025,15 @@ def command_install(session: Session, options: Namespace) -> None:
 
 def install_error(error: OSError, paths: InstallPaths) -> StorageError:
     """Return the error for a file of ours that can't be written, with a hint that may help."""
-    path = error.filename or paths.directory
-    failure = storage_error("write", path, error)
+    path, hint = error.filename or paths.directory, ""
     directory = os.path.dirname(path)
     is_own_directory = os.path.exists(directory) and can_change_mode(directory)
     if isinstance(error, PermissionError) and not is_own_directory:
         if directory == paths.bin_directory:
-            failure.hint = "use --bin with a directory of yours"
+            hint = "use --bin with a directory of yours"
         elif sys.platform != "win32":
-            failure.hint = "set HOME or XDG_DATA_HOME to a directory of yours"
-    return failure
+            hint = "set HOME or XDG_DATA_HOME to a directory of yours"
+    return storage_error("write", path, error, hint)
 
 
 def replace_files(contents: Dict[str, bytes], paths: InstallPaths, session: Session) -> None:
