@@ -47,10 +47,9 @@ from __future__ import annotations
 import sys  # noqa: E402
 
 # Python puts the directory of a script first in its search path, or the current directory if it
-# was started with -m or reads the script from standard input. That entry is removed, because
-# otherwise a file named json.py in a downloads folder would be imported instead of Python's own
-# module. With the options -I and -P there is no such entry. In a frozen program (PyInstaller), the
-# first entry holds Python's own modules.
+# was started with -m or reads the script from standard input. A file named json.py there, say in a
+# downloads folder, would be imported instead of Python's own module. With -I and -P there is no
+# such entry. In a frozen program (PyInstaller), the first entry holds Python's own modules.
 IS_SAFE_PATH = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
 if __name__ == "__main__" and not IS_SAFE_PATH and not hasattr(sys, "frozen"):
     del sys.path[0]
@@ -120,8 +119,7 @@ CHATGPT_OAUTH_CONFIG: Dict[str, Any] = {
     # The plan's usage, for `status --online`. OpenAI doesn't document this endpoint.
     "usage_url": "https://chatgpt.com/backend-api/wham/usage",
     # The Codex backend lists only the models that this version of the Codex CLI supports. The
-    # current one is the last release on https://github.com/openai/codex/releases, or what
-    # `npm view @openai/codex version` prints.
+    # current one is at https://github.com/openai/codex/releases.
     "codex_client_version": "0.171.0",
     # None means $XDG_DATA_HOME/code_puppy if that variable is set, otherwise ~/.code_puppy. Code
     # Puppy chooses its directory the same way.
@@ -628,9 +626,8 @@ NUMBER_LIMIT = 1e11
 LAST_MOMENT = 32535215999
 # The variables that can name a file of CA certificates. The first one that is set is used.
 CA_VARIABLES = ("CODEX_CA_CERTIFICATE", "SSL_CERT_FILE")
-# OpenSSL's most common reasons for refusing a certificate (X509_V_ERR_…, which Python has no names
-# for): it isn't valid yet, it has expired, no trusted CA has signed it, or it is for another host
-# name or IP address.
+# OpenSSL's most common reasons for refusing a certificate (X509_V_ERR_…, unnamed in Python).
+# CERT_MISMATCH means that it is for another host name or IP address.
 CERT_NOT_YET_VALID, CERT_EXPIRED = 9, 10
 CERT_UNTRUSTED = (18, 19, 20, 21)
 CERT_MISMATCH = (62, 64)
@@ -917,9 +914,8 @@ def parse_retry_after(header: str) -> float:
 def tls_context(settings: Settings) -> Any:
     """Return the TLS context that all requests share.
 
-    A sign-in calls this early, so that the slow modules and the certificates are loaded before the
-    first request, and a problem with them is reported. Raises RequestError, naming the variable at
-    fault.
+    A sign-in calls this early, so that the slow modules and the certificates are loaded, and faults
+    reported, before the first request. Raises RequestError, naming the variable at fault.
     """
     # This module isn't used here, but every request needs it, and importing it is slow.
     import urllib.request  # noqa: F401
@@ -1134,8 +1130,7 @@ def connect_to_first(host_and_port: Tuple[str, int], timeout: float, _: object =
 
     If an address doesn't answer within ATTEMPT_DELAY, the next one is tried as well (RFC 8305 §5).
     The name lookup comes first and isn't limited by `timeout`. If no address answers, the last
-    error is raised, which is an OSError. http.client passes a source address as the third argument,
-    which is None for our connections.
+    error is raised, which is an OSError. http.client's third argument is always None here.
     """
     import selectors
     import socket
@@ -1302,10 +1297,9 @@ def request_json(
 
     `what` is the purpose as error messages name it: "could not <what>". The whole request, from the
     name lookup to the last byte, may take `timeout` seconds, but never more than the setting
-    request_timeout. If connecting takes more than half of that, nothing is sent, so the server
-    always has at least half of it to respond. `limit` is the largest body in bytes. The response
-    may have any status. Raises RequestError if there was no response, and OAuthError if it was too
-    large.
+    request_timeout. If connecting takes more than half of that, nothing is sent, so the server has
+    at least the other half to respond. `limit` is the largest body in bytes. The response may have
+    any status. Raises RequestError if there was no response, and OAuthError if it was too large.
     """
     import threading
 
@@ -1606,10 +1600,9 @@ class OfficialClient(Client):
     """The client of OpenAI's official sign-in for open-source apps, `auth --official`.
 
     It is documented at https://developers.openai.com/siwc. Each installation is a separate client.
-    The first authorization request uses a shared entry point instead of a client ID, and the
-    response contains the client ID that OpenAI has issued. The ChatGPT plan then pays for requests
-    to the API if the person has allowed that. OpenAI's terms reserve the tokens for the connected
-    app.
+    The first authorization request uses a shared entry point instead of a client ID, and OpenAI
+    issues the client ID in its response. The ChatGPT plan then pays for requests to the API if the
+    person has allowed that. OpenAI's terms reserve the tokens for the connected app.
     """
 
     # OpenAI's client ID for the first request. It is never stored or sent to the token endpoint.
@@ -1863,8 +1856,7 @@ def request_refresh(client: Client, tokens: Tokens) -> Response:
     """Use the refresh token (RFC 6749 §6) at the issuer that issued it, and return the response.
 
     The response is returned unchecked, because its tokens must be stored before anything else.
-    Raises RequestError if there is no response. Its `unprocessed` is true only if the refresh token
-    certainly wasn't used.
+    Raises RequestError if there is no response.
     """
     form = {
         "grant_type": "refresh_token",
