@@ -6771,6 +6771,10 @@ class InstallPaths:
     def __init__(self, environ: Dict[str, str], options: Namespace) -> None:
         if sys.platform == "win32":
             data = environ.get("LOCALAPPDATA") or r"~\AppData\Local"
+            # No other program sees what Python from the Microsoft Store creates in AppData:
+            # https://docs.python.org/3/using/windows.html (redirection of local data)
+            if "\\WindowsApps\\" in sys.base_prefix:
+                data = r"~\.local"
             default_bin = os.path.join(data, "Programs", "chatgpt_oauth")
             launcher_name = LAUNCHERS[1]
         else:

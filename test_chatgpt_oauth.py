@@ -8912,6 +8912,19 @@ class InstallTest(Case):
         messages = self.install(environ={"MSYSTEM": "MINGW64"})
         self.assertTrue(messages.endswith("    chatgpt-oauth.cmd status\n"), messages)
 
+    @unittest.skipIf(POSIX, "only Windows has the Microsoft Store")
+    def test_python_from_the_microsoft_store_installs_outside_appdata(self):
+        lines = [
+            "import runpy, sys",
+            r"sys.prefix = sys.base_prefix = r'C:\Program Files\WindowsApps\Python'",
+            f"sys.argv = [{PROGRAM!r}, 'install']",
+            "runpy.run_path(sys.argv[0], run_name='__main__')",
+        ]
+        self.assert_done(self.run_command([sys.executable, "-c", "\n".join(lines)]))
+        self.assertFalse(self.data.exists())
+        self.launcher = self.folder / ".local" / "Programs" / "chatgpt_oauth" / self.launcher.name
+        self.assert_installed_command_works()
+
     @unittest.skipIf(POSIX, "only cmd decodes scripts with a code page")
     def test_the_launcher_works_for_every_user_name_and_code_page(self):
         for name in ("Zo\u00eb", "\u0141ucja \u0436 & it's me"):
