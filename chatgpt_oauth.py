@@ -5660,7 +5660,7 @@ SHELLS = {
         unset="unsetenv {name}",
     ),
     "powershell": Shell(
-        {"powershell": "$PROFILE", "pwsh": "$PROFILE"},
+        dict.fromkeys(("powershell", "pwsh"), "PowerShell's $PROFILE"),
         # PowerShell passes each line of the output to iex by itself. Many examples join the lines
         # with Out-String, which would pass on an empty string if the command fails. iex rejects it.
         profile="{command} | iex",

@@ -8955,6 +8955,7 @@ class InstallTest(Case):
     def test_the_suggested_powershell_lines_fit_every_system(self):
         self.store(api_key="sk-1")
         messages = self.install(environ={"PATH": PATH, "SHELL": "pwsh"})
+        self.assertEqual(messages.count(" add this line to PowerShell's $PROFILE:\n"), 2)
         # Windows separates paths with a semicolon, other systems with a colon.
         self.assertRegex(messages, r"(?m)^    \$env:PATH = '.+' \+ \[IO.Path\]::PathSeparator \+")
         # An empty string, which Out-String returns without input, is an error to iex.
