@@ -5820,7 +5820,9 @@ def program_name(shell: str = "") -> str:
     """
     # Python has read the program from a pipe, so the way to start it again is another pipe.
     if not has_program_file():
-        return f"curl -fsSL URL | {python_name()} -"
+        # In Windows PowerShell, `curl` is another command.
+        curl = "curl.exe" if sys.platform == "win32" else "curl"
+        return f"{curl} -fsSL URL | {python_name()} -"
     path = started_file()
     name = os.path.basename(path)
     # After -m, a module's name is enough, because Python searches the current directory.
@@ -5875,7 +5877,13 @@ def python_name() -> str:
     started = (getattr(sys, "orig_argv", None) or [""])[0]
     if started and not os.path.dirname(started):
         return quote_path(started)
-    return "python" if sys.platform == "win32" else "python3"
+    if sys.platform != "win32":
+        return "python3"
+    import shutil
+
+    # The installer of python.org adds `python` to PATH only on request, and `py` by default. `py`
+    # starts Python by its full path, so sys.orig_argv doesn't tell whether it was used.
+    return "py" if shutil.which("py") else "python"
 
 
 def is_in_git_bash() -> bool:
@@ -6755,7 +6763,7 @@ WINDOWS_LAUNCHER = """\
 rem {mark}
 if exist {python} if exist {program} goto start
 echo error: {python} or {program} is gone 1>&2
-echo hint: to install it again, run: python chatgpt_oauth.py install 1>&2
+echo hint: to install it again, run: py chatgpt_oauth.py install 1>&2
 exit /b 6
 :start
 {python} -I -S -c "{code}" "%~f0" {directory} %* & goto :eof

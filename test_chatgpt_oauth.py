@@ -181,7 +181,9 @@ def shell_line(*arguments):
 
 
 # The name of Python in the commands that messages suggest, and the message for a taken port.
-PYTHON = "python3" if POSIX else "python"
+# The command that starts Python, in hints.
+WINDOWS_PYTHON = "py" if shutil.which("py", path=PATH) else "python"
+PYTHON = "python3" if POSIX else WINDOWS_PYTHON
 PORT_TAKEN = os.strerror(errno.EADDRINUSE) if POSIX else "cannot listen on port"
 
 
@@ -1627,7 +1629,7 @@ class WholeSessionTest(Case):
             "API key available",
             "3 of 5",
             "API account",
-            "To use the API key in " + ("this shell: eval" if POSIX else "PowerShell: python"),
+            "To use the API key in " + ("this shell: eval" if POSIX else f"PowerShell: {PYTHON}"),
         ):
             self.assertIn(words, err)
         self.assertIn(str(self.token_file), err)
@@ -8531,7 +8533,7 @@ class InstallTest(Case):
     def test_install_from_standard_input_is_a_usage_error(self):
         with open(PROGRAM, "rb") as stdin:
             result = self.run_command([sys.executable, "-", "install"], stdin=stdin)
-        hint = "download chatgpt_oauth.py, then run: python"
+        hint = f"download chatgpt_oauth.py, then run: {PYTHON}"
         self.assert_fails(result, 2, "not started from a file", hint)
         self.assertEqual(self.read_files(), {})
 
@@ -8895,7 +8897,7 @@ class InstallTest(Case):
         self.store(api_key="sk-1")
         launcher, environ = str(self.launcher), {"SHELL": ""}
         usage = self.run_program("--help", environ=environ).out
-        self.assertRegex(usage, r"\n  python .+ env \| iex\n")
+        self.assertRegex(usage, rf"\n  {PYTHON} .+ env \| iex\n")
         messages = self.install(environ={"PATH": PATH, "SHELL": ""})
         self.assertIn(f"    {launcher} env --shell powershell | iex\n", messages)
         self.assertTrue(messages.endswith(f"    {launcher} status\n"), messages)
@@ -9813,9 +9815,8 @@ class PuppyTest(PuppyCase):
         (bin_directory / name).chmod(0o755)
         plugin = self.plugin.CodePuppyPlugin(None)
         self.assertEqual(plugin.typed("auth --device"), "/chatgpt-auth --device")
-        python = "python" if sys.platform == "win32" else "python3"
         with mock.patch.object(sys, "orig_argv", ["/bin/python"], create=True):
-            self.assertRegex(plugin.typed("models"), f"^{python} .*chatgpt_oauth.py.? models$")
+            self.assertRegex(plugin.typed("models"), f"^{PYTHON} .*chatgpt_oauth.py.? models$")
         os.environ["PATH"] = str(bin_directory)
         self.assertEqual(plugin.typed("models"), "chatgpt-oauth models")
         for option in ("-p", "--prompt", "--prompt=hi", "--setup"):
@@ -10560,6 +10561,13 @@ chatgpt_oauth.run_program()
         err = self.run_command(["python3.99", PROGRAM, "token"], environ).err
         self.assertIn(f"run: python3.99 {quoted_path(PROGRAM)} auth", err)
 
+    @unittest.skipIf(POSIX, "only Windows has the launcher py")
+    def test_a_hint_names_py_if_it_is_there(self):
+        (self.folder / "py.bat").write_text("")
+        environ = {"PATH": str(self.folder) + os.pathsep + PATH}
+        err = self.run_command([sys.executable, PROGRAM, "token"], environ).err
+        self.assertIn(f"run: py {quoted_path(PROGRAM)} auth", err)
+
     def test_the_program_runs_as_a_module_a_zip_a_copy_and_from_a_pipe(self):
         import zipfile
 
@@ -10574,7 +10582,7 @@ chatgpt_oauth.run_program()
             (["-m", "chatgpt_oauth"], None, f"{PYTHON} -m chatgpt_oauth"),
             ([str(archive)], None, f"{PYTHON} {quoted_path(archive)}"),
             ([str(renamed)], None, f"{PYTHON} {quoted_path(renamed)}"),
-            (["-"], PROGRAM, f"curl -fsSL URL | {PYTHON} -"),
+            (["-"], PROGRAM, f"{'curl' if POSIX else 'curl.exe'} -fsSL URL | {PYTHON} -"),
         ):
             with self.subTest(name), open(stdin or os.devnull) as source:
                 out = self.run_command([sys.executable, *command, "env"], stdin=source).out
