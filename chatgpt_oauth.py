@@ -4954,7 +4954,8 @@ class PastedInput:
             # sys.argv[0] is "-" in `python3 -`, and "" in `python3 < chatgpt_oauth.py`.
             holds_program = __name__ == "__main__" and sys.argv[0] in ("-", "")
             if holds_program and not is_terminal(self.descriptor):
-                self.descriptor = os.open("/dev/tty", os.O_RDONLY)
+                terminal = "CONIN$" if sys.platform == "win32" else "/dev/tty"
+                self.descriptor = os.open(terminal, os.O_RDONLY)
             if reading and is_terminal(self.descriptor):
                 # The system stops a background job that reads from its terminal.
                 self.usable = self.at_terminal = self._is_in_foreground()
