@@ -8080,7 +8080,8 @@ class CodePuppy:
         )
         client = host_module("openai").AsyncOpenAI(
             api_key="replaced-by-PlanAccess",
-            base_url=endpoint["url"],
+            # The entry may have been edited, and the access token goes to this URL.
+            base_url=URL_RULE.check(f"the custom_endpoint of {name}", endpoint["url"]),
             # The host repeats failed requests itself.
             max_retries=0,
             http_client=http_client,

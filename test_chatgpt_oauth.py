@@ -10080,7 +10080,7 @@ class PuppyModelTest(PuppyCase):
     def build_official_model(self, name="gpt-6-astra", account=None):
         """Return the host's model for an entry of the official sign-in."""
         self.load_plugin()
-        entry = {"type": "chatgpt_plan", "name": name, "custom_endpoint": {"url": "http://x/v1"}}
+        entry = {"type": "chatgpt_plan", "name": name, "custom_endpoint": {"url": "https://x/v1"}}
         if account:
             entry["account"] = account
         return self.puppy.model_handler("chatgpt_plan")("chatgpt-plan-" + name, entry, {})
@@ -10301,6 +10301,13 @@ class PuppyModelTest(PuppyCase):
         del self.puppy.modules["code_puppy.chatgpt_codex_client"].create_codex_async_client
         model = self.build_model()
         self.assert_request_stops(model, "cannot be used here", "create_codex_async_client")
+        self.assertEqual(self.headers, [])
+
+    def test_no_token_goes_to_an_endpoint_without_tls(self):
+        self.store()
+        model = self.build_model(custom_endpoint={"url": "http://example.com/codex"})
+        reason = "the custom_endpoint of chatgpt-gpt-6 must be an https URL"
+        self.assert_request_stops(model, reason)
         self.assertEqual(self.headers, [])
 
     def test_plan_models_use_the_profile_of_the_host(self):
