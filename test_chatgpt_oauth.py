@@ -8237,6 +8237,22 @@ class InstallTest(Case):
         found = (path for path in self.folder.rglob("*") if not path.is_dir())
         return {str(path): path.read_bytes() for path in found if path.suffix != ".pyc"}
 
+    def prepare_for_another_user(self):
+        """Make `install` work for a user who can't read Python's files. Return the program's copy.
+
+        The first run imports every module.
+        """
+        self.folder.chmod(0o755)
+        source = self.folder / "chatgpt_oauth.py"
+        shutil.copy(PROGRAM, source)
+        patch = mock.patch.object(oauth, "__file__", str(source))
+        patch.start()
+        self.addCleanup(patch.stop)
+        # `install` changes sys.argv[0].
+        with mock.patch.object(sys, "argv", list(sys.argv)):
+            self.assertEqual(self.call("install", "--code-puppy").code, 0)
+        return source
+
     def test_install_creates_a_command(self):
         self.store(api_key="sk-1")
         messages = self.install("--no-code-puppy")
@@ -8435,17 +8451,7 @@ class InstallTest(Case):
 
     @needs_modes
     def test_an_unwritable_directory_changes_nothing(self):
-        self.folder.chmod(0o755)
-        # The other user must be able to read the program.
-        source = self.folder / "chatgpt_oauth.py"
-        shutil.copy(PROGRAM, source)
-        patches = contextlib.ExitStack()
-        self.addCleanup(patches.close)
-        patches.enter_context(mock.patch.object(oauth, "__file__", str(source)))
-        # This first run imports every module, because the other user may not be able to read them.
-        # `install` changes sys.argv[0].
-        with mock.patch.object(sys, "argv", list(sys.argv)):
-            self.assertEqual(self.call("install", "--code-puppy").code, 0)
+        source = self.prepare_for_another_user()
         for unwritable in (self.bin, self.data, self.plugin.parent):
             shutil.rmtree(self.folder / ".local", ignore_errors=True)
             shutil.rmtree(self.home, ignore_errors=True)
@@ -8854,11 +8860,11 @@ class InstallTest(Case):
 
     @needs_root
     def test_a_directory_of_another_user_has_a_hint_for_its_option(self):
+        self.prepare_for_another_user()
         theirs, ours = self.folder / "theirs", self.folder / "ours"
         theirs.mkdir()
         ours.mkdir()
-        os.chown(ours, 65534, 65534)
-        self.folder.chmod(0o755)
+        os.chown(ours, NOBODY, NOBODY)
         for home, option, hint in (
             (theirs, ours, "hint: set HOME or XDG_DATA_HOME to a directory of yours\n"),
             (ours, theirs, "hint: use --bin with a directory of yours\n"),
