@@ -4179,8 +4179,14 @@ time.sleep(60)
 import atexit, threading, time, chatgpt_oauth as oauth
 # This is registered first, so it runs last.
 atexit.register(lambda: print("waited", time.monotonic() - began, file=sys.stderr))
+paused, sleep = threading.Event(), time.sleep
+def report_and_sleep(seconds):
+    paused.set()
+    sleep(seconds)
+time.sleep = report_and_sleep
 threading.Thread(target=oauth.get_access_token, daemon=True).start()
-time.sleep(0.2)
+# The thread has found the lock taken when it pauses for the first time.
+paused.wait()
 began = time.monotonic()
 """
         with self.holding_lock():
@@ -4279,9 +4285,18 @@ sys.exit(oauth.main(["token"]))
     def test_ctrl_c_ends_the_pause_between_two_tries(self):
         self.store(lifetime=-10)
         self.fault("refresh", 503, Retry_After="29")
-        running = self.start("token", environ={"CHATGPT_OAUTH_RETRY_WINDOW": "30"})
-        wait_for(lambda: self.double.count("refresh"))
-        time.sleep(0.2)
+        self.environ["CHATGPT_OAUTH_RETRY_WINDOW"] = "30"
+        code = """
+import time, chatgpt_oauth as oauth
+sleep = time.sleep
+def report_and_sleep(seconds):
+    print("pausing", file=sys.stderr, flush=True)
+    sleep(seconds)
+time.sleep = report_and_sleep
+sys.exit(oauth.main(["token"]))
+"""
+        running = self.start_python(code)
+        running.wait_for_line("^pausing$")
         self.assertEqual(self.interrupt(running).code, 130)
         self.assertEqual(self.double.count("refresh"), 1)
 
