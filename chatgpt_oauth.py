@@ -5819,11 +5819,6 @@ def program_name(shell: str = "") -> str:
 
     With `shell` (a key of SHELLS), they are quoted for that shell.
     """
-    # Python has read the program from a pipe, so the way to start it again is another pipe.
-    if not has_program_file():
-        # In Windows PowerShell, `curl` is another command.
-        curl = "curl.exe" if sys.platform == "win32" else "curl"
-        return f"{curl} -fsSL URL | {python_name()} -"
     path = started_file()
     name = os.path.basename(path)
     # After -m, a module's name is enough, because Python searches the current directory.
@@ -5857,7 +5852,9 @@ def start_command(path: str, shell: str) -> str:
 
 
 def typed_command(command: str) -> str:
-    return f"{program_name()} {command}"
+    """Return `command` as a person types it here, with a note if that needs a file first."""
+    note = "" if has_program_file() else " (download that file first)"
+    return f"{program_name()} {command}{note}"
 
 
 def has_program_file() -> bool:
@@ -6522,6 +6519,9 @@ def command_auth(session: Session, options: Namespace) -> None:
     line = SHELLS[key].profile.format(command=f"{program_name(key)} {command}")
     # On Windows, this process can't tell whether it was started from PowerShell or cmd.
     place = "PowerShell" if key == "powershell" else "this shell"
+    # Without a program file, there is nothing that the line could start.
+    if not has_program_file():
+        place += ", download chatgpt_oauth.py, then run"
     session.notify("info", f"To use the API key in {place}: {line}")
 
 

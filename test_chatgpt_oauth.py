@@ -5997,10 +5997,14 @@ class PasteTest(Case):
         running = self.start_from_pipe("auth", "--no-browser", terminal=follower)
         callback_url = authorization_response(running.wait_for_url())
         running.wait_for_line("paste its URL here")
-        running.wait_for_line(r"^    curl -fsSL URL \| \S+ - auth --device$")
+        running.wait_for_line(
+            r"^    \S+ chatgpt_oauth.py auth --device \(download that file first\)$"
+        )
         os.write(leader, callback_url.encode() + b"\n")
         err = self.assert_done(running.result()).err
-        self.assertRegex(err, r'in this shell: eval "\$\(curl -fsSL URL \| \S+ - env')
+        self.assertRegex(
+            err, r'download chatgpt_oauth.py, then run: eval "\$\(\S+ chatgpt_oauth.py env'
+        )
 
     @needs_signals
     def test_a_program_from_a_pipe_without_a_terminal_offers_no_pasting(self):
@@ -6008,15 +6012,14 @@ class PasteTest(Case):
         self.assertNotIn("paste", self.finish_sign_in(running, running.wait_for_url()).err)
 
     @needs_signals
-    def test_hints_of_a_program_from_a_pipe_start_it_from_a_pipe(self):
-        hint = r"to sign in, run: curl -fsSL URL \| \S+ - auth$"
+    def test_hints_of_a_program_from_a_pipe_say_to_download_it(self):
+        hint = r"chatgpt_oauth.py auth \(download that file first\)$"
         self.assertRegex(self.start_from_pipe("token").result().err, hint)
-        self.assertRegex(self.start_from_pipe("status").result().out, "(?mi)" + hint)
+        self.assertRegex(self.start_from_pipe("status").result().out, "(?m)" + hint)
         # A line for the profile would need a file.
         with open(PROGRAM, "rb") as stdin:
             start = [sys.executable, "-", "env", "--help"]
             out = self.run_command(start, cwd=str(self.folder), stdin=stdin).out
-        self.assertNotIn("chatgpt_oauth.py", out)
         self.assertTrue(out.endswith("save this program as a file first\n"), out)
         # A shell starts the program in this way for `python3 <(curl ...)`.
         pipe = self.folder / "pipe"
@@ -10610,7 +10613,7 @@ chatgpt_oauth.run_program()
             (["-m", "chatgpt_oauth"], None, f"{PYTHON} -m chatgpt_oauth"),
             ([str(archive)], None, f"{PYTHON} {quoted_path(archive)}"),
             ([str(renamed)], None, f"{PYTHON} {quoted_path(renamed)}"),
-            (["-"], PROGRAM, f"{'curl' if POSIX else 'curl.exe'} -fsSL URL | {PYTHON} -"),
+            (["-"], PROGRAM, f"{PYTHON} chatgpt_oauth.py"),
         ):
             with self.subTest(name), open(stdin or os.devnull) as source:
                 out = self.run_command([sys.executable, *command, "env"], stdin=source).out
