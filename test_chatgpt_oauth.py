@@ -1257,7 +1257,13 @@ class Case(unittest.TestCase):
         leader, follower = self.open_terminal()
         with open(follower, "wb") as terminal:
             self.run_program(*arguments, environ=environ, **{stream: terminal})
-            return os.read(leader, 65536).decode()
+            # The terminal passes on the output in pieces. A NUL byte marks the end.
+            terminal.write(b"\0")
+            terminal.flush()
+            shown = b""
+            while not shown.endswith(b"\0"):
+                shown += os.read(leader, 65536)
+            return shown[:-1].decode()
 
     def run_mounted(self, mounts, *arguments):
         """Run the program after the shell code `mounts`, with private mounts. Return its Result."""
