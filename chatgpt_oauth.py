@@ -7119,7 +7119,9 @@ def require_working_launcher(paths: InstallPaths) -> None:
         fault = str(error)
     else:
         if result.stdout.decode(errors="replace").strip() == version:
-            give_to_owner(paths.cache)
+            # Without this, the owner still has a command that works.
+            with contextlib.suppress(OSError):
+                give_to_owner(paths.cache)
             return
         lines = result.stderr.decode(errors="replace").strip().split("\n")
         fault = lines[-1] or f"exit code {result.returncode}"
@@ -7127,14 +7129,24 @@ def require_working_launcher(paths: InstallPaths) -> None:
 
 
 def give_to_owner(directory: str) -> None:
-    """If we are root, give the files in `directory` to its owner. Raises OSError.
+    """If we are root, give the compiled code in `directory` to the owner of that. Raises OSError.
 
-    They are compiled code that root has just written, and the owner must be able to replace it.
+    The owner may put links there, or a link in place of the directory, at any time. So only open
+    files are given away, and only those that are nowhere else.
     """
-    if sys.platform != "win32" and os.geteuid() == 0:
-        user, group = file_owner(directory)
-        for entry in os.scandir(directory):
-            os.chown(entry.path, user, group, follow_symlinks=False)
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        owner = os.fstat(opened)
+        for name in os.listdir(opened):
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            with os.fdopen(os.open(name, flags, dir_fd=opened), "rb") as file:
+                info = os.fstat(file.fileno())
+                if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
+                    os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager

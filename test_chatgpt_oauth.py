@@ -8883,6 +8883,16 @@ class InstallTest(Case):
         self.assertLess(time.monotonic() - start, 30)
 
     @needs_root
+    def test_root_gives_away_no_file_that_is_linked_elsewhere(self):
+        os.chown(self.folder, NOBODY, NOBODY)
+        self.install()
+        ours = self.folder / "ours"
+        ours.touch()
+        os.link(ours, self.program.parent / "__pycache__" / "theirs")
+        self.install()
+        self.assertEqual(ours.stat().st_uid, 0)
+
+    @needs_root
     def test_a_directory_of_another_user_has_a_hint_for_its_option(self):
         self.prepare_for_another_user()
         theirs, ours = self.folder / "theirs", self.folder / "ours"
@@ -8897,6 +8907,16 @@ class InstallTest(Case):
                 environ = {"HOME": str(home)}
                 result = self.call("install", "--bin", str(option), environ=environ)
             self.assert_fails(result, 6, f"cannot write {theirs}/", hint)
+
+    @needs_root
+    def test_root_gives_away_no_file_that_is_linked_elsewhere(self):
+        os.chown(self.folder, NOBODY, NOBODY)
+        self.install()
+        ours = self.folder / "ours"
+        ours.touch()
+        os.link(ours, self.program.parent / "__pycache__" / "theirs")
+        self.install()
+        self.assertEqual(ours.stat().st_uid, 0)
 
     @needs_root
     def test_root_does_not_follow_a_link_to_another_directory(self):
