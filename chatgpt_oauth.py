@@ -3389,7 +3389,8 @@ def read_pipe(pipe: Any, size: int, seconds: float) -> Optional[bytes]:
     """Return up to `size` bytes from a pipe, b"" at its end, or None if none come in `seconds`."""
     import selectors
 
-    with selectors.DefaultSelector() as selector:
+    # This kind needs no file descriptor, of which there may be none left.
+    with selectors.PollSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         if not selector.select(seconds):
             return None
