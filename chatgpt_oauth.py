@@ -1274,11 +1274,10 @@ class Exchange:
             if self.was_sent and not is_in_time:
                 hang_up(self.connected.result())
         self.body = b"".join(self.parts)
-        if is_in_time:
-            return self.answered.exception()
-        # The whole JSON may have arrived without the sign of its end. The thread that reads it
-        # isn't waited for, because Windows may not wake it up until the server hangs up.
-        return TimeoutError() if parse_json(self.body) is None else None
+        # The thread isn't waited for, because Windows may not wake it up until the server hangs up.
+        error = self.answered.exception() if is_in_time else TimeoutError()
+        # The whole JSON may have arrived without the sign of its end.
+        return error if parse_json(self.body) is None else None
 
 
 def request_json(

@@ -38,6 +38,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2225,6 +2226,25 @@ class WireTest(Case):
         self.double.faults["refresh"] = fault
         with mock.patch.object(socket.SocketIO, "readinto", readinto), clock.installed():
             return self.call(*arguments)
+
+    def test_a_complete_body_is_used_even_if_the_connection_is_reset(self):
+        self.store(lifetime=-10)
+        body = json.dumps(self.double.tokens()).encode()
+        head = HTTP_OK + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body)
+
+        def fault(handler, _):
+            handler.close_connection = True
+            handler.connection.sendall(head + body + b"\r\n")
+            # Give the program time to read this, because some systems drop unread bytes.
+            time.sleep(0.2)
+            # Closing the socket without lingering resets the connection.
+            linger = struct.pack("ii", 1, 0)
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            socket.close(handler.connection.detach())
+            return True
+
+        self.double.faults["refresh"] = fault
+        self.assertEqual(self.assert_fresh(self.call("token", "--refresh")).err, "")
 
     def test_a_complete_body_is_used_even_if_the_response_has_no_end(self):
         for is_chunked, is_open in itertools.product((False, True), repeat=2):
