@@ -5877,11 +5877,11 @@ def python_name() -> str:
         return quote_path(started)
     if sys.platform != "win32":
         return "python3"
-    import shutil
-
     # The installer of python.org adds `python` to PATH only on request, and `py` by default. `py`
     # starts Python by its full path, so sys.orig_argv doesn't tell whether it was used.
-    return "py" if shutil.which("py") else "python"
+    directories = os.environ.get("PATH", "").split(os.pathsep)
+    has_py = any(os.path.isfile(os.path.join(each, "py.exe")) for each in directories)
+    return "py" if has_py else "python"
 
 
 def is_in_git_bash() -> bool:

@@ -10502,7 +10502,7 @@ class MainTest(Case):
             usage = f"usage: {PYTHON} {quoted_path(program)} {command} [options]"
             self.assertEqual(output[: len(usage)], usage)
             self.assertRegex(output, "examples:|profile")
-            lines = [line for line in output.splitlines() if str(self.folder) not in line]
+            lines = [line for line in output.splitlines() if self.folder.name not in line]
             self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(self.run_program("--version").out, f"chatgpt_oauth {oauth.__version__}\n")
 
@@ -10640,7 +10640,7 @@ chatgpt_oauth.run_program()
 
     @unittest.skipIf(POSIX, "only Windows has the launcher py")
     def test_a_hint_names_py_if_it_is_there(self):
-        (self.folder / "py.bat").write_text("")
+        (self.folder / "py.exe").touch()
         environ = {"PATH": str(self.folder) + os.pathsep + PATH}
         err = self.run_command([sys.executable, PROGRAM, "token"], environ).err
         self.assertIn(f"run: py {quoted_path(PROGRAM)} auth", err)
