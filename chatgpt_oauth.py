@@ -7033,10 +7033,17 @@ def install_error(error: OSError, paths: InstallPaths) -> StorageError:
     path, hint = error.filename or paths.directory, ""
     directory = os.path.dirname(path)
     is_own_directory = os.path.exists(directory) and can_change_mode(directory)
-    if isinstance(error, PermissionError) and not is_own_directory:
-        if directory == paths.bin_directory:
+    # On Windows, a program that has the file open is as likely a reason.
+    if isinstance(error, PermissionError) and not is_own_directory and sys.platform != "win32":
+        # `path` may be a directory that couldn't be made, on the way to one or more places.
+        start = os.path.join(path, "")
+        is_for_program = paths.program.startswith(start)
+        is_for_launcher = paths.launcher.startswith(start) or directory == paths.bin_directory
+        if path.startswith(paths.code_puppy):
+            hint = "use --no-code-puppy to install only the command"
+        elif is_for_launcher and not is_for_program:
             hint = "use --bin with a directory of yours"
-        elif sys.platform != "win32":
+        else:
             hint = "set HOME or XDG_DATA_HOME to a directory of yours"
     return storage_error("write", path, error, hint)
 

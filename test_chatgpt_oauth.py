@@ -8922,21 +8922,17 @@ class InstallTest(Case):
         for home, option, hint in (
             (theirs, ours, "hint: set HOME or XDG_DATA_HOME to a directory of yours\n"),
             (ours, theirs, "hint: use --bin with a directory of yours\n"),
+            (ours, theirs / "new" / "bin", "hint: use --bin with a directory of yours\n"),
         ):
             with self.as_unprivileged_user():
                 environ = {"HOME": str(home)}
                 result = self.call("install", "--bin", str(option), environ=environ)
             self.assert_fails(result, 6, f"cannot write {theirs}/", hint)
-
-    @needs_root
-    def test_root_gives_away_no_file_that_is_linked_elsewhere(self):
-        os.chown(self.folder, NOBODY, NOBODY)
-        self.install()
-        ours = self.folder / "ours"
-        ours.touch()
-        os.link(ours, self.program.parent / "__pycache__" / "theirs")
-        self.install()
-        self.assertEqual(ours.stat().st_uid, 0)
+        (ours / ".code_puppy").mkdir()
+        with self.as_unprivileged_user():
+            environ = {"HOME": str(ours)}
+            result = self.call("install", "--code-puppy", environ=environ)
+        self.assert_fails(result, 6, f"cannot write {ours}/.code_puppy/", "--no-code-puppy")
 
     @needs_root
     def test_root_does_not_follow_a_link_to_another_directory(self):
