@@ -3388,7 +3388,7 @@ def read_pipe(pipe: Any, size: int, seconds: float) -> Optional[bytes]:
     """Return up to `size` bytes from a pipe, b"" at its end, or None if none come in `seconds`."""
     import selectors
 
-    # This kind needs no file descriptor, of which there may be none left.
+    # Unlike other selectors, this one needs no file descriptor, and there may be none left.
     with selectors.PollSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         if not selector.select(seconds):
@@ -7033,7 +7033,7 @@ def install_error(error: OSError, paths: InstallPaths) -> StorageError:
     path, hint = error.filename or paths.directory, ""
     directory = os.path.dirname(path)
     is_own_directory = os.path.exists(directory) and can_change_mode(directory)
-    # On Windows, a program that has the file open is as likely a reason.
+    # On Windows, the file may just be open in another program.
     if isinstance(error, PermissionError) and not is_own_directory and sys.platform != "win32":
         # `path` may be a directory that couldn't be made, on the way to one or more places.
         start = os.path.join(path, "")
@@ -7136,10 +7136,10 @@ def require_working_launcher(paths: InstallPaths) -> None:
 
 
 def give_to_owner(directory: str) -> None:
-    """If we are root, give the compiled code in `directory` to the owner of that. Raises OSError.
+    """If we are root, give the compiled code in `directory` to the directory's owner.
 
-    The owner may put links there, or a link in place of the directory, at any time. So only open
-    files are given away, and only those that are nowhere else.
+    The owner can put links into the directory, or in its place, at any time. So each file is opened
+    first, and one that has another link stays root's. Raises OSError.
     """
     if sys.platform == "win32" or os.geteuid() != 0:
         return
